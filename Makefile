@@ -1,0 +1,44 @@
+# Everything sets itself up in .venv. PEERS=1 adds the tests against large libraries (torch, LiteRT).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+comma := ,
+EXTRAS := $(if $(PEERS),test$(comma)peers,test)
+SELECT := $(if $(PEERS),,-m "not peers")
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/.core
+	@mkdir -p $(DEMO)
+	$(BIN)/nibblecast inspect fixtures/tflite/cnn_int4_per_channel.tflite
+	$(BIN)/nibblecast convert fixtures/tflite/cnn_int4_per_channel.tflite \
+	    $(DEMO)/weights.h $(DEMO)/weights.safetensors $(DEMO)/weights.onnx --verify
+	$(CC) -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Werror -c $(DEMO)/weights.c -o $(DEMO)/weights.o
+	@echo "compiled without a warning; everything lies in $(DEMO)/"
+
+test: .venv/.$(subst $(comma),-,$(EXTRAS)) lint types
+	$(BIN)/python -m pytest $(SELECT)
+
+lint: .venv/.$(subst $(comma),-,$(EXTRAS))
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.$(subst $(comma),-,$(EXTRAS))
+	$(BIN)/mypy
+
+bench: .venv/.$(subst $(comma),-,$(EXTRAS))
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.core: pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.test .venv/.test-peers: pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@touch $@
