@@ -1,0 +1,149 @@
+"""What `import converters` offers: load, save, convert, verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from converters import pipeline, plugins
+from converters.comparison import Comparison, compare
+from converters.errors import UsageError, VerificationFailed
+from converters.interfaces import OutputFile
+from converters.ir import Loss, Model
+from converters.options import describe
+
+AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, and
+    with `verify`, for each target, the comparison with what was re-read from it (None: the format has no reader)."""
+
+    source: Path
+    files: tuple[OutputFile, ...]
+    losses: tuple[Loss, ...]
+    verified: Mapping[Path, Comparison | None] = field(default_factory=dict)
+
+
+def load(path: AnyPath) -> Model:
+    """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for.
+    Raises converters.Error with one line that says what is wrong with the file."""
+    return pipeline.read(Path(path))
+
+
+def save(model: Model, path: AnyPath, *, to: str | None = None, **options: Any) -> Conversion:
+    """Writes a model to one file; the extension, or the format's name in `to`, picks the writer."""
+    return _convert(model, [Path(path)], to=to, options=options)
+
+
+def convert(
+    source: AnyPath,
+    *targets: AnyPath,
+    to: str | None = None,
+    dequantize: DTypeLike | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = False,
+    fail_on_loss: bool = False,
+    dry_run: bool = False,
+    progress: pipeline.Progress | None = None,
+    **options: Any,
+) -> Conversion:
+    """Converts a file to one or several targets in one read.
+
+    `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
+    plain floats; `only` and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares
+    every value, where its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only;
+    other keyword arguments are the writers' own options. Raises converters.Error.
+    """
+    return _convert(
+        load(source),
+        [Path(target) for target in targets],
+        to=to,
+        dequantize=None if dequantize is None else np.dtype(dequantize),
+        only=only,
+        skip=skip,
+        verify=verify,
+        fail_on_loss=fail_on_loss,
+        dry_run=dry_run,
+        progress=progress,
+        options=options,
+    )
+
+
+def verify(a: AnyPath | Model, b: AnyPath | Model) -> Comparison:
+    """Compares two models or files, code for code where both are quantized, value for value otherwise."""
+    return compare(*(model if isinstance(model, Model) else load(model) for model in (a, b)))
+
+
+def _convert(
+    model: Model,
+    targets: Sequence[Path],
+    *,
+    to: str | None = None,
+    dequantize: np.dtype[Any] | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = False,
+    fail_on_loss: bool = False,
+    dry_run: bool = False,
+    progress: pipeline.Progress | None = None,
+    options: Mapping[str, Any],
+) -> Conversion:
+    if not targets:
+        raise UsageError("there is no target: name at least one file to write")
+    formats = [plugins.format_named(to) if to else plugins.format_of_target(path) for path in targets]
+    assigned = _assigned(options, formats)
+    planned = pipeline.plan(
+        model,
+        [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
+        dequantize=dequantize,
+        only=only,
+        skip=skip,
+    )
+    if fail_on_loss:
+        pipeline.refuse_losses(planned)
+    losses = tuple(dict.fromkeys(loss for output in planned for loss in output.losses))
+    conversion = Conversion(model.metadata.source or Path(), tuple(pipeline.output_files(planned)), losses)
+    if dry_run:
+        return conversion
+    pipeline.run(planned, progress)
+    written = tuple(OutputFile(file.path, file.path.stat().st_size) for file in conversion.files)
+    verified = {output.target.path: _verified(output) for output in planned} if verify else {}
+    return replace(conversion, files=written, verified=verified)
+
+
+def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:
+    """The options of each target: those that its writer has, or those given as `format.option`. Raises UsageError for
+    one that no target's writer has."""
+    known = {f.name: {help.name for help in describe(plugins.writer(f).options)} for f in formats}
+    assigned: list[dict[str, Any]] = [{} for _ in formats]
+    for key, value in options.items():
+        prefix, _, rest = key.partition(".")
+        wanted, name = ({prefix}, rest) if rest and prefix in known else (set(known), key)
+        takers = [f for f in wanted if name.replace("_", "-") in known[f]]
+        if not takers:
+            have = "; ".join(f"{f} has {', '.join(sorted(names)) or 'none'}" for f, names in known.items())
+            raise UsageError(f"no target has an option '{key}': {have}")
+        for format, own in zip(formats, assigned, strict=True):
+            if format.name in takers:
+                own[name] = value
+    return assigned
+
+
+def _verified(output: pipeline.PlannedOutput) -> Comparison | None:
+    path, format = output.target.path, output.target.format
+    if not format.reader:
+        return None
+    comparison = compare(output.model, plugins.reader(format).read(path))
+    if not comparison.equal:
+        more = f" (and {len(comparison.differences) - 1} more)" if len(comparison.differences) > 1 else ""
+        raise VerificationFailed(f"does not hold what was to be written: {comparison.differences[0]}{more}", path=path)
+    return comparison

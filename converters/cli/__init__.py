@@ -1,0 +1,60 @@
+"""The command line: one file per sub-command. What goes wrong becomes one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from types import FrameType
+
+import typer
+
+from converters.cli import convert, formats, inspect, verify
+from converters.cli.arguments import with_default_dequantize
+from converters.errors import Error, ExitCode, printable
+
+app = typer.Typer(
+    name="nibblecast",
+    help="Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert.convert)
+app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(formats.formats)
+
+
+def main() -> None:
+    """Runs the command line on `sys.argv` and exits."""
+    signal.signal(signal.SIGTERM, _terminated)
+    warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
+    try:
+        app(args=with_default_dequantize(sys.argv[1:]))
+    except Error as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted: nothing was left half written")
+        sys.exit(128 + signal.SIGINT)
+    except MemoryError:
+        _complain("out of memory: nothing was left half written")
+        sys.exit(ExitCode.UNREADABLE)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        sys.exit(ExitCode.DONE)
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    """Ends by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _one_line_warning(message: Warning | str, *_: object) -> None:
+    _complain(f"warning: {message}")
+
+
+def _complain(text: str) -> None:
+    print(f"nibblecast: {printable(text)}", file=sys.stderr)

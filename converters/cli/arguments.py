@@ -1,0 +1,69 @@
+"""Arguments and options that several sub-commands share, and what they have in common when printing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from converters.dequantize import FLOAT_DTYPES
+from converters.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Source = Annotated[Path, typer.Argument(help="The model file to read.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def with_default_dequantize(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the dtype that a bare `--dequantize` means, float32, written out."""
+    complete = []
+    for position, argument in enumerate(arguments):
+        complete.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if argument == "--dequantize" and following not in FLOAT_DTYPES:
+            complete.append("float32")
+    return complete
+
+
+def key_values(given: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts as a dictionary. Raises UsageError for one without an equals sign."""
+    options = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--opt '{text}': key=value is needed; `nibblecast formats NAME` lists the keys")
+        options[key] = value
+    return options
+
+
+def human_bytes(count: int | None) -> str:
+    """A number of bytes for a person: 512 B, 1.5 KiB, 3.2 GiB."""
+    if count is None:
+        return "size known when written"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; numbers that JSON lacks (NaN) would be refused."""
+    json.dump(document, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def table_console() -> Console:
+    """A console for tables: as wide as the terminal; without one, as wide as the table needs."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=1_000, soft_wrap=True)

@@ -1,0 +1,127 @@
+"""`nibblecast convert SRC DST...`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from converters import api
+from converters.cli.arguments import Json, Quiet, Source, human_bytes, key_values, print_json
+from converters.dequantize import FLOAT_DTYPES
+from converters.errors import UsageError, printable
+from converters.pipeline import Progress
+
+_SHOWN_LOSSES = 10
+
+
+def convert(
+    source: Source,
+    targets: Annotated[list[Path], typer.Argument(help="The files to write; each suffix picks a format.")],
+    to: Annotated[str | None, typer.Option(help="The format to write, when the suffix does not tell.")] = None,
+    dequantize: Annotated[
+        str | None, typer.Option(help="Turn codes into plain float32 (the default), float16 or bfloat16.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
+    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the writer.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
+    fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything (exit 5).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert a model to one or several files in one read."""
+    if dequantize is not None and dequantize not in FLOAT_DTYPES:
+        raise UsageError(f"--dequantize '{dequantize}': {', '.join(FLOAT_DTYPES)} are possible")
+    with _progress(quiet or json) as progress:
+        conversion = api.convert(
+            source,
+            *targets,
+            to=to,
+            dequantize=None if dequantize is None else FLOAT_DTYPES[dequantize],
+            only=only or (),
+            skip=skip or (),
+            verify=verify,
+            fail_on_loss=fail_on_loss,
+            dry_run=dry_run,
+            progress=progress,
+            **key_values(opt or ()),
+        )
+    if json:
+        print_json(_document(conversion, dry_run))
+    elif not quiet:
+        _print(conversion, dry_run)
+
+
+def _print(conversion: api.Conversion, dry_run: bool) -> None:
+    for file in conversion.files:
+        verb = "would write" if dry_run else "wrote"
+        print(f"{verb} {printable(str(file.path))} ({human_bytes(file.nbytes)})")
+    for path, comparison in conversion.verified.items():
+        if comparison is None:
+            print(f"not verified: {printable(str(path))} (its format has no reader)")
+        else:
+            print(
+                f"verified {printable(str(path))}: {comparison.tensors} tensors, {comparison.elements} elements, "
+                f"{comparison.quantized} of the tensors code for code"
+            )
+    for loss in conversion.losses[:_SHOWN_LOSSES]:
+        print(f"lost: {printable(str(loss))}", file=sys.stderr)
+    if len(conversion.losses) > _SHOWN_LOSSES:
+        print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
+
+
+def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
+    return {
+        "source": str(conversion.source),
+        "dry_run": dry_run,
+        "files": [{"path": str(file.path), "bytes": file.nbytes} for file in conversion.files],
+        "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in conversion.losses],
+        "verified": [
+            {
+                "path": str(path),
+                "readable": comparison is not None,
+                "tensors": comparison.tensors if comparison else 0,
+                "elements": comparison.elements if comparison else 0,
+                "code_for_code": comparison.quantized if comparison else 0,
+            }
+            for path, comparison in conversion.verified.items()
+        ],
+    }
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Progress | None]:
+    """A progress bar on stderr, only on a terminal, and only once there is much to do."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    bars: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if total < 1 << 28:
+            return
+        if not bars:
+            bars.append(_bar(total))
+            bars[0][0].start()
+        bars[0][0].update(bars[0][1], completed=done)
+
+    try:
+        yield report
+    finally:
+        for bar, _ in bars:
+            bar.stop()
+
+
+def _bar(total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    return bar, bar.add_task("convert", total=total)

@@ -1,0 +1,75 @@
+"""`nibblecast formats [NAME]`"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from converters import plugins
+from converters.cli.arguments import Json, print_json, table_console
+from converters.options import describe
+
+
+def formats(
+    name: Annotated[str | None, typer.Argument(help="Show this format's own options.")] = None, json: Json = False
+) -> None:
+    """List what can be read and written, or one format with its options."""
+    known = plugins.all_formats().values() if name is None else [plugins.format_named(name)]
+    documents = [_document(format, with_options=name is not None) for format in known]
+    if json:
+        print_json(documents if name is None else documents[0])
+    elif name is None:
+        _print_all(documents)
+    else:
+        _print_one(documents[0])
+
+
+def _document(format: plugins.Format, *, with_options: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "name": format.name,
+        "description": format.description,
+        "extensions": list(format.extensions),
+        "reads": bool(format.reader),
+        "writes": bool(format.writer),
+    }
+    if with_options and format.writer:
+        document["options"] = [
+            {"name": o.name, "values": o.values, "default": o.default, "help": o.help}
+            for o in describe(plugins.writer(format).options)
+        ]
+    return document
+
+
+def _print_all(documents: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("format", "extensions", "reads", "writes", "what it is"):
+        table.add_column(column)
+    for d in documents:
+        reads, writes = ("yes" if d[verb] else "-" for verb in ("reads", "writes"))
+        table.add_row(d["name"], " ".join(d["extensions"]), reads, writes, Text(d["description"]))
+    table_console().print(table)
+
+
+def _print_one(document: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = table_console()
+    verbs = " and ".join(verb for verb, does in (("read", document["reads"]), ("written", document["writes"])) if does)
+    console.print(Text(f"{document['name']}: {document['description']}"))
+    console.print(
+        Text(f"extensions {' '.join(document['extensions']) or 'none'}; can be {verbs or 'neither read nor written'}")
+    )
+    if not document.get("options"):
+        console.print("no options of its own")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("--opt", "values", "default", "what it does"):
+        table.add_column(column, overflow="fold")
+    for option in document["options"]:
+        table.add_row(option["name"], option["values"], option["default"], Text(option["help"]))
+    console.print(table)

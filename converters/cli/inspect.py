@@ -1,0 +1,130 @@
+"""`nibblecast inspect SRC`"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters import api
+from converters.cli.arguments import Json, Source, human_bytes, print_json, table_console
+from converters.errors import printable
+from converters.ir import Model, Quantization, Tensor
+
+
+def inspect(source: Source, json: Json = False) -> None:
+    """List a model's tensors: shape, dtype, granularity of quantization, bits per weight, bytes."""
+    model = api.load(source)
+    if json:
+        print_json(_document(model))
+    else:
+        _print(model)
+
+
+def _parameter_bytes(quantization: Quantization | None) -> int:
+    if quantization is None:
+        return 0
+    return sum(t.nbytes + _parameter_bytes(t.quantization) for _, t in quantization.parameters())
+
+
+def _bits_per_weight(tensor: Tensor) -> float:
+    return 8 * (tensor.nbytes + _parameter_bytes(tensor.quantization)) / tensor.size if tensor.size else 0.0
+
+
+def _consumers(tensor: Tensor) -> str:
+    if tensor.parameter_of is not None:
+        return f"parameter of {tensor.parameter_of}"
+    return ", ".join(dict.fromkeys(use.operator for use in tensor.uses))
+
+
+def _print(model: Model) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = table_console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("dtype", no_wrap=True)
+    table.add_column("granularity", no_wrap=True)
+    table.add_column("zero point", no_wrap=True)
+    for column in ("bits/weight", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("used by", overflow="fold")
+    for name, tensor in model.items():
+        quantization = tensor.quantization
+        zero_point = "" if quantization is None else "yes" if quantization.zero_point is not None else "no"
+        table.add_row(
+            Text(printable(name)),
+            "×".join(map(str, tensor.shape)) or "scalar",
+            tensor.dtype.name,
+            tensor.granularity,
+            zero_point,
+            f"{_bits_per_weight(tensor):.2f}",
+            str(tensor.nbytes + _parameter_bytes(quantization)),
+            Text(printable(_consumers(tensor))),
+        )
+    if model.tensors:
+        console.print(table)
+    for line in _summary(model):
+        console.print(Text(line))
+
+
+def _summary(model: Model) -> list[str]:
+    if not model.tensors:
+        lines = ["no constant weights: nothing to convert (weights may be in variables, or in a file of their own)"]
+    else:
+        quantized = sum(tensor.quantization is not None for tensor in model.values())
+        lines = [
+            f"{len(model)} tensors, {quantized} quantized, {sum(t.size for t in model.values())} elements, "
+            f"{human_bytes(_total_bytes(model))}; format {model.metadata.format}"
+            + (f", made by {printable(model.metadata.producer)}" if model.metadata.producer else "")
+        ]
+    if model.metadata.operators:
+        counts = sorted(model.metadata.operators.items(), key=lambda item: (-item[1], item[0]))
+        lines.append("operators: " + ", ".join(f"{printable(name)} {count}" for name, count in counts))
+    return lines + [f"note: {printable(str(loss))}" for loss in model.losses]
+
+
+def _total_bytes(model: Model) -> int:
+    # parameters that are tensors of their own are counted with their owners
+    return sum(
+        tensor.nbytes + _parameter_bytes(tensor.quantization)
+        for tensor in model.values()
+        if tensor.parameter_of not in model.tensors
+    )
+
+
+def _document(model: Model) -> dict[str, Any]:
+    return {
+        "source": str(model.metadata.source),
+        "format": model.metadata.format,
+        "producer": model.metadata.producer,
+        "operators": dict(model.metadata.operators),
+        "bytes": _total_bytes(model),
+        "tensors": [_tensor_document(tensor) for tensor in model.values()],
+        "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in model.losses],
+    }
+
+
+def _tensor_document(tensor: Tensor) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype.name,
+        "bits_per_weight": _bits_per_weight(tensor),
+        "bytes": tensor.nbytes + _parameter_bytes(tensor.quantization),
+        "quantization": _quantization_document(tensor),
+        "uses": [{"operator": u.operator, "input": u.input, "channel_axis": u.channel_axis} for u in tensor.uses],
+    }
+    if tensor.parameter_of is not None:
+        document["parameter_of"] = tensor.parameter_of
+    return document
+
+
+def _quantization_document(tensor: Tensor) -> dict[str, Any] | None:
+    quantization = tensor.quantization
+    if quantization is None:
+        return None
+    return {"granularity": tensor.granularity, "block_shape": list(quantization.block_shape)} | {
+        role: {"shape": list(parameter.shape), "dtype": parameter.dtype.name}
+        for role, parameter in quantization.parameters()
+    }

@@ -1,0 +1,179 @@
+"""Two models, code for code and value for value.
+
+Where both tensors are quantized, their codes must be equal, their parameters, and so their values. Codes of different
+dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only one is
+quantized, values are compared in the other one's dtype; plain tensors are compared as they are. NaN equals NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.dequantize import FLOAT_DTYPES
+from converters.ir import Model, Quantization, Tensor, is_float, is_integer
+
+_PIECE_ELEMENTS = 1 << 20
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What differs in one tensor: `kind` is "missing", "shape", "codes", "values" or a parameter's role; `count` is the
+    number of places, `detail` shows the first ones."""
+
+    tensor: str
+    kind: str
+    count: int
+    detail: str
+
+    def __str__(self) -> str:
+        places = f" in {self.count} places" if self.count > 1 else ""
+        return (
+            f"{self.tensor}: {self.kind} differ{places}: {self.detail}"
+            if self.count
+            else f"{self.tensor}: {self.detail}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The outcome: how much was compared, how many tensors code for code, and every difference."""
+
+    tensors: int
+    quantized: int
+    elements: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+
+def compare(a: Model, b: Model) -> Comparison:
+    """Compares all tensors of two models by name; tensors that are only parameters of others count with those."""
+    weights_a, weights_b = _weights(a), _weights(b)
+    differences: list[Difference] = []
+    common = [name for name in weights_a if name in weights_b]
+    for which, names, others in (("second", weights_a, weights_b), ("first", weights_b, weights_a)):
+        differences += [Difference(n, "missing", 0, f"missing in the {which}") for n in names if n not in others]
+    for name in common:
+        differences += compare_tensors(weights_a[name], weights_b[name])
+        weights_a[name].release()
+        weights_b[name].release()
+    return Comparison(
+        tensors=len(common),
+        quantized=sum(weights_a[n].quantization is not None and weights_b[n].quantization is not None for n in common),
+        elements=sum(weights_a[name].size for name in common),
+        differences=tuple(differences),
+    )
+
+
+def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
+    """What differs between two tensors of one name."""
+    if a.shape != b.shape:
+        return [Difference(a.name, "shape", 0, f"shape {a.shape} against {b.shape}")]
+    views = [_plain_view(a, b)] if a.quantization is None or b.quantization is None else [_codes_view(a, b), _values]
+    differences = []
+    for kind, view in zip(("values",) if len(views) == 1 else ("codes", "values"), views, strict=True):
+        difference = _first_differences(a, b, kind, view)
+        if difference is not None:
+            differences.append(difference)
+    if a.quantization is not None and b.quantization is not None and not differences:
+        differences += _parameter_differences(a.name, a.quantization, b.quantization)
+    return differences
+
+
+def _weights(model: Model) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.items() if tensor.parameter_of not in model.tensors}
+
+
+def _values(tensor: Tensor) -> NDArray[Any]:
+    return tensor.dequantize(np.float32)
+
+
+def _plain_view(a: Tensor, b: Tensor) -> Any:
+    """How to look at two tensors of which at most one is quantized."""
+    if a.quantization is None and b.quantization is None:
+        if a.dtype == b.dtype or (is_integer(a.dtype) and is_integer(b.dtype)):
+            return Tensor.codes
+        return _values
+    plain = a if a.quantization is None else b
+    dtype = plain.dtype if plain.dtype in FLOAT_DTYPES.values() else np.dtype(np.float32)
+    return lambda tensor: tensor.dequantize(dtype)
+
+
+def _codes_view(a: Tensor, b: Tensor) -> Any:
+    if a.dtype == b.dtype or is_float(a.dtype) or is_float(b.dtype):
+        return Tensor.codes
+    return _codes_from_zero
+
+
+def _codes_from_zero(tensor: Tensor) -> NDArray[Any]:
+    """code - zero_point, as float64 (exact): the value in units of the scale."""
+    quantization = tensor.quantization
+    if quantization is None or quantization.zero_point is None:
+        return tensor.codes().astype(np.float64)
+    ones = Tensor.from_array("one", np.ones(quantization.zero_point.shape, np.float32))
+    unscaled = Quantization(
+        ones, quantization.block_shape, quantization.zero_point, None, None, quantization.group_index
+    )
+    return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.data, unscaled).dequantize(np.float32)
+
+
+def _first_differences(a: Tensor, b: Tensor, kind: str, view: Any) -> Difference | None:
+    count = 0
+    shown: list[str] = []
+    for start, x, y in _pieces(a, b, view):
+        places = np.flatnonzero(_unequal(x, y))
+        count += places.size
+        for place in places[: _SHOWN - len(shown)]:
+            index = tuple(int(i) for i in np.unravel_index(start + int(place), a.shape)) if a.shape else ()
+            shown.append(f"{index} {x[place]} against {y[place]}")
+    return Difference(a.name, kind, count, ", ".join(shown)) if count else None
+
+
+def _pieces(a: Tensor, b: Tensor, view: Any) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
+    """The same ranges of both, flat, with the position of their first element."""
+    rows = next((size for size in a.shape if size != 1), 1)
+    if a.size <= _PIECE_ELEMENTS or not a.shape:
+        yield 0, view(a).reshape(-1), view(b).reshape(-1)
+        return
+    row = a.size // rows
+    step = lcm(a.row_step, b.row_step)
+    step *= max(1, _PIECE_ELEMENTS // row // step)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        yield start * row, view(a.rows(start, stop)).reshape(-1), view(b.rows(start, stop)).reshape(-1)
+
+
+def _unequal(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
+    if is_float(x.dtype) and is_float(y.dtype) and x.dtype.itemsize < 4:
+        x, y = x.astype(np.float32), y.astype(np.float32)  # ml_dtypes has no fast comparison
+    unequal = np.asarray(x != y)
+    if x.dtype.kind in "fc" and unequal.any():
+        unequal &= ~((x != x) & (y != y))
+    return unequal
+
+
+def _parameter_differences(name: str, a: Quantization, b: Quantization) -> list[Difference]:
+    """Parameters that no value shows (of a block that is all zero, say). Where the grids differ they are
+    different ways to say the same, as the values agree."""
+    if a.block_shape != b.block_shape or (a.group_index is None) != (b.group_index is None):
+        return []
+    differences = []
+    of_a, of_b = dict(a.parameters()), dict(b.parameters())
+    for role in ("scale", "offset", "codebook"):
+        if (role in of_a) != (role in of_b):
+            differences.append(Difference(name, role, 0, f"{role} is there in only one"))
+        elif role in of_a:
+            difference = _first_differences(of_a[role], of_b[role], role, _values)
+            if difference is not None:
+                differences.append(Difference(name, role, difference.count, difference.detail))
+    return differences

@@ -1,0 +1,86 @@
+"""The exceptions meant for a person, and the exit codes they carry.
+
+Every one is a single line of text that names the file, the tensor, the value seen and what to do. Text that comes from
+a model (a tensor's name, say) is data: control characters in it are escaped, so that it can neither break the line nor
+drive a terminal.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from pathlib import Path
+
+
+class ExitCode(IntEnum):
+    """What the command line's exit status means."""
+
+    DONE = 0
+    BUG = 1
+    USAGE = 2
+    UNREADABLE = 3
+    UNSUPPORTED = 4
+    REFUSED_LOSS = 5
+    VERIFICATION_FAILED = 6
+    BATCH_FAILED = 7
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control and other unprintable characters as backslash escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class Error(Exception):
+    """The base of every exception meant for a person; `str()` of it is one line.
+
+    `path` and `tensor` say where; whoever knows them first fills them in (a reader knows the tensor, `load` the path).
+    """
+
+    exit_code = ExitCode.BUG
+
+    def __init__(self, message: str, *, path: Path | None = None, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.tensor = tensor
+
+    def __str__(self) -> str:
+        where = [] if self.path is None else [str(self.path)]
+        if self.tensor is not None:
+            where.append(f"tensor '{self.tensor}'")
+        return printable(": ".join([*where, self.message]))
+
+
+class UsageError(Error):
+    """The call itself is wrong: an unknown option, an unknown format, an output that is the input."""
+
+    exit_code = ExitCode.USAGE
+
+
+class CorruptFile(Error):
+    """The file contradicts its own format, or cannot be opened."""
+
+    exit_code = ExitCode.UNREADABLE
+
+
+class Unsupported(Error):
+    """The file is valid as far as can be told, but holds something that is not handled."""
+
+    exit_code = ExitCode.UNSUPPORTED
+
+
+class MissingDependency(Unsupported):
+    """A package that this format needs is not installed; the message says which one."""
+
+
+class RefusedLoss(Error):
+    """Going on would lose something; the message says what, and what to add to the command to accept it."""
+
+    exit_code = ExitCode.REFUSED_LOSS
+
+
+class VerificationFailed(Error):
+    """Two models that should be equal are not."""
+
+    exit_code = ExitCode.VERIFICATION_FAILED

@@ -1,0 +1,100 @@
+"""What a format plugin implements: a `Reader`, a `Writer`, or both. The types here are all that they share.
+
+A reader turns a path into a Model and reads headers only. A writer works in two passes: `plan` looks at names, shapes
+and dtypes, and says which files there will be and how large; the plan's `open` gives a sink, which gets the tensors one
+by one, in the model's order, and writes each payload as it comes. Files are temporary until the pipeline puts them in
+their place, all or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Protocol
+
+import numpy as np
+
+from converters.ir import Loss, Model, Tensor
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a writer's options dataclass: its default, and the line that `nibblecast formats NAME` shows.
+    Types understood on the command line: bool, int, str, Size and Literal[...] of strings."""
+    return field(default=default, metadata={"help": help})
+
+
+class Size(int):
+    """A number of bytes; on the command line also 256K, 1.5M, 2G (powers of 1024)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """For writers without any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a writer can hold as it is; the planner compares this with the model before any payload is read."""
+
+    dtypes: frozenset[np.dtype[Any]]
+    codebook: bool = True
+    offset: bool = True
+    group_index: bool = True
+    nested_scale: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file that will be written: where, and how many bytes, exactly (None where only writing tells)."""
+
+    path: Path
+    nbytes: int | None
+
+
+class Reader(Protocol):
+    """Reads one format. Constructed without arguments."""
+
+    def read(self, path: Path) -> Model:
+        """The model in `path`, headers only; raises converters.errors.Error for whatever is wrong with the file."""
+        ...
+
+
+class Sink(Protocol):
+    """Receives a planned model's tensors, in order, each once."""
+
+    def write(self, tensor: Tensor) -> None:
+        """Writes one tensor. Takes its payload in pieces (`tensor.parts`), so that memory stays bounded."""
+        ...
+
+    def close(self) -> None:
+        """Writes what comes after the last tensor. The files themselves are closed by the pipeline."""
+        ...
+
+
+class Plan(Protocol):
+    """What a writer will do with a model, known from headers alone. The first of `files` is the one the user named."""
+
+    @property
+    def files(self) -> Sequence[OutputFile]: ...
+
+    @property
+    def losses(self) -> Sequence[Loss]: ...
+
+    def open(self, streams: Sequence[BinaryIO]) -> Sink:
+        """Starts writing: `streams` are seekable binary files in the order of `files`."""
+        ...
+
+
+class Writer(Protocol):
+    """Writes one format. Constructed without arguments."""
+
+    options: ClassVar[type]
+    """A frozen dataclass of the writer's own options, made of `option` fields that all have defaults."""
+
+    capabilities: ClassVar[Capabilities]
+
+    def plan(self, model: Model, target: Path, options: Any) -> Plan:
+        """What will be written for `model` to `target`; reads no payload. `options` is an instance of `options`.
+        Raises Unsupported or RefusedLoss, naming the tensor and what to add to the command."""
+        ...

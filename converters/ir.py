@@ -1,0 +1,398 @@
+"""The intermediate representation: every format is read into it and written from it.
+
+    value = scale * (code - zero_point) + offset        per block; code -> codebook[code] first where there is one
+
+A `Model` maps names to `Tensor`s. A `Tensor` is canonical packed bytes (`converters.packing`), fetched only when asked
+for, and perhaps a `Quantization`. Parameters are tensors too, so that they are lazy as well and may themselves be
+quantized (a second-level scale).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import gcd, lcm, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from converters.errors import CorruptFile
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from converters.storage import Data, FileRange, InMemory
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+#: The floating-point dtypes narrower than float32 that NumPy lacks.
+SMALL_FLOATS = frozenset(
+    np.dtype(t)
+    for t in (
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e4m3fnuz,
+        ml_dtypes.float8_e5m2,
+        ml_dtypes.float8_e5m2fnuz,
+        ml_dtypes.float8_e8m0fnu,
+        ml_dtypes.float6_e2m3fn,
+        ml_dtypes.float6_e3m2fn,
+        ml_dtypes.float4_e2m1fn,
+    )
+)
+
+LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
+
+
+def is_float(dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` is a real floating-point type, ml_dtypes' included."""
+    return dtype.kind == "f" or dtype in SMALL_FLOATS
+
+
+def is_integer(dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` is an integer type, int2/uint2/int4/uint4 included, bool not."""
+    return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype not in SMALL_FLOATS)
+
+
+def grid_shape(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the parameters: ceil(size / block) along each axis, at least 1."""
+    return tuple(max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something that a conversion did not carry over as it was; `tensor` is empty when it concerns the whole model."""
+
+    tensor: str
+    kind: LossKind
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor or 'the model'}: {self.kind}: {self.detail}"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """An operator that consumes a tensor: its name in the source's vocabulary, the position among its inputs, and the
+    axis of the tensor along which the operator's output channels run (None where the operator has no such axis)."""
+
+    operator: str
+    input: int
+    channel_axis: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupIndex:
+    """Which group each position along `axis` belongs to (GPTQ's act-order): `index` is an integer tensor of shape
+    (shape[axis],) with values below the parameters' size along that axis."""
+
+    axis: int
+    index: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantization:
+    """The parameters that turn codes into values, one of each per block.
+
+    `block_shape` says how many elements along each axis share a parameter: the whole shape (per tensor), 1 along one
+    axis and everything along the others (per channel), (1, 32) (group-wise), and so on; `per_tensor`, `per_axis` and
+    `blocked` make the usual ones. All parameters have shape `grid_shape(shape, block_shape)` and keep the dtype they
+    were stored with. `zero_point` lives in the domain of codes, `offset` in that of values; None is not zeros.
+    `codebook` has shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is
+    the number of groups, and the positions of that axis find theirs by index.
+    """
+
+    scale: Tensor
+    block_shape: tuple[int, ...]
+    zero_point: Tensor | None = None
+    offset: Tensor | None = None
+    codebook: Tensor | None = None
+    group_index: GroupIndex | None = None
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the parameters that there are, with the name of each one's role."""
+        for role, tensor in (
+            ("scale", self.scale),
+            ("zero_point", self.zero_point),
+            ("offset", self.offset),
+            ("codebook", self.codebook),
+            ("group_index", self.group_index.index if self.group_index else None),
+        ):
+            if tensor is not None:
+                yield role, tensor
+
+    def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Raises CorruptFile unless these parameters fit a tensor of that shape and dtype."""
+        if len(self.block_shape) != len(shape):
+            raise CorruptFile(f"block shape {self.block_shape} has not the rank of shape {shape}")
+        if any(block < 1 for block in self.block_shape):
+            raise CorruptFile(f"block shape {self.block_shape}: every block must hold at least one element")
+        if not (is_integer(dtype) or is_float(dtype)):
+            raise CorruptFile(f"dtype {dtype} can hold no codes: integers or small floats are needed")
+        grid = list(grid_shape(shape, self.block_shape))
+        if self.group_index is not None:
+            axis, index = self.group_index.axis, self.group_index.index
+            if not 0 <= axis < len(shape) or index.shape != (shape[axis],) or not is_integer(index.dtype):
+                raise CorruptFile(
+                    f"group index of shape {index.shape} and dtype {index.dtype} along axis {axis}: "
+                    f"integers, one for each position of an axis of shape {shape}, are needed"
+                )
+            if len(self.scale.shape) == len(shape):
+                grid[axis] = self.scale.shape[axis]
+        for role, tensor in (("scale", self.scale), ("zero point", self.zero_point), ("offset", self.offset)):
+            if tensor is not None and tensor.shape != tuple(grid):
+                raise CorruptFile(
+                    f"{role} of shape {tensor.shape} does not fit shape {shape} in blocks of {self.block_shape}: "
+                    f"{tuple(grid)} is needed"
+                )
+        if not is_float(self.scale.dtype) and self.scale.quantization is None:
+            raise CorruptFile(f"scale of dtype {self.scale.dtype}: a floating-point one is needed")
+        if self.codebook is not None:
+            entries = 1 << bits_of(dtype)
+            if self.codebook.shape != (entries,) or dtype not in _CODEBOOK_INDICES:
+                raise CorruptFile(
+                    f"codebook of shape {self.codebook.shape} for codes of {dtype}: "
+                    f"unsigned codes and shape ({entries},) are needed"
+                )
+
+    def row_step(self, axis: int, shape: tuple[int, ...]) -> int:
+        """The fewest positions along `axis` at whose multiples the tensor can be cut without cutting a block or a byte
+        of a parameter; `axis` is the first one longer than 1."""
+        if self.group_index is not None and self.group_index.axis == axis:
+            return self.group_index.index.row_step
+        step = 1
+        for role, tensor in self.parameters():
+            if role in ("scale", "zero_point", "offset") and tensor.shape[axis] > 1:
+                step = lcm(step, self.block_shape[axis] * tensor.row_step)
+        return step
+
+    def rows(self, axis: int, start: int, stop: int, shape: tuple[int, ...]) -> Quantization:
+        """The parameters of positions [start, stop) along `axis`, the first one longer than 1; `start` is a multiple of
+        `row_step`, and `stop` too unless it is the end."""
+        if self.group_index is not None and self.group_index.axis == axis:
+            index = self.group_index.index.rows(start, stop)
+            block_shape = _with(self.block_shape, axis, min(self.block_shape[axis], stop - start))
+            return replace(self, block_shape=block_shape, group_index=GroupIndex(axis, index))
+        block = self.block_shape[axis]
+        if block >= shape[axis]:
+            return replace(self, block_shape=_with(self.block_shape, axis, stop - start))
+        first, last = start // block, -(-stop // block)
+
+        def cut(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else parameter.rows(first, last)
+
+        scale = self.scale.rows(first, last)
+        return replace(self, scale=scale, zero_point=cut(self.zero_point), offset=cut(self.offset))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tensor:
+    """A named array: logical `shape`, `dtype` (NumPy's or ml_dtypes'), canonical bytes in `data`, fetched on demand.
+
+    Without `quantization` the elements are plain values. `uses` tells what consumes the tensor. `parameter_of` names
+    the tensor whose parameter this one is, for formats that keep parameters among the tensors (TFLite's blockwise
+    scales): such a tensor is part of the other one's quantization, not a weight. Raises CorruptFile when data, shape
+    and parameters contradict each other.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    data: Data
+    quantization: Quantization | None = None
+    uses: tuple[Use, ...] = ()
+    parameter_of: str | None = None
+
+    def __post_init__(self) -> None:
+        if any(size < 0 for size in self.shape):
+            raise CorruptFile(f"shape {self.shape} has a negative size", tensor=self.name)
+        if self.data.nbytes != self.nbytes:
+            raise CorruptFile(
+                f"holds {self.data.nbytes} bytes, but shape {self.shape} of {self.dtype} takes {self.nbytes}",
+                tensor=self.name,
+            )
+        if self.quantization is not None:
+            try:
+                self.quantization.check(self.shape, self.dtype)
+            except CorruptFile as error:
+                error.tensor = self.name
+                raise
+
+    @classmethod
+    def from_array(cls, name: str, array: NDArray[Any], quantization: Quantization | None = None) -> Tensor:
+        """A tensor of an array's elements; sub-byte dtypes (one element a byte in NumPy) are packed."""
+        if array.dtype in SUB_BYTE:
+            data = InMemory(pack(array.view(np.uint8), bits_of(array.dtype)))
+        else:
+            data = InMemory.of(array)
+        return cls(name, array.shape, array.dtype, data, quantization)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored element."""
+        return bits_of(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the canonical data, without the parameters."""
+        return packed_size(self.size, self.bits)
+
+    @property
+    def granularity(self) -> str:
+        """How parameters are shared: "none" (not quantized), "per-tensor", "per-axis N", "blockwise (1, 32)"."""
+        if self.quantization is None:
+            return "none"
+        block_shape, shape = self.quantization.block_shape, self.shape
+        split = [axis for axis, size in enumerate(shape) if block_shape[axis] < size]
+        if self.quantization.group_index is not None:
+            return f"group index along axis {self.quantization.group_index.axis}"
+        if not split:
+            return "per-tensor"
+        if len(split) == 1 and block_shape[split[0]] == 1:
+            return f"per-axis {split[0]}"
+        return f"blockwise {block_shape}"
+
+    def packed(self) -> NDArray[np.uint8]:
+        """The canonical bytes, shape (nbytes,); do not write to them."""
+        return self.data.read(0, self.nbytes)
+
+    def codes(self) -> NDArray[Any]:
+        """The stored elements in logical shape: int2 and int4 as int8, uint2, uint4 and the bit patterns of float4 as
+        uint8, everything else in its own dtype; do not write to them."""
+        packed = self.packed()
+        flat = unpack(packed, self.dtype, self.size) if self.dtype in SUB_BYTE else packed.view(self.dtype)
+        return flat.reshape(self.shape)
+
+    def numpy(self) -> NDArray[Any]:
+        """The stored elements in logical shape and in `dtype` itself; do not write to them."""
+        return self.codes().view(self.dtype) if self.dtype in SUB_BYTE else self.codes()
+
+    def dequantize(self, dtype: DTypeLike = np.float32) -> NDArray[Any]:
+        """The values in logical shape: computed in float32, rounded once to `dtype` (float32, float16 or bfloat16).
+        A tensor without quantization gives its values, cast. Raises Unsupported for complex values and other dtypes."""
+        from converters.dequantize import dequantize
+
+        return dequantize(self, np.dtype(dtype))
+
+    @property
+    def _row_axis(self) -> int:
+        return next((axis for axis, size in enumerate(self.shape) if size != 1), 0)
+
+    @property
+    def row_step(self) -> int:
+        """The fewest rows at whose multiples `rows` may cut: no byte and no block is divided there."""
+        if not self.shape:
+            return 1
+        axis = self._row_axis
+        row_bits = prod(self.shape[axis + 1 :]) * self.bits
+        step = 8 // gcd(8, row_bits) if row_bits else 1
+        return lcm(step, self.quantization.row_step(axis, self.shape)) if self.quantization else step
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Positions [start, stop) along the first axis longer than 1, as a tensor of its own that shares the data.
+        `start` is a multiple of `row_step`; so is `stop`, unless it is the end."""
+        axis = self._row_axis
+        row_bits = prod(self.shape[axis + 1 :]) * self.bits
+        first, last = start * row_bits // 8, packed_size(stop, row_bits)
+        quantization = self.quantization and self.quantization.rows(axis, start, stop, self.shape)
+        shape = _with(self.shape, axis, stop - start)
+        return replace(self, shape=shape, data=_Part(self.data, first, last - first), quantization=quantization)
+
+    def parts(self, nbytes: int) -> Iterator[Tensor]:
+        """The tensor in pieces of about `nbytes` canonical bytes, in order; their data put together is this one's.
+        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large)."""
+        count = self.shape[self._row_axis] if self.shape else 1
+        if self.nbytes <= nbytes or count <= self.row_step:
+            yield self
+            return
+        row_bytes = max(1, self.nbytes // count)
+        if row_bytes > nbytes and self.row_step == 1:
+            for row in range(count):
+                yield from self.rows(row, row + 1).parts(nbytes)
+            return
+        step = max(1, nbytes // row_bytes // self.row_step) * self.row_step
+        for start in range(0, count, step):
+            yield self.rows(start, min(start + step, count))
+
+    def release(self) -> None:
+        """Lets the system drop the pages of a mapped file that were read for this tensor."""
+        if isinstance(self.data, FileRange | _Part):
+            self.data.release(0, self.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Metadata:
+    """Where a model comes from: the format's name, the program that made it (as the file says), the file itself, and
+    what the format says about the model as a whole (its graph's operators counted, say)."""
+
+    format: str = ""
+    producer: str = ""
+    source: Path | None = None
+    operators: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model(Mapping[str, Tensor]):
+    """An ordered mapping of names to tensors, with what is known of the model as a whole.
+
+    `graph` is the compute graph as ONNX where the reader builds one; its initializers are this model's tensors by name.
+    `losses` are those that reading and the stages so far have brought.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Metadata = Metadata()
+    graph: onnx_ir.Model | None = None
+    losses: tuple[Loss, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def per_tensor(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The block shape of one parameter for the whole tensor."""
+    return tuple(max(1, size) for size in shape)
+
+
+def per_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The block shape of one parameter for each position along `axis`."""
+    return _with(per_tensor(shape), axis, 1)
+
+
+def blocked(shape: tuple[int, ...], axis: int, block_size: int) -> tuple[int, ...]:
+    """The block shape of one parameter for each `block_size` elements along `axis`, apart for every other position."""
+    return _with((1,) * len(shape), axis, block_size)
+
+
+_CODEBOOK_INDICES = frozenset(np.dtype(t) for t in (ml_dtypes.uint2, ml_dtypes.uint4, np.uint8))
+
+
+def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A range of other data."""
+
+    data: Data
+    start: int
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
+
+    def release(self, start: int, stop: int) -> None:
+        if isinstance(self.data, FileRange | _Part):
+            self.data.release(self.start + start, self.start + stop)

@@ -1,0 +1,78 @@
+"""Sub-byte codes <-> packed bytes, in the one canonical order.
+
+Row-major over the logical shape as one flat stream, low bits first, no padding between rows, the last byte padded with
+zeros: element i of a 4-bit tensor is in byte i // 2, in the low nibble when i is even. TFLite (schema.fbs 3d, INT4 and
+INT2), ONNX (TensorProto.raw_data since IR 10) and CMSIS-NN (the s4 kernels) store exactly this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+#: The dtypes narrower than a byte: bits of one element, and the NumPy dtype that `unpack` gives for it.
+SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
+    {
+        np.dtype(ml_dtypes.int2): (2, np.dtype(np.int8)),
+        np.dtype(ml_dtypes.uint2): (2, np.dtype(np.uint8)),
+        np.dtype(ml_dtypes.int4): (4, np.dtype(np.int8)),
+        np.dtype(ml_dtypes.uint4): (4, np.dtype(np.uint8)),
+        np.dtype(ml_dtypes.float4_e2m1fn): (4, np.dtype(np.uint8)),
+    }
+)
+
+
+def bits_of(dtype: np.dtype[Any]) -> int:
+    """Bits that one element takes in canonical bytes: 2 or 4 for the sub-byte dtypes, else 8 times the item size."""
+    return SUB_BYTE[dtype][0] if dtype in SUB_BYTE else 8 * dtype.itemsize
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that `count` elements of `bits` bits take: ceil(count * bits / 8)."""
+    return (count * bits + 7) // 8
+
+
+@cache
+def byte_table(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The elements of each of the 256 bytes: shape (256, 8 // bits), int8 or uint8 as `SUB_BYTE` says; read-only."""
+    bits, storage = SUB_BYTE[dtype]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    table = np.ascontiguousarray(codes.astype(storage))
+    if storage == np.int8:  # two's complement: the highest bit of a code is its sign
+        sign = np.int8(1 << (bits - 1))
+        table = (table ^ sign) - sign
+    table.setflags(write=False)
+    return table
+
+
+def unpack(packed: NDArray[np.uint8], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """The first `count` elements of canonical bytes as small integers.
+
+    `packed` has shape (ceil(count * bits / 8),); the result has shape (count,) and dtype int8 (int4, int2) or uint8
+    (uint4, uint2, and the bit patterns of float4_e2m1fn). Unused bits of the last byte are ignored.
+    """
+    table = byte_table(dtype)
+    wide = table.view(f"u{table.shape[1]}")[:, 0]
+    return wide.take(packed).view(table.dtype)[:count]
+
+
+def pack(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Integers of `bits` (2 or 4) bits as canonical bytes: any shape in, shape (ceil(size * bits / 8),) out.
+
+    Only the low `bits` bits of each element count, so that signed and unsigned codes go the same way.
+    """
+    per_byte = 8 // bits
+    flat = np.asarray(codes).reshape(-1).astype(np.uint8, copy=False) & np.uint8((1 << bits) - 1)
+    if flat.size % per_byte:
+        flat = np.concatenate([flat, np.zeros(per_byte - flat.size % per_byte, np.uint8)])
+    packed = flat[0::per_byte].copy()
+    for i in range(1, per_byte):
+        packed |= flat[i::per_byte] << np.uint8(i * bits)
+    return packed

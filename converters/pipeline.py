@@ -1,0 +1,258 @@
+"""The graph: one reader, stages, one or several writers fed from one read. Plans from headers alone, then runs.
+
+    model = select(read(path)) -> dequantize -> [fit to what each writer can hold -> plan] -> write
+
+A stage is Model -> Model and lazy. Planning touches no payload: it decides what each writer will write, how large it
+will be and what is lost on the way. Running hands each tensor, once, to every writer's sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import plugins
+from converters.atomic import atomic_outputs
+from converters.dequantize import dequantize_model, flatten_scales
+from converters.errors import Error, RefusedLoss, Unsupported, UsageError
+from converters.interfaces import Capabilities, OutputFile, Plan, Writer
+from converters.ir import Loss, Model, Tensor
+from converters.options import parse
+from converters.storage import MappedFile
+
+#: Told how many bytes of payload are done, and how many there are.
+Progress = Callable[[int, int], None]
+
+_CACHED_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A file to write: the writer's format, its path, and the writer's own options as given (text or typed)."""
+
+    path: Path
+    format: plugins.Format
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedOutput:
+    """One target with the model as it will be written there."""
+
+    target: Target
+    model: Model
+    plan: Plan
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """What will be lost on the way to this target, reading and stages included, each once."""
+        return tuple(dict.fromkeys((*self.model.losses, *self.plan.losses)))
+
+
+def read(path: Path) -> Model:
+    """The model in a file, headers only; the format by content, then by extension."""
+    try:
+        format = plugins.detect(path)
+        return plugins.reader(format).read(path)
+    except Error as error:
+        error.path = error.path or path
+        raise
+
+
+def select(model: Model, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Model:
+    """The tensors whose names match a pattern of `only` (all, when it is empty) and none of `skip` (shell patterns).
+    Parameters that are tensors of their own stay with their owner. Raises UsageError when nothing is left."""
+    if not only and not skip:
+        return model
+
+    def chosen(name: str) -> bool:
+        return (not only or any(fnmatchcase(name, p) for p in only)) and not any(fnmatchcase(name, p) for p in skip)
+
+    tensors = {
+        name: tensor
+        for name, tensor in model.items()
+        if chosen(owner if (owner := tensor.parameter_of) is not None and owner in model.tensors else name)
+    }
+    if not tensors:
+        raise UsageError(
+            f"no tensor matches --only {list(only)} --skip {list(skip)}: `nibblecast inspect` lists their names",
+            path=model.metadata.source,
+        )
+    losses = tuple(loss for loss in model.losses if not loss.tensor or chosen(loss.tensor))
+    return replace(model, tensors=tensors, losses=losses)
+
+
+def plan(
+    model: Model,
+    targets: Sequence[Target],
+    *,
+    dequantize: np.dtype[Any] | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> list[PlannedOutput]:
+    """What each target will get; reads no payload. Raises UsageError, Unsupported or RefusedLoss when a target is
+    impossible: an output that is an input, two outputs on one path, something that a writer cannot hold."""
+    model = select(model, only, skip)
+    if dequantize is not None:
+        model = dequantize_model(model, dequantize)
+    planned = []
+    for target in targets:
+        writer = plugins.writer(target.format)
+        options = parse(writer.options, target.options, target.format.name)
+        fitted = fit(model, writer.capabilities, target)
+        try:
+            planned.append(PlannedOutput(target, fitted, writer.plan(fitted, target.path, options)))
+        except Error as error:
+            error.path = error.path or target.path
+            raise
+    _refuse_clashes(model, planned)
+    return planned
+
+
+def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
+    """The model as a writer can hold it, after the lossless stages that this takes. Raises Unsupported, with what to
+    add to the command, where only a lossy one would do."""
+    if not capabilities.nested_scale:
+        model = flatten_scales(model)
+    for tensor in model.values():
+        missing = _missing(tensor, capabilities)
+        if missing:
+            raise Unsupported(
+                f"format '{target.format.name}' cannot hold {missing[0]}: {missing[1]}",
+                path=target.path,
+                tensor=tensor.name,
+            )
+    return model
+
+
+def run(planned: Sequence[PlannedOutput], progress: Progress | None = None) -> None:
+    """Writes every planned output, all or none of its files; each tensor is fetched once for all of them."""
+    total = sum(tensor.nbytes for output in planned for tensor in output.model.values())
+    done = 0
+    with ExitStack() as stack:
+        sinks = []
+        for output in planned:
+            streams = stack.enter_context(atomic_outputs([file.path for file in output.plan.files]))
+            sinks.append((output.plan.open(streams), output.model))
+        names = dict.fromkeys(chain.from_iterable(model for _, model in sinks))
+        for name in names:
+            for sink, tensor in _shared(name, sinks):
+                sink.write(tensor)
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done, total)
+            for _, model in sinks:
+                if name in model:
+                    model[name].release()
+        for sink, _ in sinks:
+            sink.close()
+
+
+def output_files(planned: Sequence[PlannedOutput]) -> Iterator[OutputFile]:
+    """All files that the plan writes."""
+    for output in planned:
+        yield from output.plan.files
+
+
+def refuse_losses(planned: Sequence[PlannedOutput]) -> None:
+    """Raises RefusedLoss when anything would be lost (`--fail-on-loss`)."""
+    for output in planned:
+        if output.losses:
+            more = f" (and {len(output.losses) - 1} more)" if len(output.losses) > 1 else ""
+            raise RefusedLoss(
+                f"would lose: {output.losses[0]}{more}; without --fail-on-loss it is only reported",
+                path=output.target.path,
+            )
+
+
+def _shared(name: str, sinks: Sequence[tuple[Any, Model]]) -> Iterator[tuple[Any, Tensor]]:
+    """The sinks that want the tensor; a computed one that several of them want is computed once, unless it is large."""
+    wanted = [(sink, model[name]) for sink, model in sinks if name in model]
+    tensors = {id(tensor): tensor for _, tensor in wanted}
+    if len(tensors) < len(wanted):
+        for key, tensor in tensors.items():
+            tensors[key] = _in_memory(tensor)
+    for sink, tensor in wanted:
+        yield sink, tensors[id(tensor)]
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    from converters.storage import Computed, InMemory
+
+    if isinstance(tensor.data, Computed) and tensor.nbytes <= _CACHED_BYTES:
+        return replace(tensor, data=InMemory(tensor.packed()))
+    return tensor
+
+
+def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | None:
+    """The first thing about `tensor` that a writer cannot hold, and what to do about it."""
+    leave_out = "leave the tensor out with --skip"
+    if tensor.dtype not in capabilities.dtypes:
+        return f"{tensor.dtype} values", leave_out
+    quantization = tensor.quantization
+    if quantization is None:
+        return None
+    for part, held in (
+        (quantization.codebook, capabilities.codebook),
+        (quantization.offset, capabilities.offset),
+        (quantization.group_index, capabilities.group_index),
+    ):
+        if part is not None and not held:
+            names = {id(quantization.codebook): "a codebook", id(quantization.offset): "an offset"}
+            return f"{names.get(id(part), 'a group index')} of quantization", "add --dequantize float32"
+    return None
+
+
+def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
+    inputs = {_identity(file.path) for file in _mapped_files(model)}
+    if model.metadata.source is not None:
+        inputs.add(_identity(model.metadata.source))
+    seen: set[tuple[int, int] | Path] = set()
+    for file in output_files(planned):
+        identity = _identity(file.path)
+        if identity in inputs:
+            raise UsageError("is the input as well as an output: give the output another name", path=file.path)
+        if identity in seen:
+            raise UsageError("would be written twice: give each output its own name", path=file.path)
+        seen.add(identity)
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """The file itself, whatever it is called; the absolute path where there is none yet."""
+    try:
+        status = path.stat()
+    except OSError:
+        return path.absolute()
+    return status.st_dev, status.st_ino
+
+
+def _mapped_files(model: Model) -> Iterator[MappedFile]:
+    """The files that the tensors' data lie in (external data lies beside the source)."""
+    seen: set[int] = set()
+    for tensor in model.values():
+        file = getattr(tensor.data, "file", None)
+        if isinstance(file, MappedFile) and id(file) not in seen:
+            seen.add(id(file))
+            yield file
+
+
+__all__ = [
+    "PlannedOutput",
+    "Progress",
+    "Target",
+    "Writer",
+    "fit",
+    "output_files",
+    "plan",
+    "read",
+    "refuse_losses",
+    "run",
+    "select",
+]

@@ -1,0 +1,184 @@
+"""Which formats there are: one table, and third parties' entry points in the group `nibblecast.formats`.
+
+Modules are imported on first use. An entry point's name is the format's name, and it loads a `Format`; the group is
+scanned only when the table has no answer, or when all formats are listed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from converters.errors import CorruptFile, MissingDependency, UsageError
+from converters.interfaces import Reader, Writer
+
+ENTRY_POINT_GROUP = "nibblecast.formats"
+
+
+@dataclass(frozen=True, slots=True)
+class Magic:
+    """Bytes that a file of the format has at `offset`."""
+
+    offset: int
+    content: bytes
+
+    def matches(self, head: bytes) -> bool:
+        """Whether `head`, the file's first bytes, has them."""
+        return head[self.offset : self.offset + len(self.content)] == self.content
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format: how to recognise it, and where its code is.
+
+    `magic` are alternatives; `reader` and `writer` are "module:Class" (empty: there is none); `install` says what to
+    install when the module's imports fail.
+    """
+
+    name: str
+    description: str
+    extensions: tuple[str, ...]
+    magic: tuple[Magic, ...] = ()
+    reader: str = ""
+    writer: str = ""
+    install: str = ""
+
+
+FORMATS = (
+    Format(
+        "cheader",
+        "C source: packed codes, scales and zero points as const arrays",
+        (".h",),
+        writer="formats.cheader.writer:CHeaderWriter",
+    ),
+    Format(
+        "onnx",
+        "ONNX: weights as initializers behind DequantizeLinear",
+        (".onnx",),
+        (Magic(0, b"\x08"),),
+        reader="formats.onnx.reader:OnnxReader",
+        writer="formats.onnx.writer:OnnxWriter",
+        install="pip install onnx",
+    ),
+    Format(
+        "safetensors",
+        "safetensors: packed codes with self-describing metadata, or plain floats",
+        (".safetensors",),
+        (Magic(8, b"{"),),
+        reader="formats.safetensors.reader:SafetensorsReader",
+        writer="formats.safetensors.writer:SafetensorsWriter",
+    ),
+    Format(
+        "tflite",
+        "TensorFlow Lite / LiteRT models, alone or inside .task and .litertlm",
+        (".tflite", ".task", ".litertlm"),
+        (Magic(4, b"TFL3"), Magic(0, b"LITERTLM"), Magic(0, b"PK\x03\x04")),
+        reader="formats.tflite.reader:TFLiteReader",
+    ),
+)
+
+_BUILT_IN: Mapping[str, Format] = {format.name: format for format in FORMATS}
+_HEAD_BYTES = 64
+
+
+@cache
+def all_formats() -> Mapping[str, Format]:
+    """The table and every installed plugin, by name. Two formats of one name raise UsageError naming both packages; a
+    plugin that fails to load is one warning here, and an error when it is used."""
+    from importlib.metadata import entry_points
+
+    formats = dict(_BUILT_IN)
+    packages = dict.fromkeys(formats, "nibblecast")
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        package = entry_point.dist.name if entry_point.dist else entry_point.value
+        if entry_point.name in packages:
+            raise UsageError(
+                f"format '{entry_point.name}' is offered by both {packages[entry_point.name]} and {package}: "
+                "uninstall one of them"
+            )
+        packages[entry_point.name] = package
+        try:
+            format = entry_point.load()
+            if not isinstance(format, Format):
+                raise TypeError(f"{entry_point.value} is no converters.plugins.Format but {type(format).__name__}")
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the plugin {package} for format '{entry_point.name}' is broken: {reason}", stacklevel=2)
+            format = Format(entry_point.name, f"broken: {reason}", (), install=f"repair or uninstall {package}")
+        formats[entry_point.name] = format
+    return formats
+
+
+def format_named(name: str) -> Format:
+    """The format of that name. Raises UsageError with the known ones when there is none."""
+    format = _BUILT_IN.get(name) or all_formats().get(name)
+    if format is None:
+        raise UsageError(f"there is no format '{name}': known are {', '.join(all_formats())}")
+    return format
+
+
+def detect(path: Path) -> Format:
+    """The format of a file to read: by its content first, by its extension where several or none match.
+    Raises CorruptFile when it cannot be read or nothing matches."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
+    for known in (_known_built_in, all_formats):
+        readable = [format for format in known().values() if format.reader]
+        by_content = [format for format in readable if any(magic.matches(head) for magic in format.magic)]
+        by_extension = [format for format in readable if path.suffix.lower() in format.extensions]
+        both = [format for format in by_content if format in by_extension]
+        for candidates in (both, by_content, by_extension):
+            if len(candidates) == 1:
+                return candidates[0]
+    raise CorruptFile(
+        f"begins with {head[:8]!r}, which is no format known here (nor is its extension '{path.suffix}'): "
+        f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",
+        path=path,
+    )
+
+
+def format_of_target(path: Path) -> Format:
+    """The format to write for an output path, by its extension. Raises UsageError when none or several fit."""
+    for known in (_known_built_in, all_formats):
+        fitting = [f for f in known().values() if f.writer and path.suffix.lower() in f.extensions]
+        if len(fitting) == 1:
+            return fitting[0]
+    writable = ", ".join(f"{f.name} ({' '.join(f.extensions)})" for f in all_formats().values() if f.writer)
+    raise UsageError(
+        f"extension '{path.suffix}' does not tell one format to write: {writable}; or add --to NAME", path=path
+    )
+
+
+def reader(format: Format) -> Reader:
+    """The format's reader, its module imported now. Raises UsageError when it has none."""
+    if not format.reader:
+        raise UsageError(f"format '{format.name}' cannot be read: {format.description}")
+    return cast("Reader", _load(format, format.reader))
+
+
+def writer(format: Format) -> Writer:
+    """The format's writer, its module imported now. Raises UsageError when it has none."""
+    if not format.writer:
+        raise UsageError(f"format '{format.name}' cannot be written: {format.description}")
+    return cast("Writer", _load(format, format.writer))
+
+
+def _known_built_in() -> Mapping[str, Format]:
+    return _BUILT_IN
+
+
+def _load(format: Format, location: str) -> Any:
+    module, _, name = location.partition(":")
+    try:
+        return getattr(import_module(module), name)()
+    except ImportError as error:
+        hint = f": {format.install}" if format.install else ""
+        raise MissingDependency(f"format '{format.name}' needs a package that is missing ({error}){hint}") from error

@@ -1,0 +1,113 @@
+"""Where a tensor's canonical bytes come from: memory, a mapped file, or a computation. All of them are lazy.
+
+One small interface, `Data`: how many bytes there are, and any range of them as a uint8 array.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile
+
+
+@runtime_checkable
+class Data(Protocol):
+    """The canonical bytes of one tensor (`converters.packing` gives the order)."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        ...
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop), shape (stop - start,); the array may be a read-only view, never to be written to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InMemory:
+    """Bytes that are already here: `array` is uint8 of shape (nbytes,)."""
+
+    array: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, array: NDArray[Any]) -> InMemory:
+        """The bytes of any array whose dtype is at least a byte wide, in row-major order."""
+        return cls(np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.size
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.array[start:stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Computed:
+    """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop)."""
+
+    nbytes: int
+    compute: Callable[[int, int], NDArray[np.uint8]]
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.compute(start, stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MappedFile:
+    """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it."""
+
+    path: Path
+    view: NDArray[np.uint8]
+    mapping: mmap.mmap | None
+
+    @classmethod
+    def open(cls, path: Path) -> MappedFile:
+        """Maps `path` whole. Raises CorruptFile when it is not a readable regular file."""
+        try:
+            if not path.is_file():
+                raise CorruptFile("is no file" if path.exists() else "does not exist", path=path)
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size == 0:  # an empty file cannot be mapped
+                    return cls(path, np.zeros(0, np.uint8), None)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
+        return cls(path, np.frombuffer(mapping, np.uint8), mapping)
+
+    def range(self, offset: int, nbytes: int) -> FileRange:
+        """Bytes [offset, offset + nbytes) of the file as tensor data. Raises CorruptFile when it ends before that."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.view.size:
+            raise CorruptFile(
+                f"data at bytes {offset} to {offset + nbytes} lie outside the file of {self.view.size} bytes: "
+                "it is truncated or damaged",
+                path=self.path,
+            )
+        return FileRange(self, offset, nbytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileRange:
+    """A range of a mapped file; `read` copies nothing."""
+
+    file: MappedFile
+    offset: int
+    nbytes: int
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.file.view[self.offset + start : self.offset + min(stop, self.nbytes)]
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets the system drop the pages of bytes [start, stop) from this process; a later `read` brings them back."""
+        if self.file.mapping is not None and stop > start:
+            first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop - first)
