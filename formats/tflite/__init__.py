@@ -1,0 +1,1 @@
+"""TensorFlow Lite / LiteRT (https://ai.google.dev/edge/litert)."""

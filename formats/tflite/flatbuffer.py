@@ -1,0 +1,171 @@
+"""A reader of FlatBuffers that checks every offset and length against the buffer before it follows one.
+
+Format: https://flatbuffers.dev/internals (little endian; a table begins with the signed distance back to its vtable,
+whose entries are offsets of the fields from the table, 0 for an absent one). The official Python runtime (25.12) checks
+nothing and has no verifier, so that a damaged file makes it raise anything or allocate without end.
+
+A schema is written as classes: each field is an attribute that names its slot.
+
+    class Buffer(Table):
+        data = vector(0, np.uint8)
+        offset = scalar(1, "Q")
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any, Generic, Self, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile
+
+T = TypeVar("T")
+TableT = TypeVar("TableT", bound="Table")
+
+
+class FlatBuffer:
+    """The bytes of one flatbuffer: `content` is uint8 of shape (size,), a view of the file."""
+
+    __slots__ = ("content", "memory", "vtables")
+
+    def __init__(self, content: NDArray[np.uint8]) -> None:
+        self.content = content
+        self.memory = content.data
+        self.vtables: dict[int, tuple[int, ...]] = {}
+
+    def unpack(self, format: str, position: int) -> int | float:
+        """One little-endian scalar of a `struct` format. Raises CorruptFile when it lies outside."""
+        if position < 0:
+            raise CorruptFile(f"an offset points to byte {position}, before the flatbuffer: the file is damaged")
+        try:
+            value: int | float = struct.unpack_from("<" + format, self.memory, position)[0]
+        except struct.error:
+            raise CorruptFile(
+                f"an offset points to byte {position}, beyond the flatbuffer's {len(self.memory)} bytes: "
+                "the file is truncated or damaged"
+            ) from None
+        return value
+
+    def integer(self, format: str, position: int) -> int:
+        """Like `unpack`, for the integer formats."""
+        return int(self.unpack(format, position))
+
+    def follow(self, position: int) -> int:
+        """Where the unsigned offset stored at `position` leads."""
+        return position + self.integer("I", position)
+
+    def array(self, position: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The vector of scalars at `position` as a view, shape (length,)."""
+        length = self.integer("I", position)
+        start, nbytes = position + 4, length * dtype.itemsize
+        if start + nbytes > self.content.size:
+            raise CorruptFile(
+                f"a vector at byte {position} claims {length} elements of {dtype}, which would end at byte "
+                f"{start + nbytes} of {self.content.size}: the file is truncated or damaged"
+            )
+        return self.content[start : start + nbytes].view(dtype)
+
+    def vtable(self, table: int) -> tuple[int, ...]:
+        """The field offsets of the table at `table`, by slot."""
+        position = table - self.integer("i", table)
+        known = self.vtables.get(position)
+        if known is None:
+            size = self.integer("H", position)
+            if size < 4 or size % 2 or position + size > self.content.size:
+                raise CorruptFile(f"the vtable at byte {position} has size {size}: the file is truncated or damaged")
+            known = struct.unpack_from(f"<{size // 2 - 2}H", self.memory, position + 4)
+            self.vtables[position] = known
+        return known
+
+
+class Table:
+    """A table at a position of a flatbuffer; subclasses list its fields."""
+
+    __slots__ = ("_fields", "_position", "flatbuffer")
+
+    def __init__(self, buffer: FlatBuffer, position: int) -> None:
+        self.flatbuffer = buffer
+        self._position = position
+        self._fields = buffer.vtable(position)
+
+    @classmethod
+    def root(cls, content: NDArray[np.uint8]) -> Self:
+        """The root table of a flatbuffer."""
+        buffer = FlatBuffer(content)
+        return cls(buffer, buffer.follow(0))
+
+    def position_of(self, slot: int) -> int | None:
+        """Where the field of that slot lies; None when it is absent."""
+        offset = self._fields[slot] if slot < len(self._fields) else 0
+        return self._position + offset if offset else None
+
+
+class Field(Generic[T]):
+    """A field of a table: read each time it is accessed; an absent one has its default."""
+
+    __slots__ = ("_decode", "_default", "_slot")
+
+    def __init__(self, slot: int, decode: Callable[[FlatBuffer, int], T], default: T) -> None:
+        self._slot, self._decode, self._default = slot, decode, default
+
+    @overload
+    def __get__(self, table: None, owner: type[Table]) -> Self: ...
+    @overload
+    def __get__(self, table: Table, owner: type[Table]) -> T: ...
+    def __get__(self, table: Table | None, owner: type[Table]) -> Self | T:
+        if table is None:
+            return self
+        position = table.position_of(self._slot)
+        return self._default if position is None else self._decode(table.flatbuffer, position)
+
+    @property
+    def slot(self) -> int:
+        """The field's number in the schema (a union takes two: its type, then its value)."""
+        return self._slot
+
+
+def scalar(slot: int, format: str, default: int = 0) -> Field[int]:
+    """An integer (or bool, "?") of a `struct` format."""
+    return Field(slot, lambda buffer, position: buffer.integer(format, position), default)
+
+
+def string(slot: int) -> Field[str | None]:
+    """A string; bytes that are not UTF-8, which some producers write, appear as backslash escapes."""
+
+    def decode(buffer: FlatBuffer, position: int) -> str | None:
+        return buffer.array(buffer.follow(position), np.dtype(np.uint8)).tobytes().decode("utf-8", "backslashreplace")
+
+    return Field(slot, decode, None)
+
+
+def vector(slot: int, dtype: type[np.generic]) -> Field[NDArray[Any] | None]:
+    """A vector of scalars as a view of the file, shape (length,); None when it is absent."""
+    little_endian = np.dtype(dtype).newbyteorder("<")
+
+    def decode(buffer: FlatBuffer, position: int) -> NDArray[Any] | None:
+        return buffer.array(buffer.follow(position), little_endian)
+
+    return Field(slot, decode, None)
+
+
+def table(slot: int, schema: type[TableT]) -> Field[TableT | None]:
+    """A table, or the value of a union once its type is known; None when it is absent."""
+
+    def decode(buffer: FlatBuffer, position: int) -> TableT | None:
+        return schema(buffer, buffer.follow(position))
+
+    return Field(slot, decode, None)
+
+
+def tables(slot: int, schema: type[TableT]) -> Field[list[TableT]]:
+    """A vector of tables; empty when it is absent."""
+
+    def decode(buffer: FlatBuffer, position: int) -> list[TableT]:
+        start = buffer.follow(position)
+        offsets = buffer.array(start, np.dtype("<u4")).tolist()
+        return [schema(buffer, start + 4 + 4 * i + offset) for i, offset in enumerate(offsets)]
+
+    return Field(slot, decode, [])

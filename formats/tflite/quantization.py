@@ -1,0 +1,145 @@
+"""TFLite's quantization parameters as the IR's.
+
+    real = (code - zero_point) * scale
+
+The subtraction is one of integers, the multiplication one of float32; LiteRT 2.3 computes the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+import ml_dtypes
+import numpy as np
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_axis, per_tensor
+from formats.tflite.schema import BlockwiseQuantization, MultiAxisQuantization, QuantizationParameters
+
+_SCALE_DTYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+
+#: Gives the constant tensor at an index of the same subgraph; raises CorruptFile when there is none.
+ParameterOf = Callable[[int], Tensor]
+
+
+def quantization_of(
+    name: str, shape: tuple[int, ...], parameters: QuantizationParameters | None, parameter_of: ParameterOf
+) -> tuple[Quantization | None, list[Loss]]:
+    """The parameters of a constant integer tensor; None when it is not quantized (no table, or one without scales).
+    Raises CorruptFile when they contradict the shape, Unsupported for details without a public meaning."""
+    if parameters is None:
+        return None, []
+    if parameters.details_type:
+        return _details(shape, parameters, parameter_of), []
+    return _affine(name, shape, parameters)
+
+
+def _affine(
+    name: str, shape: tuple[int, ...], parameters: QuantizationParameters
+) -> tuple[Quantization | None, list[Loss]]:
+    scale, zero_point = parameters.scale, parameters.zero_point
+    if scale is None or scale.size == 0:
+        return None, []
+    if zero_point is None or zero_point.size != scale.size:
+        count = 0 if zero_point is None else zero_point.size
+        raise CorruptFile(f"has {scale.size} scales but {count} zero points; as many are needed")
+    if not np.isfinite(scale).all():
+        position = int(np.argmin(np.isfinite(scale)))
+        raise CorruptFile(f"has scale {scale[position]} for channel {position}; a finite number is needed")
+    losses: list[Loss] = []
+    axis = parameters.quantized_dimension
+    if scale.size == 1:
+        block_shape = per_tensor(shape)
+    else:
+        if len(shape) == 1 and axis != 0 and shape[0] == scale.size:
+            # tflite-micro's own person_detect gives its 1-D biases the axis of the weights
+            losses.append(Loss(name, "reinterpreted", f"quantized dimension {axis} of a 1-D tensor taken as 0"))
+            axis = 0
+        if not 0 <= axis < len(shape) or shape[axis] != scale.size:
+            raise CorruptFile(
+                f"has {scale.size} scales along dimension {axis} of shape {shape}; "
+                "one for the tensor or one for each index of the dimension is needed"
+            )
+        block_shape = per_axis(shape, axis)
+    grid = grid_shape(shape, block_shape)
+    return Quantization(
+        scale=Tensor.from_array(f"{name}.scale", scale.reshape(grid)),
+        block_shape=block_shape,
+        zero_point=Tensor.from_array(f"{name}.zero_point", zero_point.reshape(grid)),
+    ), losses
+
+
+def _details(shape: tuple[int, ...], parameters: QuantizationParameters, parameter_of: ParameterOf) -> Quantization:
+    kind = parameters.details_type
+    if kind == BlockwiseQuantization.TYPE and parameters.blockwise is not None:
+        blockwise = parameters.blockwise
+        if blockwise.block_shape is not None and blockwise.block_shape.size:
+            raise Unsupported(
+                f"has a block shape {blockwise.block_shape.tolist()} in its blockwise quantization: no producer of it "
+                "is known, and its meaning is not documented"
+            )
+        if not shape or blockwise.block_size < 1 or shape[-1] % blockwise.block_size:
+            raise CorruptFile(
+                f"has blocks of {blockwise.block_size} along the last dimension of shape {shape}; a divisor is needed"
+            )
+        # quantized_dimension is 0 in every real file, though the blocks run along the last dimension
+        block_shape = blocked(shape, len(shape) - 1, blockwise.block_size)
+        return _with_parameter_tensors(shape, block_shape, blockwise, parameter_of)
+    if kind == MultiAxisQuantization.TYPE and parameters.multi_axis is not None:
+        return _with_parameter_tensors(
+            shape, _multi_axis_blocks(shape, parameters.multi_axis), parameters.multi_axis, parameter_of
+        )
+    raise Unsupported(
+        f"has quantization details of type {kind}; blockwise ({BlockwiseQuantization.TYPE}) and "
+        f"multi-axis ({MultiAxisQuantization.TYPE}) are known"
+    )
+
+
+def _multi_axis_blocks(shape: tuple[int, ...], details: MultiAxisQuantization) -> tuple[int, ...]:
+    axes = [] if details.quantized_dimensions is None else details.quantized_dimensions.tolist()
+    if not axes or len(set(axes)) != len(axes) or any(not 0 <= axis < len(shape) for axis in axes):
+        raise CorruptFile(f"is quantized along dimensions {axes} of shape {shape}")
+    block_shape = list(per_tensor(shape))
+    for axis in axes:
+        block_shape[axis] = 1
+    if details.block_size < 0 or (details.block_size and shape[axes[-1]] % details.block_size):
+        raise CorruptFile(f"has blocks of {details.block_size} along dimension {axes[-1]} of shape {shape}")
+    block_shape[axes[-1]] = details.block_size or 1
+    return tuple(block_shape)
+
+
+def _with_parameter_tensors(
+    shape: tuple[int, ...],
+    block_shape: tuple[int, ...],
+    details: BlockwiseQuantization | MultiAxisQuantization,
+    parameter_of: ParameterOf,
+) -> Quantization:
+    grid = grid_shape(shape, block_shape)
+    scale = parameter_of(details.scales)
+    if scale.dtype not in _SCALE_DTYPES or scale.size != prod(grid):
+        raise CorruptFile(
+            f"takes its scales from tensor '{scale.name}' of {scale.dtype} and shape {scale.shape}; "
+            f"floats of shape {grid} are needed"
+        )
+    return Quantization(_in_shape(scale, grid), block_shape, _zero_point(details.zero_points, grid, parameter_of))
+
+
+def _zero_point(index: int, grid: tuple[int, ...], parameter_of: ParameterOf) -> Tensor | None:
+    if index < 0:
+        return None
+    try:
+        zero_point = parameter_of(index)
+        fits = is_integer(zero_point.dtype) and zero_point.size == prod(grid)
+    except CorruptFile:
+        fits = False
+    if fits:
+        return _in_shape(zero_point, grid)
+    if index == 0:  # the schema's default for an absent field: not meant for tensor 0
+        return None
+    raise CorruptFile(f"takes its zero points from tensor {index}, which holds no integers of shape {grid}")
+
+
+def _in_shape(parameter: Tensor, grid: tuple[int, ...]) -> Tensor:
+    return parameter if parameter.shape == grid else replace(parameter, shape=grid)
