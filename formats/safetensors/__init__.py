@@ -1,0 +1,1 @@
+"""safetensors (https://github.com/huggingface/safetensors)."""

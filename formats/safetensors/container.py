@@ -1,0 +1,140 @@
+"""The safetensors container: its header, checked, and where each tensor's bytes lie.
+
+Format: a u64 length, a JSON object of that length, the data (https://github.com/huggingface/safetensors, 0.8, whose
+refusals are ours too: holes, overlaps, trailing bytes, sizes that do not match).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+import ml_dtypes
+import numpy as np
+
+from converters.errors import CorruptFile, Unsupported
+from converters.packing import bits_of
+from converters.storage import FileRange, MappedFile
+
+MAX_HEADER_BYTES = 100_000_000
+METADATA_KEY = "__metadata__"
+
+#: The container's dtypes that have a NumPy (or ml_dtypes) equivalent.
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "U16": np.dtype(np.uint16),
+        "I16": np.dtype(np.int16),
+        "U32": np.dtype(np.uint32),
+        "I32": np.dtype(np.int32),
+        "U64": np.dtype(np.uint64),
+        "I64": np.dtype(np.int64),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F32": np.dtype(np.float32),
+        "F64": np.dtype(np.float64),
+        "C64": np.dtype(np.complex64),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+    }
+)
+_DTYPES_WITHOUT_NUMPY = frozenset({"F6_E2M3", "F6_E3M2"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """An entry of the header: logical shape, dtype, and its bytes in the file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    data: FileRange
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Container:
+    """A whole file: the entries in the header's order, and the `__metadata__` strings."""
+
+    entries: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+
+def open_container(file: MappedFile) -> Container:
+    """Parses and checks the header. Raises CorruptFile with what is wrong, Unsupported for dtypes unknown here."""
+    header, start = _header(file)
+    metadata = header.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFile(f"its {METADATA_KEY} is no object of strings")
+    spans = sorted((_entry(name, entry, file, start) for name, entry in header.items()), key=lambda span: span[1:3])
+    end = 0
+    for name, first, last, _ in spans:
+        if first != end:
+            raise CorruptFile(
+                f"its data begins at byte {first} where byte {end} is due: holes and overlaps are refused", tensor=name
+            )
+        end = last
+    if start + end != file.view.size:
+        raise CorruptFile(
+            f"has {file.view.size} bytes where its header describes {start + end}: it is truncated or has a tail"
+        )
+    entries = {name: entry for name, _, _, entry in spans}
+    return Container({name: entries[name] for name in header}, metadata)
+
+
+def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    if file.view.size < 8:
+        raise CorruptFile(f"has {file.view.size} bytes; a safetensors file begins with a length of 8")
+    length = int(file.view[:8].view("<u8")[0])
+    if length > min(MAX_HEADER_BYTES, file.view.size - 8):
+        raise CorruptFile(
+            f"claims a header of {length} bytes; the file has {file.view.size - 8} after the length, "
+            f"and {MAX_HEADER_BYTES} are the most"
+        )
+    try:
+        header = json.loads(file.view[8 : 8 + length].tobytes(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"its header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise CorruptFile("its header is no JSON object")
+    return header, 8 + length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' is there twice")
+    return values
+
+
+def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, int, int, StoredTensor]:
+    if not isinstance(entry, dict):
+        raise CorruptFile("its header entry is no object", tensor=name)
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
+        raise CorruptFile(f"has shape {shape!r} and data_offsets {offsets!r}; counts are needed", tensor=name)
+    if kind in _DTYPES_WITHOUT_NUMPY:
+        raise Unsupported(f"is of dtype {kind}, which is not read yet: only its producer can unpack it", tensor=name)
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise Unsupported(f"is of dtype {kind!r}, which safetensors 0.8 does not know", tensor=name)
+    first, last = offsets
+    dtype, bits = DTYPES[kind], prod(shape) * bits_of(DTYPES[kind])
+    if bits % 8 or last - first != bits // 8:
+        raise CorruptFile(
+            f"has {last - first} bytes for shape {shape} of {kind}, which takes {bits / 8:g}", tensor=name
+        )
+    return name, first, last, StoredTensor(tuple(shape), dtype, file.range(start + first, last - first))
+
+
+def _counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

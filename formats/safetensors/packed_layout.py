@@ -1,0 +1,125 @@
+"""The layout `packed`: how the IR lies in a safetensors file, described by JSON in `__metadata__["nibblecast"]`.
+
+    {"version": 1, "tensors": {NAME: TENSOR, ...}}
+    TENSOR = {"data": KEY, "dtype": "int4", "shape": [..], "quantization": QUANTIZATION, "uses": [[OP, INPUT, AXIS]],
+              "parameter_of": NAME}
+    QUANTIZATION = {"block_shape": [..], "scale": TENSOR, "zero_point": TENSOR, "offset": TENSOR, "codebook": TENSOR,
+                    "group_index": TENSOR, "group_axis": N}
+
+KEY is the key of the stored bytes. Dtypes that the container lacks (int4, int2, …) are stored as U8 of shape [bytes] in
+the IR's canonical order: row-major, low bits first. Everything optional is absent when there is none. A scale may have
+a quantization of its own. docs/safetensors.md has a reader of it in ten lines of NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import GroupIndex, Model, Quantization, Tensor, Use
+from converters.packing import SUB_BYTE
+from formats.safetensors.container import DTYPES, StoredTensor
+
+METADATA_NAME = "nibblecast"
+VERSION = 1
+
+_DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
+    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, np.dtype(np.complex128))
+}
+_PARAMETERS = ("scale", "zero_point", "offset", "codebook")
+
+#: Chooses the key under which a tensor's bytes are stored, given the tensor and the key it should preferably have.
+StoreUnder = Callable[[Tensor, str], str]
+
+
+def describe(model: Model, store: StoreUnder) -> str:
+    """The JSON that describes `model`; `store` is called for every tensor and parameter with bytes to store."""
+    tensors = {name: _described(tensor, name, store) for name, tensor in model.items()}
+    return json.dumps({"version": VERSION, "tensors": tensors}, ensure_ascii=False, separators=(",", ":"))
+
+
+def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors that a description promises, from what is stored. Raises CorruptFile when it is damaged or
+    contradicts what is stored, Unsupported when it is of a later version."""
+    try:
+        document = json.loads(description)
+        if document["version"] != VERSION:
+            raise Unsupported(f"its nibblecast metadata is of version {document['version']}; this one reads {VERSION}")
+        models: dict[str, Tensor] = {}
+        promised = document["tensors"]
+        # parameters that are tensors of their own come first, so that their owners share the very object
+        for name in sorted(promised, key=lambda name: "parameter_of" not in promised[name]):
+            models[name] = _built(name, promised[name], stored, models)
+        return {name: models[name] for name in promised}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptFile(f"its nibblecast metadata is damaged ({reason}): convert the source again") from error
+
+
+def _described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
+    description: dict[str, Any] = {
+        "data": store(tensor, name),
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+    }
+    quantization = tensor.quantization
+    if quantization is not None:
+        description["quantization"] = {"block_shape": list(quantization.block_shape)} | {
+            role: _described(parameter, f"{name}.{role}", store) for role, parameter in quantization.parameters()
+        }
+        if quantization.group_index is not None:
+            description["quantization"]["group_axis"] = quantization.group_index.axis
+    if tensor.uses:
+        description["uses"] = [[use.operator, use.input, use.channel_axis] for use in tensor.uses]
+    if tensor.parameter_of is not None:
+        description["parameter_of"] = tensor.parameter_of
+    return description
+
+
+def _built(
+    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+) -> Tensor:
+    key = description["data"]
+    shape = tuple(_count(size) for size in description["shape"])
+    dtype = _DTYPES_BY_NAME[description["dtype"]]
+    shared = models.get(key)
+    if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
+        return shared
+    if key not in stored:
+        raise CorruptFile(f"its nibblecast metadata refers to '{key}', which is not stored", tensor=name)
+    quantization = None
+    if "quantization" in description:
+        quantization = _built_quantization(name, description["quantization"], stored, models)
+    uses = tuple(Use(str(use[0]), int(use[1]), use[2]) for use in description.get("uses", ()))
+    return Tensor(name, shape, dtype, stored[key].data, quantization, uses, description.get("parameter_of"))
+
+
+def _built_quantization(
+    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+) -> Quantization:
+    parameters = {
+        role: _built(f"{name}.{role}", description[role], stored, models) for role in _PARAMETERS if role in description
+    }
+    group_index = None
+    if "group_index" in description:
+        index = _built(f"{name}.group_index", description["group_index"], stored, models)
+        group_index = GroupIndex(_count(description["group_axis"]), index)
+    block_shape = tuple(_count(size) for size in description["block_shape"])
+    return Quantization(
+        scale=parameters["scale"],
+        block_shape=block_shape,
+        zero_point=parameters.get("zero_point"),
+        offset=parameters.get("offset"),
+        codebook=parameters.get("codebook"),
+        group_index=group_index,
+    )
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
