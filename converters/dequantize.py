@@ -4,12 +4,14 @@
 
 Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
 order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
-The work is done in pieces that stay in the processor's cache, by table look-up where a byte holds the codes.
+The work is done in pieces that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported, UsageError
 from converters.ir import Loss, Model, Quantization, Tensor, is_float, is_integer
-from converters.packing import SUB_BYTE, byte_table
+from converters.packing import SUB_BYTE, byte_table, packed_size, unpack
 from converters.storage import Computed
 
 #: What values can be dequantized to, by name.
@@ -29,7 +31,11 @@ FLOAT_DTYPES = {
 }
 
 _FLOAT32 = np.dtype(np.float32)
-_PIECE_ELEMENTS = 1 << 17  # 512 KiB of float32: half of a common second-level cache
+_PART_ELEMENTS = 1 << 22
+_PIECE_ELEMENTS = 1 << 16  # 256 KiB of float32: well inside a common second-level cache
+
+_EXACT_IN_INT8 = 112  # less 4-bit codes, that is: -128 <= code - zero_point <= 127
+_EXACT_IN_FLOAT32 = 1 << 23  # likewise, less 16-bit codes: below 2 ** 24
 
 
 def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -42,18 +48,9 @@ def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     if tensor.dtype.kind == "c":
         raise Unsupported(f"{tensor.dtype} values have no float form: leave it out with --skip", tensor=tensor.name)
     values = np.empty(tensor.size, dtype)
-    scratch = None if dtype == _FLOAT32 else np.empty(0, np.float32)
     start = 0
-    for part in tensor.parts(_PIECE_ELEMENTS * tensor.bits // 8):
-        out = values[start : start + part.size]
-        if scratch is None:
-            _decode(part, out)
-        else:
-            if scratch.size < part.size:
-                scratch = np.empty(part.size, np.float32)
-            _decode(part, scratch[: part.size])
-            with np.errstate(over="ignore"):  # beyond float16's range is infinity, as in every framework
-                out[...] = scratch[: part.size]
+    for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
+        _decode(part, values[start : start + part.size])
         start += part.size
     return values.reshape(tensor.shape)
 
@@ -99,74 +96,159 @@ def flatten_scales(model: Model) -> Model:
     return replace(model, tensors=tensors, losses=tuple(losses))
 
 
-def _decode(part: Tensor, out: NDArray[np.float32]) -> None:
-    """Writes the float32 values of `part`, flat, to `out`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Where:
+    """Positions [start, stop) along `axis` of a tensor seen in `view_shape`, in which a block is an axis of its own."""
+
+    view_shape: tuple[int, ...]
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """One operation of the formula; `parameter` broadcasts to the view. An integer one is for integer codes."""
+
+    operation: np.ufunc
+    parameter: NDArray[Any]
+
+    def apply(self, values: NDArray[Any], where: _Where) -> None:
+        """Does it in place; `values` are the flat elements at `where`."""
+        parameter = self.parameter
+        if not where.view_shape:
+            view = values.reshape(())
+        else:
+            shape, axis = where.view_shape, where.axis
+            view = values.reshape(*shape[:axis], where.stop - where.start, *shape[axis + 1 :])
+            if parameter.shape[axis] > 1:
+                parameter = parameter[(slice(None),) * axis + (slice(where.start, where.stop),)]
+        with np.errstate(over="ignore", invalid="ignore"):  # beyond float32's range is infinity, as in every framework
+            self.operation(view, parameter, out=view)
+
+
+def _decode(part: Tensor, out: NDArray[Any]) -> None:
+    """Writes the values of `part`, flat, to `out`, in pieces that stay in the cache from unpacking to rounding."""
+    steps = _steps(part)
+    table = _table(part)
+    view_shape = _view_shape(part) if steps else (part.size,)
+    axis = next((axis for axis, size in enumerate(view_shape) if size != 1), 0)
+    count, unit = (view_shape[axis], prod(view_shape[axis + 1 :])) if view_shape else (1, 1)
+    piece = max(1, _PIECE_ELEMENTS // max(1, unit) // 8) * 8  # a multiple of 8 elements ends on a whole byte
+    packed = part.packed()
+    scratch = None if out.dtype == np.float32 else np.empty(min(piece, count) * unit, np.float32)
+    for start in range(0, count, piece):
+        where = _Where(view_shape, axis, start, min(count, start + piece))
+        first, last = start * unit, where.stop * unit
+        target = out[first:last]
+        values = target if scratch is None else scratch[: target.size]
+        codes = packed[first * part.bits // 8 : packed_size(last, part.bits)]
+        remaining: Sequence[_Step] = steps
+        if table is not None:
+            _look_up(table, codes, values)
+        else:
+            remaining = _widen(part.dtype, codes, steps, where, values)
+        for step in remaining:
+            step.apply(values, where)
+        if scratch is not None:
+            with np.errstate(over="ignore"):  # beyond float16's range is infinity, as in every framework
+                target[...] = values
+
+
+def _widen(
+    dtype: np.dtype[Any], packed: NDArray[np.uint8], steps: Sequence[_Step], where: _Where, out: NDArray[np.float32]
+) -> Sequence[_Step]:
+    """Writes the elements of `packed` to `out`, less their zero points where those are subtracted as integers; gives
+    the steps that remain."""
+    elements = unpack(packed, dtype, out.size) if dtype in SUB_BYTE else packed.view(dtype)
+    if steps and steps[0].parameter.dtype.kind == "i":
+        exact = elements.astype(steps[0].parameter.dtype, copy=dtype not in SUB_BYTE)
+        steps[0].apply(exact, where)
+        out[...] = exact
+        return steps[1:]
+    with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; signalling NaNs
+        out[...] = elements
+    return steps
+
+
+def _steps(part: Tensor) -> list[_Step]:
+    """The operations that follow the look-up, in order."""
     quantization = part.quantization
     if quantization is None or part.size == 0:
-        _widen(part, None, out)
-        return
-    zero_point = quantization.zero_point
-    if zero_point is not None and part.dtype.itemsize >= 4 and is_integer(zero_point.dtype):
-        # wide codes do not fit float32 before the subtraction
-        codes = part.codes().astype(np.int64)
-        _broadcast(np.subtract, codes, zero_point.numpy().astype(np.int64), quantization)
-        out[...] = codes.reshape(-1)
-        zero_point = None
-    else:
-        _widen(part, quantization.codebook, out)
-    values = out.reshape(part.shape)
-    if zero_point is not None:
-        _broadcast(np.subtract, values, zero_point.dequantize(np.float32), quantization)
-    _broadcast(np.multiply, values, quantization.scale.dequantize(np.float32), quantization)
+        return []
+    steps = []
+    if quantization.zero_point is not None:
+        zero_point = _zero_point(part, quantization.zero_point)
+        steps.append(_Step(np.subtract, _spread(zero_point, part.shape, quantization)))
+    steps.append(_Step(np.multiply, _spread(quantization.scale.dequantize(np.float32), part.shape, quantization)))
     if quantization.offset is not None:
-        _broadcast(np.add, values, quantization.offset.dequantize(np.float32), quantization)
+        steps.append(_Step(np.add, _spread(quantization.offset.dequantize(np.float32), part.shape, quantization)))
+    return steps
 
 
-def _widen(part: Tensor, codebook: Tensor | None, out: NDArray[np.float32]) -> None:
-    """Writes the elements of `part`, or what the codebook says for them, to `out` as float32."""
-    if part.dtype in SUB_BYTE:
-        table = byte_table(part.dtype)
-        if codebook is not None:
-            entries = codebook.dequantize(np.float32)[table]
-        elif is_float(part.dtype):
-            entries = table.view(part.dtype).astype(np.float32)
-        else:
-            entries = table.astype(np.float32)
-        _look_up(entries, part.packed(), out)
-    elif codebook is not None:
-        np.take(codebook.dequantize(np.float32), part.packed(), out=out, mode="clip")
-    else:
-        with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; signalling NaNs
-            out[...] = part.codes().reshape(-1)
+def _zero_point(part: Tensor, zero_point: Tensor) -> NDArray[Any]:
+    """The zero points in the type that they are subtracted in: int8 for sub-byte codes, which is fastest; float32 where
+    the difference is exact in it; int64 for wide codes or zero points; float32 for any that are no integers."""
+    integers = is_integer(part.dtype) and is_integer(zero_point.dtype) and _table(part) is None
+    if not integers or zero_point.quantization is not None:
+        return zero_point.dequantize(np.float32)
+    stored = zero_point.numpy().astype(np.int64)
+    largest = max(int(stored.max(initial=0)), -int(stored.min(initial=0)))
+    if part.dtype.itemsize >= 4 or largest >= _EXACT_IN_FLOAT32:
+        return stored
+    return stored.astype(np.int8 if part.dtype in SUB_BYTE and largest <= _EXACT_IN_INT8 else np.float32)
+
+
+def _table(part: Tensor) -> NDArray[np.float32] | None:
+    """The float32 elements of each of the 256 bytes, shape (256, elements of a byte), where codes are not numbers
+    themselves: they are looked up in a codebook, or are the patterns of a small float."""
+    codebook = part.quantization.codebook if part.quantization is not None else None
+    if codebook is not None:
+        entries: NDArray[np.float32] = codebook.dequantize(np.float32)
+        return entries[byte_table(part.dtype)] if part.dtype in SUB_BYTE else entries.reshape(256, 1)
+    if part.dtype in SUB_BYTE and is_float(part.dtype):
+        return byte_table(part.dtype).view(part.dtype).astype(np.float32)
+    return None
 
 
 def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-    """`table` has the float32 elements of each byte, shape (256, elements of a byte); an odd end is cut."""
+    """Writes the elements of `packed` to `out`; of the last byte only what still fits."""
     per_byte = table.shape[1]
     whole = out.size // per_byte
-    entry = np.dtype(f"V{4 * per_byte}") if per_byte > 2 else np.dtype(np.uint64)
+    entry = np.dtype({1: np.uint32, 2: np.uint64, 4: np.complex128}[per_byte])
     entries = np.ascontiguousarray(table).view(entry)[:, 0]
     np.take(entries, packed[:whole], out=out[: whole * per_byte].view(entry), mode="clip")
     if whole * per_byte < out.size:
         out[whole * per_byte :] = table[packed[whole]][: out.size - whole * per_byte]
 
 
-def _broadcast(operation: np.ufunc, values: NDArray[Any], parameter: NDArray[Any], quantization: Quantization) -> None:
-    """`values` = operation(values, parameter) in place, each parameter for its whole block."""
-    group_index = quantization.group_index
-    view_shape: list[int] = []
-    for axis, (size, block) in enumerate(zip(values.shape, quantization.block_shape, strict=True)):
-        at = len(view_shape)
-        if group_index is not None and group_index.axis == axis:
-            parameter = parameter.take(group_index.index.numpy(), axis=at)
-            view_shape.append(size)
-        elif parameter.shape[at] == 1 or block == 1:
-            view_shape.append(size)
-        elif size % block == 0:
-            view_shape += [size // block, block]
-            parameter = np.expand_dims(parameter, at + 1)
-        else:  # the last block is shorter
+def _splits(size: int, block: int) -> bool:
+    """Whether an axis is seen as (blocks, elements of a block); else as it is, its parameters repeated if need be."""
+    return 1 < block < size and size % block == 0
+
+
+def _view_shape(part: Tensor) -> tuple[int, ...]:
+    """The shape of `part` with every axis of several whole blocks split in two."""
+    quantization = part.quantization
+    if quantization is None:
+        return part.shape
+    shape: list[int] = []
+    for axis, (size, block) in enumerate(zip(part.shape, quantization.block_shape, strict=True)):
+        indexed = quantization.group_index is not None and quantization.group_index.axis == axis
+        shape += [size // block, block] if _splits(size, block) and not indexed else [size]
+    return tuple(shape)
+
+
+def _spread(parameter: NDArray[Any], shape: tuple[int, ...], quantization: Quantization) -> NDArray[Any]:
+    """`parameter`, of the grid's shape, as it broadcasts to the view of `_view_shape`."""
+    at = 0
+    for axis, (size, block) in enumerate(zip(shape, quantization.block_shape, strict=True)):
+        if quantization.group_index is not None and quantization.group_index.axis == axis:
+            parameter = parameter.take(quantization.group_index.index.numpy(), axis=at)
+        elif _splits(size, block):
+            at += 1
+            parameter = np.expand_dims(parameter, at)
+        elif 1 < block < size:  # the last block is shorter
             parameter = parameter.repeat(block, axis=at).take(range(size), axis=at)
-            view_shape.append(size)
-    view = values.reshape(view_shape)
-    operation(view, parameter, out=view)
+        at += 1
+    return parameter

@@ -27,6 +27,9 @@ SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
     }
 )
 
+#: How the elements of a byte are spread over the bytes of a wider word: (shift left and merge, then mask), in turn.
+_SPREAD = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
+
 
 def bits_of(dtype: np.dtype[Any]) -> int:
     """Bits that one element takes in canonical bytes: 2 or 4 for the sub-byte dtypes, else 8 times the item size."""
@@ -38,29 +41,31 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-@cache
-def byte_table(dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The elements of each of the 256 bytes: shape (256, 8 // bits), int8 or uint8 as `SUB_BYTE` says; read-only."""
-    bits, storage = SUB_BYTE[dtype]
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
-    table = np.ascontiguousarray(codes.astype(storage))
-    if storage == np.int8:  # two's complement: the highest bit of a code is its sign
-        sign = np.int8(1 << (bits - 1))
-        table = (table ^ sign) - sign
-    table.setflags(write=False)
-    return table
-
-
 def unpack(packed: NDArray[np.uint8], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    """The first `count` elements of canonical bytes as small integers.
+    """The first `count` elements of canonical bytes as small integers, in a new array.
 
     `packed` has shape (ceil(count * bits / 8),); the result has shape (count,) and dtype int8 (int4, int2) or uint8
     (uint4, uint2, and the bit patterns of float4_e2m1fn). Unused bits of the last byte are ignored.
     """
-    table = byte_table(dtype)
-    wide = table.view(f"u{table.shape[1]}")[:, 0]
-    return wide.take(packed).view(table.dtype)[:count]
+    bits, storage = SUB_BYTE[dtype]
+    wide = packed.astype("<u2" if bits == 4 else "<u4")
+    for shift, mask in _SPREAD[bits]:  # every element comes to lie in a byte of its own
+        wide |= wide << wide.dtype.type(shift)
+        wide &= wide.dtype.type(mask)
+    codes = wide.view(storage)
+    if storage == np.int8:  # two's complement: the highest bit of a code is its sign
+        codes ^= np.int8(1 << (bits - 1))
+        codes -= np.int8(1 << (bits - 1))
+    return codes[:count]
+
+
+@cache
+def byte_table(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The elements of each of the 256 bytes: shape (256, 8 // bits), int8 or uint8 as `SUB_BYTE` says; read-only."""
+    per_byte = 8 // SUB_BYTE[dtype][0]
+    table = unpack(np.arange(256, dtype=np.uint8), dtype, 256 * per_byte).reshape(256, per_byte)
+    table.setflags(write=False)
+    return table
 
 
 def pack(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -133,7 +133,16 @@ def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
 
 
 def run(planned: Sequence[PlannedOutput], progress: Progress | None = None) -> None:
-    """Writes every planned output, all or none of its files; each tensor is fetched once for all of them."""
+    """Writes every planned output, all or none of its files; each tensor is fetched once for all of them. Raises
+    UsageError when the system refuses (a full disk, say)."""
+    try:
+        _run(planned, progress)
+    except OSError as error:
+        paths = ", ".join(str(file.path) for file in output_files(planned))
+        raise UsageError(f"cannot write {paths}: {error.strerror or error}") from error
+
+
+def _run(planned: Sequence[PlannedOutput], progress: Progress | None) -> None:
     total = sum(tensor.nbytes for output in planned for tensor in output.model.values())
     done = 0
     with ExitStack() as stack:

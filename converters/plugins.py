@@ -130,6 +130,8 @@ def detect(path: Path) -> Format:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
+    if not head:
+        raise CorruptFile("is empty", path=path)
     for known in (_known_built_in, all_formats):
         readable = [format for format in known().values() if format.reader]
         by_content = [format for format in readable if any(magic.matches(head) for magic in format.magic)]

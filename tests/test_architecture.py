@@ -1,0 +1,119 @@
+"""The rules of who may import whom, and of what a run may import at all."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from converters import plugins
+
+ROOT = Path(__file__).parent.parent
+FOR_FORMATS = {
+    "converters.errors",
+    "converters.interfaces",
+    "converters.ir",
+    "converters.packing",
+    "converters.storage",
+    "converters.version",
+}
+
+
+def modules(package: str) -> Iterator[tuple[Path, set[str]]]:
+    """Every module of a package with the modules that it imports."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        imported: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module)
+                imported |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "converters"}
+        yield path, imported
+
+
+def test_formats_import_of_converters_only_what_is_meant_for_them() -> None:
+    for path, imported in modules("formats"):
+        foreign = {name for name in imported if name.split(".")[0] == "converters"} - FOR_FORMATS
+        assert not foreign, f"{path} imports {foreign}"
+
+
+def test_no_format_imports_another() -> None:
+    for path, imported in modules("formats"):
+        own = path.relative_to(ROOT / "formats").parts[0]
+        others = {
+            name for name in imported if name.startswith("formats.") and name.split(".")[1] not in (own, "encodings")
+        }
+        assert not others, f"{path} imports {others}"
+
+
+def test_converters_name_no_format() -> None:
+    for path, imported in modules("converters"):
+        assert not {name for name in imported if name.split(".")[0] == "formats"}, path
+
+
+def test_every_format_package_is_in_the_table() -> None:
+    packages = {path.name for path in (ROOT / "formats").iterdir() if (path / "__init__.py").exists()}
+    listed = {location.split(".")[1] for f in plugins.FORMATS for location in (f.reader, f.writer) if location}
+    assert packages - {"encodings"} == listed
+
+
+def test_every_reader_and_writer_of_the_table_loads() -> None:
+    for format in plugins.FORMATS:
+        if format.reader:
+            assert callable(plugins.reader(format).read)
+        if format.writer:
+            assert callable(plugins.writer(format).plan)
+
+
+def test_the_table_is_alphabetical() -> None:
+    names = [format.name for format in plugins.FORMATS]
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forbidden"),
+    [
+        (["--help"], ["formats", "onnx", "torch", "safetensors"]),
+        (
+            ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.h"],
+            [
+                "onnx",
+                "onnx_ir",
+                "torch",
+                "tflite",
+                "safetensors",
+                "flatbuffers",
+                "rich",
+                "pydantic",
+                "importlib.metadata",
+            ],
+        ),
+        (
+            ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.safetensors", "--verify"],
+            ["onnx", "onnx_ir", "torch", "tflite", "rich"],
+        ),
+        (["inspect", "fixtures/tflite/cnn_int4_per_channel.tflite"], ["onnx", "onnx_ir", "torch", "tflite"]),
+    ],
+    ids=["help", "to C", "to safetensors", "inspect"],
+)
+def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom converters.cli import main\n"
+        f"sys.argv = ['nibblecast', *{[a.format(tmp=tmp_path) for a in arguments]!r}]\n"
+        "try:\n    main()\nfinally:\n"
+        f"    print('IMPORTED', [m for m in {forbidden!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+def test_no_file_is_long() -> None:
+    for package in ("converters", "formats", "tests", "benchmarks", "fixtures"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 560, path
