@@ -48,7 +48,6 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "F4": np.dtype(ml_dtypes.float4_e2m1fn),
     }
 )
-_DTYPES_WITHOUT_NUMPY = frozenset({"F6_E2M3", "F6_E3M2"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,10 +122,9 @@ def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, in
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise CorruptFile(f"has shape {shape!r} and data_offsets {offsets!r}; counts are needed", tensor=name)
-    if kind in _DTYPES_WITHOUT_NUMPY:
-        raise Unsupported(f"is of dtype {kind}, which is not read yet: only its producer can unpack it", tensor=name)
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise Unsupported(f"is of dtype {kind!r}, which safetensors 0.8 does not know", tensor=name)
+        reason = "has no NumPy form" if kind in ("F6_E2M3", "F6_E3M2") else "is unknown to safetensors 0.8"
+        raise Unsupported(f"is of dtype {kind!r}, which {reason}: leave it out with its producer's tools", tensor=name)
     first, last = offsets
     dtype, bits = DTYPES[kind], prod(shape) * bits_of(DTYPES[kind])
     if bits % 8 or last - first != bits // 8:

@@ -1,0 +1,1 @@
+"""What nibblecast costs: ratios against peers, measured in one run (`make bench`)."""

@@ -1,0 +1,48 @@
+"""Timing by turns: the machine's speed drifts, so two things are compared only within one run, one after the other."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the table: what was measured, ours and the peer's figure, their ratio, and what is wanted of it."""
+
+    what: str
+    ours: str
+    peer: str
+    ratio: str
+    wanted: str
+
+
+def by_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """The median seconds of both, called in turn after one call each that does not count."""
+    first(), second()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for function, times in zip((first, second), seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def command(arguments: Sequence[str]) -> Callable[[], None]:
+    """A call that runs a whole process and fails when it fails."""
+
+    def run() -> None:
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    return run
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    lines = ["| what | nibblecast | peer | ratio | wanted |", "|---|---|---|---|---|"]
+    lines += [f"| {row.what} | {row.ours} | {row.peer} | {row.ratio} | {row.wanted} |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""The container: what the official library refuses is refused, in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import converters
+from converters.errors import CorruptFile, Error, Unsupported
+
+
+def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), first: Any = 0, last: Any = 8) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (b"\x02\0\0", CorruptFile, "begins with a length of 8|no format known"),
+        (file_of(b"{}", length=100), CorruptFile, "claims a header of 100 bytes"),
+        (file_of(b"{}", length=1 << 60), CorruptFile, "claims a header of"),
+        (file_of(b"{]"), CorruptFile, "its header is no JSON"),
+        (file_of(b'{"\xff":1}'), CorruptFile, "its header is no JSON"),
+        (file_of(b'{"a":' * 100_000), CorruptFile, "its header is no JSON"),
+        (file_of({"a": 1}), CorruptFile, "tensor 'a': its header entry is no object"),
+        (file_of({"__metadata__": {"a": 1}}), CorruptFile, "no object of strings"),
+        (file_of({"a": entry(last=9)}, bytes(9)), CorruptFile, r"has 9 bytes for shape \[2\] of F32, which takes 8"),
+        (file_of({"a": entry(shape=[-2])}, bytes(8)), CorruptFile, "counts are needed"),
+        (file_of({"a": entry(shape=[2.0])}, bytes(8)), CorruptFile, "counts are needed"),
+        (file_of({"a": entry(first=-8, last=0)}, bytes(8)), CorruptFile, "counts are needed"),
+        (file_of({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(8)), CorruptFile, "which takes"),
+        (file_of({"a": entry()}, bytes(4)), CorruptFile, "outside the file|truncated"),
+        (file_of({"a": entry()}, bytes(9)), CorruptFile, "it is truncated or has a tail"),
+        (file_of({"a": entry(first=1, last=9)}, bytes(9)), CorruptFile, "holes and overlaps are refused"),
+        (file_of({"a": entry(), "b": entry(first=4, last=12)}, bytes(12)), CorruptFile, "holes and overlaps"),
+        (file_of(b'{"a":1,"a":2}'), CorruptFile, "the key 'a' is there twice"),
+        (file_of({"a": entry("I4")}, bytes(8)), Unsupported, "of dtype 'I4', which is unknown"),
+        (
+            file_of({"a": entry("F6_E2M3", [4], 0, 3)}, bytes(3)),
+            Unsupported,
+            "is of dtype 'F6_E2M3', which has no NumPy form",
+        ),
+        (file_of({"a": entry("F4", [3], 0, 2)}, bytes(2)), CorruptFile, "which takes 1.5"),
+        (file_of({"a": entry(["F32"])}, bytes(8)), Unsupported, "is of dtype"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_wrong_is_refused_in_one_line(content: bytes, error: type, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(error, match=message) as raised:
+        converters.load(path)
+    assert "\n" not in str(raised.value)
+    assert "bad.safetensors" in str(raised.value)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_the_official_library_refuses_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    entries = data.draw(
+        st.dictionaries(
+            st.sampled_from(["a", "b", "c"]),
+            st.builds(
+                entry,
+                st.sampled_from(["F32", "U8", "F4", "BF16", "X"]),
+                st.lists(st.integers(0, 4), max_size=2),
+                st.integers(0, 12),
+                st.integers(0, 16),
+            ),
+            max_size=3,
+        )
+    )
+    content = file_of(entries, bytes(data.draw(st.integers(0, 16))))
+    path = tmp_path / "any.safetensors"
+    path.write_bytes(content)
+    try:
+        safetensors.deserialize(content)
+        official = True
+    except safetensors.SafetensorError:
+        official = False
+    try:
+        converters.load(path)
+        ours = True
+    except Error:
+        ours = False
+    assert ours == official, entries
+
+
+def test_plain_files_of_the_official_library(tmp_path: Path) -> None:
+    arrays = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.array([True, False]),
+        "half": np.linspace(0, 1, 5).astype(np.float16),
+        "scalar": np.array(3, np.int64),
+        "empty": np.zeros((0, 4), np.uint8),
+    }
+    safetensors.numpy.save_file(arrays, tmp_path / "plain.safetensors", {"format": "np"})
+    model = converters.load(tmp_path / "plain.safetensors")
+    assert set(model) == set(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(model[name].numpy(), array, strict=True)
+        assert model[name].quantization is None
+    assert model.metadata.producer == "np"
+
+
+def test_opening_reads_the_header_only(tmp_path: Path) -> None:
+    header = json.dumps({"a": entry("F32", [1 << 30], 0, 1 << 32)}).encode()
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:  # 4 GiB that take no space: reading them would show
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 32))
+    tensor = converters.load(path)["a"]
+    assert tensor.shape == (1 << 30,)
+    assert next(iter(tensor.parts(4096))).numpy().sum() == 0
