@@ -1,14 +1,14 @@
 """Two models, code for code and value for value.
 
-Where both tensors are quantized, their codes must be equal, their parameters, and so their values. Codes of different
-dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only one is
+Where both tensors are quantized, their codes must be equal and their parameters, and so their values. Codes of
+different dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only one is
 quantized, values are compared in the other one's dtype; plain tensors are compared as they are. NaN equals NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -20,6 +20,9 @@ from converters.ir import Model, Quantization, Tensor, is_float, is_integer
 
 _PIECE_ELEMENTS = 1 << 20
 _SHOWN = 3
+
+#: What of a tensor is compared: an array of its shape.
+View = Callable[[Tensor], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,13 @@ def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
     """What differs between two tensors of one name."""
     if a.shape != b.shape:
         return [Difference(a.name, "shape", 0, f"shape {a.shape} against {b.shape}")]
-    views = [_plain_view(a, b)] if a.quantization is None or b.quantization is None else [_codes_view(a, b), _values]
-    differences = []
-    for kind, view in zip(("values",) if len(views) == 1 else ("codes", "values"), views, strict=True):
-        difference = _first_differences(a, b, kind, view)
-        if difference is not None:
-            differences.append(difference)
-    if a.quantization is not None and b.quantization is not None and not differences:
-        differences += _parameter_differences(a.name, a.quantization, b.quantization)
-    return differences
+    if a.quantization is None or b.quantization is None:
+        return _differences(a, b, "values", _plain_view(a, b))
+    differences = _differences(a, b, "codes", _codes_view(a, b))
+    if a.dtype == b.dtype and _same_roles(a.quantization, b.quantization):
+        # values follow from codes and parameters, which also tell apart what no value shows (a block of zeros, say)
+        return differences + _parameter_differences(a.name, a.quantization, b.quantization)
+    return differences + _differences(a, b, "values", _values)
 
 
 def _weights(model: Model) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def _values(tensor: Tensor) -> NDArray[Any]:
     return tensor.dequantize(np.float32)
 
 
-def _plain_view(a: Tensor, b: Tensor) -> Any:
+def _plain_view(a: Tensor, b: Tensor) -> View:
     """How to look at two tensors of which at most one is quantized."""
     if a.quantization is None and b.quantization is None:
         if a.dtype == b.dtype or (is_integer(a.dtype) and is_integer(b.dtype)):
@@ -109,7 +110,7 @@ def _plain_view(a: Tensor, b: Tensor) -> Any:
     return lambda tensor: tensor.dequantize(dtype)
 
 
-def _codes_view(a: Tensor, b: Tensor) -> Any:
+def _codes_view(a: Tensor, b: Tensor) -> View:
     if a.dtype == b.dtype or is_float(a.dtype) or is_float(b.dtype):
         return Tensor.codes
     return _codes_from_zero
@@ -127,30 +128,37 @@ def _codes_from_zero(tensor: Tensor) -> NDArray[Any]:
     return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.data, unscaled).dequantize(np.float32)
 
 
-def _first_differences(a: Tensor, b: Tensor, kind: str, view: Any) -> Difference | None:
+def _differences(a: Tensor, b: Tensor, kind: str, view: View) -> list[Difference]:
+    """One Difference that counts the places where the views differ and shows the first ones; none when they agree."""
     count = 0
     shown: list[str] = []
-    for start, x, y in _pieces(a, b, view):
+    for start, x_part, y_part in _pieces(a, b):
+        if a.dtype == b.dtype and view is Tensor.codes and np.array_equal(x_part.packed(), y_part.packed()):
+            continue
+        x, y = view(x_part).reshape(-1), view(y_part).reshape(-1)
         places = np.flatnonzero(_unequal(x, y))
         count += places.size
         for place in places[: _SHOWN - len(shown)]:
             index = tuple(int(i) for i in np.unravel_index(start + int(place), a.shape)) if a.shape else ()
             shown.append(f"{index} {x[place]} against {y[place]}")
-    return Difference(a.name, kind, count, ", ".join(shown)) if count else None
+    return [Difference(a.name, kind, count, ", ".join(shown))] if count else []
 
 
-def _pieces(a: Tensor, b: Tensor, view: Any) -> Iterator[tuple[int, NDArray[Any], NDArray[Any]]]:
-    """The same ranges of both, flat, with the position of their first element."""
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The same rows of both, with the position of their first element."""
     rows = next((size for size in a.shape if size != 1), 1)
     if a.size <= _PIECE_ELEMENTS or not a.shape:
-        yield 0, view(a).reshape(-1), view(b).reshape(-1)
+        yield 0, a, b
         return
     row = a.size // rows
     step = lcm(a.row_step, b.row_step)
     step *= max(1, _PIECE_ELEMENTS // row // step)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        yield start * row, view(a.rows(start, stop)).reshape(-1), view(b.rows(start, stop)).reshape(-1)
+        x, y = a.rows(start, stop), b.rows(start, stop)
+        yield start * row, x, y
+        x.release()
+        y.release()
 
 
 def _unequal(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
@@ -162,18 +170,22 @@ def _unequal(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
     return unequal
 
 
+def _same_roles(a: Quantization, b: Quantization) -> bool:
+    """Whether both have the same blocks and the same parameters, zero points aside, whose absence means zeros."""
+    roles = [{role for role, _ in quantization.parameters()} - {"zero_point"} for quantization in (a, b)]
+    return roles[0] == roles[1] and a.block_shape == b.block_shape and a.scale.shape == b.scale.shape
+
+
 def _parameter_differences(name: str, a: Quantization, b: Quantization) -> list[Difference]:
-    """Parameters that no value shows (of a block that is all zero, say). Where the grids differ they are
-    different ways to say the same, as the values agree."""
-    if a.block_shape != b.block_shape or (a.group_index is None) != (b.group_index is None):
-        return []
     differences = []
+    zeros = Tensor.from_array("zeros", np.zeros(a.scale.shape, np.int8))
     of_a, of_b = dict(a.parameters()), dict(b.parameters())
-    for role in ("scale", "offset", "codebook"):
-        if (role in of_a) != (role in of_b):
-            differences.append(Difference(name, role, 0, f"{role} is there in only one"))
-        elif role in of_a:
-            difference = _first_differences(of_a[role], of_b[role], role, _values)
-            if difference is not None:
-                differences.append(Difference(name, role, difference.count, difference.detail))
+    for role in dict.fromkeys((*of_a, *of_b)):
+        x, y = of_a.get(role, zeros), of_b.get(role, zeros)
+        differences += [replace(found, tensor=name) for found in _differences(x, y, role, _parameter_view(x, y))]
     return differences
+
+
+def _parameter_view(a: Tensor, b: Tensor) -> View:
+    """Integers as they are, whatever their width; the rest by its values."""
+    return Tensor.codes if is_integer(a.dtype) and is_integer(b.dtype) and a.quantization is None else _values

@@ -306,7 +306,8 @@ class Tensor:
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
         """The tensor in pieces of about `nbytes` canonical bytes, in order; their data put together is this one's.
-        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large)."""
+        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large); when
+        the next one is asked for, its pages may be dropped from memory."""
         count = self.shape[self._row_axis] if self.shape else 1
         if self.nbytes <= nbytes or count <= self.row_step:
             yield self
@@ -318,7 +319,9 @@ class Tensor:
             return
         step = max(1, nbytes // row_bytes // self.row_step) * self.row_step
         for start in range(0, count, step):
-            yield self.rows(start, min(start + step, count))
+            part = self.rows(start, min(start + step, count))
+            yield part
+            part.release()
 
     def release(self) -> None:
         """Lets the system drop the pages of a mapped file that were read for this tensor."""

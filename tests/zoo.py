@@ -239,6 +239,9 @@ def wide_codes() -> Model:
             name = f"{np.dtype(dtype).name} minus {zero_point and np.dtype(zero_point).name}"
             tensors.append(quantized(name, shape, blocked(shape, 1, 4), dtype=dtype, zero_point=zero_point))
         tensors.append(quantized(f"{np.dtype(dtype).name} bias", (7,), per_axis((7,), 0), dtype=dtype))
+        zeros = Tensor.from_array("zeros", np.zeros((7,), np.int64))
+        bias = quantized(f"{np.dtype(dtype).name} bias minus zeros", (7,), per_axis((7,), 0), dtype=dtype)
+        tensors.append(replace(bias, quantization=replace(bias.quantization, zero_point=zeros)))
     return model(tensors)
 
 

@@ -9,6 +9,8 @@ from converters.cli.arguments import Json, Source, human_bytes, print_json, tabl
 from converters.errors import printable
 from converters.ir import Model, Quantization, Tensor
 
+_READ_BYTES = 1 << 16
+
 
 def inspect(source: Source, json: Json = False) -> None:
     """List a model's tensors: shape, dtype, granularity of quantization, bits per weight, bytes."""
@@ -27,6 +29,19 @@ def _parameter_bytes(quantization: Quantization | None) -> int:
 
 def _bits_per_weight(tensor: Tensor) -> float:
     return 8 * (tensor.nbytes + _parameter_bytes(tensor.quantization)) / tensor.size if tensor.size else 0.0
+
+
+def _zero_points(quantization: Quantization | None) -> str:
+    """What a table says of zero points: nothing is read where there are many."""
+    if quantization is None:
+        return ""
+    zero_point = quantization.zero_point
+    if zero_point is None:
+        return "none"
+    if zero_point.nbytes > _READ_BYTES:
+        return zero_point.dtype.name
+    values = zero_point.dequantize()
+    return f"{values.min():g}" if (values == values.min()).all() else f"{values.min():g} to {values.max():g}"
 
 
 def _consumers(tensor: Tensor) -> str:
@@ -51,13 +66,12 @@ def _print(model: Model) -> None:
     table.add_column("used by", overflow="fold")
     for name, tensor in model.items():
         quantization = tensor.quantization
-        zero_point = "" if quantization is None else "yes" if quantization.zero_point is not None else "no"
         table.add_row(
             Text(printable(name)),
             "×".join(map(str, tensor.shape)) or "scalar",
             tensor.dtype.name,
             tensor.granularity,
-            zero_point,
+            _zero_points(quantization),
             f"{_bits_per_weight(tensor):.2f}",
             str(tensor.nbytes + _parameter_bytes(quantization)),
             Text(printable(_consumers(tensor))),
