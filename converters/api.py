@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from converters import pipeline, plugins
 from converters.comparison import Comparison, compare
 from converters.errors import UsageError, VerificationFailed
-from converters.interfaces import OutputFile
+from converters.interfaces import OutputFile, Progress
 from converters.ir import Loss, Model
 from converters.options import describe
 
@@ -53,7 +53,7 @@ def convert(
     verify: bool = False,
     fail_on_loss: bool = False,
     dry_run: bool = False,
-    progress: pipeline.Progress | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
     """Converts a file to one or several targets in one read.
@@ -78,9 +78,10 @@ def convert(
     )
 
 
-def verify(a: AnyPath | Model, b: AnyPath | Model) -> Comparison:
+def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None) -> Comparison:
     """Compares two models or files, code for code where both are quantized, value for value otherwise."""
-    return compare(*(model if isinstance(model, Model) else load(model) for model in (a, b)))
+    first, second = (model if isinstance(model, Model) else load(model) for model in (a, b))
+    return compare(first, second, progress)
 
 
 def _convert(
@@ -94,7 +95,7 @@ def _convert(
     verify: bool = False,
     fail_on_loss: bool = False,
     dry_run: bool = False,
-    progress: pipeline.Progress | None = None,
+    progress: Progress | None = None,
     options: Mapping[str, Any],
 ) -> Conversion:
     if not targets:
@@ -111,11 +112,12 @@ def _convert(
     if fail_on_loss:
         pipeline.refuse_losses(planned)
     losses = tuple(dict.fromkeys(loss for output in planned for loss in output.losses))
-    conversion = Conversion(model.metadata.source or Path(), tuple(pipeline.output_files(planned)), losses)
+    files = tuple(dict.fromkeys(pipeline.output_files(planned)))
+    conversion = Conversion(model.metadata.source or Path(), files, losses)
     if dry_run:
         return conversion
     pipeline.run(planned, progress)
-    written = tuple(OutputFile(file.path, file.path.stat().st_size) for file in conversion.files)
+    written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
     verified = {output.target.path: _verified(output) for output in planned} if verify else {}
     return replace(conversion, files=written, verified=verified)
 

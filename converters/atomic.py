@@ -10,10 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
 from converters.errors import UsageError
+
+_NUMBERS = count()
 
 
 @contextmanager
@@ -22,7 +25,7 @@ def atomic_outputs(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
     On an exception nothing is left and what was there before is untouched. Raises UsageError when a folder is missing
     or not writable."""
     streams: list[BinaryIO] = []
-    temporary = [path.with_name(f".{path.name[:200]}.{os.getpid()}.nibblecast-part") for path in paths]
+    temporary = [_temporary_name(path) for path in paths]
     try:
         for path, name in zip(paths, temporary, strict=True):
             streams.append(_create(path, name))
@@ -43,6 +46,10 @@ def atomic_outputs(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
         for name in temporary:
             with suppress(OSError):
                 name.unlink(missing_ok=True)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name[:150]}.{os.getpid()}-{next(_NUMBERS)}.nibblecast-part")
 
 
 def _create(path: Path, temporary: Path) -> BinaryIO:

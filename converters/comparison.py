@@ -1,8 +1,8 @@
 """Two models, code for code and value for value.
 
 Where both tensors are quantized, their codes must be equal and their parameters, and so their values. Codes of
-different dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only one is
-quantized, values are compared in the other one's dtype; plain tensors are compared as they are. NaN equals NaN.
+different dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only
+one is quantized, values are compared in the other one's dtype; plain tensors are compared as they are. NaN equals NaN.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.dequantize import FLOAT_DTYPES
+from converters.interfaces import Progress
 from converters.ir import Model, Quantization, Tensor, is_float, is_integer
 
 _PIECE_ELEMENTS = 1 << 20
@@ -59,15 +60,20 @@ class Comparison:
         return not self.differences
 
 
-def compare(a: Model, b: Model) -> Comparison:
-    """Compares all tensors of two models by name; tensors that are only parameters of others count with those."""
+def compare(a: Model, b: Model, progress: Progress | None = None) -> Comparison:
+    """Compares all tensors of two models by name; tensors that are only parameters of others count with those.
+    `progress` is told of the first model's bytes."""
     weights_a, weights_b = _weights(a), _weights(b)
     differences: list[Difference] = []
     common = [name for name in weights_a if name in weights_b]
     for which, names, others in (("second", weights_a, weights_b), ("first", weights_b, weights_a)):
         differences += [Difference(n, "missing", 0, f"missing in the {which}") for n in names if n not in others]
+    total, done = sum(weights_a[name].nbytes for name in common), 0
     for name in common:
         differences += compare_tensors(weights_a[name], weights_b[name])
+        done += weights_a[name].nbytes
+        if progress is not None:
+            progress(done, total)
         weights_a[name].release()
         weights_b[name].release()
     return Comparison(

@@ -8,7 +8,7 @@ their place, all or none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -16,6 +16,9 @@ from typing import Any, BinaryIO, ClassVar, Protocol
 import numpy as np
 
 from converters.ir import Loss, Model, Tensor
+
+#: Told how many bytes of payload are done, and how many there are.
+Progress = Callable[[int, int], None]
 
 
 def option(default: Any, help: str) -> Any:
@@ -46,10 +49,12 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file that will be written: where, and how many bytes, exactly (None where only writing tells)."""
+    """A file that will be written: where, and how many bytes, exactly (None where only writing tells). A `shared` one
+    is the same for every model, so that several outputs in one folder may all write it."""
 
     path: Path
     nbytes: int | None
+    shared: bool = False
 
 
 class Reader(Protocol):

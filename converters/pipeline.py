@@ -8,7 +8,7 @@ will be and what is lost on the way. Running hands each tensor, once, to every w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,13 +22,10 @@ from converters import plugins
 from converters.atomic import atomic_outputs
 from converters.dequantize import dequantize_model, flatten_scales
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
-from converters.interfaces import Capabilities, OutputFile, Plan, Writer
+from converters.interfaces import Capabilities, OutputFile, Plan, Progress
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
 from converters.storage import MappedFile
-
-#: Told how many bytes of payload are done, and how many there are.
-Progress = Callable[[int, int], None]
 
 _CACHED_BYTES = 1 << 26
 
@@ -223,14 +220,14 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
     inputs = {_identity(file.path) for file in _mapped_files(model)}
     if model.metadata.source is not None:
         inputs.add(_identity(model.metadata.source))
-    seen: set[tuple[int, int] | Path] = set()
+    seen: dict[tuple[int, int] | Path, OutputFile] = {}
     for file in output_files(planned):
         identity = _identity(file.path)
         if identity in inputs:
             raise UsageError("is the input as well as an output: give the output another name", path=file.path)
-        if identity in seen:
+        if identity in seen and not (file.shared and seen[identity].shared):
             raise UsageError("would be written twice: give each output its own name", path=file.path)
-        seen.add(identity)
+        seen[identity] = file
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:
@@ -250,18 +247,3 @@ def _mapped_files(model: Model) -> Iterator[MappedFile]:
         if isinstance(file, MappedFile) and id(file) not in seen:
             seen.add(id(file))
             yield file
-
-
-__all__ = [
-    "PlannedOutput",
-    "Progress",
-    "Target",
-    "Writer",
-    "fit",
-    "output_files",
-    "plan",
-    "read",
-    "refuse_losses",
-    "run",
-    "select",
-]

@@ -63,7 +63,6 @@ FORMATS = (
         (Magic(0, b"\x08"),),
         reader="formats.onnx.reader:OnnxReader",
         writer="formats.onnx.writer:OnnxWriter",
-        install="pip install onnx",
     ),
     Format(
         "safetensors",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.cli.arguments import human_bytes, with_default_dequantize
+from converters.cli.arguments import human_bytes, progress_bar, with_default_dequantize
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 INT4 = str(FIXTURES / "cnn_int4_per_channel.tflite")
@@ -157,6 +157,32 @@ def test_hostile_names_stay_on_their_line_and_out_of_the_terminal() -> None:
     assert done.returncode == 0
     assert "\x1b" not in done.stdout
     assert "\\n" in done.stdout
+
+
+def test_a_bar_shows_on_a_terminal_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress_bar("convert", quiet=True) as progress:
+        assert progress is None
+    with progress_bar("convert", quiet=False) as progress:
+        assert progress is not None
+        progress(1, 2)  # too little to show
+        progress(1 << 29, 1 << 30)
+        progress(1 << 30, 1 << 30)
+
+
+def test_terminated_it_cleans_up_and_says_so_in_its_exit_code(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from converters.cli import main\n"
+        "from formats.safetensors import writer\n"
+        "writer._SafetensorsSink.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv = ['nibblecast', 'convert', {INT4!r}, {str(tmp_path / 'a.safetensors')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + 15
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes_for_people() -> None:

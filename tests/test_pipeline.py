@@ -107,6 +107,12 @@ def test_two_outputs_on_one_path_are_refused(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
+def test_two_c_outputs_in_one_folder_share_the_runtime_header(tmp_path: Path) -> None:
+    done = converters.convert(INT4, tmp_path / "a.h", tmp_path / "b.h")
+    assert listing(tmp_path) == ["a.c", "a.h", "b.c", "b.h", "nibblecast.h"]
+    assert sorted(file.path.name for file in done.files) == listing(tmp_path)
+
+
 def test_targets_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.safetensors").mkdir()
     for target, reason in (

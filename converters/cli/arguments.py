@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError
+from converters.interfaces import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 Source = Annotated[Path, typer.Argument(help="The model file to read.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+_MUCH = 1 << 28
 
 
 def with_default_dequantize(arguments: Sequence[str]) -> list[str]:
@@ -67,3 +71,37 @@ def table_console() -> Console:
 
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=1_000, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(what: str, *, quiet: bool) -> Iterator[Progress | None]:
+    """Something to tell how many bytes are done: a bar on stderr, only on a terminal, and only where there is much to
+    do; None when nobody looks."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    bars: list[tuple[Any, Any]] = []
+
+    def report(done: int, total: int) -> None:
+        if total < _MUCH:
+            return
+        if not bars:
+            bars.append(_started_bar(what, total))
+        bar, task = bars[0]
+        bar.update(task, completed=done)
+
+    try:
+        yield report
+    finally:
+        for bar, _ in bars:
+            bar.stop()
+
+
+def _started_bar(what: str, total: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    bar.start()
+    return bar, bar.add_task(what, total=total)

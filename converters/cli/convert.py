@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, Quiet, Source, human_bytes, key_values, print_json
+from converters.cli.arguments import Json, Quiet, Source, human_bytes, key_values, print_json, progress_bar
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError, printable
-from converters.pipeline import Progress
 
 _SHOWN_LOSSES = 10
 
@@ -38,7 +35,7 @@ def convert(
     """Convert a model to one or several files in one read."""
     if dequantize is not None and dequantize not in FLOAT_DTYPES:
         raise UsageError(f"--dequantize '{dequantize}': {', '.join(FLOAT_DTYPES)} are possible")
-    with _progress(quiet or json) as progress:
+    with progress_bar("convert", quiet=quiet or json) as progress:
         conversion = api.convert(
             source,
             *targets,
@@ -93,35 +90,3 @@ def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
             for path, comparison in conversion.verified.items()
         ],
     }
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Progress | None]:
-    """A progress bar on stderr, only on a terminal, and only once there is much to do."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    bars: list[Any] = []
-
-    def report(done: int, total: int) -> None:
-        if total < 1 << 28:
-            return
-        if not bars:
-            bars.append(_bar(total))
-            bars[0][0].start()
-        bars[0][0].update(bars[0][1], completed=done)
-
-    try:
-        yield report
-    finally:
-        for bar, _ in bars:
-            bar.stop()
-
-
-def _bar(total: int) -> tuple[Any, Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    return bar, bar.add_task("convert", total=total)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, print_json, table_console
+from converters.cli.arguments import Json, print_json, progress_bar, table_console
 from converters.comparison import Comparison
 from converters.errors import ExitCode, printable
 
@@ -21,7 +21,8 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare two models: code for code where both are quantized, value for value otherwise. Exit 6 when different."""
-    comparison = api.verify(a, b)
+    with progress_bar("verify", quiet=json) as progress:
+        comparison = api.verify(a, b, progress=progress)
     if json:
         _print_json(comparison)
     else:

@@ -1,0 +1,1 @@
+"""C source: a header and a source file with weights as constant arrays."""

@@ -1,0 +1,114 @@
+"""How the elements of each dtype are spelled in C: the array's element type, and literals of one fixed width.
+
+No literal needs a narrowing conversion (an error in C++): packed codes and bit patterns are unsigned and hexadecimal,
+signed integers decimal. The most negative int32 and int64 have no literal in C and get <stdint.h>'s names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.packing import SUB_BYTE
+from formats.cheader import floats
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """The literals of one kind of array.
+
+    `c_type` is the array's element type, `dtype` the same for NumPy; a literal and its comma take `width` characters,
+    right-aligned, and `per_line` of them make a line. `encode` turns elements of shape (n,) and `dtype` into ASCII,
+    uint8 of shape (n, width).
+    """
+
+    c_type: str
+    dtype: np.dtype[Any]
+    width: int
+    per_line: int
+    encode: Callable[[NDArray[Any]], NDArray[np.uint8]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of flash that one element takes."""
+        return self.dtype.itemsize
+
+
+@cache
+def _table(format: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The literal of every element of a dtype of one or two bytes, by its bit pattern; each an opaque item."""
+    count = 1 << (8 * dtype.itemsize)
+    patterns = np.arange(count, dtype=f"u{dtype.itemsize}")
+    text = ((format + ",") * count) % tuple(patterns.view(dtype).tolist())
+    return np.frombuffer(text.encode(), f"V{len(text) // count}")
+
+
+def _look_up(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
+    patterns = elements.view(f"u{elements.dtype.itemsize}")
+    literals: NDArray[Any] = np.take(_table(format, elements.dtype), patterns)
+    return literals.view(np.uint8).reshape(elements.size, -1)
+
+
+#: What `%` makes of values that C has no literals for, and what stands for them in C at the same width.
+_SPECIAL = (
+    (b"-2147483648,", b"  INT32_MIN,"),
+    (b"-9223372036854775808,", b"           INT64_MIN,"),
+    (b"            nan,", b" " + floats.NAN + b","),
+    (b"           -inf,", b"-" + floats.INFINITY + b","),
+    (b"            inf,", b" " + floats.INFINITY + b","),
+)
+
+
+def _format(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
+    text = (((format + ",") * elements.size) % tuple(elements.tolist())).encode()
+    for spelled, special in _SPECIAL:
+        if spelled in text:
+            text = text.replace(spelled, special)
+    return np.frombuffer(text, np.uint8).reshape(elements.size, -1)
+
+
+def _by_table(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
+    return Notation(c_type, np.dtype(dtype), len(format % 0) + 1, per_line, partial(_look_up, format))
+
+
+def _by_format(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
+    return Notation(c_type, np.dtype(dtype), len(format % 0) + 1, per_line, partial(_format, format))
+
+
+UINT8 = _by_table("uint8_t", np.uint8, "0x%02x", 16)
+INT8 = _by_table("int8_t", np.int8, "%4d", 16)
+UINT16 = _by_table("uint16_t", np.uint16, "0x%04x", 12)
+INT16 = _by_table("int16_t", np.int16, "%6d", 12)
+UINT32 = _by_format("uint32_t", np.uint32, "0x%08xu", 8)
+INT32 = _by_format("int32_t", np.int32, "%11d", 8)
+UINT64 = _by_format("uint64_t", np.uint64, "0x%016xu", 4)
+INT64 = _by_format("int64_t", np.int64, "%20d", 4)
+FLOAT32 = Notation("float", np.dtype(np.float32), floats.WIDTH, 6, floats.literals)
+FLOAT64 = _by_format("double", np.float64, "%24r", 4)
+
+#: The notation of each dtype that a tensor may have. What is narrower than a byte goes as packed bytes, what C has no
+#: type for as bit patterns.
+NOTATIONS: Mapping[np.dtype[Any], Notation] = MappingProxyType(
+    {
+        **dict.fromkeys(SUB_BYTE, UINT8),
+        **{notation.dtype: notation for notation in (UINT8, INT8, UINT16, INT16, UINT32, INT32, UINT64, INT64)},
+        **{notation.dtype: notation for notation in (FLOAT32, FLOAT64)},
+        np.dtype(np.bool_): UINT8,
+        np.dtype(np.float16): UINT16,
+        np.dtype(ml_dtypes.bfloat16): UINT16,
+        np.dtype(ml_dtypes.float8_e4m3fn): UINT8,
+        np.dtype(ml_dtypes.float8_e4m3fnuz): UINT8,
+        np.dtype(ml_dtypes.float8_e5m2): UINT8,
+        np.dtype(ml_dtypes.float8_e5m2fnuz): UINT8,
+        np.dtype(ml_dtypes.float8_e8m0fnu): UINT8,
+        np.dtype(ml_dtypes.float6_e2m3fn): UINT8,
+        np.dtype(ml_dtypes.float6_e3m2fn): UINT8,
+    }
+)

@@ -1,0 +1,227 @@
+"""The text around the arrays, filled into the templates: comments, macros, declarations, the table of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Template
+
+from converters.ir import Tensor
+from formats.cheader.arrays import (
+    ALIGNMENT,
+    Array,
+    arrays_of,
+    granularity_of,
+    integer_zero_point,
+    is_signed,
+    kind_of,
+)
+from formats.cheader.identifiers import Identifiers, comment, string_literal
+from formats.cheader.provenance import Provenance
+
+#: What `NIBBLECAST_INTERFACE` in templates/nibblecast.h must be for the text that this module makes.
+INTERFACE = 1
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
+_TABLES = ("shape", "block_shape", "grid")
+_MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS")
+_COUNTED = ("scale", "zero_point", "offset", "codebook")
+
+
+ARRAY_CLOSING = "};\n\n"
+#: C knows no empty arrays: the one element of an array that would be empty, and the one row of such a table.
+PLACEHOLDER = "    0\n"
+_NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 5)}}},\n'
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor that is written, and the base of its identifiers."""
+
+    tensor: Tensor
+    base: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of flash that its arrays hold."""
+        return sum(array.nbytes for array in arrays_of(self.tensor))
+
+    @property
+    def aligned_nbytes(self) -> int:
+        """Bytes of flash that its arrays take at most."""
+        return sum(array.aligned_nbytes for array in arrays_of(self.tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A model in C: `file` is the name of the header, `static` says whether it is all that there is."""
+
+    file: str
+    prefix: str
+    entries: Sequence[Entry]
+    static: bool
+
+    def header(self, provenance: Provenance) -> str:
+        """The header without the arrays and the table, which follow in a single header."""
+        guard = f"NIBBLECAST_{self.prefix}_H"
+        declarations = "".join(_tensor_text(entry, self.static) for entry in self.entries)
+        return _fill(
+            "single.h" if self.static else "split.h",
+            about=self._about(provenance),
+            guard=guard,
+            runtime=runtime_header() if self.static else "",
+            check=self._check(),
+            prefix=self.prefix,
+            declarations=declarations,
+            table_length=str(self._table_length),
+        )
+
+    def source_opening(self, file: str, provenance: Provenance) -> str:
+        """What comes before the arrays in the .c file of this name."""
+        return _fill("split.c", file=comment(file), header=self.file, provenance=provenance.lines())
+
+    def array_opening(self, base: str, array: Array) -> str:
+        """The declaration of an array up to its first line of elements."""
+        aligned = "NIBBLECAST_ALIGNED " if array.role == "data" else ""
+        static = "static " if self.static else ""
+        type_and_name = f"const {array.notation.c_type} {base}_{array.role}[{array.length}]"
+        return f"NIBBLECAST_BEFORE {aligned}{static}{type_and_name} NIBBLECAST_AFTER = {{\n"
+
+    def table(self) -> str:
+        """The shapes and the table of tensors, and the end of a single header."""
+        static = "static " if self.static else ""
+        shapes = "".join(_shape_tables(entry) for entry in self.entries)
+        rows = "".join(_table_row(entry) for entry in self.entries) or _NO_TENSOR
+        table = f"{static}const nibblecast_tensor {self.prefix}_tensors[{self._table_length}] = {{\n{rows}}};\n"
+        return f"{shapes}\n{table}" + ("\n#endif\n" if self.static else "")
+
+    @property
+    def _table_length(self) -> int:
+        return max(1, len(self.entries))
+
+    def _about(self, provenance: Provenance) -> str:
+        return _fill(
+            "about",
+            file=comment(self.file),
+            provenance=provenance.lines(),
+            prefix=self.prefix,
+            alignment=str(ALIGNMENT),
+            sizes=_sizes(self.entries),
+        )
+
+    def _check(self) -> str:
+        return _fill(
+            "check",
+            interface=str(INTERFACE),
+            prefix=self.prefix,
+            count=f"{len(self.entries)}u",
+            flash=f"{sum(entry.nbytes for entry in self.entries)}u",
+            aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.entries)}u",
+        )
+
+
+def entries_of(prefix: str, tensors: Iterable[Tensor]) -> tuple[Entry, ...]:
+    """The tensors with their identifiers: at most 63 characters, all different, the same for the same names."""
+    file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED")
+    identifiers = Identifiers(prefix, (f"{prefix}_{name}" for name in file_level))
+    return tuple(Entry(tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))) for tensor in tensors)
+
+
+def runtime_header() -> str:
+    """nibblecast.h."""
+    return _read("nibblecast.h")
+
+
+def _suffixes(rank: int) -> tuple[str, ...]:
+    names = [*_ROLES, *_TABLES, *_MACROS, *(f"{role.upper()}_COUNT" for role in _COUNTED)]
+    names += [f"{name}{axis}" for name in ("DIM", "BLOCK") for axis in range(rank)]
+    return tuple(f"_{name}" for name in names)
+
+
+def _tensor_text(entry: Entry, static: bool) -> str:
+    """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
+    tensor, base = entry.tensor, entry.base
+    arrays = arrays_of(tensor)
+    granularity, axis = granularity_of(tensor)
+    counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in arrays}
+    blocks = () if tensor.quantization is None else tensor.quantization.block_shape
+    return _fill(
+        "tensor",
+        original=comment(tensor.name),
+        dtype=str(tensor.dtype),
+        shape=", ".join(map(str, tensor.shape)),
+        granularity=tensor.granularity if tensor.quantization else "not quantized",
+        base=base,
+        kind=kind_of(tensor),
+        bits=f"{tensor.bits}u",
+        signed=str(int(is_signed(tensor))),
+        rank=f"{len(tensor.shape)}u",
+        dimensions=_numbered(f"{base}_DIM", tensor.shape),
+        count=f"{tensor.size}u",
+        nbytes=f"{tensor.nbytes}u",
+        granularity_macro=granularity,
+        axis="" if axis is None else f"#define {base}_AXIS {axis}u\n",
+        blocks=_numbered(f"{base}_BLOCK", blocks),
+        externs="" if static else "".join(_extern(base, array) for array in arrays),
+        **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
+    )
+
+
+def _numbered(name: str, values: Iterable[int]) -> str:
+    return "".join(f"#define {name}{axis} {value}u\n" for axis, value in enumerate(values))
+
+
+def _extern(base: str, array: Array) -> str:
+    declarator = f"{base}_{array.role}[{array.length}]"
+    return f"extern const {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
+
+
+def _tables(tensor: Tensor) -> dict[str, tuple[int, ...]]:
+    """The arrays of sizes that a table entry refers to; none for rank 0."""
+    if not tensor.shape:
+        return {}
+    if tensor.quantization is None:
+        return {"shape": tensor.shape}
+    quantization = tensor.quantization
+    return {"shape": tensor.shape, "block_shape": quantization.block_shape, "grid": quantization.scale.shape}
+
+
+def _shape_tables(entry: Entry) -> str:
+    return "".join(
+        f"static const size_t {entry.base}_{name}[{len(sizes)}] = {{{', '.join(f'{size}u' for size in sizes)}}};\n"
+        for name, sizes in _tables(entry.tensor).items()
+    )
+
+
+def _table_row(entry: Entry) -> str:
+    tensor, base = entry.tensor, entry.base
+    members = dict.fromkeys((*_ROLES, *_TABLES, "zero_point_real"), "NULL")
+    members |= {name: f"{base}_{name}" for name in _tables(tensor)}
+    members |= {array.role: f"{base}_{array.role}" for array in arrays_of(tensor)}
+    if not integer_zero_point(tensor):
+        members["zero_point_real"], members["zero_point"] = members["zero_point"], "NULL"
+    axis = "0" if granularity_of(tensor)[1] is None else f"{base}_AXIS"
+    return _fill("entry", base=base, name=string_literal(tensor.name), axis=axis, **members)
+
+
+def _sizes(entries: Sequence[Entry]) -> str:
+    rows = [(entry.nbytes, entry.aligned_nbytes, entry.base) for entry in entries]
+    rows.append((sum(row[0] for row in rows), sum(row[1] for row in rows), "in all"))
+    return "\n".join(f" * {nbytes:12} {aligned:12}  {name}" for nbytes, aligned, name in rows)
+
+
+def _fill(template: str, **values: str) -> str:
+    return _template(template).substitute(values)
+
+
+@cache
+def _template(name: str) -> Template:
+    return Template(_read(f"{name}.template"))
+
+
+@cache
+def _read(name: str) -> str:
+    return (_TEMPLATES / name).read_text("ascii")

@@ -1,0 +1,418 @@
+/*
+ * nibblecast.h - what the C arrays that nibblecast writes have in common
+ *
+ * One copy serves every model of a program. It needs <stdint.h> and <stddef.h> only, and is C99 and C++98 alike.
+ *
+ *     value = scale * (code - zero_point) + offset       (code -> codebook[code] first where there is a codebook)
+ *
+ * Codes of 2 and 4 bits are packed: element 0 in the lowest bits of byte 0, no padding between rows. This is how
+ * TensorFlow Lite (Micro), CMSIS-NN, NMSIS-NN, muRISCV-NN and ONNX store them: their kernels take `data` as it is.
+ *
+ * Macros that can be defined before this file is included (-DNIBBLECAST_ALIGN=4), in every file alike:
+ *
+ *     NIBBLECAST_ALIGN       alignment of a tensor's data in bytes; 16 unless told otherwise
+ *     NIBBLECAST_ALIGNED     how this compiler is told so, before the declaration
+ *     NIBBLECAST_BEFORE      anything that goes before the declaration of an array, such as _Pragma("location=...")
+ *     NIBBLECAST_AFTER       anything that goes after the declarator: PROGMEM, or __attribute__((section(".qspi")))
+ *     NIBBLECAST_READ_U8(p)  how a byte of an array is read; pgm_read_byte(p) where AFTER is PROGMEM
+ *     NIBBLECAST_INLINE      "static inline" in this compiler's words
+ *
+ * NIBBLECAST_BEFORE and _AFTER apply to the arrays of data and parameters; names, shapes and the table of tensors stay
+ * in ordinary constant memory.
+ */
+#ifndef NIBBLECAST_H
+#define NIBBLECAST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Counts up when generated files and this one no longer fit together. */
+#define NIBBLECAST_INTERFACE 1
+
+#ifndef NIBBLECAST_INLINE
+#if defined(__cplusplus)
+#define NIBBLECAST_INLINE static inline
+#elif defined(__STDC_VERSION__)
+#if __STDC_VERSION__ >= 199901L
+#define NIBBLECAST_INLINE static inline
+#endif
+#endif
+#endif
+#ifndef NIBBLECAST_INLINE
+#if defined(__GNUC__)
+#define NIBBLECAST_INLINE static __inline__
+#else
+#define NIBBLECAST_INLINE static
+#endif
+#endif
+
+#ifndef NIBBLECAST_ALIGN
+#define NIBBLECAST_ALIGN 16
+#endif
+
+#ifndef NIBBLECAST_ALIGNED
+#if defined(__IAR_SYSTEMS_ICC__)
+#define NIBBLECAST_PRAGMA(text) _Pragma(#text)
+#define NIBBLECAST_EXPANDED_PRAGMA(text) NIBBLECAST_PRAGMA(text)
+#define NIBBLECAST_ALIGNED NIBBLECAST_EXPANDED_PRAGMA(data_alignment = NIBBLECAST_ALIGN)
+#elif defined(__GNUC__) || defined(__clang__) || defined(__CC_ARM) || defined(__TI_COMPILER_VERSION__)
+#define NIBBLECAST_ALIGNED __attribute__((aligned(NIBBLECAST_ALIGN)))
+#elif defined(_MSC_VER)
+#define NIBBLECAST_ALIGNED __declspec(align(NIBBLECAST_ALIGN))
+#elif defined(__cplusplus)
+#define NIBBLECAST_ALIGNED alignas(NIBBLECAST_ALIGN)
+#elif defined(__STDC_VERSION__)
+#if __STDC_VERSION__ >= 201112L
+#define NIBBLECAST_ALIGNED _Alignas(NIBBLECAST_ALIGN)
+#endif
+#endif
+#endif
+#ifndef NIBBLECAST_ALIGNED
+#error "define NIBBLECAST_ALIGNED as this compiler's word for alignment, or as nothing where that is no matter"
+#endif
+
+#ifndef NIBBLECAST_BEFORE
+#define NIBBLECAST_BEFORE
+#endif
+
+#ifndef NIBBLECAST_AFTER
+#define NIBBLECAST_AFTER
+#endif
+
+#ifndef NIBBLECAST_READ_U8
+#define NIBBLECAST_READ_U8(p) (*(p))
+#endif
+
+/* NaN and infinity as constant expressions: C has no literals for them. */
+#if defined(__GNUC__) || defined(__clang__)
+#define NIBBLECAST_NAN __builtin_nanf("")
+#define NIBBLECAST_INF __builtin_inff()
+#else
+#include <math.h>
+#define NIBBLECAST_NAN NAN
+#define NIBBLECAST_INF INFINITY
+#endif
+
+#if defined(__cplusplus)
+#define NIBBLECAST_CAST(type, value) static_cast<type>(value)
+#else
+#define NIBBLECAST_CAST(type, value) ((type)(value))
+#endif
+
+/* nibblecast_tensor.kind: what an element of `data` is. Floats that C has no type for are stored as their bits. */
+#define NIBBLECAST_UNSIGNED 0        /* unsigned integer of 2, 4, 8, 16, 32 or 64 bits */
+#define NIBBLECAST_SIGNED 1          /* two's complement integer of as many bits */
+#define NIBBLECAST_CODEBOOK 2        /* unsigned integer of 2, 4 or 8 bits, an index into `codebook` */
+#define NIBBLECAST_BOOL 3            /* 0 or 1 in a byte */
+#define NIBBLECAST_FLOAT64 4         /* double */
+#define NIBBLECAST_FLOAT32 5         /* float */
+#define NIBBLECAST_FLOAT16 6         /* IEEE half precision in a uint16_t */
+#define NIBBLECAST_BFLOAT16 7        /* the upper half of a float in a uint16_t */
+#define NIBBLECAST_FLOAT8_E4M3FN 8   /* one in a byte, as the five below */
+#define NIBBLECAST_FLOAT8_E4M3FNUZ 9
+#define NIBBLECAST_FLOAT8_E5M2 10
+#define NIBBLECAST_FLOAT8_E5M2FNUZ 11
+#define NIBBLECAST_FLOAT8_E8M0FNU 12
+#define NIBBLECAST_FLOAT6_E2M3FN 13
+#define NIBBLECAST_FLOAT6_E3M2FN 14
+#define NIBBLECAST_FLOAT4_E2M1FN 15  /* two in a byte */
+
+/* nibblecast_tensor.granularity: which elements share one scale (and zero point, and offset). */
+#define NIBBLECAST_NOT_QUANTIZED 0   /* none: there is no scale */
+#define NIBBLECAST_PER_TENSOR 1      /* all */
+#define NIBBLECAST_PER_AXIS 2        /* those of one position along `axis` */
+#define NIBBLECAST_BLOCKWISE 3       /* those of one block of `block_shape` */
+#define NIBBLECAST_GROUP_INDEX 4     /* as blockwise, but along `axis` position p belongs to group `group_index[p]` */
+
+typedef struct nibblecast_tensor {
+    const char *name;             /* as in the model, UTF-8 */
+    const void *data;             /* the elements, row-major */
+    size_t count;                 /* how many elements */
+    const size_t *shape;          /* `rank` sizes; NULL where rank is 0, as the next two */
+    const size_t *block_shape;    /* `rank` block sizes; NULL without scale */
+    const size_t *grid;           /* how many parameters along each axis, `rank` sizes; NULL without scale */
+    const float *scale;           /* one for each place of `grid`, row-major; NULL: the elements are the values */
+    const int32_t *zero_point;    /* likewise; NULL: there are none */
+    const float *zero_point_real; /* likewise, where zero points are no integers; NULL: there are none */
+    const float *offset;          /* likewise; NULL: there are none */
+    const float *codebook;        /* 2 to the `bits` values; NULL: there is none */
+    const uint16_t *group_index;  /* shape[axis] groups, each below grid[axis]; NULL: there is none */
+    uint8_t kind;                 /* NIBBLECAST_UNSIGNED ... */
+    uint8_t bits;                 /* of one element: 2, 4, 8, 16, 32 or 64 */
+    uint8_t rank;
+    uint8_t granularity;          /* NIBBLECAST_NOT_QUANTIZED ... */
+    uint8_t axis;                 /* has a meaning where granularity is NIBBLECAST_PER_AXIS or NIBBLECAST_GROUP_INDEX */
+} nibblecast_tensor;
+
+/* Element i of packed data: 0..15, 0..3, -8..7, -2..1. */
+
+NIBBLECAST_INLINE int nibblecast_uint4(const uint8_t *data, size_t i)
+{
+    const unsigned int byte = NIBBLECAST_READ_U8(data + i / 2u);
+    return NIBBLECAST_CAST(int, (byte >> (i % 2u * 4u)) & 15u);
+}
+
+NIBBLECAST_INLINE int nibblecast_uint2(const uint8_t *data, size_t i)
+{
+    const unsigned int byte = NIBBLECAST_READ_U8(data + i / 4u);
+    return NIBBLECAST_CAST(int, (byte >> (i % 4u * 2u)) & 3u);
+}
+
+NIBBLECAST_INLINE int nibblecast_int4(const uint8_t *data, size_t i)
+{
+    return (nibblecast_uint4(data, i) ^ 8) - 8;
+}
+
+NIBBLECAST_INLINE int nibblecast_int2(const uint8_t *data, size_t i)
+{
+    return (nibblecast_uint2(data, i) ^ 2) - 2;
+}
+
+/* Copies `size` bytes of an array: element `i` of those that are `size` bytes long. */
+NIBBLECAST_INLINE void nibblecast_read(void *to, const void *array, size_t i, size_t size)
+{
+    uint8_t *target = NIBBLECAST_CAST(uint8_t *, to);
+    const uint8_t *source = NIBBLECAST_CAST(const uint8_t *, array) + i * size;
+    size_t k;
+    for (k = 0u; k < size; k++) {
+        target[k] = NIBBLECAST_READ_U8(source + k);
+    }
+}
+
+NIBBLECAST_INLINE float nibblecast_read_float(const float *array, size_t i)
+{
+    float value;
+    nibblecast_read(&value, array, i, sizeof value);
+    return value;
+}
+
+/* The float that these bits are. */
+NIBBLECAST_INLINE float nibblecast_float_of_bits(uint32_t bits)
+{
+    float value;
+    void *to = &value;
+    const void *from = &bits;
+    uint8_t *target = NIBBLECAST_CAST(uint8_t *, to);
+    const uint8_t *source = NIBBLECAST_CAST(const uint8_t *, from);
+    size_t k;
+    for (k = 0u; k < sizeof value; k++) {
+        target[k] = source[k];
+    }
+    return value;
+}
+
+/* `value` as a float and no more: keeps operations from being fused (FMA), or computed with more bits (x87). */
+NIBBLECAST_INLINE float nibblecast_rounded(float value)
+{
+    volatile float rounded = value;
+    return rounded;
+}
+
+/* Which bit patterns of a small float are no numbers. */
+#define NIBBLECAST_ALL_FINITE 0u      /* none */
+#define NIBBLECAST_IEEE 1u            /* the highest exponent: infinities and NaN */
+#define NIBBLECAST_NAN_IS_ALL_ONES 2u /* all bits but the sign set: NaN */
+#define NIBBLECAST_NAN_IS_MINUS_0 3u  /* the sign bit alone: NaN */
+
+/* The value of a float of 1 + exponent_bits + mantissa_bits bits, each of which a float can hold exactly. */
+NIBBLECAST_INLINE float nibblecast_small_float(
+    uint32_t code, unsigned int exponent_bits, unsigned int mantissa_bits, uint32_t bias, unsigned int not_numbers)
+{
+    const uint32_t mantissa_end = NIBBLECAST_CAST(uint32_t, 1) << mantissa_bits;
+    const uint32_t exponent_end = NIBBLECAST_CAST(uint32_t, 1) << exponent_bits;
+    const uint32_t sign = ((code >> (exponent_bits + mantissa_bits)) & 1u) << 31;
+    uint32_t exponent = (code >> mantissa_bits) & (exponent_end - 1u);
+    uint32_t mantissa = code & (mantissa_end - 1u);
+    const int all_ones = (exponent == exponent_end - 1u) && (mantissa == mantissa_end - 1u);
+    const int minus_0 = (sign != 0u) && (exponent == 0u) && (mantissa == 0u);
+
+    if (not_numbers == NIBBLECAST_IEEE && exponent == exponent_end - 1u) {
+        return nibblecast_float_of_bits(sign | (mantissa == 0u ? 0x7f800000u : 0x7fc00000u));
+    }
+    if ((not_numbers == NIBBLECAST_NAN_IS_ALL_ONES && all_ones)
+        || (not_numbers == NIBBLECAST_NAN_IS_MINUS_0 && minus_0)) {
+        return nibblecast_float_of_bits(sign | 0x7fc00000u);
+    }
+    if (exponent == 0u) {
+        if (mantissa == 0u) {
+            return nibblecast_float_of_bits(sign);
+        }
+        exponent = 1u; /* a subnormal number; `float` reaches far below it, so that there it is a normal one */
+        while ((mantissa & mantissa_end) == 0u) {
+            mantissa <<= 1;
+            bias++;
+        }
+        mantissa -= mantissa_end;
+    }
+    return nibblecast_float_of_bits(sign | ((exponent + 127u - bias) << 23) | (mantissa << (23u - mantissa_bits)));
+}
+
+/* Element i of data of 8, 16, 32 or 64 bits. */
+
+NIBBLECAST_INLINE int64_t nibblecast_signed_element(const void *data, unsigned int bits, size_t i)
+{
+    int8_t narrow;
+    int16_t half;
+    int32_t word;
+    int64_t wide;
+    switch (bits) {
+    case 8:
+        nibblecast_read(&narrow, data, i, sizeof narrow);
+        return narrow;
+    case 16:
+        nibblecast_read(&half, data, i, sizeof half);
+        return half;
+    case 32:
+        nibblecast_read(&word, data, i, sizeof word);
+        return word;
+    default:
+        nibblecast_read(&wide, data, i, sizeof wide);
+        return wide;
+    }
+}
+
+NIBBLECAST_INLINE uint64_t nibblecast_unsigned_element(const void *data, unsigned int bits, size_t i)
+{
+    uint8_t narrow;
+    uint16_t half;
+    uint32_t word;
+    uint64_t wide;
+    switch (bits) {
+    case 8:
+        nibblecast_read(&narrow, data, i, sizeof narrow);
+        return narrow;
+    case 16:
+        nibblecast_read(&half, data, i, sizeof half);
+        return half;
+    case 32:
+        nibblecast_read(&word, data, i, sizeof word);
+        return word;
+    default:
+        nibblecast_read(&wide, data, i, sizeof wide);
+        return wide;
+    }
+}
+
+/* Element i as it is stored: an integer (64 unsigned bits as two's complement), or the bits of a float; not a double. */
+NIBBLECAST_INLINE int64_t nibblecast_code(const nibblecast_tensor *t, size_t i)
+{
+    const int is_signed = (t->kind == NIBBLECAST_SIGNED);
+    if (t->bits == 4u) {
+        const uint8_t *data = NIBBLECAST_CAST(const uint8_t *, t->data);
+        return is_signed ? nibblecast_int4(data, i) : nibblecast_uint4(data, i);
+    }
+    if (t->bits == 2u) {
+        const uint8_t *data = NIBBLECAST_CAST(const uint8_t *, t->data);
+        return is_signed ? nibblecast_int2(data, i) : nibblecast_uint2(data, i);
+    }
+    if (is_signed) {
+        return nibblecast_signed_element(t->data, t->bits, i);
+    }
+    return NIBBLECAST_CAST(int64_t, nibblecast_unsigned_element(t->data, t->bits, i));
+}
+
+/* Which of `scale`, `zero_point` and `offset` is that of element i, which must be below `count`. */
+NIBBLECAST_INLINE size_t nibblecast_block(const nibblecast_tensor *t, size_t i)
+{
+    size_t block = 0u;
+    size_t stride = 1u;
+    size_t axis = t->rank;
+    while (axis > 0u) {
+        size_t position;
+        axis--;
+        position = i % t->shape[axis];
+        i /= t->shape[axis];
+        if (t->group_index != NULL && axis == t->axis) {
+            uint16_t group;
+            nibblecast_read(&group, t->group_index, position, sizeof group);
+            position = group;
+        } else {
+            position /= t->block_shape[axis];
+        }
+        block += position * stride;
+        stride *= t->grid[axis];
+    }
+    return block;
+}
+
+/* Element i before scale, zero point and offset. */
+NIBBLECAST_INLINE float nibblecast_element(const nibblecast_tensor *t, size_t i)
+{
+    const int64_t code = (t->kind == NIBBLECAST_FLOAT64) ? 0 : nibblecast_code(t, i);
+    const uint32_t bits = NIBBLECAST_CAST(uint32_t, code);
+    double number;
+    switch (t->kind) {
+    case NIBBLECAST_UNSIGNED:
+        return NIBBLECAST_CAST(float, NIBBLECAST_CAST(uint64_t, code));
+    case NIBBLECAST_CODEBOOK:
+        return nibblecast_read_float(t->codebook, NIBBLECAST_CAST(size_t, code));
+    case NIBBLECAST_FLOAT64:
+        nibblecast_read(&number, t->data, i, sizeof number);
+        return NIBBLECAST_CAST(float, number);
+    case NIBBLECAST_FLOAT32:
+        return nibblecast_float_of_bits(bits);
+    case NIBBLECAST_FLOAT16:
+        return nibblecast_small_float(bits, 5u, 10u, 15u, NIBBLECAST_IEEE);
+    case NIBBLECAST_BFLOAT16:
+        return nibblecast_float_of_bits(bits << 16);
+    case NIBBLECAST_FLOAT8_E4M3FN:
+        return nibblecast_small_float(bits, 4u, 3u, 7u, NIBBLECAST_NAN_IS_ALL_ONES);
+    case NIBBLECAST_FLOAT8_E4M3FNUZ:
+        return nibblecast_small_float(bits, 4u, 3u, 8u, NIBBLECAST_NAN_IS_MINUS_0);
+    case NIBBLECAST_FLOAT8_E5M2:
+        return nibblecast_small_float(bits, 5u, 2u, 15u, NIBBLECAST_IEEE);
+    case NIBBLECAST_FLOAT8_E5M2FNUZ:
+        return nibblecast_small_float(bits, 5u, 2u, 16u, NIBBLECAST_NAN_IS_MINUS_0);
+    case NIBBLECAST_FLOAT8_E8M0FNU: /* powers of two from 2^-127, which is a subnormal `float`, to 2^127, and NaN */
+        return nibblecast_float_of_bits((bits == 0u) ? 0x00400000u : (bits == 255u) ? 0x7fc00000u : bits << 23);
+    case NIBBLECAST_FLOAT6_E2M3FN:
+        return nibblecast_small_float(bits, 2u, 3u, 1u, NIBBLECAST_ALL_FINITE);
+    case NIBBLECAST_FLOAT6_E3M2FN:
+        return nibblecast_small_float(bits, 3u, 2u, 3u, NIBBLECAST_ALL_FINITE);
+    case NIBBLECAST_FLOAT4_E2M1FN:
+        return nibblecast_small_float(bits, 2u, 1u, 1u, NIBBLECAST_ALL_FINITE);
+    default: /* NIBBLECAST_SIGNED, NIBBLECAST_BOOL */
+        return NIBBLECAST_CAST(float, code);
+    }
+}
+
+/* code - zero_point where both are integers: a float need not hold either before the subtraction. */
+NIBBLECAST_INLINE float nibblecast_difference(const nibblecast_tensor *t, size_t i, size_t block)
+{
+    int32_t zero_point;
+    uint64_t difference;
+    nibblecast_read(&zero_point, t->zero_point, block, sizeof zero_point);
+    difference = NIBBLECAST_CAST(uint64_t, nibblecast_code(t, i));
+    difference -= NIBBLECAST_CAST(uint64_t, NIBBLECAST_CAST(int64_t, zero_point));
+    return nibblecast_rounded(NIBBLECAST_CAST(float, NIBBLECAST_CAST(int64_t, difference)));
+}
+
+/* The value of element i, which must be below `count`: each operation is rounded to float, in the formula's order. */
+NIBBLECAST_INLINE float nibblecast_value(const nibblecast_tensor *t, size_t i)
+{
+    float value;
+    size_t block;
+    if (t->scale == NULL) {
+        return nibblecast_rounded(nibblecast_element(t, i));
+    }
+    block = nibblecast_block(t, i);
+    if (t->zero_point != NULL && t->kind <= NIBBLECAST_SIGNED) {
+        value = nibblecast_difference(t, i, block);
+    } else {
+        value = nibblecast_rounded(nibblecast_element(t, i));
+        if (t->zero_point != NULL) {
+            int32_t zero_point;
+            nibblecast_read(&zero_point, t->zero_point, block, sizeof zero_point);
+            value = nibblecast_rounded(value - NIBBLECAST_CAST(float, zero_point));
+        } else if (t->zero_point_real != NULL) {
+            value = nibblecast_rounded(value - nibblecast_read_float(t->zero_point_real, block));
+        }
+    }
+    value = nibblecast_rounded(value * nibblecast_read_float(t->scale, block));
+    if (t->offset != NULL) {
+        value = nibblecast_rounded(value + nibblecast_read_float(t->offset, block));
+    }
+    return value;
+}
+
+#endif /* NIBBLECAST_H */

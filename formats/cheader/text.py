@@ -1,0 +1,62 @@
+"""Arrays of elements -> lines of C initialisers, in constant memory and at the speed of a table look-up.
+
+Every literal of a notation takes the same number of characters, so that a chunk of lines is one 2-D array of characters
+in which indents and line ends stay, and the size of the text is known before any element is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from formats.cheader.notation import Notation
+
+INDENT = b"    "
+_CHUNK_BYTES = 1 << 20
+
+
+def text_size(notation: Notation, count: int) -> int:
+    """Characters that `count` elements take, indents and line ends included."""
+    lines = -(-count // notation.per_line)
+    return count * notation.width + lines * (len(INDENT) + 1)
+
+
+class InitialiserText:
+    """Writes `count` elements to `stream` as they come, `notation.per_line` to a line. `finish` ends the last line."""
+
+    def __init__(self, stream: BinaryIO, notation: Notation, count: int) -> None:
+        self._stream = stream
+        self._notation = notation
+        self._lines_per_chunk = min(count, _CHUNK_BYTES // notation.width) // notation.per_line + 1
+        self._lines = _blank_lines(notation, self._lines_per_chunk)
+        self._begun = np.empty(0, notation.dtype)  # the elements of a line that is not full yet
+
+    def write(self, elements: NDArray[Any]) -> None:
+        """Writes elements of shape (n,) and the notation's dtype."""
+        if self._begun.size:
+            elements = np.concatenate([self._begun, elements])
+        whole = elements.size // self._notation.per_line * self._notation.per_line
+        step = self._lines_per_chunk * self._notation.per_line
+        for start in range(0, whole, step):
+            self._write_lines(elements[start : min(start + step, whole)])
+        self._begun = elements[whole:].copy()
+
+    def finish(self) -> None:
+        """Writes the elements of the last line."""
+        if self._begun.size:
+            self._stream.write(INDENT + self._notation.encode(self._begun).tobytes() + b"\n")
+            self._begun = self._begun[:0]
+
+    def _write_lines(self, elements: NDArray[Any]) -> None:
+        lines = self._lines[: elements.size // self._notation.per_line]
+        lines[:, len(INDENT) : -1] = self._notation.encode(elements).reshape(len(lines), -1)
+        self._stream.write(lines.data)
+
+
+def _blank_lines(notation: Notation, count: int) -> NDArray[np.uint8]:
+    lines = np.empty((count, len(INDENT) + notation.per_line * notation.width + 1), np.uint8)
+    lines[:, : len(INDENT)] = np.frombuffer(INDENT, np.uint8)
+    lines[:, -1] = ord("\n")
+    return lines

@@ -1,0 +1,1 @@
+"""ONNX: weights as initializers, quantized ones behind DequantizeLinear."""

@@ -1,0 +1,64 @@
+"""An ONNX graph as far as weights need it: nodes, initializers, names. Made by `parse`, and by `lowering`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from formats.onnx.wire import Record
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """A TensorProto without its payload. `record` says where in the file the payload's fields lie; `external` are the
+    entries of external data, None where the payload is in the file."""
+
+    name: str
+    data_type: int
+    dims: tuple[int, ...]
+    record: Record
+    external: Mapping[str, str] | None = None
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An operator: `integers` are its integer attributes, `bodies` the graphs in its attributes, `constant` the tensor
+    that a Constant holds. An absent input is an empty name."""
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    integers: Mapping[str, int] = field(default_factory=dict)
+    domain: str = ""
+    bodies: tuple[Graph, ...] = ()
+    constant: TensorHeader | None = None
+
+    def input(self, position: int) -> str:
+        """The name of an input, empty where it is absent."""
+        return self.inputs[position] if position < len(self.inputs) else ""
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the operator is ONNX's own."""
+        return self.domain in ("", "ai.onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in the order of the file, the initializers, and the names of inputs, outputs and sparse initializers."""
+
+    nodes: tuple[Node, ...]
+    initializers: tuple[TensorHeader, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sparse: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedModel:
+    """A ModelProto: the graph, and what is said of it as a whole."""
+
+    graph: Graph
+    producer: str
+    properties: Mapping[str, str]

@@ -1,0 +1,279 @@
+"""A quantized tensor -> initializers and ONNX nodes that decode it.
+
+DequantizeLinear where its types and its three granularities (one scale, one per position of an axis, one per block of
+an axis) hold the quantization; otherwise the same arithmetic out of Cast, Gather, Sub, Mul and Add. Both compute in
+float32 and in the order of the IR's own decoder, so that a runtime's result is the IR's bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
+from converters.packing import SUB_BYTE, bits_of
+from formats.onnx.graph import Node
+from formats.onnx.schema import (
+    BLOCKS_SINCE,
+    DEQUANTIZE_LINEAR_SINCE,
+    ELEMENT_TYPES,
+    GROUP_SIZE,
+    TABLE_DTYPE,
+)
+
+Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_index"]
+
+_FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
+_UINT4, _FLOAT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.float4_e2m1fn)
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Initializer:
+    """An initializer that will hold the canonical bytes of a tensor, or of one of its parameters (`role`)."""
+
+    name: str
+    role: Role
+    dtype: np.dtype[Any]
+    dims: tuple[int, ...]
+    nbytes: int
+    properties: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """An initializer whose few values are known while planning, shared by the tensors that need the same one."""
+
+    name: str
+    values: NDArray[Any]
+    properties: tuple[tuple[str, str], ...] = ()
+
+
+class Names:
+    """Hands out names that nothing else in the graph has."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = set(taken)
+
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, with _1, _2, … appended while it is taken."""
+        name, count = wanted, 0
+        while name in self.taken:
+            count += 1
+            name = f"{wanted}_{count}"
+        self.taken.add(name)
+        return name
+
+
+@dataclass(slots=True)
+class Lowering:
+    """Collects nodes and constants of one graph; `shared` gives the name of the initializer that a parameter already
+    has because it is itself one of the model's tensors, by the parameter's identity."""
+
+    opset: int
+    names: Names
+    shared: dict[int, str]
+    nodes: list[Node] = field(default_factory=list)
+    dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
+    constants: dict[tuple[Any, ...], Constant] = field(default_factory=dict)
+
+    def lower(self, tensor: Tensor, quantization: Quantization, output: str) -> list[Initializer]:
+        """Adds the nodes that make `output` (float32) of a quantized tensor, and returns the initializers that they
+        take; those which are tensors of the model themselves are not among them."""
+        one = _TensorLowering(self, tensor, quantization, output)
+        granularity = self._granularity(tensor, quantization)
+        if granularity is None:
+            one.as_arithmetic()
+        else:
+            one.as_dequantize_linear(*granularity)
+        return one.initializers
+
+    def constant(self, key: tuple[Any, ...], wanted: str, values: NDArray[Any], *properties: tuple[str, str]) -> str:
+        """The name of a shared initializer with these values; `key` tells one from another."""
+        if key not in self.constants:
+            self.constants[key] = Constant(self.names.fresh(wanted), values, properties)
+        return self.constants[key].name
+
+    def _granularity(self, tensor: Tensor, q: Quantization) -> tuple[tuple[int, ...], dict[str, int]] | None:
+        """The scale's dims and the attributes with which DequantizeLinear decodes the tensor, or None: it cannot."""
+        zero_point = q.zero_point
+        if q.offset is not None or q.codebook is not None or q.group_index is not None:
+            return None
+        if DEQUANTIZE_LINEAR_SINCE.get(tensor.dtype, self.opset + 1) > self.opset:
+            return None
+        if zero_point is not None and not fits(zero_point, tensor.dtype):
+            return None
+        found = _dequantize_linear_form(tensor.shape, q)
+        if found is None:
+            return None
+        dims, attributes = found
+        # onnxruntime 1.32 fails on blocks of float8
+        if "block_size" in attributes and (self.opset < BLOCKS_SINCE or is_float(tensor.dtype)):
+            return None
+        for parameter in (q.scale, zero_point):
+            if parameter is not None and id(parameter) in self.shared and parameter.shape != dims:
+                return None
+        return found
+
+
+def _dequantize_linear_form(shape: tuple[int, ...], q: Quantization) -> tuple[tuple[int, ...], dict[str, int]] | None:
+    block_shape, grid = q.block_shape, q.scale.shape
+    if all(block >= size for block, size in zip(block_shape, shape, strict=True)):
+        whole = per_tensor(shape)
+        single = [axis for axis, block in enumerate(block_shape) if block > whole[axis]]
+        # onnxruntime 1.32 takes no block_size with a scale of dims (1,)
+        if len(shape) < 2 or not single or block_shape != blocked(shape, single[0], block_shape[single[0]]):
+            return (), {}
+    if 0 in shape:  # a parameter for no element at all: runtimes disagree on the scale's dims
+        return None
+    for axis in range(len(shape)):
+        if block_shape == per_axis(shape, axis):
+            return (grid[axis],), {"axis": axis}
+    for axis, block in enumerate(block_shape):
+        if block_shape == blocked(shape, axis, block):
+            return grid, {"axis": axis, "block_size": block}
+    return None
+
+
+def fits(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
+    """Whether DequantizeLinear can take these zero points with codes of `dtype`: integers that codes can be, too, for
+    int32 codes only zeros, for float8 none. Reads them when their own dtype leaves that open."""
+    if is_float(dtype) or not is_integer(zero_point.dtype):
+        return False
+    if zero_point.dtype == dtype != _INT32:
+        return True
+    bits, storage = SUB_BYTE.get(dtype, (bits_of(dtype), dtype))
+    lowest, highest = (0, (1 << bits) - 1) if storage.kind == "u" else (-1 << (bits - 1), (1 << (bits - 1)) - 1)
+    if dtype == _INT32:
+        lowest = highest = 0
+    for part in zero_point.parts(_PIECE_BYTES):
+        codes = part.codes()
+        if codes.size and (codes.min() < lowest or codes.max() > highest):
+            return False
+    return True
+
+
+def carrier(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of the initializer that holds codes or parameters of `dtype`: its own, but uint4 for float4's bit
+    patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4."""
+    return _UINT4 if dtype == _FLOAT4 else dtype
+
+
+def is_wide(*dtypes: np.dtype[Any]) -> bool:
+    """Whether these are integers whose difference float32 does not hold, so that it is to be taken in integers."""
+    return all(is_integer(dtype) for dtype in dtypes) and any(dtype.itemsize >= 4 for dtype in dtypes)
+
+
+@dataclass(slots=True)
+class _TensorLowering:
+    """One tensor on its way into the graph."""
+
+    lowering: Lowering
+    tensor: Tensor
+    quantization: Quantization
+    output: str
+    initializers: list[Initializer] = field(default_factory=list)
+
+    def as_dequantize_linear(self, dims: tuple[int, ...], attributes: dict[str, int]) -> None:
+        q = self.quantization
+        inputs = [self._initializer("codes", self.tensor), self._float32("scale", q.scale, dims)]
+        if q.zero_point is not None:
+            inputs.append(self._cast(self._initializer("zero_point", q.zero_point, dims), self.tensor.dtype))
+        self._node("DequantizeLinear", inputs, self.output, **attributes)
+
+    def as_arithmetic(self) -> None:
+        q, dtype = self.quantization, self.tensor.dtype
+        zero_point = q.zero_point
+        steps: list[tuple[str, str]] = []
+        if zero_point is not None and q.codebook is None and is_wide(dtype, zero_point.dtype):
+            codes = self._cast(self._initializer("codes", self.tensor), _INT64)
+            spread = self._spread(self._cast(self._initializer("zero_point", zero_point), _INT64), "zero_point")
+            values = self._cast(self._node("Sub", [codes, spread], self._value("difference")), _FLOAT32)
+        else:
+            values = self._values(q.codebook)
+            if zero_point is not None:
+                steps.append(("Sub", self._spread(self._float32("zero_point", zero_point), "zero_point")))
+        steps.append(("Mul", self._spread(self._float32("scale", q.scale), "scale")))
+        if q.offset is not None:
+            steps.append(("Add", self._spread(self._float32("offset", q.offset), "offset")))
+        for position, (operator, parameter) in enumerate(steps):
+            last = position == len(steps) - 1
+            values = self._node(operator, [values, parameter], self.output if last else self._value(operator.lower()))
+
+    def _values(self, codebook: Tensor | None) -> str:
+        """The name of the codes as float32: converted, or looked up in the codebook."""
+        if codebook is None:
+            return self._float32("codes", self.tensor)
+        table = self._float32("codebook", codebook)
+        return self._look_up(table, self._initializer("codes", self.tensor), "looked_up")
+
+    def _float32(self, role: Role, tensor: Tensor, dims: tuple[int, ...] | None = None) -> str:
+        """The name of a tensor's stored elements as float32."""
+        if carrier(tensor.dtype) == tensor.dtype:
+            return self._cast(self._initializer(role, tensor, dims), _FLOAT32)
+        values = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
+        table = self.lowering.constant((_FLOAT4,), f"{_FLOAT4.name}_values", values, (TABLE_DTYPE, _FLOAT4.name))
+        return self._look_up(table, self._initializer(role, tensor, dims), f"{role}_values")
+
+    def _look_up(self, table: str, indices: str, suffix: str) -> str:
+        return self._node("Gather", [table, self._cast(indices, _INT32)], self._value(suffix), axis=0)
+
+    def _spread(self, parameter: str, role: Role) -> str:
+        """The name of a parameter's values in a shape that broadcasts against the tensor's."""
+        for axis, (size, block) in enumerate(zip(self.tensor.shape, self.quantization.block_shape, strict=True)):
+            index = self._index(axis, size, block)
+            if index:
+                parameter = self._node("Gather", [parameter, index], self._value(f"{role}_on_axis_{axis}"), axis=axis)
+        return parameter
+
+    def _index(self, axis: int, size: int, block: int) -> str:
+        """The name of the group that each position along `axis` belongs to; empty where broadcasting does it."""
+        group = self.quantization.group_index
+        if group is not None and group.axis == axis:
+            name = self._initializer("group_index", group.index, properties=((GROUP_SIZE, str(block)),))
+            return name if group.index.dtype in (_INT32, _INT64) else self._cast(name, _INT64)
+        if block == 1 or block >= size:
+            return ""
+        values = np.arange(size, dtype=np.int64) // block
+        return self.lowering.constant((size, block), f"blocks_of_{block}_in_{size}", values.astype(np.int32))
+
+    def _initializer(
+        self,
+        role: Role,
+        tensor: Tensor,
+        dims: tuple[int, ...] | None = None,
+        properties: tuple[tuple[str, str], ...] = (),
+    ) -> str:
+        """The name of the initializer for a tensor: its own, where it is one of the model's, else a new one."""
+        for known in self.initializers:
+            if known.role == role:
+                return known.name
+        dtype = carrier(tensor.dtype)
+        shared = self.lowering.shared.get(id(tensor)) if dtype == tensor.dtype else None
+        name = shared or self._value("quantized" if role == "codes" else role)
+        if shared is None:
+            dims = tensor.shape if dims is None else dims
+            self.initializers.append(Initializer(name, role, dtype, dims, tensor.nbytes, properties))
+        self.lowering.dtypes[name] = dtype
+        return name
+
+    def _cast(self, name: str, dtype: np.dtype[Any]) -> str:
+        """The name of an initializer's or a difference's elements as `dtype`."""
+        if self.lowering.dtypes.get(name) == dtype:
+            return name
+        return self._node("Cast", [name], self._value_of(name, dtype), to=ELEMENT_TYPES[dtype].number)
+
+    def _value(self, suffix: str) -> str:
+        return self.lowering.names.fresh(f"{self.output}_{suffix}")
+
+    def _value_of(self, name: str, dtype: np.dtype[Any]) -> str:
+        return self.lowering.names.fresh(f"{name}_{dtype.name}")
+
+    def _node(self, operator: str, inputs: list[str], output: str, **integers: int) -> str:
+        self.lowering.nodes.append(Node(operator, tuple(inputs), (output,), integers))
+        return output

@@ -1,0 +1,141 @@
+"""TensorProto's payload -> the IR's data: mapped where the bytes are already in the canonical order.
+
+onnx.proto: raw_data is little-endian, row-major, and for the 4- and 2-bit types packed low bits first. int32_data holds
+one element an entry, of these types one packed *byte* an entry (onnx.proto, and the ONNX node tests).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import Tensor
+from converters.packing import SUB_BYTE, bits_of, packed_size
+from converters.storage import Data, InMemory, MappedFile
+from formats.onnx.graph import TensorHeader
+from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
+from formats.onnx.wire import Range, count_varints, unpack_varints
+
+_MOST_ELEMENTS = 1 << 59  # NumPy's limit of 2**63 bytes, axes of no elements not counted, for the widest dtype
+_FIXED_WIDTH = {"float_data": 4, "double_data": 8}
+
+
+@dataclass(slots=True, eq=False)
+class _Varints:
+    """Elements that lie in the file as protobuf's varints, decoded when they are first read."""
+
+    view: memoryview
+    ranges: list[Range]
+    width: int
+    nbytes: int
+    decoded: NDArray[np.uint8] | None = field(default=None)
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        if self.decoded is None:
+            parts = [unpack_varints(self.view, where).astype(f"<u{self.width}") for where in self.ranges]
+            self.decoded = np.concatenate([part.view(np.uint8) for part in parts])
+        return self.decoded[start:stop]
+
+
+class Payloads:
+    """Makes the tensors of one model file, mapping each file of external data once."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.file = file
+        self.view = file.view.data
+        self.external: dict[str, MappedFile] = {}
+
+    def tensor(self, header: TensorHeader, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The plain tensor of a header, in another shape of the same size if one is given. Raises CorruptFile when the
+        payload has not the size that dims need, Unsupported for an element type that is not known."""
+        dtype = DTYPES.get(header.data_type)
+        if dtype is None:
+            what = "strings" if header.data_type == STRING else f"elements of ONNX type {header.data_type}"
+            raise Unsupported(f"holds {what}, which cannot be read", tensor=header.name)
+        if prod(max(1, size) for size in header.dims) >= _MOST_ELEMENTS:
+            raise CorruptFile(f"dims {header.dims} of {dtype} are more than any file holds", tensor=header.name)
+        try:
+            data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
+        except (CorruptFile, Unsupported) as error:
+            error.tensor = header.name
+            raise
+        return Tensor(header.name, header.dims if shape is None else shape, dtype, data)
+
+    def _data(self, header: TensorHeader, dtype: np.dtype[Any], nbytes: int) -> Data:
+        if header.external is not None:
+            return self._external(header.external, nbytes)
+        raw = header.record.ranges("raw_data")
+        if raw:
+            if raw[-1].nbytes != nbytes:
+                raise CorruptFile(
+                    f"has {raw[-1].nbytes} bytes of raw_data, but dims {header.dims} of {dtype} take {nbytes}"
+                )
+            return self.file.range(raw[-1].start, nbytes)
+        return self._typed(header, dtype, nbytes)
+
+    def _typed(self, header: TensorHeader, dtype: np.dtype[Any], nbytes: int) -> Data:
+        name = ELEMENT_TYPES[dtype].typed_field
+        ranges = header.record.ranges(name)
+        fixed = _FIXED_WIDTH.get(name)
+        if fixed is not None:
+            found, needed = sum(where.nbytes for where in ranges) // fixed, nbytes // fixed
+        else:
+            width = 1 if dtype in SUB_BYTE else dtype.itemsize
+            found, needed = sum(count_varints(self.view, where) for where in ranges), nbytes // width
+        if found != needed:
+            raise CorruptFile(f"has {found} entries of {name}, but dims {header.dims} of {dtype} take {needed}")
+        if fixed is None and nbytes:
+            return _Varints(self.view, ranges, width, nbytes)
+        if len(ranges) == 1:
+            return self.file.range(ranges[0].start, nbytes)
+        return InMemory(np.frombuffer(b"".join(self.view[r.start : r.stop] for r in ranges), np.uint8))
+
+    def _external(self, entries: dict[str, str] | Any, nbytes: int) -> Data:
+        location = entries.get("location", "")
+        file = self.external.get(location)
+        if file is None:
+            file = self.external[location] = MappedFile.open(_contained(self.file.path.parent, location))
+        offset, length = (_number(entries, key) for key in ("offset", "length"))
+        if length is not None and length != nbytes:
+            raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
+        return file.range(offset or 0, nbytes)
+
+
+def _number(entries: dict[str, str], key: str) -> int | None:
+    text = entries.get(key)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise CorruptFile(f"external data has {key} '{text[:40]}': a decimal number is needed")
+    return int(text)
+
+
+def _contained(folder: Path, location: str) -> Path:
+    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it."""
+    parts = PurePosixPath(location).parts
+    if (
+        not location
+        or "\0" in location
+        or ".." in parts
+        or location.startswith("/")
+        or PureWindowsPath(location).is_absolute()
+    ):
+        raise CorruptFile(
+            f"external data at '{location[:200]}': the path of a file inside the model's folder is needed"
+        )
+    path = folder.joinpath(*parts)
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:
+        raise CorruptFile(f"external data at '{location[:200]}' cannot be found: {error}") from error
+    if not inside:
+        raise CorruptFile(
+            f"external data at '{location[:200]}' is a link out of the model's folder: copy the file there"
+        )
+    return path

@@ -1,0 +1,171 @@
+"""Writes a model's tensors as an ONNX model that needs no input and gives each of them, decoded, as an output.
+
+A plain tensor is an initializer and an output; a quantized one an initializer of codes, with the nodes that decode it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import numpy as np
+
+from converters.errors import Unsupported, UsageError, printable
+from converters.interfaces import Capabilities, OutputFile, Size, option
+from converters.ir import Loss, Model, Tensor
+from formats.onnx import schema
+from formats.onnx.lowering import Initializer, Lowering, Names, carrier
+from formats.onnx.schema import ELEMENT_TYPES
+from formats.onnx.serialize import (
+    Layout,
+    Stream,
+    encode_constant,
+    encode_graph,
+    encode_node,
+    encode_output,
+    lay_out,
+)
+
+_FLOAT32 = np.dtype(np.float32)
+#: Above this, payloads go to a second file unasked: tools need room below protobuf's 2 GiB to add to a model.
+_LARGEST_IN_ONE_FILE = 1_500_000_000
+_EXTERNAL_FROM = 1024  # onnx's own default
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxOptions:
+    """What can be chosen about an ONNX file."""
+
+    opset: int | None = option(None, "operator set, 13 to 25; by default 21, or the first that has the model's types")
+    external_data: Size | None = option(
+        None, "weights of at least this many bytes go to FILE.data; by default only when the model would pass 1.5 GB"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxPlan:
+    """The files, and for each tensor the initializers that are written with it."""
+
+    files: Sequence[OutputFile]
+    losses: Sequence[Loss]
+    layout: Layout
+    initializers: Mapping[str, Sequence[Initializer]]
+
+    def open(self, streams: Sequence[BinaryIO]) -> OnnxSink:
+        """Starts writing; the second stream, where there are two, is the external data's."""
+        return OnnxSink(self.initializers, Stream(self.layout, streams))
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSink:
+    """Writes tensors as they come."""
+
+    initializers: Mapping[str, Sequence[Initializer]]
+    stream: Stream
+
+    def write(self, tensor: Tensor) -> None:
+        """Writes the tensor's initializers: its elements, and those parameters which are no tensors of their own."""
+        parts: dict[str, Tensor] = {"codes": tensor}
+        if tensor.quantization is not None:
+            parts.update(tensor.quantization.parameters())
+        for initializer in self.initializers[tensor.name]:
+            self.stream.write(initializer.name, parts[initializer.role])
+
+    def close(self) -> None:
+        """Nothing comes after the last tensor."""
+
+
+class OnnxWriter:
+    """Writes .onnx files."""
+
+    options: ClassVar[type] = OnnxOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(ELEMENT_TYPES), nested_scale=False)
+
+    def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan:
+        """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
+        number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
+        of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
+        opset = _opset(model, options.opset)
+        names, losses = _names(model)
+        shared = _shared_parameters(model)
+        lowering = Lowering(opset, Names(names.values()), {key: names[name] for key, name in shared.items()})
+        initializers: dict[str, list[Initializer]] = {}
+        outputs: list[bytes] = []
+        for name, tensor in model.items():
+            if tensor.quantization is None:
+                plain = Initializer(names[name], "codes", tensor.dtype, tensor.shape, tensor.nbytes)
+                initializers[tensor.name] = [plain]
+                outputs.append(encode_output(names[name], tensor.dtype, tensor.shape))
+            else:
+                initializers[tensor.name] = lowering.lower(tensor, tensor.quantization, names[name])
+                outputs.append(encode_output(names[name], _FLOAT32, tensor.shape))
+        constants = [encode_constant(constant) for constant in lowering.constants.values()]
+        graph = encode_graph([encode_node(node) for node in lowering.nodes], constants, outputs)
+        flat = [initializer for group in initializers.values() for initializer in group]
+        external_from: int | None = options.external_data
+        if external_from is None and sum(i.nbytes for i in flat) + len(graph) > _LARGEST_IN_ONE_FILE:
+            external_from = _EXTERNAL_FROM
+        location = _location(target, external_from)
+        properties = {schema.LAYOUT: schema.WEIGHTS_LAYOUT}
+        layout = lay_out(graph, flat, opset, properties, location, external_from)
+        files = [OutputFile(target, layout.model_nbytes)]
+        if layout.data_nbytes:
+            files.append(OutputFile(target.with_name(location), layout.data_nbytes))
+        return OnnxPlan(files, losses, layout, initializers)
+
+
+def _opset(model: Model, wanted: int | None) -> int:
+    if wanted is not None and wanted not in schema.IR_VERSIONS:
+        known = sorted(schema.IR_VERSIONS)
+        raise UsageError(f"opset {wanted} cannot be written: give one from {known[0]} to {known[-1]}, or none")
+    opset = schema.DEFAULT_OPSET if wanted is None else wanted
+    for tensor in model.values():
+        for dtype in _dtypes(tensor):
+            element_type = ELEMENT_TYPES.get(dtype)
+            if element_type is None:
+                message = f"ONNX has no type for {dtype}: leave the tensor out with --skip, or add --dequantize"
+                raise Unsupported(message, tensor=tensor.name)
+            if wanted is not None and element_type.opset > wanted:
+                message = f"opset {wanted} has no {dtype}: give {element_type.opset} or higher, or none"
+                raise UsageError(message, tensor=tensor.name)
+            opset = max(opset, element_type.opset)
+    return opset
+
+
+def _location(target: Path, external_from: int | None) -> str:
+    location = f"{target.name}.data"
+    if external_from is not None and location != location.encode(errors="replace").decode():
+        raise UsageError("an ONNX file names its file of external data, and this name is not Unicode", path=target)
+    return location
+
+
+def _dtypes(tensor: Tensor) -> Iterator[np.dtype[Any]]:
+    """The dtypes of the initializers that a tensor needs."""
+    if tensor.quantization is None:
+        yield tensor.dtype
+        return
+    yield carrier(tensor.dtype)
+    for _, parameter in tensor.quantization.parameters():
+        yield carrier(parameter.dtype)
+
+
+def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
+    """What each tensor is called in the file: its own name, unless ONNX cannot hold that; such a change is a loss."""
+    fitting = {name: name.encode(errors="backslashreplace").decode() or "unnamed" for name in model}
+    free = Names(name for name in model if fitting[name] == name)
+    names = {name: name if fit == name else free.fresh(fit) for name, fit in fitting.items()}
+    detail = "ONNX has no empty names, and none that are not Unicode: it is called '{}'"
+    return names, [Loss(name, "renamed", detail.format(printable(new))) for name, new in names.items() if name != new]
+
+
+def _shared_parameters(model: Model) -> dict[int, str]:
+    """The names of those plain tensors that are, as the very same object, a parameter of another one, by identity."""
+    named = {id(tensor): name for name, tensor in model.items() if tensor.quantization is None}
+    used: dict[int, str] = {}
+    for tensor in model.values():
+        for _, parameter in tensor.quantization.parameters() if tensor.quantization else ():
+            if id(parameter) in named:
+                used[id(parameter)] = named[id(parameter)]
+    return used
