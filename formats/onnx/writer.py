@@ -113,7 +113,7 @@ class OnnxWriter:
         files = [OutputFile(target, layout.model_nbytes)]
         if layout.data_nbytes:
             files.append(OutputFile(target.with_name(location), layout.data_nbytes))
-        return OnnxPlan(files, losses, layout, initializers)
+        return OnnxPlan(files, [*_graph_losses(model), *losses], layout, initializers)
 
 
 def _opset(model: Model, wanted: int | None) -> int:
@@ -132,6 +132,13 @@ def _opset(model: Model, wanted: int | None) -> int:
                 raise UsageError(message, tensor=tensor.name)
             opset = max(opset, element_type.opset)
     return opset
+
+
+def _graph_losses(model: Model) -> list[Loss]:
+    operators = sum(model.metadata.operators.values())
+    if not operators and model.graph is None:
+        return []
+    return [Loss("", "dropped", f"the graph of {operators} operators: the ONNX file has the weights only")]
 
 
 def _location(target: Path, external_from: int | None) -> str:
