@@ -77,7 +77,7 @@ def select(model: Model, only: Sequence[str] = (), skip: Sequence[str] = ()) -> 
         for name, tensor in model.items()
         if chosen(owner if (owner := tensor.parameter_of) is not None and owner in model.tensors else name)
     }
-    if not tensors:
+    if not tensors and model.tensors:
         raise UsageError(
             f"no tensor matches --only {list(only)} --skip {list(skip)}: `nibblecast inspect` lists their names",
             path=model.metadata.source,
@@ -97,6 +97,9 @@ def plan(
     """What each target will get; reads no payload. Raises UsageError, Unsupported or RefusedLoss when a target is
     impossible: an output that is an input, two outputs on one path, something that a writer cannot hold."""
     model = select(model, only, skip)
+    if not model.tensors:
+        nothing = Loss("", "dropped", "it has no constant weights, so that what is written holds no tensor")
+        model = replace(model, losses=(*model.losses, nothing))
     if dequantize is not None:
         model = dequantize_model(model, dequantize)
     planned = []

@@ -209,6 +209,14 @@ def test_fail_on_loss_refuses_and_says_what(tmp_path: Path) -> None:
     assert converters.convert(INT4, tmp_path / "b.safetensors", fail_on_loss=True).losses == ()
 
 
+def test_a_model_without_constant_weights_is_said_to_have_none(tmp_path: Path) -> None:
+    done = converters.save(Model({}), tmp_path / "empty.safetensors")
+    assert [loss.detail for loss in done.losses] == [
+        "it has no constant weights, so that what is written holds no tensor"
+    ]
+    assert dict(converters.load(tmp_path / "empty.safetensors")) == {}
+
+
 def test_what_a_writer_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = Model({"z": Tensor.from_array("z", np.zeros(2, np.complex64))}, Metadata("test"))
     with pytest.raises(
