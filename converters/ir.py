@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Data, FileRange, InMemory
 
@@ -41,6 +41,10 @@ SMALL_FLOATS = frozenset(
         ml_dtypes.float4_e2m1fn,
     )
 )
+
+#: What every NumPy can hold (2.0 went from 32 to 64).
+MOST_DIMENSIONS = 32
+_MOST_ELEMENTS = 1 << 58
 
 LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
 
@@ -207,6 +211,11 @@ class Tensor:
     def __post_init__(self) -> None:
         if any(size < 0 for size in self.shape):
             raise CorruptFile(f"shape {self.shape} has a negative size", tensor=self.name)
+        if len(self.shape) > MOST_DIMENSIONS:
+            message = f"has {len(self.shape)} dimensions; {MOST_DIMENSIONS} are the most that can be read"
+            raise Unsupported(message, tensor=self.name)
+        if 0 in self.shape and prod(size for size in self.shape if size) > _MOST_ELEMENTS:  # NumPy refuses those
+            raise CorruptFile(f"shape {self.shape} is larger than any memory", tensor=self.name)
         if self.data.nbytes != self.nbytes:
             raise CorruptFile(
                 f"holds {self.data.nbytes} bytes, but shape {self.shape} of {self.dtype} takes {self.nbytes}",

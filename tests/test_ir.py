@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, Unsupported
 from converters.ir import (
     GroupIndex,
     Metadata,
@@ -51,8 +51,13 @@ def test_granularity_has_a_name(block_shape: tuple[int, ...], granularity: str) 
 def test_data_must_fill_the_shape_exactly() -> None:
     with pytest.raises(CorruptFile, match=r"tensor 'w': holds 3 bytes, but shape \(2, 2\) of int4 takes 2"):
         Tensor("w", (2, 2), np.dtype(ml_dtypes.int4), InMemory(np.zeros(3, np.uint8)))
+    nothing = InMemory(np.zeros(0, np.uint8))
     with pytest.raises(CorruptFile, match="negative size"):
         Tensor("w", (-1, -2), np.dtype(np.int8), InMemory(np.zeros(2, np.uint8)))
+    with pytest.raises(Unsupported, match="has 33 dimensions; 32 are the most"):
+        Tensor("w", (0, *[1] * 32), np.dtype(np.int8), nothing)
+    with pytest.raises(CorruptFile, match="larger than any memory"):
+        Tensor("w", (0, 1 << 40, 1 << 40), np.dtype(np.int8), nothing)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ _LITERTLM_MAGIC = b"LITERTLM"
 _LITERTLM_HEADER = 32
 _ZIP_MAGIC = b"PK\x03\x04"
 _ZIP_LOCAL_HEADER = 30
+_MOST_NAME = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +45,10 @@ def sections(file: MappedFile) -> list[Section]:
         return [Section("", file.range(0, file.view.size))]
     if not found:
         raise Unsupported("is a container without a TFLite model")
+    if sum(section.data.nbytes for section in found) > file.view.size:
+        raise CorruptFile("is a container whose models overlap: it is damaged")
+    if any(len(section.name) > _MOST_NAME for section in found):
+        raise CorruptFile(f"has a section with a name of more than {_MOST_NAME} characters: it is damaged")
     return found
 
 

@@ -2,7 +2,8 @@
 
 Format: https://flatbuffers.dev/internals (little endian; a table begins with the signed distance back to its vtable,
 whose entries are offsets of the fields from the table, 0 for an absent one). The official Python runtime (25.12) checks
-nothing and has no verifier, so that a damaged file makes it raise anything or allocate without end.
+nothing and has no verifier, so that a damaged file makes it raise anything or allocate without end. Tables, vectors and
+strings may be shared, so that a few bytes can stand for millions of objects: what is read is counted each time.
 
 A schema is written as classes: each field is an attribute that names its slot.
 
@@ -20,7 +21,13 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, Unsupported
+
+#: Bytes that may be read into objects: so many times the flatbuffer's size, and some for small ones.
+_MOST_READS = 2
+_HARMLESS_BYTES = 1 << 16
+#: What a table of a vector counts as, its offset included: about the smallest that says anything.
+_TABLE_BYTES = 20
 
 T = TypeVar("T")
 TableT = TypeVar("TableT", bound="Table")
@@ -29,12 +36,21 @@ TableT = TypeVar("TableT", bound="Table")
 class FlatBuffer:
     """The bytes of one flatbuffer: `content` is uint8 of shape (size,), a view of the file."""
 
-    __slots__ = ("content", "memory", "vtables")
+    __slots__ = ("allowance", "content", "memory", "vtables")
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
         self.content = content
         self.memory = content.data
         self.vtables: dict[int, tuple[int, ...]] = {}
+        self.allowance = _MOST_READS * content.size + _HARMLESS_BYTES
+
+    def spend(self, nbytes: int) -> None:
+        """Counts bytes that become objects. Raises Unsupported when they are out of all proportion to the file."""
+        self.allowance -= nbytes
+        if self.allowance < 0:
+            raise Unsupported(
+                f"refers to the same parts of its {self.content.size} bytes again and again: refused as a bomb"
+            )
 
     def unpack(self, format: str, position: int) -> int | float:
         """One little-endian scalar of a `struct` format. Raises CorruptFile when it lies outside."""
@@ -55,7 +71,10 @@ class FlatBuffer:
 
     def follow(self, position: int) -> int:
         """Where the unsigned offset stored at `position` leads."""
-        return position + self.integer("I", position)
+        offset = self.integer("I", position)
+        if not offset:
+            raise CorruptFile(f"the offset at byte {position} points to itself: the file is damaged")
+        return position + offset
 
     def array(self, position: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         """The vector of scalars at `position` as a view, shape (length,)."""
@@ -136,7 +155,9 @@ def string(slot: int) -> Field[str | None]:
     """A string; bytes that are not UTF-8, which some producers write, appear as backslash escapes."""
 
     def decode(buffer: FlatBuffer, position: int) -> str | None:
-        return buffer.array(buffer.follow(position), np.dtype(np.uint8)).tobytes().decode("utf-8", "backslashreplace")
+        characters = buffer.array(buffer.follow(position), np.dtype(np.uint8))
+        buffer.spend(characters.size)
+        return characters.tobytes().decode("utf-8", "backslashreplace")
 
     return Field(slot, decode, None)
 
@@ -146,7 +167,18 @@ def vector(slot: int, dtype: type[np.generic]) -> Field[NDArray[Any] | None]:
     little_endian = np.dtype(dtype).newbyteorder("<")
 
     def decode(buffer: FlatBuffer, position: int) -> NDArray[Any] | None:
-        return buffer.array(buffer.follow(position), little_endian)
+        values = buffer.array(buffer.follow(position), little_endian)
+        buffer.spend(values.nbytes)
+        return values
+
+    return Field(slot, decode, None)
+
+
+def payload(slot: int) -> Field[NDArray[np.uint8] | None]:
+    """A vector of bytes that are only pointed at, shape (length,); None when it is absent."""
+
+    def decode(buffer: FlatBuffer, position: int) -> NDArray[np.uint8] | None:
+        return buffer.array(buffer.follow(position), np.dtype(np.uint8))
 
     return Field(slot, decode, None)
 
@@ -165,7 +197,8 @@ def tables(slot: int, schema: type[TableT]) -> Field[list[TableT]]:
 
     def decode(buffer: FlatBuffer, position: int) -> list[TableT]:
         start = buffer.follow(position)
-        offsets = buffer.array(start, np.dtype("<u4")).tolist()
-        return [schema(buffer, start + 4 + 4 * i + offset) for i, offset in enumerate(offsets)]
+        offsets = buffer.array(start, np.dtype("<u4"))
+        buffer.spend(offsets.size * _TABLE_BYTES)
+        return [schema(buffer, start + 4 + 4 * i + offset) for i, offset in enumerate(offsets.tolist())]
 
     return Field(slot, decode, [])

@@ -7,9 +7,9 @@ The subtraction is one of integers, the multiplication one of float32; LiteRT 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import prod
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -20,19 +20,28 @@ from formats.tflite.schema import BlockwiseQuantization, MultiAxisQuantization, 
 
 _SCALE_DTYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
 
-#: Gives the constant tensor at an index of the same subgraph; raises CorruptFile when there is none.
-ParameterOf = Callable[[int], Tensor]
+
+class ParameterSource(Protocol):
+    """The constant tensors of the subgraph, for one of them that has others as its parameters."""
+
+    def look(self, index: int) -> Tensor:
+        """The tensor at `index`; raises CorruptFile when it holds no constant numbers or is the asking one itself."""
+        ...
+
+    def take(self, index: int) -> Tensor:
+        """The same, from now on a parameter."""
+        ...
 
 
 def quantization_of(
-    name: str, shape: tuple[int, ...], parameters: QuantizationParameters | None, parameter_of: ParameterOf
+    name: str, shape: tuple[int, ...], parameters: QuantizationParameters | None, source: ParameterSource
 ) -> tuple[Quantization | None, list[Loss]]:
     """The parameters of a constant integer tensor; None when it is not quantized (no table, or one without scales).
     Raises CorruptFile when they contradict the shape, Unsupported for details without a public meaning."""
     if parameters is None:
         return None, []
     if parameters.details_type:
-        return _details(shape, parameters, parameter_of), []
+        return _details(shape, parameters, source), []
     return _affine(name, shape, parameters)
 
 
@@ -71,7 +80,7 @@ def _affine(
     ), losses
 
 
-def _details(shape: tuple[int, ...], parameters: QuantizationParameters, parameter_of: ParameterOf) -> Quantization:
+def _details(shape: tuple[int, ...], parameters: QuantizationParameters, source: ParameterSource) -> Quantization:
     kind = parameters.details_type
     if kind == BlockwiseQuantization.TYPE and parameters.blockwise is not None:
         blockwise = parameters.blockwise
@@ -86,11 +95,10 @@ def _details(shape: tuple[int, ...], parameters: QuantizationParameters, paramet
             )
         # quantized_dimension is 0 in every real file, though the blocks run along the last dimension
         block_shape = blocked(shape, len(shape) - 1, blockwise.block_size)
-        return _with_parameter_tensors(shape, block_shape, blockwise, parameter_of)
+        return _with_parameter_tensors(shape, block_shape, blockwise, source)
     if kind == MultiAxisQuantization.TYPE and parameters.multi_axis is not None:
-        return _with_parameter_tensors(
-            shape, _multi_axis_blocks(shape, parameters.multi_axis), parameters.multi_axis, parameter_of
-        )
+        block_shape = _multi_axis_blocks(shape, parameters.multi_axis)
+        return _with_parameter_tensors(shape, block_shape, parameters.multi_axis, source)
     raise Unsupported(
         f"has quantization details of type {kind}; blockwise ({BlockwiseQuantization.TYPE}) and "
         f"multi-axis ({MultiAxisQuantization.TYPE}) are known"
@@ -114,28 +122,29 @@ def _with_parameter_tensors(
     shape: tuple[int, ...],
     block_shape: tuple[int, ...],
     details: BlockwiseQuantization | MultiAxisQuantization,
-    parameter_of: ParameterOf,
+    source: ParameterSource,
 ) -> Quantization:
     grid = grid_shape(shape, block_shape)
-    scale = parameter_of(details.scales)
+    scale = source.look(details.scales)
     if scale.dtype not in _SCALE_DTYPES or scale.size != prod(grid):
         raise CorruptFile(
             f"takes its scales from tensor '{scale.name}' of {scale.dtype} and shape {scale.shape}; "
             f"floats of shape {grid} are needed"
         )
-    return Quantization(_in_shape(scale, grid), block_shape, _zero_point(details.zero_points, grid, parameter_of))
+    zero_point = _zero_point(details.zero_points, grid, source)
+    return Quantization(_in_shape(source.take(details.scales), grid), block_shape, zero_point)
 
 
-def _zero_point(index: int, grid: tuple[int, ...], parameter_of: ParameterOf) -> Tensor | None:
+def _zero_point(index: int, grid: tuple[int, ...], source: ParameterSource) -> Tensor | None:
     if index < 0:
         return None
     try:
-        zero_point = parameter_of(index)
+        zero_point = source.look(index)
         fits = is_integer(zero_point.dtype) and zero_point.size == prod(grid)
     except CorruptFile:
         fits = False
     if fits:
-        return _in_shape(zero_point, grid)
+        return _in_shape(source.take(index), grid)
     if index == 0:  # the schema's default for an absent field: not meant for tensor 0
         return None
     raise CorruptFile(f"takes its zero points from tensor {index}, which holds no integers of shape {grid}")

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Loss, Metadata, Model, Quantization, Tensor, Use, is_integer
-from converters.packing import SUB_BYTE, bits_of, packed_size
-from converters.storage import Computed, Data, FileRange, InMemory, MappedFile
+from converters.ir import MOST_DIMENSIONS, Loss, Metadata, Model, Quantization, Tensor, Use, is_integer
+from converters.packing import SUB_BYTE
+from converters.storage import Data, FileRange, InMemory, MappedFile
 from formats.tflite import schema
 from formats.tflite.containers import Section, sections
 from formats.tflite.quantization import quantization_of
-from formats.tflite.sparsity import sparse_layout
+from formats.tflite.sparsity import SparseData, sparse_layout
 
 #: A tensor by subgraph and index.
 Key = tuple[int, int]
@@ -34,21 +34,41 @@ class TFLiteReader:
         """The constant tensors of all subgraphs of all models in the file, under their own names (duplicates get `:1`,
         `:2`, nameless ones `subgraph0/tensor5`; several models in a container: `<section>/<name>`)."""
         found = sections(MappedFile.open(path))
-        files = [_ModelFile.open(section) for section in found]
-        tensors: list[Tensor] = []
+        files = [_ModelFile.open(section, f"{section.name}/" if len(found) > 1 else "") for section in found]
         losses: list[Loss] = []
+        constants: list[list[_Constant]] = []
+        for file in files:
+            numbers, dropped = file.constants()
+            constants.append(numbers)
+            losses += dropped
+        names = iter(_unique_names([constant.name for numbers in constants for constant in numbers]))
+        tensors: dict[str, Tensor] = {}
+        for file, numbers in zip(files, constants, strict=True):
+            for constant in numbers:
+                name = next(names)
+                if name != constant.name:
+                    losses.append(Loss(name, "renamed", f"another tensor is named '{constant.name}' too"))
+                    constant.name = name
+            for tensor, its_losses in file.tensors(numbers):
+                tensors[tensor.name] = tensor
+                losses += its_losses
         operators: Counter[str] = Counter()
         for file in files:
-            prefix = f"{file.section.name}/" if len(files) > 1 else ""
-            for tensor, tensor_losses in file.constants(prefix):
-                tensors.append(tensor)
-                losses += tensor_losses
-            losses += file.unreadable(prefix)
             operators.update(file.operator_names)
-        named, renamed = _unique_names(tensors)
         producer = next((file.model.description for file in files if file.model.description), "")
-        metadata = Metadata("tflite", producer, path, dict(operators))
-        return Model(named, metadata, losses=(*losses, *renamed))
+        return Model(tensors, Metadata("tflite", producer, path, dict(operators)), losses=tuple(losses))
+
+
+@dataclass(slots=True, eq=False)
+class _Constant:
+    """A constant tensor that holds numbers: what it is called and where its bytes are."""
+
+    key: Key
+    name: str
+    table: schema.Tensor
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    data: Data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,16 +76,19 @@ class _ModelFile:
     """One model: its root table with the vectors that are asked for again and again, all indices in them checked."""
 
     section: Section
+    prefix: str
     model: schema.Model
     buffers: list[schema.Buffer]
     subgraphs: list[list[schema.Tensor]]
-    uses: dict[Key, tuple[Use, ...]]
+    uses: dict[Key, list[Use]]
     produced: set[Key]
     operator_names: Counter[str]
-    external: dict[int, FileRange] = field(default_factory=dict)
+    external_buffers: dict[int, list[schema.ExternalBuffer]]
+    external_groups: list[schema.ExternalBufferGroup]
+    external_files: dict[str, FileRange] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, section: Section) -> _ModelFile:
+    def open(cls, section: Section, prefix: str) -> _ModelFile:
         """Parses the section's headers. Raises CorruptFile for a wrong identifier, offset, length or index."""
         content = section.data.read(0, section.data.nbytes)
         identifier = content[4:8].tobytes()
@@ -74,107 +97,97 @@ class _ModelFile:
         model = schema.Model.root(content)
         if model.version != schema.VERSION:
             raise Unsupported(f"has schema version {model.version}; {schema.VERSION} is the one in use since 2017")
-        subgraphs = model.subgraphs
-        operators = [_operators(model, index, subgraph) for index, subgraph in enumerate(subgraphs)]
+        graphs = model.subgraphs
+        subgraphs = [graph.tensors for graph in graphs]
+        names = [_operator_name(code) for code in model.operator_codes]
+        operators = [_operators(names, index, graph, len(subgraphs[index])) for index, graph in enumerate(graphs)]
+        produced = {key for graph in operators for operator in graph for key in operator.outputs}
+        for index, graph in enumerate(graphs):
+            inputs, outputs = _indices(graph.inputs), _indices(graph.outputs)
+            _check_tensors(f"subgraph {index}", (*inputs, *outputs), len(subgraphs[index]))
+            produced.update((index, tensor) for tensor in inputs)
+        external: dict[int, list[schema.ExternalBuffer]] = {}
+        for buffer in model.external_buffers:
+            external.setdefault(buffer.id, []).append(buffer)
         return cls(
             section=section,
+            prefix=prefix,
             model=model,
             buffers=model.buffers,
-            subgraphs=[subgraph.tensors for subgraph in subgraphs],
+            subgraphs=subgraphs,
             uses=_uses(operators),
-            produced={key for graph in operators for operator in graph for key in operator.outputs}
-            | {(index, i) for index, subgraph in enumerate(subgraphs) for i in _indices(subgraph.inputs)},
+            produced=produced,
             operator_names=Counter(operator.name for graph in operators for operator in graph),
+            external_buffers=external,
+            external_groups=model.external_buffer_groups,
         )
 
-    def constants(self, prefix: str) -> Iterator[tuple[Tensor, list[Loss]]]:
-        """Every constant tensor that holds numbers, in order, and what reading it lost. A tensor that another one names
-        as its parameter is the same object there, and says so in `parameter_of`."""
-        plain: dict[Key, Tensor] = {}
-        owners: dict[Key, str] = {}
-
-        def parameter(subgraph: int, index: int, owner: str) -> Tensor:
-            key = (subgraph, index)
-            if not 0 <= index < len(self.subgraphs[subgraph]):
-                raise CorruptFile(
-                    f"names tensor {index} as a parameter; its subgraph has {len(self.subgraphs[subgraph])}"
-                )
-            if key not in plain:
-                made = self._plain(key, prefix)
-                if made is None:
-                    raise CorruptFile(f"names tensor {index} as a parameter, which has no constant numbers")
-                owners[key] = owner
-                plain[key] = replace(made, parameter_of=owner)
-            return plain[key]
-
-        results: list[tuple[Key, Tensor, list[Loss]]] = []
+    def constants(self) -> tuple[list[_Constant], list[Loss]]:
+        """Every constant tensor that holds numbers, in order; the others (strings) are dropped."""
+        found: list[_Constant] = []
+        losses: list[Loss] = []
         for subgraph, tensors in enumerate(self.subgraphs):
-            for index, tensor in enumerate(tensors):
+            for index, table in enumerate(tensors):
                 key = (subgraph, index)
-                name = self._name(key, tensor, prefix)
+                name = self.prefix + (table.name or f"subgraph{subgraph}/tensor{index}")
                 try:
-                    made = self._plain(key, prefix)
-                    if made is None:
-                        continue
-                    quantization: Quantization | None = None
-                    losses: list[Loss] = []
-                    if is_integer(made.dtype):
-                        quantization, losses = quantization_of(
-                            name,
-                            made.shape,
-                            tensor.quantization,
-                            lambda i, subgraph=subgraph, name=name: parameter(subgraph, i, name),  # type: ignore[misc]
-                        )
-                    if tensor.sparsity is not None:
-                        losses.append(Loss(name, "expanded", "its sparse values are written with the zeros between"))
-                    results.append((key, replace(made, quantization=quantization), losses))
+                    kind, data = _type_name(table), self._data(key, table)
+                    if data is not None and kind in schema.DTYPES:
+                        found.append(_Constant(key, name, table, _shape(table), schema.DTYPES[kind], data))
+                    elif data is not None and data.nbytes:
+                        losses.append(Loss(name, "dropped", f"{kind} holds no numbers"))
                 except Error as error:
                     error.tensor = error.tensor or name
                     raise
+        return found, losses
+
+    def tensors(self, constants: list[_Constant]) -> Iterator[tuple[Tensor, list[Loss]]]:
+        """The tensors, with what reading each one lost. One that another names as its parameter is the same object
+        there, and says so in `parameter_of`."""
+        plain: dict[Key, Tensor] = {}
+        for constant in constants:
+            try:
+                plain[constant.key] = self._plain(constant)
+            except Error as error:
+                error.tensor = error.tensor or constant.name
+                raise
+        results: list[tuple[Key, Tensor, list[Loss]]] = []
+        for constant in constants:
+            key, name = constant.key, constant.name
+            try:
+                quantization: Quantization | None = None
+                losses: list[Loss] = []
+                if is_integer(constant.dtype):
+                    source = _Parameters(plain, key, name)
+                    quantization, losses = quantization_of(name, constant.shape, constant.table.quantization, source)
+                if constant.table.sparsity is not None:
+                    losses.append(Loss(name, "expanded", "its sparse values are written with the zeros between"))
+                results.append((key, replace(plain[key], quantization=quantization), losses))
+            except Error as error:
+                error.tensor = error.tensor or name
+                raise
         for key, made, losses in results:
-            yield plain.get(key, made), losses
+            yield made if plain[key].parameter_of is None else plain[key], losses
 
-    def unreadable(self, prefix: str) -> Iterator[Loss]:
-        """The constant tensors that hold no numbers (strings)."""
-        for subgraph, tensors in enumerate(self.subgraphs):
-            for index, tensor in enumerate(tensors):
-                kind = _type_name(tensor)
-                if kind not in schema.DTYPES and self._data(tensor) is not None:
-                    yield Loss(self._name((subgraph, index), tensor, prefix), "dropped", f"{kind} holds no numbers")
+    def _plain(self, constant: _Constant) -> Tensor:
+        """The tensor without quantization."""
+        data, rank = constant.data, len(constant.shape)
+        if constant.table.sparsity is not None:
+            data = _expanded(constant, constant.table.sparsity, self.section.data.file.path)
+        uses = []
+        for use in self.uses.get(constant.key, []):
+            axis = use.channel_axis
+            if axis is not None:  # negative ones count from the end
+                axis = axis % rank if -rank <= axis < rank else None
+            uses.append(replace(use, channel_axis=axis))
+        return Tensor(constant.name, constant.shape, constant.dtype, data, uses=tuple(uses))
 
-    def _name(self, key: Key, tensor: schema.Tensor, prefix: str) -> str:
-        return prefix + (tensor.name or f"subgraph{key[0]}/tensor{key[1]}")
-
-    def _plain(self, key: Key, prefix: str) -> Tensor | None:
-        """The tensor without quantization; None when it is not constant or holds no numbers."""
-        tensor = self.subgraphs[key[0]][key[1]]
-        dtype = schema.DTYPES.get(_type_name(tensor))
-        if dtype is None:
-            return None
-        shape = tuple(_indices(tensor.shape))
-        data: Data | None = self._data(tensor)
-        if data is None:
-            # constants without elements have no bytes either; nothing computes them
-            if 0 not in shape or key in self.produced or key not in self.uses:
-                return None
-            data = InMemory(np.zeros(0, np.uint8))
-        name = self._name(key, tensor, prefix)
-        if tensor.sparsity is not None:
-            data = _expanded(tensor.sparsity, name, shape, dtype, data)
-        uses = tuple(
-            use if use.channel_axis is None or not shape else replace(use, channel_axis=use.channel_axis % len(shape))
-            for use in self.uses.get(key, ())
-        )
-        return Tensor(name, shape, dtype, data, uses=uses)
-
-    def _data(self, tensor: schema.Tensor) -> FileRange | None:
+    def _data(self, key: Key, tensor: schema.Tensor) -> Data | None:
         """Where the tensor's bytes are; None when it has none (an activation, a variable)."""
         if tensor.external_buffer:
             return self._external_data(tensor.external_buffer)
         if tensor.buffer >= len(self.buffers):
-            raise CorruptFile(
-                f"has buffer {tensor.buffer} of {len(self.buffers)}: the file is damaged", tensor=tensor.name
-            )
+            raise CorruptFile(f"has buffer {tensor.buffer} of {len(self.buffers)}: the file is damaged")
         buffer = self.buffers[tensor.buffer]
         content = buffer.data
         base = self.section.data
@@ -185,31 +198,32 @@ class _ModelFile:
             if buffer.offset + buffer.size > base.nbytes:
                 raise CorruptFile(
                     f"has its data at bytes {buffer.offset} to {buffer.offset + buffer.size} of {base.nbytes}: "
-                    "the file is truncated",
-                    tensor=tensor.name,
+                    "the file is truncated"
                 )
             return base.file.range(base.offset + buffer.offset, buffer.size)
+        if 0 in _indices(tensor.shape) and key not in self.produced:
+            return InMemory(np.zeros(0, np.uint8))  # a constant without elements: nothing computes it
         return None
 
     def _external_data(self, identifier: int) -> FileRange:
-        if identifier not in self.external:
-            matching = [buffer for buffer in self.model.external_buffers if buffer.id == identifier]
-            if len(matching) != 1:
-                raise CorruptFile(f"refers to external buffer {identifier}, which the file lists {len(matching)} times")
-            buffer = matching[0]
-            if buffer.packing:
-                raise Unsupported(f"has an external buffer with packing '{buffer.packing}', which is not documented")
-            groups = self.model.external_buffer_groups
-            if buffer.group >= len(groups):
-                raise CorruptFile(f"refers to group {buffer.group} of {len(groups)} of external buffers")
-            group = self._external_file(groups[buffer.group].name or "")
-            if buffer.offset + buffer.length > group.nbytes:
-                raise CorruptFile(
-                    f"has an external buffer at bytes {buffer.offset} to {buffer.offset + buffer.length} of the "
-                    f"{group.nbytes} bytes of '{groups[buffer.group].name}'"
-                )
-            self.external[identifier] = group.file.range(group.offset + buffer.offset, buffer.length)
-        return self.external[identifier]
+        matching = self.external_buffers.get(identifier, [])
+        if len(matching) != 1:
+            raise CorruptFile(f"refers to external buffer {identifier}, which the file lists {len(matching)} times")
+        buffer = matching[0]
+        if buffer.packing:
+            raise Unsupported(f"has an external buffer with packing '{buffer.packing}', which is not documented")
+        if buffer.group >= len(self.external_groups):
+            raise CorruptFile(f"refers to group {buffer.group} of {len(self.external_groups)} of external buffers")
+        name = self.external_groups[buffer.group].name or ""
+        if name not in self.external_files:
+            self.external_files[name] = self._external_file(name)
+        group = self.external_files[name]
+        if buffer.offset + buffer.length > group.nbytes:
+            raise CorruptFile(
+                f"has an external buffer at bytes {buffer.offset} to {buffer.offset + buffer.length} of the "
+                f"{group.nbytes} bytes of '{name}'"
+            )
+        return group.file.range(group.offset + buffer.offset, buffer.length)
 
     def _external_file(self, name: str) -> FileRange:
         """A file beside the model, or the container's section of weights. It must not lead out of the folder."""
@@ -219,12 +233,37 @@ class _ModelFile:
         relative = PurePosixPath(name)
         path = folder / relative
         outside = relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name or not name
-        if outside or path.resolve() != path:
+        try:
+            outside = outside or path.resolve() != path
+        except (OSError, RuntimeError):  # a link to itself
+            outside = True
+        if outside:
             raise CorruptFile(
                 f"takes weights from '{name}'; a file below the model's own folder, reached without links, is needed"
             )
         file = MappedFile.open(path)
         return file.range(0, file.view.size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parameters:
+    """The constant tensors of a subgraph, for the one at `key` that has others as its parameters."""
+
+    plain: dict[Key, Tensor]
+    key: Key
+    name: str
+
+    def look(self, index: int) -> Tensor:
+        key = (self.key[0], index)
+        if key not in self.plain or key == self.key:
+            raise CorruptFile(f"names tensor {index} as a parameter, which holds no constant numbers for it")
+        return self.plain[key]
+
+    def take(self, index: int) -> Tensor:
+        key = (self.key[0], index)
+        if self.plain[key].parameter_of is None:
+            self.plain[key] = replace(self.plain[key], parameter_of=self.name)
+        return self.plain[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +276,8 @@ class _Operator:
     transposed: bool
 
 
-def _operators(model: schema.Model, index: int, subgraph: schema.SubGraph) -> list[_Operator]:
-    names = [_operator_name(code) for code in model.operator_codes]
-    count = len(subgraph.tensors)
+def _operators(names: list[str], index: int, subgraph: schema.SubGraph, count: int) -> list[_Operator]:
+    """The operators of a subgraph of `count` tensors; `names` are those of the operator codes."""
     operators = []
     for position, operator in enumerate(subgraph.operators):
         if operator.opcode_index >= len(names):
@@ -249,12 +287,7 @@ def _operators(model: schema.Model, index: int, subgraph: schema.SubGraph) -> li
             )
         name = names[operator.opcode_index]
         inputs, outputs = _indices(operator.inputs), _indices(operator.outputs)
-        for tensor in (*inputs, *outputs):
-            if not -1 <= tensor < count:
-                raise CorruptFile(
-                    f"operator {position} ({name}) of subgraph {index} refers to tensor {tensor} of {count}: "
-                    "the file is damaged"
-                )
+        _check_tensors(f"operator {position} ({name}) of subgraph {index}", (*inputs, *outputs), count)
         options = operator.batch_matmul_options
         transposed = operator.builtin_options_type == schema.BatchMatMulOptions.TYPE and options is not None
         operators.append(
@@ -268,19 +301,31 @@ def _operators(model: schema.Model, index: int, subgraph: schema.SubGraph) -> li
     return operators
 
 
-def _uses(graphs: list[list[_Operator]]) -> dict[Key, tuple[Use, ...]]:
+def _check_tensors(who: str, tensors: tuple[int, ...], count: int) -> None:
+    for tensor in tensors:
+        if not -1 <= tensor < count:
+            raise CorruptFile(f"{who} refers to tensor {tensor} of {count}: the file is damaged")
+
+
+def _uses(graphs: list[list[_Operator]]) -> dict[Key, list[Use]]:
     """What consumes each tensor; operators that only change its storage pass their own consumers on."""
-    uses: dict[Key, tuple[Use, ...]] = {}
+    uses: dict[Key, list[Use]] = {}
     # operators are in execution order: from the last to the first, consumers are known before what they consume
     for operators in graphs:
         for operator in reversed(operators):
-            for position, key in enumerate(operator.inputs):
-                if key is None:
-                    continue
-                found: tuple[Use, ...] = ()
-                if operator.name in schema.STORAGE_OPERATORS:
-                    found = tuple(use for output in operator.outputs for use in uses.get(output, ()))
-                uses[key] = (*(found or (_use(operator, position),)), *uses.get(key, ()))
+            passed: list[Use] = []
+            if operator.name in schema.STORAGE_OPERATORS and operator.outputs:
+                # taken away, not copied: damaged files can make one tensor the output of many operators
+                passed = uses.pop(operator.outputs[0], [])
+            for position, key in reversed(list(enumerate(operator.inputs))):
+                if key is not None:
+                    found, passed = passed or [_use(operator, position)], []
+                    if key in uses:
+                        uses[key] += found
+                    else:
+                        uses[key] = found
+    for found in uses.values():
+        found.reverse()
     return uses
 
 
@@ -301,50 +346,48 @@ def _operator_name(code: schema.OperatorCode) -> str:
 
 def _type_name(tensor: schema.Tensor) -> str:
     if not 0 <= tensor.type < len(schema.TENSOR_TYPES):
-        raise Unsupported(f"has tensor type {tensor.type}, which this version does not know", tensor=tensor.name)
+        raise Unsupported(f"has tensor type {tensor.type}, which this version does not know")
     return schema.TENSOR_TYPES[tensor.type]
 
 
-def _expanded(
-    sparsity: schema.SparsityParameters, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], stored: Data
-) -> Data:
-    """The dense data of a sparse tensor, expanded when it is read."""
-    if dtype in SUB_BYTE:
-        raise Unsupported(f"is sparse with {dtype} values, of which no producer is known", tensor=name)
-    if stored.nbytes % dtype.itemsize:
-        raise CorruptFile(f"has {stored.nbytes} bytes of {dtype} values", tensor=name)
+def _shape(tensor: schema.Tensor) -> tuple[int, ...]:
+    sizes = tensor.shape
+    if sizes is None:
+        return ()
+    if sizes.size > MOST_DIMENSIONS:
+        raise Unsupported(f"has {sizes.size} dimensions; {MOST_DIMENSIONS} are the most that can be read")
+    shape = tuple(sizes.tolist())
     if any(size < 0 for size in shape):
-        raise CorruptFile(f"shape {shape} has a negative size", tensor=name)
-    elements = int(np.prod(shape, dtype=object))
-    nbytes = packed_size(elements, bits_of(dtype))
-    layout = sparse_layout(sparsity, shape, stored.nbytes, nbytes)
-
-    def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        try:
-            dense = layout.expand(stored.read(0, stored.nbytes).view(dtype))
-        except CorruptFile as error:
-            error.tensor = name
-            raise
-        return dense.reshape(-1).view(np.uint8)[start:stop]
-
-    return Computed(nbytes, compute)
+        raise CorruptFile(f"shape {shape} has a negative size")
+    return shape
 
 
-def _unique_names(tensors: list[Tensor]) -> tuple[dict[str, Tensor], list[Loss]]:
-    """Tensors by name; the second of a name becomes `name:1`, and so on, past names that there are already."""
-    taken = {tensor.name for tensor in tensors}
-    named: dict[str, Tensor] = {}
-    losses = []
-    for tensor in tensors:
-        name, number = tensor.name, 0
-        while name in named or (number and name in taken):
+def _expanded(constant: _Constant, sparsity: schema.SparsityParameters, path: Path) -> Data:
+    """The dense data of a sparse tensor, expanded when it is read."""
+    dtype, stored = constant.dtype, constant.data
+    if dtype in SUB_BYTE:
+        raise Unsupported(f"is sparse with {dtype} values, of which no producer is known")
+    if stored.nbytes % dtype.itemsize:
+        raise CorruptFile(f"has {stored.nbytes} bytes of {dtype} values")
+    layout = sparse_layout(sparsity, constant.shape, stored.nbytes, dtype.itemsize)
+    return SparseData(path, constant.name, layout, dtype, stored)
+
+
+def _unique_names(names: list[str]) -> list[str]:
+    """The second of a name becomes `name:1`, and so on, past names that there are already."""
+    taken = set(names)
+    next_number: dict[str, int] = {}
+    unique = []
+    for name in names:
+        number = next_number.get(name, 0)
+        chosen = f"{name}:{number}" if number else name
+        while number and chosen in taken:
             number += 1
-            name = f"{tensor.name}:{number}"
-        if number:
-            losses.append(Loss(name, "renamed", f"another tensor is named '{tensor.name}' too"))
-            tensor = replace(tensor, name=name)
-        named[name] = tensor
-    return named, losses
+            chosen = f"{name}:{number}"
+        next_number[name] = number + 1
+        taken.add(chosen)
+        unique.append(chosen)
+    return unique
 
 
 def _indices(values: NDArray[Any] | None) -> list[int]:

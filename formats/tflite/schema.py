@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from formats.tflite.flatbuffer import Table, scalar, string, table, tables, vector
+from formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
 
 IDENTIFIER = b"TFL3"
 VERSION = 3
@@ -211,7 +211,7 @@ class SubGraph(Table):
 class Buffer(Table):
     """Bytes here, or (offset above 1) at that offset from the beginning of the model."""
 
-    data = vector(0, np.uint8)
+    data = payload(0)
     offset = scalar(1, "Q")
     size = scalar(2, "Q")
 

@@ -1,87 +1,120 @@
-"""Sparse tensors, expanded to dense ones as LiteRT's DENSIFY does (its sparsity_format_converter).
+"""Sparse tensors, expanded as LiteRT's DENSIFY does (tflite/kernels/internal/utils/sparsity_format_converter).
 
 The stored values are the leaves of a tree whose levels are the dimensions in traversal order: a dense level gives every
-node `dense_size` children, a compressed one (CSR) the children that its segments and indices list. With a block map,
-the last levels are dimensions inside a block, each of which refines the original dimension that the map names.
+node a child for each position of its dimension, a compressed one (CSR) the children that its segments and indices list.
+With a block map, the last levels are dimensions inside a block, each of which refines the original dimension that the
+map names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
-from formats.tflite.schema import DimensionMetadata, SparsityParameters
+from converters.storage import Data
+from formats.tflite.schema import DimensionMetadata, Int32Vector, SparsityParameters, Uint8Vector, Uint16Vector
 
 #: A dense form larger than this and than `_MOST_EXPANSION` times the stored values is taken for an attack.
 _HARMLESS_BYTES = 1 << 26
 _MOST_EXPANSION = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Level:
-    """One level of the tree: `segments` and `indices` when it is compressed, `size` children of each node otherwise."""
+    """One level of the tree, for a dimension of `size` positions that lie `stride` elements apart in the dense form;
+    `segments` and `indices` when it is compressed."""
 
     size: int
+    stride: int
     segments: NDArray[Any] | None
     indices: NDArray[Any] | None
+
+    def children(self, nodes: int) -> int:
+        """How many nodes the next level has when this one has `nodes`."""
+        if self.segments is None or self.indices is None:
+            return nodes * self.size
+        if self.segments.size != nodes + 1:
+            raise CorruptFile(f"its sparsity has {self.segments.size} segments for {nodes} nodes: the file is damaged")
+        return self.indices.size
+
+    def places(self, parents: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the children of nodes at `parents` begin, counted in elements of the dense form."""
+        if self.segments is None or self.indices is None:
+            steps = np.arange(self.size, dtype=np.int64) * self.stride
+            return (parents[:, None] + steps).reshape(-1)
+        segments, indices = self.segments.astype(np.int64), self.indices.astype(np.int64)
+        counts = np.diff(segments)
+        if segments[0] != 0 or (counts < 0).any() or segments[-1] != indices.size:
+            raise CorruptFile("its sparsity segments do not fit its indices: the file is damaged")
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.size:
+            raise CorruptFile(
+                f"its sparsity has indices {indices.min()} to {indices.max()} in a dimension of {self.size}: "
+                "the file is damaged"
+            )
+        return np.repeat(parents, counts) + indices * self.stride
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseLayout:
-    """Where the stored values of a sparse tensor belong; `sparse_layout` makes it, checked as far as headers tell."""
+    """Where the stored values of a sparse tensor belong; made by `sparse_layout`, checked as far as headers tell."""
 
     shape: tuple[int, ...]
-    order: tuple[int, ...]
-    block_map: tuple[int, ...]
     levels: tuple[_Level, ...]
 
     def expand(self, stored: NDArray[Any]) -> NDArray[Any]:
         """The dense array of `shape` that has `stored` (1-D, in tree order) at its places and zeros elsewhere.
         Raises CorruptFile when the tree has not as many leaves as there are values, or leaves the shape."""
-        coordinates: list[NDArray[np.int64]] = []
-        nodes = 1
+        leaves = 1
         for level in self.levels:
-            if level.segments is not None and level.indices is not None:
-                ends = level.segments.astype(np.int64)
-                counts = ends[1:] - ends[:-1]
-                if counts.size != nodes or (counts < 0).any() or counts.sum() != level.indices.size:
-                    raise CorruptFile("its sparsity segments do not fit its indices: the file is damaged")
-                children, coordinate = counts, level.indices.astype(np.int64)
-            else:
-                if nodes * level.size > prod(self.shape):
-                    raise CorruptFile(f"its sparsity has more places than shape {self.shape}: the file is damaged")
-                children = np.full(nodes, level.size, np.int64)
-                coordinate = np.tile(np.arange(level.size), nodes)
-            coordinates = [np.repeat(known, children) for known in coordinates] + [coordinate]
-            nodes = coordinate.size
-        if nodes != stored.size:
-            raise CorruptFile(f"its sparsity places {nodes} values, but {stored.size} are stored: the file is damaged")
-        dense = np.zeros(self.shape, stored.dtype)
-        dense[self._positions(coordinates)] = stored
-        return dense
+            leaves = level.children(leaves)
+        if leaves != stored.size:
+            raise CorruptFile(f"its sparsity places {leaves} values, but {stored.size} are stored: the file is damaged")
+        dense = np.zeros(prod(self.shape), stored.dtype)
+        if leaves:
+            places = np.zeros(1, np.int64)
+            for level in self.levels:
+                places = level.places(places)
+            dense[places] = stored
+        return dense.reshape(self.shape)
 
-    def _positions(self, coordinates: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], ...]:
-        rank = len(self.shape)
-        by_dimension = dict(zip(self.order, coordinates, strict=True))
-        positions = []
-        for axis, size in enumerate(self.shape):
-            position = by_dimension[axis]
-            if axis in self.block_map:
-                inner = rank + self.block_map.index(axis)
-                position = position * self.levels[self.order.index(inner)].size + by_dimension[inner]
-            if position.size and not 0 <= position.min() <= position.max() < size:
-                raise CorruptFile(f"its sparsity places values outside shape {self.shape}: the file is damaged")
-            positions.append(position)
-        return tuple(positions)
+
+@dataclass(slots=True, eq=False)
+class SparseData:
+    """The dense bytes of a sparse tensor, expanded when they are asked for. Between the first and the last part of them
+    the expansion is kept, as each one takes the whole."""
+
+    path: Path
+    name: str
+    layout: SparseLayout
+    dtype: np.dtype[Any]
+    stored: Data
+    _expanded: NDArray[np.uint8] | None = field(default=None, init=False)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.layout.shape) * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        expanded = self._expanded
+        if expanded is None:
+            try:
+                dense = self.layout.expand(self.stored.read(0, self.stored.nbytes).view(self.dtype))
+            except CorruptFile as error:
+                error.path, error.tensor = self.path, self.name
+                raise
+            expanded = dense.reshape(-1).view(np.uint8)
+        self._expanded = expanded if stop < self.nbytes else None
+        return expanded[start:stop]
 
 
 def sparse_layout(
-    sparsity: SparsityParameters, shape: tuple[int, ...], stored_bytes: int, dense_bytes: int
+    sparsity: SparsityParameters, shape: tuple[int, ...], stored_bytes: int, itemsize: int
 ) -> SparseLayout:
     """The layout that `sparsity` describes for a tensor of dense `shape`. Raises CorruptFile when the parameters
     contradict each other and Unsupported when the dense form is out of all proportion to the stored values."""
@@ -91,38 +124,62 @@ def sparse_layout(
     rank = len(shape)
     if sorted(order) != list(range(rank + len(block_map))) or len(metadata) != len(order):
         raise CorruptFile(
-            f"its sparsity traverses dimensions {order} with {len(metadata)} descriptions; a permutation of the "
+            f"its sparsity traverses {len(order)} dimensions with {len(metadata)} descriptions; a permutation of the "
             f"{rank + len(block_map)} dimensions is needed"
         )
     if len(set(block_map)) != len(block_map) or any(not 0 <= axis < rank for axis in block_map):
         raise CorruptFile(f"its sparsity maps blocks to dimensions {block_map} of {rank}")
-    if any(level < rank for level in order[rank:]) and block_map:
+    if any(dimension < rank for dimension in order[rank:]):
         raise CorruptFile(f"its sparsity traverses block dimensions before others: {order}")
+    dense_bytes = prod(shape) * itemsize
     if dense_bytes > max(_HARMLESS_BYTES, _MOST_EXPANSION * stored_bytes):
         raise Unsupported(f"is sparse with {stored_bytes} bytes stored for {dense_bytes} dense ones: refused as a bomb")
-    return SparseLayout(shape, order, block_map, tuple(_level(dimension) for dimension in metadata))
+    by_dimension = dict(zip(order, metadata, strict=True))
+    blocks = {axis: _block_size(by_dimension[rank + i], shape[axis]) for i, axis in enumerate(block_map)}
+    levels = []
+    for dimension, description in zip(order, metadata, strict=True):
+        axis = dimension if dimension < rank else block_map[dimension - rank]
+        block, stride = blocks.get(axis, 1), prod(shape[axis + 1 :])
+        if dimension < rank:
+            levels.append(_level(description, shape[axis] // block, stride * block))
+        else:
+            levels.append(_level(description, block, stride))
+    return SparseLayout(shape, tuple(levels))
 
 
-def _level(dimension: DimensionMetadata) -> _Level:
-    if dimension.format == 0:
-        if dimension.dense_size < 0:
-            raise CorruptFile(f"its sparsity has a dimension of size {dimension.dense_size}")
-        return _Level(dimension.dense_size, None, None)
-    if dimension.format != 1:
-        raise Unsupported(f"its sparsity has dimension format {dimension.format}: dense (0) and CSR (1) are known")
-    segments = {
-        1: dimension.segments_int32,
-        2: dimension.segments_uint16,
-        3: dimension.segments_uint8,
-    }.get(dimension.segments_type)
-    indices = {
-        1: dimension.indices_int32,
-        2: dimension.indices_uint16,
-        3: dimension.indices_uint8,
-    }.get(dimension.indices_type)
-    if segments is None or indices is None or segments.values is None:
+def _block_size(description: DimensionMetadata, size: int) -> int:
+    if description.format != 0:
+        raise Unsupported("its sparsity compresses the inside of blocks: only dense blocks are known")
+    if description.dense_size < 1 or size % description.dense_size:
+        raise CorruptFile(f"its sparsity has blocks of {description.dense_size} along {size}; a divisor is needed")
+    return description.dense_size
+
+
+def _level(description: DimensionMetadata, size: int, stride: int) -> _Level:
+    if description.format == 0:
+        if description.dense_size != size:
+            raise CorruptFile(f"its sparsity gives a dimension size {description.dense_size}; {size} is needed")
+        return _Level(size, stride, None, None)
+    if description.format != 1:
+        raise Unsupported(f"its sparsity has dimension format {description.format}: dense (0) and CSR (1) are known")
+    segments = _values(
+        description.segments_type,
+        (description.segments_int32, description.segments_uint16, description.segments_uint8),
+    )
+    indices = _values(
+        description.indices_type,
+        (description.indices_int32, description.indices_uint16, description.indices_uint8),
+    )
+    return _Level(size, stride, segments, indices)
+
+
+def _values(kind: int, vectors: tuple[Int32Vector | None, Uint16Vector | None, Uint8Vector | None]) -> NDArray[Any]:
+    """The numbers of a union of index vectors; an empty one may leave its vector out."""
+    vector = vectors[kind - 1] if 1 <= kind <= len(vectors) else None
+    if vector is None:
         raise CorruptFile("its sparsity has a compressed dimension without segments or indices")
-    return _Level(0, segments.values, np.zeros(0, np.int32) if indices.values is None else indices.values)
+    values = vector.values
+    return np.zeros(0, np.int32) if values is None else values
 
 
 def _integers(values: NDArray[Any] | None) -> list[int]:

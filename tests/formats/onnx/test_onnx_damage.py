@@ -9,17 +9,17 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
-from onnx_models import INT4_CODES, linear, raw, read, save, write
 
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.interfaces import Size
 from formats.onnx.schema import TENSOR
 from formats.onnx.wire import Range, decode, encode, read_varint, signed, varint
 from formats.onnx.writer import OnnxOptions
+from tests import zoo
+from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save, write
 
 # External data
 

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import zoo
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import INT4_CODES, linear, raw, read, save
 
 from converters.ir import Use
+from tests import zoo
+from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save
 
 # What DequantizeLinear means
 

@@ -11,10 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_models import write
 
 from converters.errors import Unsupported, UsageError
 from converters.interfaces import Size
@@ -22,6 +20,8 @@ from converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per
 from converters.storage import Computed
 from formats.onnx.reader import OnnxReader
 from formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
+from tests import zoo
+from tests.formats.onnx.onnx_models import write
 
 THEMES = (
     zoo.granularities,

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from formats.safetensors.container import METADATA_KEY
 from formats.safetensors.packed_layout import METADATA_NAME
 from formats.safetensors.reader import SafetensorsReader
 from formats.safetensors.writer import SafetensorsOptions, SafetensorsWriter
+from tests import zoo
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "tflite"
