@@ -41,18 +41,35 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def unpack(packed: NDArray[np.uint8], dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    """The first `count` elements of canonical bytes as small integers, in a new array.
+class Workspace:
+    """Memory for unpacking up to `nbytes` canonical bytes at a time: allocating it anew costs as much as the work."""
+
+    def __init__(self, dtype: np.dtype[Any], nbytes: int) -> None:
+        word = np.dtype({4: "<u2", 2: "<u4"}[SUB_BYTE[dtype][0]])  # of as many bytes as a byte has elements
+        self._words = np.empty((2, nbytes), word)
+
+    def of(self, nbytes: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Two arrays of shape (nbytes,)."""
+        return self._words[0, :nbytes], self._words[1, :nbytes]
+
+
+def unpack(
+    packed: NDArray[np.uint8], dtype: np.dtype[Any], count: int, workspace: Workspace | None = None
+) -> NDArray[Any]:
+    """The first `count` elements of canonical bytes as small integers.
 
     `packed` has shape (ceil(count * bits / 8),); the result has shape (count,) and dtype int8 (int4, int2) or uint8
-    (uint4, uint2, and the bit patterns of float4_e2m1fn). Unused bits of the last byte are ignored.
+    (uint4, uint2, and the bit patterns of float4_e2m1fn). Unused bits of the last byte are ignored. With a `workspace`
+    the result lies in it, until the next call; else it is a new array.
     """
     bits, storage = SUB_BYTE[dtype]
-    wide = packed.astype("<u2" if bits == 4 else "<u4")
+    wide, shifted = (workspace or Workspace(dtype, packed.size)).of(packed.size)
+    wide[...] = packed
     for shift, mask in _SPREAD[bits]:  # every element comes to lie in a byte of its own
-        wide |= wide << wide.dtype.type(shift)
-        wide &= wide.dtype.type(mask)
-    codes = wide.view(storage)
+        np.left_shift(wide, shift, out=shifted)
+        np.bitwise_or(wide, shifted, out=wide)
+        np.bitwise_and(wide, mask, out=wide)
+    codes: NDArray[Any] = wide.view(storage)
     if storage == np.int8:  # two's complement: the highest bit of a code is its sign
         codes ^= np.int8(1 << (bits - 1))
         codes -= np.int8(1 << (bits - 1))

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from converters.packing import SUB_BYTE
 from formats.cheader import floats
 
+_MANY = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Notation:
@@ -50,9 +52,22 @@ def _table(format: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.frombuffer(text.encode(), f"V{len(text) // count}")
 
 
+@cache
+def _table_of_pairs(format: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The two literals of every pair of elements of one byte, by the pair's little-endian bit pattern."""
+    one = _table(format, dtype).view(np.uint8).reshape(256, -1)
+    pairs = np.empty((256, 256, 2, one.shape[1]), np.uint8)
+    pairs[:, :, 0], pairs[:, :, 1] = one, one[:, None]
+    return pairs.reshape(-1).view(f"V{2 * one.shape[1]}")
+
+
 def _look_up(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
-    patterns = elements.view(f"u{elements.dtype.itemsize}")
-    literals: NDArray[Any] = np.take(_table(format, elements.dtype), patterns)
+    itemsize = elements.dtype.itemsize
+    literals: NDArray[Any]
+    if itemsize == 1 and elements.size >= _MANY and elements.size % 2 == 0:  # twice as fast
+        literals = np.take(_table_of_pairs(format, elements.dtype), elements.view("<u2"))
+    else:
+        literals = np.take(_table(format, elements.dtype), elements.view(f"u{itemsize}"))
     return literals.view(np.uint8).reshape(elements.size, -1)
 
 

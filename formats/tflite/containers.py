@@ -7,20 +7,23 @@ stored, not compressed (MediaPipe Tasks).
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.errors import CorruptFile, Unsupported
 from converters.storage import FileRange, MappedFile
 from formats.tflite.flatbuffer import Table, scalar, string, table, tables
 from formats.tflite.schema import IDENTIFIER
 
+if TYPE_CHECKING:
+    import zipfile
+
 _LITERTLM_MAGIC = b"LITERTLM"
 _LITERTLM_HEADER = 32
 _ZIP_MAGIC = b"PK\x03\x04"
 _ZIP_LOCAL_HEADER = 30
+_ZIP_STORED = 0
 _MOST_NAME = 1024
 
 
@@ -115,6 +118,8 @@ def _litertlm_sections(file: MappedFile) -> list[Section]:
 
 
 def _zip_sections(file: MappedFile) -> list[Section]:
+    import zipfile  # 8 ms with what it imports, which few files need
+
     try:
         with zipfile.ZipFile(file.path) as archive:
             members = archive.infolist()
@@ -132,7 +137,7 @@ def _zip_sections(file: MappedFile) -> list[Section]:
 
 def _stored_member(file: MappedFile, member: zipfile.ZipInfo) -> FileRange | None:
     """The bytes of a member that is stored as it is; None for a compressed one."""
-    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+    if member.compress_type != _ZIP_STORED or member.flag_bits & 1:
         return None
     header: Any = file.range(member.header_offset, _ZIP_LOCAL_HEADER).read(0, _ZIP_LOCAL_HEADER)
     if header[:4].tobytes() != _ZIP_MAGIC:
