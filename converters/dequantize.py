@@ -186,7 +186,8 @@ def _steps(part: Tensor) -> list[_Step]:
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
-        steps.append(_Step(np.subtract, _spread(zero_point, part.shape, quantization)))
+        if zero_point.any():  # symmetric schemes often store their zeros
+            steps.append(_Step(np.subtract, _spread(zero_point, part.shape, quantization)))
     steps.append(_Step(np.multiply, _spread(quantization.scale.dequantize(np.float32), part.shape, quantization)))
     if quantization.offset is not None:
         steps.append(_Step(np.add, _spread(quantization.offset.dequantize(np.float32), part.shape, quantization)))
