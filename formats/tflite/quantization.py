@@ -59,19 +59,19 @@ def _affine(
         raise CorruptFile(f"has scale {scale[position]} for channel {position}; a finite number is needed")
     losses: list[Loss] = []
     axis = parameters.quantized_dimension
-    if scale.size == 1:
-        block_shape = per_tensor(shape)
-    else:
-        if len(shape) == 1 and axis != 0 and shape[0] == scale.size:
-            # tflite-micro's own person_detect gives its 1-D biases the axis of the weights
-            losses.append(Loss(name, "reinterpreted", f"quantized dimension {axis} of a 1-D tensor taken as 0"))
-            axis = 0
-        if not 0 <= axis < len(shape) or shape[axis] != scale.size:
-            raise CorruptFile(
-                f"has {scale.size} scales along dimension {axis} of shape {shape}; "
-                "one for the tensor or one for each index of the dimension is needed"
-            )
-        block_shape = per_axis(shape, axis)
+    if len(shape) == 1 and axis != 0 and shape[0] == scale.size > 1:
+        # tflite-micro's own person_detect gives its 1-D biases the axis of the weights
+        losses.append(Loss(name, "reinterpreted", f"quantized dimension {axis} of a 1-D tensor taken as 0"))
+        axis = 0
+    # LiteRT refuses an impossible dimension even where a single scale needs none
+    exists = 0 <= axis < len(shape)
+    fits = exists and shape[axis] == scale.size if scale.size > 1 else exists or len(shape) < 2
+    if not fits:
+        raise CorruptFile(
+            f"has {scale.size} scales along dimension {axis} of shape {shape}; "
+            "one for the tensor or one for each index of the dimension is needed"
+        )
+    block_shape = per_tensor(shape) if scale.size == 1 else per_axis(shape, axis)
     grid = grid_shape(shape, block_shape)
     return Quantization(
         scale=Tensor.from_array(f"{name}.scale", scale.reshape(grid)),

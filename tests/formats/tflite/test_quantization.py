@@ -259,6 +259,20 @@ def test_scales_along_a_dimension_of_another_size_are_refused(load: Load, axis: 
         load(model([weight]))
 
 
+@pytest.mark.parametrize("axis", [2, -1])
+def test_a_single_scale_along_an_impossible_dimension_is_refused(load: Load, axis: int) -> None:
+    weight = constant("w", "INT4", (2, 2), bytes(2), quantization=affine([1], axis=axis))
+    with pytest.raises(CorruptFile, match=rf"tensor 'w': has 1 scales along dimension {axis} of shape \(2, 2\)"):
+        load(model([weight]))
+
+
+def test_scales_that_a_1d_tensor_has_no_place_for_are_refused(load: Load) -> None:
+    for axis in (0, 5, -5):
+        bias = constant("b", "INT32", (3,), bytes(12), quantization=affine([1, 2], axis=axis))
+        with pytest.raises(CorruptFile, match=f"tensor 'b': has 2 scales along dimension {axis} of shape"):
+            load(model([bias]))
+
+
 def test_a_scale_count_that_fits_nothing_is_refused(tmp_path: Path) -> None:
     patch = Patch("mlp_int4_odd.tflite")
     for slot in (SCALE, ZERO_POINT):
