@@ -77,13 +77,29 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Activation:
+    """A quantized tensor that is computed at run time: real = (code - zero_point) * scale, one scale for all of it."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True, slots=True)
 class Use:
     """An operator that consumes a tensor: its name in the source's vocabulary, the position among its inputs, and the
-    axis of the tensor along which the operator's output channels run (None where the operator has no such axis)."""
+    axis of the tensor along which the operator's output channels run (None where the operator has no such axis).
+
+    `activation` and `result` are the operator's first input and its first output where the tensor is one of its weights
+    and these are quantized: what fixed-point kernels compute their multipliers from.
+    """
 
     operator: str
     input: int
     channel_axis: int | None = None
+    activation: Activation | None = None
+    result: Activation | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 from converters import api
 from converters.cli.arguments import Json, Source, human_bytes, print_json, table_console
 from converters.errors import printable
-from converters.ir import Model, Quantization, Tensor
+from converters.ir import Model, Quantization, Tensor, Use
 
 _READ_BYTES = 1 << 16
 
@@ -127,10 +127,20 @@ def _tensor_document(tensor: Tensor) -> dict[str, Any]:
         "bits_per_weight": _bits_per_weight(tensor),
         "bytes": tensor.nbytes + _parameter_bytes(tensor.quantization),
         "quantization": _quantization_document(tensor),
-        "uses": [{"operator": u.operator, "input": u.input, "channel_axis": u.channel_axis} for u in tensor.uses],
+        "uses": [_use_document(use) for use in tensor.uses],
     }
     if tensor.parameter_of is not None:
         document["parameter_of"] = tensor.parameter_of
+    return document
+
+
+def _use_document(use: Use) -> dict[str, Any]:
+    document: dict[str, Any] = {"operator": use.operator, "input": use.input, "channel_axis": use.channel_axis}
+    for name, activation in (("activation", use.activation), ("result", use.result)):
+        if activation is not None:
+            shape, zero_point = list(activation.shape), activation.zero_point
+            document[name] = {"dtype": activation.dtype.name, "shape": shape, "scale": activation.scale}
+            document[name]["zero_point"] = zero_point
     return document
 
 

@@ -1,8 +1,10 @@
 """The layout `packed`: how the IR lies in a safetensors file, described by JSON in `__metadata__["nibblecast"]`.
 
     {"version": 1, "tensors": {NAME: TENSOR, ...}}
-    TENSOR = {"data": KEY, "dtype": "int4", "shape": [..], "quantization": QUANTIZATION, "uses": [[OP, INPUT, AXIS]],
+    TENSOR = {"data": KEY, "dtype": "int4", "shape": [..], "quantization": QUANTIZATION, "uses": [USE, ..],
               "parameter_of": NAME}
+    USE = [OPERATOR, INPUT, AXIS] or [OPERATOR, INPUT, AXIS, ACTIVATION, RESULT], these two being null or
+          ["int8", SHAPE, SCALE, ZERO_POINT]
     QUANTIZATION = {"block_shape": [..], "scale": TENSOR, "zero_point": TENSOR, "offset": TENSOR, "codebook": TENSOR,
                     "group_index": TENSOR, "group_axis": N}
 
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import GroupIndex, Model, Quantization, Tensor, Use
+from converters.ir import Activation, GroupIndex, Model, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
 from formats.safetensors.container import DTYPES, StoredTensor
 
@@ -74,7 +76,7 @@ def _described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
         if quantization.group_index is not None:
             description["quantization"]["group_axis"] = quantization.group_index.axis
     if tensor.uses:
-        description["uses"] = [[use.operator, use.input, use.channel_axis] for use in tensor.uses]
+        description["uses"] = [_described_use(use) for use in tensor.uses]
     if tensor.parameter_of is not None:
         description["parameter_of"] = tensor.parameter_of
     return description
@@ -94,8 +96,34 @@ def _built(
     quantization = None
     if "quantization" in description:
         quantization = _built_quantization(name, description["quantization"], stored, models)
-    uses = tuple(Use(str(use[0]), int(use[1]), use[2]) for use in description.get("uses", ()))
+    uses = tuple(_built_use(use) for use in description.get("uses", ()))
     return Tensor(name, shape, dtype, stored[key].data, quantization, uses, description.get("parameter_of"))
+
+
+def _described_use(use: Use) -> list[Any]:
+    described: list[Any] = [use.operator, use.input, use.channel_axis]
+    if use.activation is not None or use.result is not None:
+        described += [_described_activation(use.activation), _described_activation(use.result)]
+    return described
+
+
+def _built_use(described: list[Any]) -> Use:
+    operator, position, axis, *activations = described
+    activation, result = activations or (None, None)
+    return Use(str(operator), _count(position), axis, _built_activation(activation), _built_activation(result))
+
+
+def _described_activation(activation: Activation | None) -> list[Any] | None:
+    if activation is None:
+        return None
+    return [activation.dtype.name, list(activation.shape), activation.scale, activation.zero_point]
+
+
+def _built_activation(described: list[Any] | None) -> Activation | None:
+    if described is None:
+        return None
+    dtype, shape, scale, zero_point = described
+    return Activation(_DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
 
 
 def _built_quantization(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import MOST_DIMENSIONS, Loss, Metadata, Model, Quantization, Tensor, Use, is_integer
+from converters.ir import MOST_DIMENSIONS, Activation, Loss, Metadata, Model, Quantization, Tensor, Use, is_integer
 from converters.packing import SUB_BYTE
 from converters.storage import Data, FileRange, InMemory, MappedFile
 from formats.tflite import schema
@@ -115,7 +115,7 @@ class _ModelFile:
             model=model,
             buffers=model.buffers,
             subgraphs=subgraphs,
-            uses=_uses(operators),
+            uses=_uses(operators, subgraphs),
             produced=produced,
             operator_names=Counter(operator.name for graph in operators for operator in graph),
             external_buffers=external,
@@ -307,7 +307,7 @@ def _check_tensors(who: str, tensors: tuple[int, ...], count: int) -> None:
             raise CorruptFile(f"{who} refers to tensor {tensor} of {count}: the file is damaged")
 
 
-def _uses(graphs: list[list[_Operator]]) -> dict[Key, list[Use]]:
+def _uses(graphs: list[list[_Operator]], tensors: list[list[schema.Tensor]]) -> dict[Key, list[Use]]:
     """What consumes each tensor; operators that only change its storage pass their own consumers on."""
     uses: dict[Key, list[Use]] = {}
     # operators are in execution order: from the last to the first, consumers are known before what they consume
@@ -319,7 +319,7 @@ def _uses(graphs: list[list[_Operator]]) -> dict[Key, list[Use]]:
                 passed = uses.pop(operator.outputs[0], [])
             for position, key in reversed(list(enumerate(operator.inputs))):
                 if key is not None:
-                    found, passed = passed or [_use(operator, position)], []
+                    found, passed = passed or [_use(operator, position, tensors)], []
                     if key in uses:
                         uses[key] += found
                     else:
@@ -329,12 +329,44 @@ def _uses(graphs: list[list[_Operator]]) -> dict[Key, list[Use]]:
     return uses
 
 
-def _use(operator: _Operator, position: int) -> Use:
+def _use(operator: _Operator, position: int, tensors: list[list[schema.Tensor]]) -> Use:
     if operator.name == "BATCH_MATMUL" and position == 1:
         # [.., K, N], or [.., N, K] with adj_y; counted from the end, as only the tensor knows its rank
         return Use(operator.name, position, -2 if operator.transposed else -1)
     weight_input, axis = schema.WEIGHT_INPUTS.get(operator.name, (None, None))
-    return Use(operator.name, position, axis if position == weight_input else None)
+    if weight_input is None or position not in (weight_input, schema.BIAS_INPUT):
+        return Use(operator.name, position)
+    data_input = schema.DATA_INPUTS.get(operator.name, 0)
+    data = operator.inputs[data_input] if data_input < len(operator.inputs) else None
+    result = operator.outputs[0] if operator.outputs else None
+    return Use(
+        operator.name,
+        position,
+        axis if position == weight_input else None,
+        _activation(data, tensors),
+        _activation(result, tensors),
+    )
+
+
+def _activation(key: Key | None, tensors: list[list[schema.Tensor]]) -> Activation | None:
+    """The tensor at `key` as far as kernels need it; None when it is not quantized as a whole."""
+    if key is None:
+        return None
+    table = tensors[key[0]][key[1]]
+    parameters = table.quantization
+    if parameters is None or parameters.details_type:
+        return None
+    try:
+        dtype, shape = schema.DTYPES.get(_type_name(table)), _shape(table)
+    except Error as error:
+        error.tensor = table.name
+        raise
+    if dtype is None or not is_integer(dtype):
+        return None
+    scale, zero_point = parameters.scale, parameters.zero_point
+    if scale is None or zero_point is None or scale.size != 1 or zero_point.size != 1 or not np.isfinite(scale).all():
+        return None
+    return Activation(dtype, shape, float(scale[0]), int(zero_point[0]))
 
 
 def _operator_name(code: schema.OperatorCode) -> str:

@@ -81,6 +81,10 @@ WEIGHT_INPUTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     }
 )
 
+#: Where those operators take their data, unless it is their first input; and their biases.
+DATA_INPUTS: Mapping[str, int] = MappingProxyType({"GATHER": 1, "EMBEDDING_LOOKUP": 0, "TRANSPOSE_CONV": 2})
+BIAS_INPUT = 2
+
 #: Operators that only change how a tensor is stored: whoever takes their output takes the tensor.
 STORAGE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import converters
-from converters.ir import Use
+from converters.ir import Activation, Use
 from formats.tflite import schema
 from tests.formats.tflite.models import (
     FIXTURES,
@@ -31,12 +31,33 @@ from tests.formats.tflite.models import (
         ("cnn_int4_per_channel", "cnn_1/depthwise_1/depthwise", Use("DEPTHWISE_CONV_2D", 1, 3)),
         ("cnn_int4_per_channel", "cnn_1/dense_1/MatMul", Use("FULLY_CONNECTED", 1, 0)),
         ("cnn_int4_per_channel", "cnn_1/dense_1/BiasAdd", Use("FULLY_CONNECTED", 2, None)),
-        ("mlp_w4a8", "mlp_1/dense_1_1/MatMul", Use("FULLY_CONNECTED", 1, 0)),  # no DEQUANTIZE between
         ("sparse_float16", "mlp_1/dense_1_1/MatMul1", Use("FULLY_CONNECTED", 1, 0)),  # DENSIFY and DEQUANTIZE
     ],
 )
 def test_uses_are_the_operators_behind_the_storage(fixture: str, tensor: str, use: Use) -> None:
     assert converters.load(FIXTURES / f"{fixture}.tflite")[tensor].uses == (use,)
+
+
+def test_quantized_activations_are_kept_with_the_weights_and_biases_that_they_meet() -> None:
+    model = converters.load(FIXTURES / "mlp_w4a8.tflite")
+    int8 = np.dtype(np.int8)
+    activation = Activation(int8, (1, 16), 0.011228088289499283, 4)
+    result = Activation(int8, (1, 24), 0.010302474722266197, -128)
+    assert model["mlp_1/dense_1_1/MatMul"].uses == (Use("FULLY_CONNECTED", 1, 0, activation, result),)
+    (bias,) = [t for t in model.values() if t.uses and t.uses[0].input == 2 and t.shape == (24,)]
+    assert bias.uses == (Use("FULLY_CONNECTED", 2, None, activation, result),)
+    # the bias' own scale is the product of the weights' and the activation's
+    weight = model["mlp_1/dense_1_1/MatMul"].quantization
+    assert weight is not None
+    assert bias.quantization is not None
+    product = weight.scale.numpy().reshape(-1) * np.float32(activation.scale)
+    np.testing.assert_allclose(bias.quantization.scale.numpy().reshape(-1), product, rtol=1e-6)
+
+
+def test_operators_without_all_their_inputs_have_no_activation(load: Load) -> None:
+    for codes in (["TRANSPOSE_CONV"], ["FULLY_CONNECTED"]):
+        (use,) = used(load, [operator(0, [-1, 0], [])], codes, (2, 2))
+        assert (use.activation, use.result) == (None, None)
 
 
 def test_blockwise_scales_have_no_use_of_their_own() -> None:
