@@ -23,12 +23,14 @@ AnyPath = str | os.PathLike[str]
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, and
-    with `verify`, for each target, the comparison with what was re-read from it (None: the format has no reader)."""
+    """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, the
+    writers' notes (hints and warnings, a sentence each) and reports (lines of text), and with `verify`, for each target, the comparison with what was re-read from it (None: the format has no reader)."""
 
     source: Path
     files: tuple[OutputFile, ...]
     losses: tuple[Loss, ...]
+    notes: tuple[str, ...] = ()
+    report: tuple[str, ...] = ()
     verified: Mapping[Path, Comparison | None] = field(default_factory=dict)
 
 
@@ -113,7 +115,9 @@ def _convert(
         pipeline.refuse_losses(planned)
     losses = tuple(dict.fromkeys(loss for output in planned for loss in output.losses))
     files = tuple(dict.fromkeys(pipeline.output_files(planned)))
-    conversion = Conversion(model.metadata.source or Path(), files, losses)
+    notes = tuple(dict.fromkeys(note for output in planned for note in output.plan.notes))
+    report = tuple(line for output in planned for line in output.plan.report)
+    conversion = Conversion(model.metadata.source or Path(), files, losses, notes, report)
     if dry_run:
         return conversion
     pipeline.run(planned, progress)

@@ -86,6 +86,16 @@ class Plan(Protocol):
     @property
     def losses(self) -> Sequence[Loss]: ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Hints and warnings about what will be written, a sentence each; nothing is lost by them."""
+        ...
+
+    @property
+    def report(self) -> Sequence[str]:
+        """Lines to show when all is written (sizes, say)."""
+        ...
+
     def open(self, streams: Sequence[BinaryIO]) -> Sink:
         """Starts writing: `streams` are seekable binary files in the order of `files`."""
         ...

@@ -33,7 +33,7 @@ class Reader:
 @dataclass
 class Plan:
     files: list
-    losses = ()
+    losses = notes = report = ()
     def open(self, streams):
         self.stream = streams[0]
         return self

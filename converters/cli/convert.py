@@ -67,6 +67,10 @@ def _print(conversion: api.Conversion, dry_run: bool) -> None:
                 f"verified {printable(str(path))}: {comparison.tensors} tensors, {comparison.elements} elements, "
                 f"{comparison.quantized} of the tensors code for code"
             )
+    for line in conversion.report:
+        print(printable(line))
+    for note in conversion.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
     for loss in conversion.losses[:_SHOWN_LOSSES]:
         print(f"lost: {printable(str(loss))}", file=sys.stderr)
     if len(conversion.losses) > _SHOWN_LOSSES:
@@ -79,6 +83,8 @@ def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "files": [{"path": str(file.path), "bytes": file.nbytes} for file in conversion.files],
         "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in conversion.losses],
+        "notes": list(conversion.notes),
+        "report": list(conversion.report),
         "verified": [
             {
                 "path": str(path),

@@ -37,6 +37,9 @@ class CHeaderOptions:
 class CHeaderPlan:
     """The files that will be written, and what of the model they do not hold as it is."""
 
+    notes: ClassVar[Sequence[str]] = ()
+    report: ClassVar[Sequence[str]] = ()
+
     document: Document
     files: Sequence[OutputFile]
     losses: Sequence[Loss]

@@ -48,6 +48,9 @@ class OnnxOptions:
 class OnnxPlan:
     """The files, and for each tensor the initializers that are written with it."""
 
+    notes: ClassVar[Sequence[str]] = ()
+    report: ClassVar[Sequence[str]] = ()
+
     files: Sequence[OutputFile]
     losses: Sequence[Loss]
     layout: Layout

@@ -96,6 +96,8 @@ class _Keys:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _SafetensorsPlan:
+    notes: ClassVar[Sequence[str]] = ()
+    report: ClassVar[Sequence[str]] = ()
     files: Sequence[OutputFile]
     losses: Sequence[Loss]
     header: bytes
