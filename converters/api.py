@@ -24,7 +24,8 @@ AnyPath = str | os.PathLike[str]
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, the
-    writers' notes (hints and warnings, a sentence each) and reports (lines of text), and with `verify`, for each target, the comparison with what was re-read from it (None: the format has no reader)."""
+    writers' notes (hints and warnings, a sentence each) and reports (lines of text), and with `verify`, for each
+    target, the comparison with what was re-read from it (None: the format has no reader)."""
 
     source: Path
     files: tuple[OutputFile, ...]
