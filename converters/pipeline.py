@@ -25,7 +25,7 @@ from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
-from converters.storage import MappedFile
+from converters.storage import Computed, InMemory, MappedFile
 
 _CACHED_BYTES = 1 << 26
 
@@ -193,8 +193,6 @@ def _shared(name: str, sinks: Sequence[tuple[Any, Model]]) -> Iterator[tuple[Any
 
 
 def _in_memory(tensor: Tensor) -> Tensor:
-    from converters.storage import Computed, InMemory
-
     if isinstance(tensor.data, Computed) and tensor.nbytes <= _CACHED_BYTES:
         return replace(tensor, data=InMemory(tensor.packed()))
     return tensor
@@ -208,14 +206,13 @@ def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | No
     quantization = tensor.quantization
     if quantization is None:
         return None
-    for part, held in (
-        (quantization.codebook, capabilities.codebook),
-        (quantization.offset, capabilities.offset),
-        (quantization.group_index, capabilities.group_index),
+    for what, part, held in (
+        ("a codebook", quantization.codebook, capabilities.codebook),
+        ("an offset", quantization.offset, capabilities.offset),
+        ("a group index", quantization.group_index, capabilities.group_index),
     ):
         if part is not None and not held:
-            names = {id(quantization.codebook): "a codebook", id(quantization.offset): "an offset"}
-            return f"{names.get(id(part), 'a group index')} of quantization", "add --dequantize float32"
+            return f"{what} of quantization", "add --dequantize float32"
     return None
 
 

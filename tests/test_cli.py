@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from converters.cli.arguments import human_bytes, progress_bar, with_default_dequantize
+from converters.version import __version__
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 INT4 = str(FIXTURES / "cnn_int4_per_channel.tflite")
@@ -187,6 +188,10 @@ def test_terminated_it_cleans_up_and_says_so_in_its_exit_code(tmp_path: Path) ->
 
 def test_sizes_for_people() -> None:
     assert [human_bytes(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").stdout == f"nibblecast {__version__}\n"
 
 
 def test_help_names_every_command() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,10 +15,15 @@ import numpy as np
 import pytest
 
 import converters
+from converters import dequantize as stage
+from converters import plugins
 from converters.atomic import atomic_outputs
 from converters.errors import RefusedLoss, Unsupported, UsageError
+from converters.interfaces import Capabilities
 from converters.ir import Metadata, Model, Quantization, Tensor
+from converters.pipeline import Target, fit
 from converters.storage import Computed
+from tests import zoo
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
@@ -224,6 +230,21 @@ def test_what_a_writer_cannot_hold_is_refused_before_anything_is_written(tmp_pat
     ):
         converters.save(model, tmp_path / "z.h")
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("codebook of uint4", "a codebook"), ("offset", "an offset"), ("group index", "a group index")],
+)
+def test_a_scheme_that_a_writer_cannot_hold_is_refused_with_the_way_out(name: str, what: str, tmp_path: Path) -> None:
+    tensor = zoo.schemes()[name]
+    limited = Capabilities(frozenset({tensor.dtype}), codebook=False, offset=False, group_index=False)
+    target = Target(tmp_path / "w.h", plugins.format_named("cheader"))
+    with pytest.raises(Unsupported, match=f"tensor '{name}': format 'cheader' cannot hold {what} of quantization: add"):
+        fit(Model({name: tensor}), limited, target)
+    model = Model({name: stage.dequantized(tensor, np.dtype(np.float32))})
+    fitted = fit(model, replace(limited, dtypes=frozenset({np.dtype(np.float32)})), target)
+    np.testing.assert_array_equal(fitted[name].numpy(), tensor.dequantize(np.float32))
 
 
 def test_second_level_scales_are_flattened_for_writers_without_them(tmp_path: Path) -> None:

@@ -6,17 +6,19 @@ import signal
 import sys
 import warnings
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from converters.cli import convert, formats, inspect, verify
 from converters.cli.arguments import with_default_dequantize
 from converters.errors import Error, ExitCode, printable
+from converters.version import __version__
 
 app = typer.Typer(
     name="nibblecast",
-    help="Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,6 +27,16 @@ app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(formats.formats)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code."""
+    if version:
+        print(f"nibblecast {__version__}")
+        raise typer.Exit
 
 
 def main() -> None:
