@@ -7,7 +7,7 @@ scanned only when the table has no answer, or when all formats are listed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -133,7 +133,7 @@ def detect(path: Path) -> Format:
         raise CorruptFile("is empty", path=path)
     for known in (_known_built_in, all_formats):
         readable = [format for format in known().values() if format.reader]
-        by_content = [format for format in readable if any(magic.matches(head) for magic in format.magic)]
+        by_content = _best_by_content(readable, head)
         by_extension = [format for format in readable if path.suffix.lower() in format.extensions]
         both = [format for format in by_content if format in by_extension]
         for candidates in (both, by_content, by_extension):
@@ -144,6 +144,13 @@ def detect(path: Path) -> Format:
         f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",
         path=path,
     )
+
+
+def _best_by_content(formats: Sequence[Format], head: bytes) -> list[Format]:
+    """The formats of which the file has the longest magic; several where that is equally long."""
+    lengths = [max((len(m.content) for m in f.magic if m.matches(head)), default=0) for f in formats]
+    longest = max(lengths, default=0)
+    return [format for format, length in zip(formats, lengths, strict=True) if length == longest > 0]
 
 
 def format_of_target(path: Path) -> Format:

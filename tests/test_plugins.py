@@ -140,6 +140,15 @@ def test_content_tells_the_format_before_the_extension(tmp_path: Path) -> None:
     assert plugins.detect(disguised).name == "tflite"
 
 
+def test_the_longer_magic_decides(tmp_path: Path) -> None:
+    fixture = Path(__file__).parent.parent / "fixtures/tflite/mlp_int4_per_tensor.tflite"
+    content = bytearray(fixture.read_bytes())
+    content[0] = 8  # what every ONNX file begins with
+    for name in ("model.onnx", "model.tflite", "model"):
+        (tmp_path / name).write_bytes(content)
+        assert plugins.detect(tmp_path / name).name == "tflite"
+
+
 def test_an_unknown_file_says_what_it_begins_with(tmp_path: Path) -> None:
     path = tmp_path / "model.xyz"
     path.write_bytes(b"no model at all")
