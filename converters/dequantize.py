@@ -69,7 +69,9 @@ def dequantized(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
         step_bytes = row_bytes * tensor.row_step
         first = start // step_bytes * tensor.row_step
         last = min(rows, -(-stop // step_bytes) * tensor.row_step)
-        values = dequantize(tensor.rows(first, last), dtype).reshape(-1).view(np.uint8)
+        part = tensor.rows(first, last)
+        values = dequantize(part, dtype).reshape(-1).view(np.uint8)
+        part.release()
         return values[start - first * row_bytes : stop - first * row_bytes]
 
     return replace(tensor, dtype=dtype, data=Computed(tensor.size * itemsize, compute), quantization=None)
