@@ -279,6 +279,27 @@ def test_options_go_to_the_writers_that_have_them(tmp_path: Path) -> None:
     assert not (tmp_path / "b.c").exists()
 
 
+MEASURED = """
+import resource, sys
+import converters
+converters.convert(sys.argv[1], sys.argv[2], dequantize=sys.argv[3] or None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("dequantize", ["", "float32"])
+def test_memory_does_not_grow_with_the_model(dequantize: str, tmp_path: Path) -> None:
+    nbytes = 1 << 26 if dequantize else 1 << 28
+    name = "large.safetensors"
+    quantization = Quantization(Tensor.from_array("s", np.ones((1, 1), np.float32)), (4096, nbytes // 2048))
+    zeros = Computed(nbytes, lambda start, stop: np.zeros(stop - start, np.uint8))
+    tensor = Tensor("w", (4096, nbytes // 2048), np.dtype(ml_dtypes.int4), zeros, quantization)
+    converters.save(Model({"w": tensor}), tmp_path / name)
+    program = [sys.executable, "-c", MEASURED, str(tmp_path / name), str(tmp_path / f"out-{name}"), dequantize]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 160  # megabytes, of which the interpreter and NumPy take a quarter
+
+
 def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     converters.convert(INT4, tmp_path / "a.safetensors", progress=lambda done, total: seen.append((done, total)))
