@@ -188,7 +188,8 @@ def _steps(part: Tensor) -> list[_Step]:
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
-        if zero_point.any():  # symmetric schemes often store their zeros
+        # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
+        if zero_point.any() or part.dtype == np.uint64:
             steps.append(_Step(np.subtract, _spread(zero_point, part.shape, quantization)))
     steps.append(_Step(np.multiply, _spread(quantization.scale.dequantize(np.float32), part.shape, quantization)))
     if quantization.offset is not None:
