@@ -54,6 +54,7 @@ FORMATS = (
         "cheader",
         "C source: packed codes, scales and zero points as const arrays",
         (".h",),
+        reader="formats.cheader.reader:CHeaderReader",
         writer="formats.cheader.writer:CHeaderWriter",
     ),
     Format(
