@@ -9,8 +9,9 @@ meaning it knows at their places; whatever else there is goes through the slow o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile
 from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
-from formats.cheader.c_tokens import integer_of, string_bytes, without_comments
+from formats.cheader.c_tokens import Tokens, integer_of, string_bytes, without_comments
 
 Elements = NDArray[Any]
 
@@ -29,18 +30,20 @@ _BLANKS = b" \t\r\n\v\f"
 _MOST_KNOWN = 1 << 16
 
 _SPLIT_LITERAL = re.compile(rb"[\w.]\s+[\w.]")
-_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
 _PYTHON_ESCAPES = re.compile(rb'(?:[^\\]++|\\[0-3][0-7]{2}|\\[0-7]{1,2}(?![0-7])|\\[abfnrtv\\"\'])*+', re.DOTALL)
 _HEX = re.compile(rb"0[xX]([0-9A-Fa-f]+)[uUlL]*,")
 _DECIMAL = re.compile(rb" *-?[0-9]+,")
 _FLOAT = re.compile(rb" *-?[0-9]+\.[0-9]+[eE][+-][0-9][0-9]([fF]?),")
 _FLOAT_LITERAL = re.compile(rb"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)[fFlL]?")
 _HEX_FLOAT_LITERAL = re.compile(rb"(0[xX][0-9A-Fa-f.]+[pP][+-]?[0-9]+)[fFlL]?")
+_OCTAL = re.compile(rb"(?:\A|,) *[+-]?0[0-9]+(?=,)")
 _LEAST = re.compile(rb"\(?-([0-9]+)[uUlL]*-1[uUlL]*\)?")
 _NAMED_INTEGERS = {f"INT{bits}_MIN".encode(): -(1 << (bits - 1)) for bits in (8, 16, 32, 64)} | {
     **{f"INT{bits}_MAX".encode(): (1 << (bits - 1)) - 1 for bits in (8, 16, 32, 64)},
     **{f"UINT{bits}_MAX".encode(): (1 << bits) - 1 for bits in (8, 16, 32, 64)},
 }
+#: Where rounding to a float of so many bytes gives infinity.
+_TOO_LARGE = {4: 2.0**128 - 2.0**103, 8: float("inf")}
 _NAMED_FLOATS = dict.fromkeys((b"NIBBLECAST_NAN", b"NAN"), float("nan")) | dict.fromkeys(
     (b"NIBBLECAST_INF", b"INFINITY", b"HUGE_VALF", b"HUGE_VAL"), float("inf")
 )
@@ -99,9 +102,9 @@ def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> E
 
 def all_elements(array: ArrayText) -> Elements:
     """All elements, however they are written. Raises CorruptFile with the first literal that is none."""
-    text = array.file.view[array.start : array.stop].tobytes()
     if array.is_string:
-        return _string_elements(array, text)
+        return _string_elements(array)
+    text = array.file.view[array.start : array.stop].tobytes()
     text = without_comments(text).strip(_BLANKS)
     if text and not text.endswith(b","):
         text += b","
@@ -114,6 +117,8 @@ def all_elements(array: ArrayText) -> Elements:
             shown = piece[split.start() : split.end()].decode("ascii", "backslashreplace")
             raise CorruptFile(f"{array.name} has no comma in '{shown}'", path=array.file.path)
         elements = _elements_of_cells(compact, compact.index(b",") + 1, dtype)
+        if elements is None and dtype.kind == "f":
+            elements = _plain_floats(compact, None, dtype)
         if elements is None:
             try:
                 elements = literals.elements(compact)
@@ -168,12 +173,32 @@ def _elements_of_cells(text: bytes, width: int, dtype: np.dtype[Any]) -> Element
     if not text or len(text) % width:
         return None
     cell = text[:width]
-    decoders: tuple[tuple[re.Pattern[bytes], Callable[[bytes, re.Match[bytes], np.dtype[Any]], Elements | None]], ...]
-    decoders = ((_FLOAT, _floats),) if dtype.kind == "f" else ((_HEX, _hexadecimal), (_DECIMAL, _decimal))
-    for pattern, decode in decoders:
+    if dtype.kind == "f":
+        match = _FLOAT.fullmatch(cell)
+        elements = None if match is None else _floats(text, match, dtype)
+        return _plain_floats(text, width, dtype) if elements is None else elements
+    for pattern, decode in ((_HEX, _hexadecimal), (_DECIMAL, _decimal)):
         if (match := pattern.fullmatch(cell)) is not None:
             return decode(text, match, dtype)
     return None
+
+
+def _plain_floats(text: bytes, width: int | None, dtype: np.dtype[Any]) -> Elements | None:
+    """Decimal floats, of one width if that is given; None where there is anything else among them."""
+    if width is not None:
+        ends = np.frombuffer(text, np.uint8)[width - 1 :: width]
+        if text.count(b",") != ends.size or not (ends == ord(",")).all():
+            return None
+    text = text.replace(b"f,", b",").replace(b"F,", b",")
+    if text.translate(None, b"0123456789+-.eE, ") or _OCTAL.search(text):
+        return None
+    try:
+        values = np.array(list(map(float, text[:-1].split(b","))))
+    except ValueError:
+        return None
+    with np.errstate(over="ignore"):
+        elements = values.astype(dtype)
+    return elements if bool(np.isfinite(elements).all()) else None
 
 
 def _classes(*classes: tuple[bytes, int]) -> bytes:
@@ -338,38 +363,37 @@ class _Literals(dict[bytes, Any]):
         if len(literal) - len(unsigned) > 1 or len(literal) > 1 << 10:
             return None
         if value is None:
-            if (decimal := _FLOAT_LITERAL.fullmatch(unsigned)) is not None:
-                value = float(decimal[1])
-            elif (hexadecimal := _HEX_FLOAT_LITERAL.fullmatch(unsigned)) is not None:
-                value = _hex_float(hexadecimal[1].decode("ascii"))
-            if value is None or not _is_finite(value, self._dtype):
+            value = _number(unsigned)
+            if value is None or not isfinite(value) or value >= _TOO_LARGE[self._dtype.itemsize]:
                 return None
         return -value if literal.startswith(b"-") else value
 
 
-def _hex_float(text: str) -> float | None:
-    try:
-        return float.fromhex(text)
-    except (ValueError, OverflowError):
-        return None
+def _number(literal: bytes) -> float | None:
+    """The value of a literal without a sign, of any kind that C knows; None where it is none."""
+    if (integer := integer_of(literal)) is not None:
+        return float(integer)
+    if (decimal := _FLOAT_LITERAL.fullmatch(literal)) is not None:
+        return float(decimal[1])
+    if (hexadecimal := _HEX_FLOAT_LITERAL.fullmatch(literal)) is not None:
+        try:
+            return float.fromhex(hexadecimal[1].decode("ascii"))
+        except (ValueError, OverflowError):
+            return None
+    return None
 
 
-def _is_finite(value: float, dtype: np.dtype[Any]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(np.float64(value).astype(dtype)))
-
-
-def _string_elements(array: ArrayText, text: bytes) -> Elements:
+def _string_elements(array: ArrayText) -> Elements:
     """The bytes of string literals, without the NUL that C may add."""
     dtype = np.dtype(ELEMENT_TYPES[array.element_type])
     if dtype.itemsize != 1:
         raise CorruptFile(f"{array.name} is a string of elements wider than a byte", path=array.file.path)
     parts: list[bytes] = []
-    for match in _STRING.finditer(text):
-        if _PYTHON_ESCAPES.fullmatch(match[1]) is not None:
-            parts.append(match[1].decode("unicode_escape").encode("latin-1"))
+    for token in Tokens(array.file, array.start, array.stop):
+        if _PYTHON_ESCAPES.fullmatch(token.text, 1, len(token.text) - 1) is not None:
+            parts.append(token.text[1:-1].decode("unicode_escape").encode("latin-1"))
             continue
-        value = string_bytes(match[0])
+        value = string_bytes(token.text)
         if value is None:
             raise CorruptFile(f"{array.name} has an escape that is none of C's", path=array.file.path)
         parts.append(value)

@@ -29,7 +29,6 @@ _DEFINE = re.compile(rb"#\s*define\s+(\w+)(?:\s+(.*))?", re.DOTALL)
 _INTERFACE = re.compile(rb"#\s*if\s+NIBBLECAST_INTERFACE\s*!=\s*(\d{1,9})\s*")
 _VALUE = re.compile(rb"[(\s]*(\w+)[)\s]*")
 _SPECIAL_IN_BODY = tuple(re.compile(re.escape(mark)) for mark in (b"/", b'"', b"'", b"{", b"#"))
-_NEXT_STRING = re.compile(rb'\s*+"(?:[^"\\\n]++|\\.)*+"', re.DOTALL)
 _CLOSING = re.compile(rb"\}")
 _MOST_WORDS = 32
 _MOST_MACROS_DEEP = 8
@@ -193,8 +192,10 @@ class _Scanner:
     def _in_quotes(self, array: ArrayText, first: Token) -> ArrayText:
         """The array whose first string literal has just gone by."""
         stop = first.offset + len(first.text)
-        while (match := _NEXT_STRING.match(self._file.mapping or b"", stop)) is not None:
-            stop = match.end()
+        for token in Tokens(self._file, stop):
+            if token.kind != "string":
+                break
+            stop = token.offset + len(token.text)
         self._tokens.position = stop
         return replace(array, start=first.offset, stop=stop, is_string=True)
 
