@@ -29,6 +29,7 @@ _DEFINE = re.compile(rb"#\s*define\s+(\w+)(?:\s+(.*))?", re.DOTALL)
 _INTERFACE = re.compile(rb"#\s*if\s+NIBBLECAST_INTERFACE\s*!=\s*(\d{1,9})\s*")
 _VALUE = re.compile(rb"[(\s]*(\w+)[)\s]*")
 _SPECIAL_IN_BODY = tuple(re.compile(re.escape(mark)) for mark in (b"/", b'"', b"'", b"{", b"#"))
+_EMBED = re.compile(rb"#\s*embed\b")
 _CLOSING = re.compile(rb"\}")
 _MOST_WORDS = 32
 _MOST_MACROS_DEEP = 8
@@ -218,16 +219,19 @@ class _Scanner:
     def _matching_brace(self, array: ArrayText, start: int) -> int:
         """Where the brace is that closes the one before `start`, comments and strings aside."""
         depth = 1
+        directives: list[bytes] = []
         for token in Tokens(self._file, start):
-            if token.kind == "directive":
-                line = token.text.partition(b"\n")[0].strip()[:80].decode("ascii", "backslashreplace")
-                raise Unsupported(
-                    f"the elements of {array.name} come from elsewhere ({line}): only arrays that are written out can "
-                    "be read back: write it with another style",
-                    path=self._file.path,
-                )
+            if token.kind == "directive" and (not directives or _EMBED.match(token.text)):
+                directives = [token.text]
             if token.kind == "mark":
                 depth += (token.text == b"{") - (token.text == b"}")
+            if not depth and directives:
+                line = directives[0][:80].strip().decode("ascii", "backslashreplace")
+                raise Unsupported(
+                    f"the elements of {array.name} depend on the preprocessor ({line}): only arrays that are written "
+                    "out can be read back: write it with another style",
+                    path=self._file.path,
+                )
             if not depth:
                 return token.offset
         raise corrupt(self._file, start, f"the elements of {array.name} do not end: the file is truncated")
