@@ -36,8 +36,8 @@ def model_of(name: str) -> Model:
 
 
 def _fits(tensor: Tensor) -> bool:
-    """No complex values, no integer zero points beyond int32_t. Nor uint64 codes less zero points that are all zero: the
-    representation does without the subtraction there, which wraps around otherwise."""
+    """No complex values, no integer zero points beyond int32_t. Nor uint64 codes less zero points that are all zero:
+    there the representation does without the subtraction, which wraps around otherwise."""
     zero_point = None if tensor.quantization is None else tensor.quantization.zero_point
     if zero_point is None or not is_integer(zero_point.dtype):
         return tensor.dtype.kind != "c"

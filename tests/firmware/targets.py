@@ -156,13 +156,14 @@ TARGETS = (
     _riscv("rv64", 64, "rv64gc", "-mabi=lp64d -mcmodel=medany"),
     _avr("atmega328p", "atmega328p", _PROGMEM),
     _avr("atmega2560", "atmega2560", _PROGMEM),
-    # arrays beyond the 64 KiB that pointers reach: all of a model in one stretch of 64 KiB, read by far addresses
+    # arrays beyond the 64 KiB that pointers reach: all of a model in one stretch of 64 KiB, read by far addresses; not
+    # from its very start, where the 16 bits of an address are those of NULL
     _avr(
         "atmega2560-far",
         "atmega2560",
         "-include avr/pgmspace.h -DNIBBLECAST_AFTER=__attribute__((section(\".far\"))) "
         "-DNIBBLECAST_READ_U8(p)=pgm_read_byte_far(0x20000UL+(uint16_t)(uintptr_t)(p))",
-        "-Wl,--section-start=.far=0x20000",
+        "-Wl,--section-start=.far=0x20010",
     ),
 )  # fmt: skip
 
