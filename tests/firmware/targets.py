@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -135,7 +136,7 @@ def _host(name: str, packages: str, compiler: str, flags: str, machines: tuple[s
 
 TARGETS = (
     _host("gcc-sanitizers", "gcc", "gcc", f"-std=c99 -O1 {_SANITIZE}"),
-    _host("clang-sanitizers", "clang", "clang", f"-std=c99 -O1 {_SANITIZE}"),
+    _host("clang-sanitizers", "clang libclang-rt-dev", "clang", f"-std=c99 -O1 {_SANITIZE}"),
     # arithmetic with more bits than a float has: what nibblecast_rounded is for
     _host("x87", "gcc", "gcc", "-std=gnu11 -O3 -mfpmath=387", ("x86_64", "AMD64")),
     # big-endian, and multiplications fused with additions
@@ -173,12 +174,29 @@ HERE_TOO = tuple(target for target in TARGETS if not target.machines or platform
 def need(tools: Iterable[str], packages: str) -> None:
     """Skips the test, or in CI fails it, unless the commands are there."""
     missing = [tool for tool in tools if shutil.which(tool) is None]
-    if not missing:
-        return
-    reason = f"needs {', '.join(missing)}: apt-get install --no-install-recommends {packages}"
+    if missing:
+        unavailable(f"needs {', '.join(missing)}: apt-get install --no-install-recommends {packages}")
+
+
+def unavailable(reason: str) -> NoReturn:
+    """Skips the test, or in CI fails it."""
     if os.environ.get("NIBBLECAST_REQUIRE_TARGETS"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def need_target(target: Target, folder: Path) -> None:
+    """Likewise, unless the target's tools make a program of the least source: headers and libraries may be missing."""
+    need(target.tools, target.packages)
+    (folder / "least.c").write_text("int main(void)\n{\n    return 0;\n}\n", "ascii")
+    for command in (
+        [*target.compile.split(), "-c", "least.c"],
+        [*target.link.split(), "least.o", "-o", "least", *target.libraries.split()],
+    ):
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        if result.returncode:
+            packages = f"apt-get install --no-install-recommends {target.packages}"
+            unavailable(f"needs what `{' '.join(command)}` misses: {packages}\n{result.stderr[:1000]}")
 
 
 def call(command: Sequence[str], folder: Path) -> None:

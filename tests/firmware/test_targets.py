@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, HERE_TOO, Target, compiled, need, run
+from tests.firmware.targets import HERE, HERE_TOO, Target, compiled, need_target, run
 
 pytestmark = pytest.mark.firmware
 
@@ -27,8 +27,8 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]
     def objects(target: Target, *sources: str) -> list[Path]:
         key = (target.name, *sources)
         if key not in made:
-            need(target.tools, target.packages)
             folder = tmp_path_factory.mktemp(target.name)
+            need_target(target, folder)
             made[key] = compiled(target, [HERE / name for name in sources], folder, f"-I{models.RUNTIME}")
         return made[key]
 
