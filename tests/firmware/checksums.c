@@ -1,5 +1,6 @@
-/* Decodes every element of every tensor with nibblecast_value, and prints a line for each: its name as hexadecimal bytes, how many elements
-   it has, and the CRC-32 of their values, each as the bits of a float from the lowest byte to the highest. */
+/* Decodes every element of every tensor with nibblecast_value, and prints a line for each: its name as hexadecimal
+   bytes, how many elements it has, the CRC-32 of their values, each as the bits of a float from the lowest byte to the
+   highest, and that of their codes as bytes, where codes have 2 or 4 bits: else of nothing. */
 #include "checksums.h"
 
 #include "port.h"
@@ -54,6 +55,52 @@ static uint32_t checksum(const nibblecast_tensor *t)
     return crc ^ 0xffffffffu;
 }
 
+#define BLOCK 64u
+
+/* The codes of up to BLOCK elements from `start`, by the getters that a kernel would use. */
+static void unpack(const nibblecast_tensor *t, size_t start, size_t count, uint8_t *codes)
+{
+    const uint8_t *data = (const uint8_t *)t->data;
+    size_t k;
+    if (t->bits == 4u && t->kind == NIBBLECAST_SIGNED) {
+        for (k = 0u; k < count; k++) {
+            codes[k] = (uint8_t)nibblecast_int4(data, start + k);
+        }
+    } else if (t->bits == 4u) {
+        for (k = 0u; k < count; k++) {
+            codes[k] = (uint8_t)nibblecast_uint4(data, start + k);
+        }
+    } else if (t->kind == NIBBLECAST_SIGNED) {
+        for (k = 0u; k < count; k++) {
+            codes[k] = (uint8_t)nibblecast_int2(data, start + k);
+        }
+    } else {
+        for (k = 0u; k < count; k++) {
+            codes[k] = (uint8_t)nibblecast_uint2(data, start + k);
+        }
+    }
+}
+
+static uint32_t checksum_of_codes(const nibblecast_tensor *t)
+{
+    uint32_t crc = 0xffffffffu;
+    uint8_t codes[BLOCK];
+    size_t start;
+    if (t->bits > 4u || t->kind > NIBBLECAST_CODEBOOK) {
+        return 0u;
+    }
+    for (start = 0u; start < t->count; start += BLOCK) {
+        const size_t left = t->count - start;
+        const size_t count = (left < BLOCK) ? left : BLOCK;
+        size_t k;
+        unpack(t, start, count, codes);
+        for (k = 0u; k < count; k++) {
+            crc = crc32(crc, codes[k]);
+        }
+    }
+    return crc ^ 0xffffffffu;
+}
+
 void checksums(const nibblecast_tensor *tensors, size_t count)
 {
     size_t n;
@@ -67,6 +114,8 @@ void checksums(const nibblecast_tensor *tensors, size_t count)
         write_hexadecimal((uint32_t)t->count, 8u);
         port_write(" ");
         write_hexadecimal(checksum(t), 8u);
+        port_write(" ");
+        write_hexadecimal(checksum_of_codes(t), 8u);
         port_write("\n");
     }
 }

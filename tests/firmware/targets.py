@@ -139,7 +139,7 @@ TARGETS = (
     _host("clang-sanitizers", "clang libclang-rt-dev", "clang", f"-std=c99 -O1 {_SANITIZE}"),
     # arithmetic with more bits than a float has: what nibblecast_rounded is for
     _host("x87", "gcc", "gcc", "-std=gnu11 -O3 -mfpmath=387", ("x86_64", "AMD64")),
-    # big-endian, and multiplications fused with additions
+    # big-endian
     Target(
         "powerpc",
         packages="gcc-powerpc-linux-gnu libc6-dev-powerpc-cross qemu-user",
