@@ -38,15 +38,12 @@ def model_of(name: str) -> Model:
 
 
 def _fits(tensor: Tensor) -> bool:
-    """No complex values, no integer zero points beyond int32_t. Nor uint64 codes less zero points that are all zero:
-    there the representation does without the subtraction, which wraps around otherwise."""
+    """No complex values, no integer zero points beyond int32_t."""
     zero_point = None if tensor.quantization is None else tensor.quantization.zero_point
     if zero_point is None or not is_integer(zero_point.dtype):
         return tensor.dtype.kind != "c"
     limits = np.iinfo(np.int32)
-    zero_points = [int(code) for code in zero_point.codes().reshape(-1)]
-    wraps = tensor.dtype == np.uint64 and not any(zero_points)
-    return not wraps and all(limits.min <= zero_point <= limits.max for zero_point in zero_points)
+    return all(limits.min <= int(code) <= limits.max for code in zero_point.codes().reshape(-1))
 
 
 def write(model: Model, folder: Path, layout: str) -> list[Path]:

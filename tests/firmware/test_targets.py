@@ -5,13 +5,14 @@ docs/firmware-targets.md says what is proved where.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, HERE_TOO, Target, compiled, need_target, run
+from tests.firmware.targets import HERE, HERE_TOO, Target, call, compiled, need_target, run
 
 pytestmark = pytest.mark.firmware
 
@@ -59,3 +60,11 @@ def test_values_of_single_header(tmp_path, common, target):
 def test_failure_is_seen(tmp_path, common, target, program):
     objects = [*common(target, "port.c", target.port), *compiled(target, [HERE / program], tmp_path)]
     assert run(target, objects, tmp_path) == ({"bad_status.c": 7, "bad_fault.c": target.fault}[program], [])
+
+
+def test_vector_instructions_are_tried(tmp_path):
+    """Of what runs on the Cortex-M55, at least the unpacking is done by MVE."""
+    target = next(target for target in HERE_TOO if target.name == "cortex-m55-mve")
+    need_target(target, tmp_path)
+    call([*target.compile.split(), f"-I{models.RUNTIME}", "-S", str(HERE / "checksums.c")], tmp_path)
+    assert re.search(r"^\s+vshr\.\w+\s+q\d", (tmp_path / "checksums.s").read_text("ascii"), re.MULTILINE)
