@@ -41,6 +41,7 @@ def test_the_main_job_in_one_call(tmp_path: Path) -> None:
         f"verified {tmp_path / 'w.safetensors'}: 7 tensors, 471 elements, 3 of the tensors code for code" in done.stdout
     )
     assert f"verified {tmp_path / 'w.onnx'}" in done.stdout
+    assert f"verified {tmp_path / 'w.h'}: 7 tensors, 471 elements, 3 of the tensors code for code" in done.stdout
 
 
 def test_inspect_shows_a_table_and_json() -> None:

@@ -9,8 +9,9 @@ meaning it knows at their places; whatever else there is goes through the slow o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -18,29 +19,33 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile
 from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
-from formats.cheader.c_tokens import integer_of, string_bytes, without_comments
+from formats.cheader.c_tokens import Tokens, integer_of, string_bytes, without_comments
 
 Elements = NDArray[Any]
 
 _CHUNK_ELEMENTS = 1 << 14
 _PIECE_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 12
+_LONGEST_INDENT = 1 << 8
 _BLANKS = b" \t\r\n\v\f"
 _MOST_KNOWN = 1 << 16
 
+_LAST_BLANKS = re.compile(rb"(?<=\n) *\Z")
 _SPLIT_LITERAL = re.compile(rb"[\w.]\s+[\w.]")
-_STRING = re.compile(rb'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
 _PYTHON_ESCAPES = re.compile(rb'(?:[^\\]++|\\[0-3][0-7]{2}|\\[0-7]{1,2}(?![0-7])|\\[abfnrtv\\"\'])*+', re.DOTALL)
 _HEX = re.compile(rb"0[xX]([0-9A-Fa-f]+)[uUlL]*,")
 _DECIMAL = re.compile(rb" *-?[0-9]+,")
 _FLOAT = re.compile(rb" *-?[0-9]+\.[0-9]+[eE][+-][0-9][0-9]([fF]?),")
 _FLOAT_LITERAL = re.compile(rb"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)[fFlL]?")
 _HEX_FLOAT_LITERAL = re.compile(rb"(0[xX][0-9A-Fa-f.]+[pP][+-]?[0-9]+)[fFlL]?")
+_OCTAL = re.compile(rb"(?:\A|,) *[+-]?0[0-9]+(?=,)")
 _LEAST = re.compile(rb"\(?-([0-9]+)[uUlL]*-1[uUlL]*\)?")
 _NAMED_INTEGERS = {f"INT{bits}_MIN".encode(): -(1 << (bits - 1)) for bits in (8, 16, 32, 64)} | {
     **{f"INT{bits}_MAX".encode(): (1 << (bits - 1)) - 1 for bits in (8, 16, 32, 64)},
     **{f"UINT{bits}_MAX".encode(): (1 << bits) - 1 for bits in (8, 16, 32, 64)},
 }
+#: Where rounding to a float of so many bytes gives infinity.
+_TOO_LARGE = {4: 2.0**128 - 2.0**103, 8: float("inf")}
 _NAMED_FLOATS = dict.fromkeys((b"NIBBLECAST_NAN", b"NAN"), float("nan")) | dict.fromkeys(
     (b"NIBBLECAST_INF", b"INFINITY", b"HUGE_VALF", b"HUGE_VAL"), float("inf")
 )
@@ -48,20 +53,37 @@ _NAMED_FLOATS = dict.fromkeys((b"NIBBLECAST_NAN", b"NAN"), float("nan")) | dict.
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Where the elements lie: from byte `start` of the file lines of `stride` bytes, each `indent` blanks, `per_line`
-    literals of `width` characters with their commas, and a line end; the last line may have fewer."""
+    """Where the elements lie: from byte `start` of the file lines of `before`, `per_line` literals, and `after`. A
+    literal takes `width` characters, its comma included; the last line may have fewer of them."""
 
     start: int
-    indent: int
+    before: bytes
+    after: bytes
     width: int
     per_line: int
-    stride: int
     count: int
+
+    @property
+    def stride(self) -> int:
+        """Characters of a whole line."""
+        return len(self.before) + self.per_line * self.width + len(self.after)
+
+    @classmethod
+    def of(cls, start: int, stop: int, before: bytes, after: bytes, width: int, per_line: int) -> Lines | None:
+        """Those that fill bytes [start, stop); None when there are none such."""
+        around = len(before) + len(after)
+        whole, rest = divmod(stop - start, around + per_line * width)
+        more, odd = divmod(rest - around, width) if rest else (0, 0)
+        if odd or more < 0 or (rest and not 0 < more < per_line):
+            return None
+        return cls(start, before, after, width, per_line, whole * per_line + more)
 
 
 def lines_of(array: ArrayText) -> Lines | None:
     """The lines of an array that is laid out as the writer does; None for any other."""
-    if not array.plain or array.is_string:
+    if array.is_string:
+        return _lines_of_strings(array)
+    if not array.plain:
         return None
     view, start = array.file.view, array.start
     head = view[start : min(array.stop, start + _LONGEST_LINE)].tobytes()
@@ -73,14 +95,25 @@ def lines_of(array: ArrayText) -> Lines | None:
     first = line.index(b",")
     width = line.index(b",", first + 1) - first if per_line > 1 else first + 1
     indent = first + 1 - width
-    stride = indent + per_line * width + len(ending)
-    if indent < 0 or stride != len(line):
+    if indent < 0 or indent + per_line * width + len(ending) != len(line):
         return None
-    whole, rest = divmod(array.stop - start - len(ending), stride)
-    more, odd = divmod(rest - indent - len(ending), width) if rest else (0, 0)
-    if odd or more < 0 or (rest and not 0 < more < per_line):
+    return Lines.of(start + len(ending), array.stop, b" " * indent, ending, width, per_line)
+
+
+def _lines_of_strings(array: ArrayText) -> Lines | None:
+    """The lines of string literals, each of octal escapes of three digits, one below the other."""
+    view = array.file.view
+    indent = _LAST_BLANKS.search(view[max(0, array.start - _LONGEST_INDENT) : array.start].tobytes())
+    head = view[array.start : min(array.stop, array.start + _LONGEST_LINE)].tobytes()
+    line, _, rest = head.partition(b"\n")
+    ending = b'"\r\n' if line.endswith(b"\r") else b'"\n'
+    characters = len(line) + 1 - (len(ending) if rest else 2) - 1
+    # behind the last literal there is a line end, too, if there is anything
+    if indent is None or characters < 4 or characters % 4 or array.stop + len(ending) - 1 > view.size:
         return None
-    return Lines(start + len(ending), indent, width, per_line, stride, whole * per_line + more)
+    before = indent[0] + b'"'
+    stop = array.stop + len(ending) - 1
+    return Lines.of(array.start - len(indent[0]), stop, before, ending, 4, characters // 4)
 
 
 def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> Elements | None:
@@ -88,7 +121,8 @@ def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> E
     out = np.empty(last - first, ELEMENT_TYPES[array.element_type])
     done = first
     for begin, cells in _cells(array, lines, first, last):
-        elements = None if cells is None else _elements_of_cells(cells, lines.width, out.dtype)
+        decode = _octal if array.is_string else _elements_of_cells
+        elements = None if cells is None else decode(cells, lines.width, out.dtype)
         if elements is None:
             return None
         part = elements[done - begin : last - begin]
@@ -99,9 +133,9 @@ def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> E
 
 def all_elements(array: ArrayText) -> Elements:
     """All elements, however they are written. Raises CorruptFile with the first literal that is none."""
-    text = array.file.view[array.start : array.stop].tobytes()
     if array.is_string:
-        return _string_elements(array, text)
+        return _string_elements(array)
+    text = array.file.view[array.start : array.stop].tobytes()
     text = without_comments(text).strip(_BLANKS)
     if text and not text.endswith(b","):
         text += b","
@@ -114,6 +148,8 @@ def all_elements(array: ArrayText) -> Elements:
             shown = piece[split.start() : split.end()].decode("ascii", "backslashreplace")
             raise CorruptFile(f"{array.name} has no comma in '{shown}'", path=array.file.path)
         elements = _elements_of_cells(compact, compact.index(b",") + 1, dtype)
+        if elements is None and dtype.kind == "f":
+            elements = _plain_floats(compact, None, dtype)
         if elements is None:
             try:
                 elements = literals.elements(compact)
@@ -135,23 +171,22 @@ def _cells(array: ArrayText, lines: Lines, first: int, last: int) -> Iterator[tu
         full = max(0, min(stop, whole) - line)
         begin = lines.start + line * lines.stride
         block = view[begin : begin + full * lines.stride].reshape(full, lines.stride)
-        cells = _stripped(block, lines.indent, lines.per_line * lines.width)
+        cells = _stripped(block, lines)
         if stop > whole and cells is not None:
             begin += full * lines.stride
-            length = (lines.count - whole * lines.per_line) * lines.width
-            end = begin + length + lines.stride - lines.per_line * lines.width
-            rest = _stripped(view[begin:end].reshape(1, -1), lines.indent, length)
+            end = begin + lines.stride - (lines.per_line - lines.count % lines.per_line) * lines.width
+            rest = _stripped(view[begin:end].reshape(1, -1), lines)
             cells = None if rest is None else cells + rest
         yield line * lines.per_line, cells
 
 
-def _stripped(block: NDArray[np.uint8], indent: int, length: int) -> bytes | None:
-    """The lines without their indents and ends; None when these are not blank."""
-    blank = (block[:, :indent] == ord(" ")).all()
-    ends = block[:, indent + length :]
-    if not blank or not ((ends == ord("\n")) | (ends == ord("\r"))).all():
+def _stripped(block: NDArray[np.uint8], lines: Lines) -> bytes | None:
+    """The literals of some lines; None when what is around them is not as it should be."""
+    start, stop = len(lines.before), block.shape[1] - len(lines.after)
+    around = np.frombuffer(lines.before, np.uint8), np.frombuffer(lines.after, np.uint8)
+    if not ((block[:, :start] == around[0]).all() and (block[:, stop:] == around[1]).all()):
         return None
-    return block[:, indent : indent + length].tobytes()
+    return block[:, start:stop].tobytes()
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
@@ -168,12 +203,32 @@ def _elements_of_cells(text: bytes, width: int, dtype: np.dtype[Any]) -> Element
     if not text or len(text) % width:
         return None
     cell = text[:width]
-    decoders: tuple[tuple[re.Pattern[bytes], Callable[[bytes, re.Match[bytes], np.dtype[Any]], Elements | None]], ...]
-    decoders = ((_FLOAT, _floats),) if dtype.kind == "f" else ((_HEX, _hexadecimal), (_DECIMAL, _decimal))
-    for pattern, decode in decoders:
+    if dtype.kind == "f":
+        match = _FLOAT.fullmatch(cell)
+        elements = None if match is None else _floats(text, match, dtype)
+        return _plain_floats(text, width, dtype) if elements is None else elements
+    for pattern, decode in ((_HEX, _hexadecimal), (_DECIMAL, _decimal)):
         if (match := pattern.fullmatch(cell)) is not None:
             return decode(text, match, dtype)
     return None
+
+
+def _plain_floats(text: bytes, width: int | None, dtype: np.dtype[Any]) -> Elements | None:
+    """Decimal floats, of one width if that is given; None where there is anything else among them."""
+    if width is not None:
+        ends = np.frombuffer(text, np.uint8)[width - 1 :: width]
+        if text.count(b",") != ends.size or not (ends == ord(",")).all():
+            return None
+    text = text.replace(b"f,", b",").replace(b"F,", b",")
+    if text.translate(None, b"0123456789+-.eE, ") or _OCTAL.search(text):
+        return None
+    try:
+        values = np.array(list(map(float, text[:-1].split(b","))))
+    except ValueError:
+        return None
+    with np.errstate(over="ignore"):
+        elements = values.astype(dtype)
+    return elements if bool(np.isfinite(elements).all()) else None
 
 
 def _classes(*classes: tuple[bytes, int]) -> bytes:
@@ -195,6 +250,7 @@ _HEX_CLASSES = _classes(
     *_digits(b"ABCDEF", 0, 10),
     *((b"xX", 0x20), (b"uU", 0x30), (b"lL", 0x40), (b",", 0x50)),
 )
+_ESCAPE_CLASSES = _classes(*_digits(b"01234567", 0), (b"\\", 0x20))
 _BLANK, _MINUS, _PLUS, _DIGIT, _DOT, _E, _F, _COMMA = 0x10, 0x20, 0x30, 0x40, 0x4F, 0x60, 0x70, 0x80
 _NUMBER_CLASSES = _classes(
     *_digits(b"0123456789", _DIGIT),
@@ -217,6 +273,15 @@ def _hexadecimal(text: bytes, cell: re.Match[bytes], dtype: np.dtype[Any]) -> El
         values |= rows[:, column]
     elements = values.view(dtype)
     return None if dtype.kind == "i" and bool((elements < 0).any()) else elements
+
+
+def _octal(text: bytes, width: int, dtype: np.dtype[Any]) -> Elements | None:
+    classes = np.frombuffer(text.translate(_ESCAPE_CLASSES), np.uint8)
+    rows = classes.reshape(-1, width)
+    if (classes & 0xF8).tobytes() != b"\x20\0\0\0" * len(rows) or (rows[:, 1] > 3).any():
+        return None
+    values = (rows[:, 1] << 6) | (rows[:, 2] << 3) | rows[:, 3]
+    return values.view(dtype)
 
 
 def _decimal(text: bytes, cell: re.Match[bytes], dtype: np.dtype[Any]) -> Elements | None:
@@ -338,38 +403,37 @@ class _Literals(dict[bytes, Any]):
         if len(literal) - len(unsigned) > 1 or len(literal) > 1 << 10:
             return None
         if value is None:
-            if (decimal := _FLOAT_LITERAL.fullmatch(unsigned)) is not None:
-                value = float(decimal[1])
-            elif (hexadecimal := _HEX_FLOAT_LITERAL.fullmatch(unsigned)) is not None:
-                value = _hex_float(hexadecimal[1].decode("ascii"))
-            if value is None or not _is_finite(value, self._dtype):
+            value = _number(unsigned)
+            if value is None or not isfinite(value) or value >= _TOO_LARGE[self._dtype.itemsize]:
                 return None
         return -value if literal.startswith(b"-") else value
 
 
-def _hex_float(text: str) -> float | None:
-    try:
-        return float.fromhex(text)
-    except (ValueError, OverflowError):
-        return None
+def _number(literal: bytes) -> float | None:
+    """The value of a literal without a sign, of any kind that C knows; None where it is none."""
+    if (integer := integer_of(literal)) is not None:
+        return float(integer)
+    if (decimal := _FLOAT_LITERAL.fullmatch(literal)) is not None:
+        return float(decimal[1])
+    if (hexadecimal := _HEX_FLOAT_LITERAL.fullmatch(literal)) is not None:
+        try:
+            return float.fromhex(hexadecimal[1].decode("ascii"))
+        except (ValueError, OverflowError):
+            return None
+    return None
 
 
-def _is_finite(value: float, dtype: np.dtype[Any]) -> bool:
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(np.float64(value).astype(dtype)))
-
-
-def _string_elements(array: ArrayText, text: bytes) -> Elements:
+def _string_elements(array: ArrayText) -> Elements:
     """The bytes of string literals, without the NUL that C may add."""
     dtype = np.dtype(ELEMENT_TYPES[array.element_type])
     if dtype.itemsize != 1:
         raise CorruptFile(f"{array.name} is a string of elements wider than a byte", path=array.file.path)
     parts: list[bytes] = []
-    for match in _STRING.finditer(text):
-        if _PYTHON_ESCAPES.fullmatch(match[1]) is not None:
-            parts.append(match[1].decode("unicode_escape").encode("latin-1"))
+    for token in Tokens(array.file, array.start, array.stop):
+        if _PYTHON_ESCAPES.fullmatch(token.text, 1, len(token.text) - 1) is not None:
+            parts.append(token.text[1:-1].decode("unicode_escape").encode("latin-1"))
             continue
-        value = string_bytes(match[0])
+        value = string_bytes(token.text)
         if value is None:
             raise CorruptFile(f"{array.name} has an escape that is none of C's", path=array.file.path)
         parts.append(value)

@@ -29,7 +29,8 @@ _DEFINE = re.compile(rb"#\s*define\s+(\w+)(?:\s+(.*))?", re.DOTALL)
 _INTERFACE = re.compile(rb"#\s*if\s+NIBBLECAST_INTERFACE\s*!=\s*(\d{1,9})\s*")
 _VALUE = re.compile(rb"[(\s]*(\w+)[)\s]*")
 _SPECIAL_IN_BODY = tuple(re.compile(re.escape(mark)) for mark in (b"/", b'"', b"'", b"{", b"#"))
-_NEXT_STRING = re.compile(rb'\s*+"(?:[^"\\\n]++|\\.)*+"', re.DOTALL)
+_EMBED = re.compile(rb"#\s*embed\b")
+_PLAIN_STRINGS = re.compile(rb'(?:\s++"[^"\n]*+"(?<!\\"))*+')
 _CLOSING = re.compile(rb"\}")
 _MOST_WORDS = 32
 _MOST_MACROS_DEEP = 8
@@ -193,8 +194,12 @@ class _Scanner:
     def _in_quotes(self, array: ArrayText, first: Token) -> ArrayText:
         """The array whose first string literal has just gone by."""
         stop = first.offset + len(first.text)
-        while (match := _NEXT_STRING.match(self._file.mapping or b"", stop)) is not None:
-            stop = match.end()
+        if (plain := _PLAIN_STRINGS.match(self._file.mapping or b"", stop)) is not None:
+            stop = plain.end()
+        for token in Tokens(self._file, stop):
+            if token.kind != "string":
+                break
+            stop = token.offset + len(token.text)
         self._tokens.position = stop
         return replace(array, start=first.offset, stop=stop, is_string=True)
 
@@ -217,16 +222,19 @@ class _Scanner:
     def _matching_brace(self, array: ArrayText, start: int) -> int:
         """Where the brace is that closes the one before `start`, comments and strings aside."""
         depth = 1
+        directives: list[bytes] = []
         for token in Tokens(self._file, start):
-            if token.kind == "directive":
-                line = token.text.partition(b"\n")[0].strip()[:80].decode("ascii", "backslashreplace")
-                raise Unsupported(
-                    f"the elements of {array.name} come from elsewhere ({line}): only arrays that are written out can "
-                    "be read back: write it with another style",
-                    path=self._file.path,
-                )
+            if token.kind == "directive" and (not directives or _EMBED.match(token.text)):
+                directives = [token.text]
             if token.kind == "mark":
                 depth += (token.text == b"{") - (token.text == b"}")
+            if not depth and directives:
+                line = directives[0][:80].strip().decode("ascii", "backslashreplace")
+                raise Unsupported(
+                    f"the elements of {array.name} depend on the preprocessor ({line}): only arrays that are written "
+                    "out can be read back: write it with another style",
+                    path=self._file.path,
+                )
             if not depth:
                 return token.offset
         raise corrupt(self._file, start, f"the elements of {array.name} do not end: the file is truncated")

@@ -14,6 +14,7 @@ MEMBERS = (
     *("codebook", "group_index", "kind", "bits", "rank", "granularity", "axis"),
 )
 
+_WANTED = f"the {len(MEMBERS)} members, {MEMBERS[0]} to {MEMBERS[-1]}"
 _NULL = (b"NULL", b"nullptr", b"0")
 _MOST_TOKENS = 256  # of one member: the literals of a name, say
 
@@ -77,6 +78,7 @@ def rows_of(table: ArrayText) -> Iterator[Row]:
 def _members(table: ArrayText, opening: Token, tokens: Iterator[Token]) -> dict[str, tuple[Token, ...]]:
     members: dict[str, tuple[Token, ...]] = {}
     given: list[Token] = []
+    designated = False
     for token in tokens:
         if token.text not in (b",", b"}") or token.kind != "mark":
             given.append(token)
@@ -84,23 +86,23 @@ def _members(table: ArrayText, opening: Token, tokens: Iterator[Token]) -> dict[
                 raise corrupt(table.file, token.offset, f"{table.name} has an entry that is no list of values")
             continue
         if given:
-            name, value = _designated(given) or (MEMBERS[len(members)] if len(members) < len(MEMBERS) else None, given)
+            designated = designated or given[0].text == b"."
+            name = _name_of(given, len(members))
             if name not in MEMBERS or name in members:
-                message = (
-                    f"{table.name} has an entry with other members than {len(MEMBERS)}, {MEMBERS[0]} to {MEMBERS[-1]}"
-                )
-                raise corrupt(table.file, token.offset, message)
-            members[name] = tuple(value)
+                raise corrupt(table.file, token.offset, f"{table.name} has an entry with more than {_WANTED}")
+            members[name] = tuple(given[3:] if designated else given)
         elif token.text == b",":
             raise corrupt(table.file, token.offset, f"{table.name} has an entry with nothing between two commas")
         if token.text == b"}":
+            if not designated and len(members) < len(MEMBERS):
+                raise corrupt(table.file, token.offset, f"{table.name} has an entry with less than {_WANTED}")
             return members
         given = []
     raise corrupt(table.file, opening.offset, f"an entry of {table.name} does not end")
 
 
-def _designated(tokens: list[Token]) -> tuple[str, list[Token]] | None:
-    """`.name = value` as the two; None for a value alone."""
-    if len(tokens) < 4 or tokens[0].text != b"." or tokens[2].text != b"=":
-        return None
-    return tokens[1].text.decode("ascii"), tokens[3:]
+def _name_of(value: list[Token], position: int) -> str | None:
+    """The member that a value is for: by its name in `.name = value`, else by its position."""
+    if value[0].text == b"." and len(value) > 3 and value[1].kind == "name" and value[2].text == b"=":
+        return value[1].text.decode("ascii")
+    return MEMBERS[position] if position < len(MEMBERS) and value[0].text != b"." else None
