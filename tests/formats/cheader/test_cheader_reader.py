@@ -202,7 +202,7 @@ REFORMATTED = {
 def declared_length(header: Path) -> None:
     """Takes the declarations out of the header, which say other lengths."""
     text = header.read_text()
-    header.write_text(re.sub(r"extern const \w+ m_[^;]*_data[^;]*;\n", "", text))
+    header.write_text(re.sub(r"extern const [^;]*_data\[[^;]*;\n", "", text))
 
 
 def bytes_of(text: str, base: str) -> bytes:
