@@ -66,8 +66,8 @@ class ElementData:
     def _elements(self, first: int, last: int) -> Elements:
         needed = -(-self.nbytes // self.itemsize)
         elements = None
-        if self.lines is not None and self.lines.count == self.length:
-            end = self.length if last == needed else last  # what follows must be padding
+        if self.lines is not None and self._fits(self.lines.count):
+            end = self.lines.count if last == needed else last  # what follows must be padding
             elements = regular_elements(self.array, self.lines, first, end)
             self._release(self.lines, first, end)
         if elements is None:
@@ -88,6 +88,10 @@ class ElementData:
         if self.limit is not None and elements.size and int(elements.max()) >= self.limit:
             raise CorruptFile(f"{self.array.name} holds {elements.max()}; below {self.limit} is needed")
         return elements
+
+    def _fits(self, count: int) -> bool:
+        """Whether so many elements are what is declared; a string may end in a NUL that is not written."""
+        return self.length in (None, count, count + int(self.array.is_string))
 
     def _release(self, lines: Lines, first: int, last: int) -> None:
         """Lets go of the text's pages."""

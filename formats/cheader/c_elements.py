@@ -26,9 +26,11 @@ Elements = NDArray[Any]
 _CHUNK_ELEMENTS = 1 << 14
 _PIECE_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 12
+_LONGEST_INDENT = 1 << 8
 _BLANKS = b" \t\r\n\v\f"
 _MOST_KNOWN = 1 << 16
 
+_LAST_BLANKS = re.compile(rb"(?<=\n) *\Z")
 _SPLIT_LITERAL = re.compile(rb"[\w.]\s+[\w.]")
 _PYTHON_ESCAPES = re.compile(rb'(?:[^\\]++|\\[0-3][0-7]{2}|\\[0-7]{1,2}(?![0-7])|\\[abfnrtv\\"\'])*+', re.DOTALL)
 _HEX = re.compile(rb"0[xX]([0-9A-Fa-f]+)[uUlL]*,")
@@ -51,20 +53,37 @@ _NAMED_FLOATS = dict.fromkeys((b"NIBBLECAST_NAN", b"NAN"), float("nan")) | dict.
 
 @dataclass(frozen=True, slots=True)
 class Lines:
-    """Where the elements lie: from byte `start` of the file lines of `stride` bytes, each `indent` blanks, `per_line`
-    literals of `width` characters with their commas, and a line end; the last line may have fewer."""
+    """Where the elements lie: from byte `start` of the file lines of `before`, `per_line` literals, and `after`. A
+    literal takes `width` characters, its comma included; the last line may have fewer of them."""
 
     start: int
-    indent: int
+    before: bytes
+    after: bytes
     width: int
     per_line: int
-    stride: int
     count: int
+
+    @property
+    def stride(self) -> int:
+        """Characters of a whole line."""
+        return len(self.before) + self.per_line * self.width + len(self.after)
+
+    @classmethod
+    def of(cls, start: int, stop: int, before: bytes, after: bytes, width: int, per_line: int) -> Lines | None:
+        """Those that fill bytes [start, stop); None when there are none such."""
+        around = len(before) + len(after)
+        whole, rest = divmod(stop - start, around + per_line * width)
+        more, odd = divmod(rest - around, width) if rest else (0, 0)
+        if odd or more < 0 or (rest and not 0 < more < per_line):
+            return None
+        return cls(start, before, after, width, per_line, whole * per_line + more)
 
 
 def lines_of(array: ArrayText) -> Lines | None:
     """The lines of an array that is laid out as the writer does; None for any other."""
-    if not array.plain or array.is_string:
+    if array.is_string:
+        return _lines_of_strings(array)
+    if not array.plain:
         return None
     view, start = array.file.view, array.start
     head = view[start : min(array.stop, start + _LONGEST_LINE)].tobytes()
@@ -76,14 +95,25 @@ def lines_of(array: ArrayText) -> Lines | None:
     first = line.index(b",")
     width = line.index(b",", first + 1) - first if per_line > 1 else first + 1
     indent = first + 1 - width
-    stride = indent + per_line * width + len(ending)
-    if indent < 0 or stride != len(line):
+    if indent < 0 or indent + per_line * width + len(ending) != len(line):
         return None
-    whole, rest = divmod(array.stop - start - len(ending), stride)
-    more, odd = divmod(rest - indent - len(ending), width) if rest else (0, 0)
-    if odd or more < 0 or (rest and not 0 < more < per_line):
+    return Lines.of(start + len(ending), array.stop, b" " * indent, ending, width, per_line)
+
+
+def _lines_of_strings(array: ArrayText) -> Lines | None:
+    """The lines of string literals, each of octal escapes of three digits, one below the other."""
+    view = array.file.view
+    indent = _LAST_BLANKS.search(view[max(0, array.start - _LONGEST_INDENT) : array.start].tobytes())
+    head = view[array.start : min(array.stop, array.start + _LONGEST_LINE)].tobytes()
+    line, _, rest = head.partition(b"\n")
+    ending = b'"\r\n' if line.endswith(b"\r") else b'"\n'
+    characters = len(line) + 1 - (len(ending) if rest else 2) - 1
+    # behind the last literal there is a line end, too, if there is anything
+    if indent is None or characters < 4 or characters % 4 or array.stop + len(ending) - 1 > view.size:
         return None
-    return Lines(start + len(ending), indent, width, per_line, stride, whole * per_line + more)
+    before = indent[0] + b'"'
+    stop = array.stop + len(ending) - 1
+    return Lines.of(array.start - len(indent[0]), stop, before, ending, 4, characters // 4)
 
 
 def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> Elements | None:
@@ -91,7 +121,8 @@ def regular_elements(array: ArrayText, lines: Lines, first: int, last: int) -> E
     out = np.empty(last - first, ELEMENT_TYPES[array.element_type])
     done = first
     for begin, cells in _cells(array, lines, first, last):
-        elements = None if cells is None else _elements_of_cells(cells, lines.width, out.dtype)
+        decode = _octal if array.is_string else _elements_of_cells
+        elements = None if cells is None else decode(cells, lines.width, out.dtype)
         if elements is None:
             return None
         part = elements[done - begin : last - begin]
@@ -140,23 +171,22 @@ def _cells(array: ArrayText, lines: Lines, first: int, last: int) -> Iterator[tu
         full = max(0, min(stop, whole) - line)
         begin = lines.start + line * lines.stride
         block = view[begin : begin + full * lines.stride].reshape(full, lines.stride)
-        cells = _stripped(block, lines.indent, lines.per_line * lines.width)
+        cells = _stripped(block, lines)
         if stop > whole and cells is not None:
             begin += full * lines.stride
-            length = (lines.count - whole * lines.per_line) * lines.width
-            end = begin + length + lines.stride - lines.per_line * lines.width
-            rest = _stripped(view[begin:end].reshape(1, -1), lines.indent, length)
+            end = begin + lines.stride - (lines.per_line - lines.count % lines.per_line) * lines.width
+            rest = _stripped(view[begin:end].reshape(1, -1), lines)
             cells = None if rest is None else cells + rest
         yield line * lines.per_line, cells
 
 
-def _stripped(block: NDArray[np.uint8], indent: int, length: int) -> bytes | None:
-    """The lines without their indents and ends; None when these are not blank."""
-    blank = (block[:, :indent] == ord(" ")).all()
-    ends = block[:, indent + length :]
-    if not blank or not ((ends == ord("\n")) | (ends == ord("\r"))).all():
+def _stripped(block: NDArray[np.uint8], lines: Lines) -> bytes | None:
+    """The literals of some lines; None when what is around them is not as it should be."""
+    start, stop = len(lines.before), block.shape[1] - len(lines.after)
+    around = np.frombuffer(lines.before, np.uint8), np.frombuffer(lines.after, np.uint8)
+    if not ((block[:, :start] == around[0]).all() and (block[:, stop:] == around[1]).all()):
         return None
-    return block[:, indent : indent + length].tobytes()
+    return block[:, start:stop].tobytes()
 
 
 def _pieces(text: bytes) -> Iterator[bytes]:
@@ -220,6 +250,7 @@ _HEX_CLASSES = _classes(
     *_digits(b"ABCDEF", 0, 10),
     *((b"xX", 0x20), (b"uU", 0x30), (b"lL", 0x40), (b",", 0x50)),
 )
+_ESCAPE_CLASSES = _classes(*_digits(b"01234567", 0), (b"\\", 0x20))
 _BLANK, _MINUS, _PLUS, _DIGIT, _DOT, _E, _F, _COMMA = 0x10, 0x20, 0x30, 0x40, 0x4F, 0x60, 0x70, 0x80
 _NUMBER_CLASSES = _classes(
     *_digits(b"0123456789", _DIGIT),
@@ -242,6 +273,15 @@ def _hexadecimal(text: bytes, cell: re.Match[bytes], dtype: np.dtype[Any]) -> El
         values |= rows[:, column]
     elements = values.view(dtype)
     return None if dtype.kind == "i" and bool((elements < 0).any()) else elements
+
+
+def _octal(text: bytes, width: int, dtype: np.dtype[Any]) -> Elements | None:
+    classes = np.frombuffer(text.translate(_ESCAPE_CLASSES), np.uint8)
+    rows = classes.reshape(-1, width)
+    if (classes & 0xF8).tobytes() != b"\x20\0\0\0" * len(rows) or (rows[:, 1] > 3).any():
+        return None
+    values = (rows[:, 1] << 6) | (rows[:, 2] << 3) | rows[:, 3]
+    return values.view(dtype)
 
 
 def _decimal(text: bytes, cell: re.Match[bytes], dtype: np.dtype[Any]) -> Elements | None:

@@ -30,6 +30,7 @@ _INTERFACE = re.compile(rb"#\s*if\s+NIBBLECAST_INTERFACE\s*!=\s*(\d{1,9})\s*")
 _VALUE = re.compile(rb"[(\s]*(\w+)[)\s]*")
 _SPECIAL_IN_BODY = tuple(re.compile(re.escape(mark)) for mark in (b"/", b'"', b"'", b"{", b"#"))
 _EMBED = re.compile(rb"#\s*embed\b")
+_PLAIN_STRINGS = re.compile(rb'(?:\s++"[^"\n]*+"(?<!\\"))*+')
 _CLOSING = re.compile(rb"\}")
 _MOST_WORDS = 32
 _MOST_MACROS_DEEP = 8
@@ -193,6 +194,8 @@ class _Scanner:
     def _in_quotes(self, array: ArrayText, first: Token) -> ArrayText:
         """The array whose first string literal has just gone by."""
         stop = first.offset + len(first.text)
+        if (plain := _PLAIN_STRINGS.match(self._file.mapping or b"", stop)) is not None:
+            stop = plain.end()
         for token in Tokens(self._file, stop):
             if token.kind != "string":
                 break

@@ -15,7 +15,7 @@ import pytest
 
 import converters
 from converters.comparison import compare
-from converters.errors import VerificationFailed
+from converters.errors import CorruptFile, VerificationFailed
 from converters.interfaces import Reader
 from converters.ir import Model, Quantization, Tensor
 from converters.storage import InMemory
@@ -202,7 +202,7 @@ REFORMATTED = {
 def declared_length(header: Path) -> None:
     """Takes the declarations out of the header, which say other lengths."""
     text = header.read_text()
-    header.write_text(re.sub(r"extern const \w+ m_[^;]*_data[^;]*;\n", "", text))
+    header.write_text(re.sub(r"extern const [^;]*_data\[[^;]*;\n", "", text))
 
 
 def bytes_of(text: str, base: str) -> bytes:
@@ -262,6 +262,28 @@ def test_the_lines_of_the_writer_take_the_fast_path(written) -> None:
     header, _ = written
     for tensor in read(header).values():
         assert lines_of(tensor.data.array).count == tensor.data.length
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("count", [1, 19, 20, 21, 40, 41])
+def test_lines_of_octal_escapes_take_the_fast_path(tmp_path: Path, count: int, ending: str) -> None:
+    data = np.random.default_rng(0).integers(0, 256, count, np.uint8)
+    write(model_of(Tensor.from_array("w", data)), tmp_path / "m.h")
+    declared_length(tmp_path / "m.h")
+    lines = ["".join(f"\\{byte:03o}" for byte in data[start : start + 20]) for start in range(0, count, 20)]
+    text = "".join(f'    "{line}"{ending}' for line in lines)
+    text = text.replace("\\", r"\\")
+    change = rf"m_w_data[{count + 1}]\1= {ending}{text};"  # with room for the NUL
+    pattern = r"m_w_data\[\d+\]([^=]*)= \{[^}]*\};"
+    rewritten(tmp_path / "m.h", lambda whole: re.sub(pattern, change, whole, count=1))
+    data_again = read(tmp_path / "m.h")["w"].data
+    assert data_again.lines is not None
+    assert data_again.lines.count == count
+    for start in range(0, count, 7):
+        assert np.array_equal(data_again.read(start, min(count, start + 9)), data[start : start + 9])
+    rewritten(tmp_path / "m.h", lambda whole: whole.replace('    "\\', '    "\\4', 1))
+    with pytest.raises(CorruptFile, match="tensor 'w': m_w_data has an escape"):
+        read(tmp_path / "m.h")["w"].packed()
 
 
 # edited
