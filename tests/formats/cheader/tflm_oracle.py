@@ -125,7 +125,7 @@ def model_bytes(case: Case) -> bytes:
 
     s = runtime.schema_fb
     types = {"int8": s.TensorType.INT8, "int16": s.TensorType.INT16, "int32": s.TensorType.INT32}
-    types |= {"int64": s.TensorType.INT64}
+    types |= {"int64": s.TensorType.INT64, "float32": s.TensorType.FLOAT32}
     activation = types[case.data.dtype.name]
     outputs = case.bias.size
     per_channel = np.broadcast_to(case.weight_scales, (outputs,)) if case.weight_scales.size > 1 else case.weight_scales
@@ -219,7 +219,10 @@ def _windows(data: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 
 
 def _conv(data: NDArray[Any], codes: NDArray[Any], case: Case) -> NDArray[Any]:
-    return np.einsum("byxchw,ohwc->byxo", _windows(data, *codes.shape[1:3]), codes)
+    groups = data.shape[-1] // codes.shape[-1]
+    parts = zip(np.split(data, groups, 3), np.split(codes, groups, 0), strict=True)
+    windows = ((_windows(part, *codes.shape[1:3]), own) for part, own in parts)
+    return np.concatenate([np.einsum("byxchw,ohwc->byxo", part, own) for part, own in windows], axis=3)
 
 
 def _depthwise(data: NDArray[Any], codes: NDArray[Any], case: Case) -> NDArray[Any]:
