@@ -196,7 +196,7 @@ RULES = (
     ),
     Rule(
         _multiplies_odd_channels,
-        "arm_depthwise_conv_wrapper_s4 is wrong for odd input channels times a multiplier",
+        "arm_depthwise_conv_wrapper_s4 is wrong where odd input channels are multiplied",
         "make the channels even, or keep the weight in int8",
         runs=_REFERENCE,
     ),

@@ -166,6 +166,13 @@ def run_in_tflm(model: bytes, data: NDArray[Any]) -> NDArray[Any]:
     return interpreter.get_output(0)
 
 
+def print_allocations(model: bytes) -> None:
+    """Has the interpreter say, on stderr, what it took of its arena."""
+    from tflite_micro import runtime
+
+    runtime.Interpreter.from_bytes(model, arena_size=1 << 17).print_allocations()
+
+
 def read_weight(model: bytes, folder: Path) -> Tensor:
     """The weight, as this project's own reader sees it."""
     path = folder / "case.tflite"
