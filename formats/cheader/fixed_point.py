@@ -19,7 +19,7 @@ multipliers stay the same unless a shift is above 30, but results change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -29,6 +29,9 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile
 from converters.ir import Activation, Tensor, Use, is_integer
+from formats.cheader.arrays import Array
+from formats.cheader.kernels import named
+from formats.cheader.notation import INT32
 
 #: The operators whose kernels requantize so, and whether their kernels want one multiplier for each output channel even
 #: where the weight has a single scale.
@@ -153,6 +156,31 @@ def obstacle(tensor: Tensor) -> str | None:
     if not first.activation.scale > 0 or not first.result.scale > 0:
         return "an activation whose scale is not positive"
     return None
+
+
+def fixed_point_arrays(tensor: Tensor) -> tuple[Array, ...]:
+    """The arrays of multipliers and of shifts, int32_t each; none where there are no multipliers."""
+    found = fixed_point(tensor)
+    if found is None:
+        return ()
+    return (
+        Array("multiplier", INT32, found.count, found.scale, found.multipliers_of),
+        Array("shift", INT32, found.count, found.scale, found.shifts_of),
+    )
+
+
+def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """A sentence for each reason why weights got no multipliers, or one that none of the tensors could have any."""
+    reasons: dict[str, list[str]] = {}
+    count = 0
+    for tensor in tensors:
+        reason = obstacle(tensor)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(tensor.name)
+        count += fixed_point(tensor) is not None
+    if not reasons and not count:
+        return ("fixed-point: no multipliers, as no tensor is known to be a weight that meets quantized activations",)
+    return tuple(f"fixed-point: no multipliers for {named(names)} because of {why}" for why, names in reasons.items())
 
 
 def _weight_uses(tensor: Tensor) -> list[Use]:

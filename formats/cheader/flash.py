@@ -20,15 +20,14 @@ from formats.cheader.kernels import advice
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _LARGEST = 5
-_PARAMETER_BYTES = 4  # float and int32_t
-_GROUP_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFlash:
     """A tensor's bytes of flash: `nbytes` are what its arrays hold, `aligned` the most that they take with the gaps of
-    alignment; `int8` and `float32` what they would hold if codes were int8, or values float32 (integers that stand for
-    themselves stay as they are). `scratch` is the RAM that the reference kernels of TFLite Micro unpack it into."""
+    alignment; `int8` what they would hold if codes were int8 and parameters the same, `float32` if they were values
+    (integers that stand for themselves stay as they are). `scratch` is the RAM that the reference kernels of TFLite
+    Micro unpack it into."""
 
     name: str
     nbytes: int
@@ -70,7 +69,7 @@ class FlashReport:
         width = len(str(max((tensor.nbytes for tensor in self.tensors), default=0)))
         rows = [f"  {tensor.nbytes:{width}}  {tensor.name}" for tensor in self.largest()]
         if len(self.tensors) > _LARGEST:
-            rows.append(f"  {len(self.tensors) - _LARGEST} smaller ones")
+            rows.append(f"  {len(self.tensors) - _LARGEST} more")
         return (flash, *(rows if len(self.tensors) > 1 else ()), *self._ram_lines())
 
     def comment(self, names: Sequence[str]) -> str:
@@ -98,15 +97,11 @@ class FlashReport:
         return [f"RAM for int4: {scratch} bytes of arena with TFLite Micro's reference kernels, 0 with CMSIS-NN"]
 
 
-def tensor_flash(tensor: Tensor, nbytes: int, aligned: int) -> TensorFlash:
-    """The costs of a tensor whose arrays hold `nbytes` and take at most `aligned` bytes."""
-    quantization = tensor.quantization
-    parameters = sum(
-        parameter.size * (_GROUP_BYTES if role == "group_index" else _PARAMETER_BYTES)
-        for role, parameter in (quantization.parameters() if quantization is not None else ())
-    )
-    has_codes = quantization is not None and tensor.bits <= 8
-    is_value = quantization is not None or is_float(tensor.dtype)
+def tensor_flash(tensor: Tensor, nbytes: int, aligned: int, parameters: int) -> TensorFlash:
+    """The costs of a tensor whose arrays hold `nbytes`, of which `parameters` are not data, and take at most `aligned`
+    bytes."""
+    has_codes = tensor.quantization is not None and tensor.bits <= 8
+    is_value = tensor.quantization is not None or is_float(tensor.dtype)
     return TensorFlash(
         tensor.name,
         nbytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import pytest
 import converters
 from converters.errors import CorruptFile
 from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
+from converters.storage import Computed
 from formats.cheader.fixed_point import fixed_point, obstacle, quantize_multiplier
+from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, plan_of, run, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
 INT8 = Activation(np.dtype(np.int8), (1, 4, 4, 6), 0.5, -3)
@@ -143,6 +146,61 @@ def test_fixtures():
     assert all(fixed_point(tensor) is None for tensor in weights_only.values())
     reasons = {obstacle(tensor) for tensor in weights_only.values()} - {None}
     assert reasons == {"activations that are not quantized"}
+
+
+@pytest.mark.parametrize("layout", ["split", "header"])
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_in_c(tmp_path, mode, layout):
+    tensors = [
+        weight(),
+        replace(weight("FULLY_CONNECTED", (4, 6), scales=(0.7,)), name="dense"),
+        replace(weight(activation=None), name="floats"),
+    ]
+    write(model_of(*tensors), tmp_path / "m.h", fixed_point=True, layout=layout)
+    loops = "".join(
+        f'for (i = 0; i < m_{name}_MULTIPLIER_COUNT; i++) printf("%ld %ld ", '
+        f"NIBBLECAST_CAST(long, m_{name}_multiplier[i]), NIBBLECAST_CAST(long, m_{name}_shift[i]));\n"
+        f'printf("%d %d\\n", m_{name}_INPUT_OFFSET, m_{name}_OUTPUT_OFFSET);\n'
+        for name in ("w", "dense")
+    )
+    program = tmp_path / "main.c"
+    program.write_text(
+        '#include "m.h"\n#include <stdio.h>\n#if m_floats_MULTIPLIER_COUNT != 0\n#error floats\n#endif\n'
+        f"int main(void) {{ size_t i;\n{loops}return 0; }}\n"
+    )
+    sources = [program] if layout == "header" else [program, tmp_path / "m.c"]
+    lines = run(mode, compile_objects(mode, sources)).split("\n")
+    for line, tensor in zip(lines, tensors[:2], strict=False):
+        found = fixed_point(tensor)
+        pairs = np.stack([found.multipliers(), found.shifts()], axis=1).reshape(-1)
+        assert [int(word) for word in line.split()] == [*pairs, 3, 7]
+    assert "m_floats_multiplier" not in (tmp_path / "m.h").read_text()
+
+
+def test_only_when_asked_for(tmp_path):
+    header, code, _ = write(model_of(weight()), tmp_path / "m.h")
+    assert not re.search("multiplier|OFFSET \\(", header.read_text() + code.read_text(), re.IGNORECASE)
+
+
+def test_notes_say_why_there_are_none(tmp_path):
+    tensors = [replace(weight(activation=None), name=name) for name in "abc"] + [weight()]
+    plan = plan_of(model_of(*tensors), tmp_path / "m.h", fixed_point=True)
+    expected = "fixed-point: no multipliers for 'a' and 2 more because of activations that are not quantized"
+    assert plan.notes[-1] == expected
+    assert expected not in plan_of(model_of(*tensors), tmp_path / "m.h").notes
+    assert plan_of(model_of(weight()), tmp_path / "m.h", fixed_point=True).notes == ()
+    (note,) = plan_of(model_of(replace(weight(), uses=())), tmp_path / "m.h", fixed_point=True).notes
+    assert "no tensor is known to be a weight" in note
+
+
+def test_no_scale_is_read_for_a_plan(tmp_path):
+    def compute(start, stop):
+        raise AssertionError("read")
+
+    tensor = weight()
+    scale = replace(tensor.quantization.scale, data=Computed(16, compute))
+    lazy = replace(tensor, quantization=replace(tensor.quantization, scale=scale))
+    plan_of(model_of(lazy), tmp_path / "m.h", fixed_point=True)
 
 
 TFLM_CASES = [

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
+import converters
 from converters.errors import ExitCode, RefusedLoss
 from converters.interfaces import Size
-from converters.ir import GroupIndex, Quantization, Tensor
+from converters.ir import Tensor
 from formats.cheader.flash import FlashReport, tensor_flash
+from tests.formats.cheader.c_harness import compile_objects, model_of, plan_of, write
 from tests.formats.cheader.test_cheader_kernels import weight
 
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
+INT8 = FIXTURES / "cnn_int8_full.tflite"
 
-def flash(tensor, nbytes=100, aligned=112):
-    return tensor_flash(tensor, nbytes, aligned)
+
+def flash(tensor, nbytes=100, aligned=112, parameters=16):
+    return tensor_flash(tensor, nbytes, aligned, parameters)
 
 
 def test_int4():
-    tensor = weight(zero_points=[0])  # 216 codes, 4 scales and 4 zero points
-    assert flash(tensor, 108 + 32, 112 + 32).int8 == 216 + 32
-    assert flash(tensor).float32 == 216 * 4
-    assert flash(tensor).scratch == 216
-
-
-def test_every_parameter_counts():
-    index = GroupIndex(1, Tensor.from_array("g", np.zeros(5, np.int32)))
-    parameter = Tensor.from_array("p", np.ones((3, 2), np.float32))
-    codebook = Tensor.from_array("c", np.zeros(16, np.float32))
-    quantization = Quantization(parameter, (1, 1), None, parameter, codebook, index)
-    tensor = Tensor.from_array("w", np.zeros((3, 5), ml_dtypes.uint4), quantization)
-    assert flash(tensor).int8 == 15 + 4 * (6 + 6 + 16) + 2 * 5
+    tensor = flash(weight(zero_points=[0]), 108 + 32, 112 + 32, 32)  # 216 codes, 4 scales and 4 zero points
+    assert (tensor.nbytes, tensor.aligned, tensor.int8, tensor.float32) == (140, 144, 216 + 32, 216 * 4)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +72,7 @@ def test_lines():
         "  40  t4",
         "  10  t0",
         "   5  t5",
-        "  1 smaller ones",
+        "  1 more",
         "RAM for int4: 216 bytes of arena with TFLite Micro's reference kernels, 0 with CMSIS-NN",
     )
     assert [line.split()[0] for line in report(10).lines()] == ["flash:", "RAM"]
@@ -110,6 +107,65 @@ def test_budget():
     ]
     assert "\n" not in message
     assert caught.value.exit_code == ExitCode.REFUSED_LOSS == 5
+
+
+def test_what_is_written_is_what_is_reported(tmp_path):
+    model = converters.load(INT8)
+    conversion = converters.save(model, tmp_path / "w.h")
+    found = plan_of(model, tmp_path / "w.h").document.flash
+    assert conversion.report == found.lines()
+    assert [tensor.name for tensor in found.tensors] == list(model)
+    assert found.total.nbytes == 876
+    text = (tmp_path / "w.h").read_text()
+    assert "#define w_FLASH_BYTES 876u" in text
+    assert found.comment([tensor.base for tensor in plan_of(model, tmp_path / "w.h").document.entries]) in text
+
+
+def test_the_report_is_what_the_compiler_says(tmp_path):
+    model = converters.load(INT8)
+    files = write(model, tmp_path / "w.h", fixed_point=True)
+    (compiled,) = compile_objects("gcc c99", files[1:2], "-fdata-sections")
+    listed = subprocess.run(["size", "-A", compiled], capture_output=True, text=True, check=True).stdout
+    sections = dict(re.findall(r"\.rodata\.(\w+) +(\d+)", listed))
+    for entry in plan_of(model, tmp_path / "w.h", fixed_point=True).document.entries:
+        placed = [int(sections[f"{entry.base}_{array.role}"]) for array in entry.arrays]
+        assert (sum(placed), sum(-(-size // 16) * 16 for size in placed)) == (entry.cost.nbytes, entry.cost.aligned)
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "converters", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_prints_the_report(tmp_path):
+    done = run(INT8, tmp_path / "w.h", "--budget", "2K")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[3].startswith("flash: 876 bytes, at most ")
+    assert lines[4:] == list(plan_of(converters.load(INT8), tmp_path / "w.h").report[1:])
+    assert json.loads(run(INT8, tmp_path / "w.h", "--json").stdout)["report"] == lines[3:]
+
+
+@pytest.mark.parametrize("arguments", [["--budget", "0.5K"], ["--opt", "budget=512"], ["--dry-run", "--budget", "512"]])
+def test_above_the_budget_nothing_is_written(tmp_path, arguments):
+    done = run(INT8, tmp_path / "w.h", tmp_path / "w.safetensors", *arguments)
+    assert done.returncode == 5
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(r"w\.h: takes up to \d+ bytes of flash, and the budget is 512; the largest: 'cnn_1/", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_budget_wants_a_target_that_has_one(tmp_path):
+    done = run(INT8, tmp_path / "w.safetensors", "--budget", "1M")
+    assert done.returncode == 2
+    assert "no target has an option 'budget'" in done.stderr
+    assert run(INT8, tmp_path / "w.h", "--budget", "much").returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ram_is_in_the_header(tmp_path):
+    header = write(model_of(weight()), tmp_path / "w.h")[0].read_text()
+    assert " * RAM for int4: 216 bytes of arena with TFLite Micro's reference kernels, 0 with CMSIS-NN\n" in header
 
 
 @pytest.mark.peers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import converters
 from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
 from formats.cheader.kernels import RULES, advice, notes
+from tests.formats.cheader.c_harness import model_of, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
 AXES = {"CONV_2D": 0, "TRANSPOSE_CONV": 0, "FULLY_CONNECTED": 0, "DEPTHWISE_CONV_2D": 3}
@@ -181,6 +185,24 @@ def test_fixtures(fixture, lines):
     found = {each.line() for tensor in model.values() if (each := advice(tensor)) is not None}
     assert len(found) == len(lines)
     assert all(any(expected in line for line in found) for expected in lines)
+
+
+def test_the_header_says_what_fits(tmp_path):
+    tensors = [weight(), weight("FULLY_CONNECTED", name="dense"), replace(weight(name="unknown"), uses=())]
+    header = write(model_of(*tensors), tmp_path / "m.h")[0].read_text()
+    comments = re.findall(r'/\* "(\w+)".*\n(/\* fits.*\n)?', header)
+    expected = [f"/* {advice(tensor).line()} */\n" for tensor in tensors[:2]]
+    assert comments == [("w", expected[0]), ("dense", expected[1]), ("unknown", "")]
+
+
+def test_notes_reach_the_user(tmp_path):
+    source = FIXTURES / "mlp_w4a8.tflite"
+    conversion = converters.convert(source, tmp_path / "w.h", tmp_path / "w.onnx")
+    (note,) = conversion.notes
+    assert note.startswith("'mlp_1/dense_2_1/MatMul' and 1 more: per-channel int4 FULLY_CONNECTED")
+    command = [sys.executable, "-m", "converters", "convert", str(source), str(tmp_path / "w.h")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == f"note: {note}\n"
 
 
 @pytest.mark.peers
