@@ -18,7 +18,9 @@ from formats.cheader.arrays import (
     is_signed,
     kind_of,
 )
+from formats.cheader.flash import FlashReport, TensorFlash, tensor_flash
 from formats.cheader.identifiers import Identifiers, comment, string_literal
+from formats.cheader.kernels import advice
 from formats.cheader.provenance import Provenance
 
 #: What `NIBBLECAST_INTERFACE` in templates/nibblecast.h must be for the text that this module makes.
@@ -29,6 +31,7 @@ _ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
 _TABLES = ("shape", "block_shape", "grid")
 _MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS")
 _COUNTED = ("scale", "zero_point", "offset", "codebook")
+_FIXED_POINT = ("multiplier", "shift", "MULTIPLIER_COUNT", "INPUT_OFFSET", "OUTPUT_OFFSET")
 
 
 ARRAY_CLOSING = "};\n\n"
@@ -39,20 +42,36 @@ _NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that is written, and the base of its identifiers."""
+    """A tensor that is written, the base of its identifiers, and whether multipliers and shifts are written too."""
 
     tensor: Tensor
     base: str
+    fixed_point: bool = False
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Its arrays in the order in which they are written."""
+        if not self.fixed_point:
+            return arrays_of(self.tensor)
+        from formats.cheader.fixed_point import fixed_point_arrays
+
+        return (*arrays_of(self.tensor), *fixed_point_arrays(self.tensor))
 
     @property
     def nbytes(self) -> int:
         """Bytes of flash that its arrays hold."""
-        return sum(array.nbytes for array in arrays_of(self.tensor))
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def aligned_nbytes(self) -> int:
         """Bytes of flash that its arrays take at most."""
-        return sum(array.aligned_nbytes for array in arrays_of(self.tensor))
+        return sum(array.aligned_nbytes for array in self.arrays)
+
+    @property
+    def cost(self) -> TensorFlash:
+        """What it costs on a device."""
+        parameters = sum(array.nbytes for array in self.arrays[1:])
+        return tensor_flash(self.tensor, self.nbytes, self.aligned_nbytes, parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,11 @@ class Document:
     prefix: str
     entries: Sequence[Entry]
     static: bool
+
+    @property
+    def flash(self) -> FlashReport:
+        """What the arrays cost on a device."""
+        return FlashReport(tuple(entry.cost for entry in self.entries))
 
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
@@ -109,7 +133,8 @@ class Document:
             provenance=provenance.lines(),
             prefix=self.prefix,
             alignment=str(ALIGNMENT),
-            sizes=_sizes(self.entries),
+            fixed_point=_read("about_fixed_point.template") if any(e.fixed_point for e in self.entries) else "",
+            sizes=self.flash.comment([entry.base for entry in self.entries]),
         )
 
     def _check(self) -> str:
@@ -123,11 +148,12 @@ class Document:
         )
 
 
-def entries_of(prefix: str, tensors: Iterable[Tensor]) -> tuple[Entry, ...]:
+def entries_of(prefix: str, tensors: Iterable[Tensor], *, fixed_point: bool = False) -> tuple[Entry, ...]:
     """The tensors with their identifiers: at most 63 characters, all different, the same for the same names."""
     file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED")
     identifiers = Identifiers(prefix, (f"{prefix}_{name}" for name in file_level))
-    return tuple(Entry(tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))) for tensor in tensors)
+    bases = ((tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))) for tensor in tensors)
+    return tuple(Entry(tensor, base, fixed_point) for tensor, base in bases)
 
 
 def runtime_header() -> str:
@@ -136,7 +162,7 @@ def runtime_header() -> str:
 
 
 def _suffixes(rank: int) -> tuple[str, ...]:
-    names = [*_ROLES, *_TABLES, *_MACROS, *(f"{role.upper()}_COUNT" for role in _COUNTED)]
+    names = [*_ROLES, *_TABLES, *_MACROS, *_FIXED_POINT, *(f"{role.upper()}_COUNT" for role in _COUNTED)]
     names += [f"{name}{axis}" for name in ("DIM", "BLOCK") for axis in range(rank)]
     return tuple(f"_{name}" for name in names)
 
@@ -144,13 +170,16 @@ def _suffixes(rank: int) -> tuple[str, ...]:
 def _tensor_text(entry: Entry, static: bool) -> str:
     """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
     tensor, base = entry.tensor, entry.base
-    arrays = arrays_of(tensor)
+    arrays = entry.arrays
     granularity, axis = granularity_of(tensor)
     counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in arrays}
     blocks = () if tensor.quantization is None else tensor.quantization.block_shape
+    fits = advice(tensor)
     return _fill(
         "tensor",
         original=comment(tensor.name),
+        fits="" if fits is None else f"/* {fits.line()} */\n",
+        fixed_point=_fixed_point_macros(entry),
         dtype=str(tensor.dtype),
         shape=", ".join(map(str, tensor.shape)),
         granularity=tensor.granularity if tensor.quantization else "not quantized",
@@ -167,6 +196,23 @@ def _tensor_text(entry: Entry, static: bool) -> str:
         blocks=_numbered(f"{base}_BLOCK", blocks),
         externs="" if static else "".join(_extern(base, array) for array in arrays),
         **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
+    )
+
+
+def _fixed_point_macros(entry: Entry) -> str:
+    if not entry.fixed_point:
+        return ""
+    from formats.cheader.fixed_point import fixed_point
+
+    found = fixed_point(entry.tensor)
+    if found is None:
+        return f"#define {entry.base}_MULTIPLIER_COUNT 0u\n"
+    return _fill(
+        "tensor_fixed_point",
+        base=entry.base,
+        count=f"{found.count}u",
+        input_offset=str(found.input_offset),
+        output_offset=str(found.output_offset),
     )
 
 
@@ -200,17 +246,11 @@ def _table_row(entry: Entry) -> str:
     tensor, base = entry.tensor, entry.base
     members = dict.fromkeys((*_ROLES, *_TABLES, "zero_point_real"), "NULL")
     members |= {name: f"{base}_{name}" for name in _tables(tensor)}
-    members |= {array.role: f"{base}_{array.role}" for array in arrays_of(tensor)}
+    members |= {array.role: f"{base}_{array.role}" for array in entry.arrays}
     if not integer_zero_point(tensor):
         members["zero_point_real"], members["zero_point"] = members["zero_point"], "NULL"
     axis = "0" if granularity_of(tensor)[1] is None else f"{base}_AXIS"
     return _fill("entry", base=base, name=string_literal(tensor.name), axis=axis, **members)
-
-
-def _sizes(entries: Sequence[Entry]) -> str:
-    rows = [(entry.nbytes, entry.aligned_nbytes, entry.base) for entry in entries]
-    rows.append((sum(row[0] for row in rows), sum(row[1] for row in rows), "in all"))
-    return "\n".join(f" * {nbytes:12} {aligned:12}  {name}" for nbytes, aligned, name in rows)
 
 
 def _fill(template: str, **values: str) -> str:

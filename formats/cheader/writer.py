@@ -6,13 +6,14 @@ What the C looks like is in templates/; the header that is written says how it i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 from converters.errors import UsageError
-from converters.interfaces import Capabilities, OutputFile, option
+from converters.interfaces import Capabilities, OutputFile, Size, option
 from converters.ir import Loss, Model, Tensor
+from formats.cheader import kernels
 from formats.cheader.arrays import Array, arrays_of, check
 from formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
 from formats.cheader.notation import NOTATIONS
@@ -31,19 +32,27 @@ class CHeaderOptions:
         "split", "split: weights.h, weights.c and nibblecast.h; header: everything static in one weights.h"
     )
     prefix: str = option("", "what all identifiers begin with; empty: made of the output's name")
+    fixed_point: bool = option(
+        False,
+        "also the Q31 multipliers, shifts and offsets with which int8 kernels requantize, as in TFLite Micro",
+    )
+    budget: Size | None = option(None, "the most bytes of flash that all arrays may take; above it nothing is written")
 
 
 @dataclass(frozen=True, slots=True)
 class CHeaderPlan:
     """The files that will be written, and what of the model they do not hold as it is."""
 
-    notes: ClassVar[Sequence[str]] = ()
-    report: ClassVar[Sequence[str]] = ()
-
     document: Document
     files: Sequence[OutputFile]
     losses: Sequence[Loss]
     provenance: Provenance
+    notes: Sequence[str]
+
+    @property
+    def report(self) -> Sequence[str]:
+        """What the arrays cost on a device."""
+        return self.document.flash.lines()
 
     def open(self, streams: Sequence[BinaryIO]) -> CHeaderSink:
         """Writes what comes before the arrays; reads the source file for its SHA-256."""
@@ -62,15 +71,15 @@ class CHeaderSink:
     def __init__(self, document: Document, stream: BinaryIO) -> None:
         self._document = document
         self._stream = stream
-        self._bases = {entry.tensor.name: entry.base for entry in document.entries}
+        self._entries = {entry.tensor.name: entry for entry in document.entries}
 
     def write(self, tensor: Tensor) -> None:
         """Writes the tensor's arrays; nothing for one that is only a parameter of another."""
-        base = self._bases.get(tensor.name)
-        if base is None:
+        entry = self._entries.get(tensor.name)
+        if entry is None:
             return
-        for array in arrays_of(tensor):
-            _write(self._stream, self._document.array_opening(base, array))
+        for array in replace(entry, tensor=tensor).arrays:
+            _write(self._stream, self._document.array_opening(entry.base, array))
             if array.count:
                 self._write_elements(array)
             else:
@@ -95,17 +104,20 @@ class CHeaderWriter:
     capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(NOTATIONS), nested_scale=False)
 
     def plan(self, model: Model, target: Path, options: CHeaderOptions) -> CHeaderPlan:
-        """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for, and
-        Unsupported for a tensor that C cannot hold."""
+        """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for,
+        Unsupported for a tensor that C cannot hold, and RefusedLoss where the arrays take more than the budget."""
         static = options.layout == "header"
         _check_target(target, static)
         prefix = checked_prefix(options.prefix) if options.prefix else prefix_of(target.stem)
         tensors = [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
         for tensor in tensors:
             check(tensor)
-        document = Document(target.name, prefix, entries_of(prefix, tensors), static)
-        provenance = Provenance.of(model.metadata, asdict(options) | {"prefix": prefix})
-        return CHeaderPlan(document, _files(document, target, provenance), tuple(_losses(model, tensors)), provenance)
+        entries = entries_of(prefix, tensors, fixed_point=options.fixed_point)
+        document = Document(target.name, prefix, entries, static)
+        document.flash.refuse_above(options.budget)
+        provenance = Provenance.of(model.metadata, _chosen(options) | {"prefix": prefix})
+        losses, notes = tuple(_losses(model, tensors)), _notes(tensors, options)
+        return CHeaderPlan(document, _files(document, target, provenance), losses, provenance, notes)
 
 
 def _is_parameter(tensor: Tensor, model: Mapping[str, Tensor]) -> bool:
@@ -146,8 +158,22 @@ def _text_nbytes(document: Document, entry: Entry) -> int:
         len(document.array_opening(entry.base, array))
         + (text_size(array.notation, array.count) or len(PLACEHOLDER))
         + len(ARRAY_CLOSING)
-        for array in arrays_of(entry.tensor)
+        for array in entry.arrays
     )
+
+
+def _chosen(options: CHeaderOptions) -> dict[str, Any]:
+    """The options to name in the output: those that are set."""
+    return {name.replace("_", "-"): value for name, value in asdict(options).items() if value not in (None, False)}
+
+
+def _notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[str, ...]:
+    found = kernels.notes(tensors)
+    if not options.fixed_point:
+        return found
+    from formats.cheader import fixed_point
+
+    return (*found, *fixed_point.notes(tensors))
 
 
 def _losses(model: Model, tensors: Sequence[Tensor]) -> list[Loss]:
