@@ -11,8 +11,10 @@ from string import Template
 from converters.ir import Tensor
 from formats.cheader.arrays import (
     ALIGNMENT,
+    BYTES,
+    Arrangement,
     Array,
-    arrays_of,
+    Style,
     granularity_of,
     integer_zero_point,
     is_signed,
@@ -22,7 +24,7 @@ from formats.cheader.identifiers import Identifiers, comment, string_literal
 from formats.cheader.provenance import Provenance
 
 #: What `NIBBLECAST_INTERFACE` in templates/nibblecast.h must be for the text that this module makes.
-INTERFACE = 1
+INTERFACE = 2
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
@@ -31,7 +33,6 @@ _MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "A
 _COUNTED = ("scale", "zero_point", "offset", "codebook")
 
 
-ARRAY_CLOSING = "};\n\n"
 #: C knows no empty arrays: the one element of an array that would be empty, and the one row of such a table.
 PLACEHOLDER = "    0\n"
 _NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 5)}}},\n'
@@ -39,20 +40,22 @@ _NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that is written, and the base of its identifiers."""
+    """A tensor that is written, the base of its identifiers, its arrays, and where its data lie in the .bin file."""
 
     tensor: Tensor
     base: str
+    arrays: Sequence[Array]
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of flash that its arrays hold."""
-        return sum(array.nbytes for array in arrays_of(self.tensor))
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def aligned_nbytes(self) -> int:
         """Bytes of flash that its arrays take at most."""
-        return sum(array.aligned_nbytes for array in arrays_of(self.tensor))
+        return sum(array.aligned_nbytes for array in self.arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Document:
     prefix: str
     entries: Sequence[Entry]
     static: bool
+    style: Style = BYTES
 
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
@@ -77,18 +81,36 @@ class Document:
             prefix=self.prefix,
             declarations=declarations,
             table_length=str(self._table_length),
+            opening=self._opening(),
         )
 
     def source_opening(self, file: str, provenance: Provenance) -> str:
         """What comes before the arrays in the .c file of this name."""
-        return _fill("split.c", file=comment(file), header=self.file, provenance=provenance.lines())
+        return _fill(
+            "split.c",
+            file=comment(file),
+            header=self.file,
+            provenance=provenance.lines(),
+            opening=self._opening(),
+        )
 
-    def array_opening(self, base: str, array: Array) -> str:
-        """The declaration of an array up to its first line of elements."""
-        aligned = "NIBBLECAST_ALIGNED " if array.role == "data" else ""
-        static = "static " if self.static else ""
-        type_and_name = f"const {array.notation.c_type} {base}_{array.role}[{array.length}]"
-        return f"NIBBLECAST_BEFORE {aligned}{static}{type_and_name} NIBBLECAST_AFTER = {{\n"
+    def array_text(self, entry: Entry, array: Array) -> tuple[str, str]:
+        """What comes before and after the elements of one of the entry's arrays."""
+        name = f"{entry.base}_{array.role}"
+        before, after = _split(array.style.declaration)
+        values = {
+            "name": name,
+            "prefix": self.prefix,
+            "type": array.notation.c_type,
+            "length": str(array.length),
+            "offset": str(entry.offset),
+            "static": "static " if self.static else "",
+            "before": "NIBBLECAST_BEFORE",
+            "after": "NIBBLECAST_AFTER",
+            "aligned": "NIBBLECAST_ALIGNED " if array.role == "data" else "",
+            "align": "NIBBLECAST_ALIGN",
+        }
+        return before.substitute(values), after.substitute(values)
 
     def table(self) -> str:
         """The shapes and the table of tensors, and the end of a single header."""
@@ -96,11 +118,35 @@ class Document:
         shapes = "".join(_shape_tables(entry) for entry in self.entries)
         rows = "".join(_table_row(entry) for entry in self.entries) or _NO_TENSOR
         table = f"{static}const nibblecast_tensor {self.prefix}_tensors[{self._table_length}] = {{\n{rows}}};\n"
-        return f"{shapes}\n{table}" + ("\n#endif\n" if self.static else "")
+        closing = _fill(self.style.closing) if self.style.closing else ""
+        return f"{shapes}\n{table}{closing}" + ("\n#endif\n" if self.static else "")
+
+    @property
+    def payload_file(self) -> str:
+        """The name of the file of data that the compiler reads, where there is one."""
+        return f"{self.file.rpartition('.')[0] or self.file}.bin"
+
+    @property
+    def payload_nbytes(self) -> int:
+        """The size of that file."""
+        ends = (entry.offset + entry.arrays[0].nbytes for entry in self.entries if entry.arrays[0].style.in_file)
+        return max(ends, default=0)
 
     @property
     def _table_length(self) -> int:
         return max(1, len(self.entries))
+
+    def _opening(self) -> str:
+        if not self.style.opening:
+            return ""
+        longest = max((array.length for entry in self.entries for array in entry.arrays[:1]), default=0)
+        values = {
+            "prefix": self.prefix,
+            "bin": comment(self.payload_file),
+            "longest": str(longest),
+            "section": '.rodata." name "',
+        }
+        return _fill(self.style.opening, **values)
 
     def _about(self, provenance: Provenance) -> str:
         return _fill(
@@ -123,11 +169,19 @@ class Document:
         )
 
 
-def entries_of(prefix: str, tensors: Iterable[Tensor]) -> tuple[Entry, ...]:
+def entries_of(prefix: str, tensors: Iterable[Tensor], arrangement: Arrangement) -> tuple[Entry, ...]:
     """The tensors with their identifiers: at most 63 characters, all different, the same for the same names."""
     file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED")
     identifiers = Identifiers(prefix, (f"{prefix}_{name}" for name in file_level))
-    return tuple(Entry(tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))) for tensor in tensors)
+    entries, end = [], 0
+    for tensor in tensors:
+        arrays = arrangement.arrays_of(tensor)
+        offset = 0
+        if arrays[0].style.in_file:
+            offset = -(-end // arrays[0].alignment) * arrays[0].alignment
+            end = offset + arrays[0].nbytes
+        entries.append(Entry(tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape))), arrays, offset))
+    return tuple(entries)
 
 
 def runtime_header() -> str:
@@ -144,9 +198,8 @@ def _suffixes(rank: int) -> tuple[str, ...]:
 def _tensor_text(entry: Entry, static: bool) -> str:
     """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
     tensor, base = entry.tensor, entry.base
-    arrays = arrays_of(tensor)
     granularity, axis = granularity_of(tensor)
-    counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in arrays}
+    counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in entry.arrays}
     blocks = () if tensor.quantization is None else tensor.quantization.block_shape
     return _fill(
         "tensor",
@@ -161,11 +214,11 @@ def _tensor_text(entry: Entry, static: bool) -> str:
         rank=f"{len(tensor.shape)}u",
         dimensions=_numbered(f"{base}_DIM", tensor.shape),
         count=f"{tensor.size}u",
-        nbytes=f"{tensor.nbytes}u",
+        nbytes=f"{entry.arrays[0].payload}u",
         granularity_macro=granularity,
         axis="" if axis is None else f"#define {base}_AXIS {axis}u\n",
         blocks=_numbered(f"{base}_BLOCK", blocks),
-        externs="" if static else "".join(_extern(base, array) for array in arrays),
+        externs="" if static else "".join(_extern(base, array) for array in entry.arrays),
         **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
     )
 
@@ -176,7 +229,7 @@ def _numbered(name: str, values: Iterable[int]) -> str:
 
 def _extern(base: str, array: Array) -> str:
     declarator = f"{base}_{array.role}[{array.length}]"
-    return f"extern const {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
+    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
 
 
 def _tables(tensor: Tensor) -> dict[str, tuple[int, ...]]:
@@ -200,7 +253,7 @@ def _table_row(entry: Entry) -> str:
     tensor, base = entry.tensor, entry.base
     members = dict.fromkeys((*_ROLES, *_TABLES, "zero_point_real"), "NULL")
     members |= {name: f"{base}_{name}" for name in _tables(tensor)}
-    members |= {array.role: f"{base}_{array.role}" for array in arrays_of(tensor)}
+    members |= {array.role: f"{base}_{array.role}" for array in entry.arrays}
     if not integer_zero_point(tensor):
         members["zero_point_real"], members["zero_point"] = members["zero_point"], "NULL"
     axis = "0" if granularity_of(tensor)[1] is None else f"{base}_AXIS"
@@ -220,6 +273,13 @@ def _fill(template: str, **values: str) -> str:
 @cache
 def _template(name: str) -> Template:
     return Template(_read(f"{name}.template"))
+
+
+@cache
+def _split(template: str) -> tuple[Template, Template]:
+    """What comes before and after the elements in the template of an array."""
+    before, _, after = _read(f"{template}.template").partition("$elements")
+    return Template(before), Template(after)
 
 
 @cache
