@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -123,10 +123,11 @@ class Arrangement:
 
     def arrays_of(self, tensor: Tensor) -> tuple[Array, ...]:
         """The data and the parameters that there are."""
-        return (self.styled(_data(tensor)), *_parameters(tensor))
+        return (self.bytes_of(tensor, "data"), *_parameters(tensor))
 
-    def styled(self, array: Array) -> Array:
-        """`array` in the style of this model, if it is one that a style is for."""
+    def bytes_of(self, tensor: Tensor, role: str) -> Array:
+        """The elements of `tensor` as they are stored, in the style of this model if it is one for them."""
+        array = replace(_data(tensor), role=role)
         return self.style.spell(array) if array.notation.nbytes == 1 and array.count else array
 
 

@@ -23,6 +23,9 @@ class CHeaderOptions:
         "how data of 8 bits and fewer are spelled; words are for little-endian processors; "
         "incbin and embed put them into weights.bin, which the compiler reads",
     )
+    model_array: Literal["no", "only", "also"] = option(
+        "no", "the whole source file as one array PREFIX_model, as TensorFlow Lite Micro takes it: only it, or also it"
+    )
 
     def arrangement(self) -> Arrangement:
         """What these options say of arrays. Raises UsageError where they contradict each other."""

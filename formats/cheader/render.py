@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -28,6 +28,7 @@ INTERFACE = 2
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
+_ALIGNED = ("data", "model")
 _TABLES = ("shape", "block_shape", "grid")
 _MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS")
 _COUNTED = ("scale", "zero_point", "offset", "codebook")
@@ -53,6 +54,11 @@ class Entry:
         return sum(array.nbytes for array in self.arrays)
 
     @property
+    def end(self) -> int:
+        """Where its data end in the .bin file; 0 where they are not in it."""
+        return self.offset + self.arrays[0].nbytes if self.arrays[0].style.in_file else 0
+
+    @property
     def aligned_nbytes(self) -> int:
         """Bytes of flash that its arrays take at most."""
         return sum(array.aligned_nbytes for array in self.arrays)
@@ -60,18 +66,27 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A model in C: `file` is the name of the header, `static` says whether it is all that there is."""
+    """A model in C: `file` is the name of the header, `static` says whether it is all that there is. `model` is the
+    whole source file, where that is wanted too; it comes after the tensors' arrays."""
 
     file: str
     prefix: str
     entries: Sequence[Entry]
     static: bool
     style: Style = BYTES
+    model: Entry | None = None
+
+    @property
+    def everything(self) -> Sequence[Entry]:
+        """The tensors, and the source file if it is there."""
+        return self.entries if self.model is None else (*self.entries, self.model)
 
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
         guard = f"NIBBLECAST_{self.prefix}_H"
         declarations = "".join(_tensor_text(entry, self.static) for entry in self.entries)
+        if self.model is not None:
+            declarations += _model_text(self.prefix, self.model, self.static)
         return _fill(
             "single.h" if self.static else "split.h",
             about=self._about(provenance),
@@ -107,7 +122,7 @@ class Document:
             "static": "static " if self.static else "",
             "before": "NIBBLECAST_BEFORE",
             "after": "NIBBLECAST_AFTER",
-            "aligned": "NIBBLECAST_ALIGNED " if array.role == "data" else "",
+            "aligned": "NIBBLECAST_ALIGNED " if array.role in _ALIGNED else "",
             "align": "NIBBLECAST_ALIGN",
         }
         return before.substitute(values), after.substitute(values)
@@ -129,8 +144,7 @@ class Document:
     @property
     def payload_nbytes(self) -> int:
         """The size of that file."""
-        ends = (entry.offset + entry.arrays[0].nbytes for entry in self.entries if entry.arrays[0].style.in_file)
-        return max(ends, default=0)
+        return max((entry.end for entry in self.everything), default=0)
 
     @property
     def _table_length(self) -> int:
@@ -139,7 +153,7 @@ class Document:
     def _opening(self) -> str:
         if not self.style.opening:
             return ""
-        longest = max((array.length for entry in self.entries for array in entry.arrays[:1]), default=0)
+        longest = max((array.length for entry in self.everything for array in entry.arrays[:1]), default=0)
         values = {
             "prefix": self.prefix,
             "bin": comment(self.payload_file),
@@ -155,7 +169,7 @@ class Document:
             provenance=provenance.lines(),
             prefix=self.prefix,
             alignment=str(ALIGNMENT),
-            sizes=_sizes(self.entries),
+            sizes=_sizes(self.everything),
         )
 
     def _check(self) -> str:
@@ -164,24 +178,28 @@ class Document:
             interface=str(INTERFACE),
             prefix=self.prefix,
             count=f"{len(self.entries)}u",
-            flash=f"{sum(entry.nbytes for entry in self.entries)}u",
-            aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.entries)}u",
+            flash=f"{sum(entry.nbytes for entry in self.everything)}u",
+            aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",
         )
 
 
 def entries_of(prefix: str, tensors: Iterable[Tensor], arrangement: Arrangement) -> tuple[Entry, ...]:
     """The tensors with their identifiers: at most 63 characters, all different, the same for the same names."""
-    file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED")
+    file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED", "MODEL_BYTES", "model")
     identifiers = Identifiers(prefix, (f"{prefix}_{name}" for name in file_level))
     entries, end = [], 0
     for tensor in tensors:
-        arrays = arrangement.arrays_of(tensor)
-        offset = 0
-        if arrays[0].style.in_file:
-            offset = -(-end // arrays[0].alignment) * arrays[0].alignment
-            end = offset + arrays[0].nbytes
-        entries.append(Entry(tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape))), arrays, offset))
+        base = identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))
+        entry = placed(Entry(tensor, base, arrangement.arrays_of(tensor)), end)
+        entries.append(entry)
+        end = max(end, entry.end)
     return tuple(entries)
+
+
+def placed(entry: Entry, end: int) -> Entry:
+    """`entry` with its data behind byte `end` of the file of data that the compiler reads, if they lie there."""
+    data = entry.arrays[0]
+    return replace(entry, offset=-(-end // data.alignment) * data.alignment) if data.style.in_file else entry
 
 
 def runtime_header() -> str:
@@ -223,6 +241,14 @@ def _tensor_text(entry: Entry, static: bool) -> str:
     )
 
 
+def _model_text(prefix: str, model: Entry, static: bool) -> str:
+    """The comment, the macro and, unless arrays are static, the declaration of the whole source file."""
+    array = model.arrays[0]
+    extern = "" if static else _extern(prefix, array)
+    values = {"source": comment(model.tensor.name), "name": f"{prefix}_{array.role}", "prefix": prefix}
+    return _fill("model", nbytes=f"{array.payload}u", extern=extern, **values)
+
+
 def _numbered(name: str, values: Iterable[int]) -> str:
     return "".join(f"#define {name}{axis} {value}u\n" for axis, value in enumerate(values))
 
@@ -261,9 +287,14 @@ def _table_row(entry: Entry) -> str:
 
 
 def _sizes(entries: Sequence[Entry]) -> str:
-    rows = [(entry.nbytes, entry.aligned_nbytes, entry.base) for entry in entries]
+    rows = [(entry.nbytes, entry.aligned_nbytes, _label(entry)) for entry in entries]
     rows.append((sum(row[0] for row in rows), sum(row[1] for row in rows), "in all"))
     return "\n".join(f" * {nbytes:12} {aligned:12}  {name}" for nbytes, aligned, name in rows)
+
+
+def _label(entry: Entry) -> str:
+    role = entry.arrays[0].role
+    return entry.base if role == "data" else f"{entry.base}_{role}"
 
 
 def _fill(template: str, **values: str) -> str:

@@ -18,7 +18,7 @@ from formats.cheader.identifiers import checked_prefix, fits_string, includable,
 from formats.cheader.notation import NOTATIONS
 from formats.cheader.options import CHeaderOptions
 from formats.cheader.provenance import Provenance
-from formats.cheader.render import PLACEHOLDER, Document, Entry, entries_of, runtime_header
+from formats.cheader.render import PLACEHOLDER, Document, Entry, entries_of, placed, runtime_header
 from formats.cheader.text import InitialiserText, text_size
 
 RUNTIME_HEADER = "nibblecast.h"
@@ -73,15 +73,20 @@ class CHeaderSink:
         entry = self._entries.get(tensor.name)
         if entry is None:
             return
-        for array in self._arrangement.arrays_of(tensor):
+        self._write_arrays(entry, self._arrangement.arrays_of(tensor))
+
+    def close(self) -> None:
+        """Writes the source file, where it is wanted, and the table of tensors."""
+        if self._document.model is not None:
+            self._write_arrays(self._document.model, self._document.model.arrays)
+        _write(self._stream, self._document.table())
+
+    def _write_arrays(self, entry: Entry, arrays: Sequence[Array]) -> None:
+        for array in arrays:
             before, after = self._document.array_text(entry, array)
             _write(self._stream, before)
             self._write_elements(entry, array)
             _write(self._stream, after)
-
-    def close(self) -> None:
-        """Writes the table of tensors."""
-        _write(self._stream, self._document.table())
 
     def _write_elements(self, entry: Entry, array: Array) -> None:
         if not array.elements:
@@ -110,20 +115,29 @@ class CHeaderWriter:
         arrangement = options.arrangement()
         _check_target(target, static)
         prefix = checked_prefix(options.prefix) if options.prefix else prefix_of(target.stem)
-        tensors = [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
+        only_file = options.model_array == "only"
+        tensors = [] if only_file else [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
         for tensor in tensors:
             check(tensor)
         entries = entries_of(prefix, tensors, arrangement)
-        document = Document(target.name, prefix, entries, static, arrangement.style)
+        whole = None if options.model_array == "no" else _whole_file(model, prefix, entries, arrangement)
+        document = Document(target.name, prefix, entries, static, arrangement.style, whole)
         provenance = Provenance.of(model.metadata, options.described(prefix))
         return CHeaderPlan(
             document,
             arrangement,
             _outputs(document, target, provenance),
-            tuple(_losses(model, entries)),
+            () if only_file else tuple(_losses(model, entries)),
             tuple(_notes(document)),
             provenance,
         )
+
+
+def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement: Arrangement) -> Entry:
+    from formats.cheader.sources import model_array
+
+    array = model_array(model, arrangement)
+    return placed(Entry(array.tensor, prefix, (array,)), max((entry.end for entry in entries), default=0))
 
 
 def _is_parameter(tensor: Tensor, model: Mapping[str, Tensor]) -> bool:
@@ -147,7 +161,7 @@ def _check_target(target: Path, static: bool) -> None:
 def _outputs(document: Document, target: Path, provenance: Provenance) -> dict[str, OutputFile]:
     """The files by their roles, the one that the user named first."""
     header = len(document.header(provenance))
-    arrays = sum(_text_nbytes(document, entry) for entry in document.entries) + len(document.table())
+    arrays = sum(_text_nbytes(document, entry) for entry in document.everything) + len(document.table())
     if document.static:
         outputs = {"header": OutputFile(target, header + arrays)}
     else:
@@ -177,7 +191,7 @@ def _elements_nbytes(array: Array) -> int:
 def _notes(document: Document) -> Iterator[str]:
     literals = sum(
         array.nbytes
-        for entry in document.entries
+        for entry in document.everything
         for array in entry.arrays[:1]
         if array.style is BYTES and array.notation.nbytes == 1
     )
