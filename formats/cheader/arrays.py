@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -47,20 +47,51 @@ _FLOAT_KINDS: Mapping[np.dtype[Any], str] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
+class Style:
+    """How the elements of an array are spelled: the names of the templates of its declaration and of what comes before
+    and after all arrays, whether they lie in a file of their own, and whether that takes a .c file."""
+
+    declaration: str = "array"
+    opening: str = ""
+    closing: str = ""
+    in_file: bool = False
+    needs_source: bool = False
+
+    def spell(self, array: Array) -> Array:
+        """An array of one-byte elements, in this style."""
+        return array
+
+
+#: A literal for each element: what every compiler takes.
+BYTES = Style()
+
+
+@dataclass(frozen=True, slots=True)
 class Array:
     """One C array: `role` ends its identifier, and `count` elements of `notation` come from `tensor` by `read`, which
-    takes a part of it and gives elements of shape (n,) and the notation's dtype."""
+    takes a part of it and gives elements of shape (n,) that have the notation's dtype, or bytes that make them up.
+    After these come `padding` zeros. `payload` is how many bytes mean something."""
 
     role: str
     notation: Notation
     count: int
     tensor: Tensor
     read: Callable[[Tensor], NDArray[Any]]
+    payload: int
+    padding: int = 0
+    terminator: int = 0
+    alignment: int = ALIGNMENT
+    style: Style = BYTES
+
+    @property
+    def elements(self) -> int:
+        """Elements that are written, padding included."""
+        return self.count + self.padding
 
     @property
     def length(self) -> int:
-        """Elements in C, where there are no empty arrays."""
-        return max(1, self.count)
+        """Elements in C, where there are no empty arrays, and where strings have a NUL."""
+        return max(1, self.elements + self.terminator)
 
     @property
     def nbytes(self) -> int:
@@ -70,19 +101,39 @@ class Array:
     @property
     def aligned_nbytes(self) -> int:
         """The same, rounded up to the alignment."""
-        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
+        return -(-self.nbytes // self.alignment) * self.alignment
 
     def chunks(self) -> Iterator[NDArray[Any]]:
         """The elements in order, in pieces of about a megabyte; raises Unsupported or CorruptFile for what C cannot
         hold."""
+        as_read = self.style is BYTES and not self.padding
+        return self._parts() if as_read else _regrouped(self._parts(), self.notation.dtype, self.elements)
+
+    def _parts(self) -> Iterator[NDArray[Any]]:
         for part in self.tensor.parts(_CHUNK_BYTES):
             yield self.read(part)
             part.release()
 
 
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """What all arrays of a model have in common: how one-byte data are spelled."""
+
+    style: Style = BYTES
+
+    def arrays_of(self, tensor: Tensor) -> tuple[Array, ...]:
+        """The data and the parameters that there are."""
+        return (self.bytes_of(tensor, "data"), *_parameters(tensor))
+
+    def bytes_of(self, tensor: Tensor, role: str) -> Array:
+        """The elements of `tensor` as they are stored, in the style of this model if it is one for them."""
+        array = replace(_data(tensor), role=role)
+        return self.style.spell(array) if array.notation.nbytes == 1 and array.count else array
+
+
 def arrays_of(tensor: Tensor) -> tuple[Array, ...]:
-    """The data and the parameters that there are."""
-    return (_data(tensor), *_parameters(tensor))
+    """The data and the parameters that there are, as they are without options."""
+    return Arrangement().arrays_of(tensor)
 
 
 def check(tensor: Tensor) -> None:
@@ -134,7 +185,8 @@ def granularity_of(tensor: Tensor) -> tuple[str, int | None]:
 
 def _data(tensor: Tensor) -> Array:
     spelling = NOTATIONS[tensor.dtype]
-    return Array("data", spelling, tensor.nbytes // spelling.nbytes, tensor, partial(_stored, spelling.dtype))
+    count = tensor.nbytes // spelling.nbytes
+    return Array("data", spelling, count, tensor, partial(_stored, spelling.dtype), tensor.nbytes)
 
 
 def _parameters(tensor: Tensor) -> Iterator[Array]:
@@ -148,7 +200,26 @@ def _parameters(tensor: Tensor) -> Iterator[Array]:
         elif quantization.group_index is not None and role == "group_index":
             groups = quantization.scale.shape[quantization.group_index.axis]
             spelling, read = notation.UINT16, partial(_groups, tensor.name, groups)
-        yield Array(role, spelling, parameter.size, parameter, read)
+        yield Array(role, spelling, parameter.size, parameter, read, parameter.size * spelling.nbytes)
+
+
+def _regrouped(pieces: Iterator[NDArray[Any]], dtype: np.dtype[Any], count: int) -> Iterator[NDArray[Any]]:
+    """The bytes of `pieces` as `count` elements of `dtype`, little-endian, with zeros after the last byte."""
+    words = dtype.newbyteorder("<")
+    missing = count * words.itemsize
+    rest = np.empty(0, np.uint8)
+    for piece in pieces:
+        stored = piece.view(np.uint8)
+        if rest.size:
+            stored = np.concatenate([rest, stored])
+        whole = stored.size // words.itemsize * words.itemsize
+        yield stored[:whole].view(words)
+        missing -= whole
+        rest = stored[whole:].copy()
+    if missing:
+        last = np.zeros(missing, np.uint8)
+        last[: rest.size] = rest
+        yield last.view(words)
 
 
 def integer_zero_point(tensor: Tensor) -> bool:

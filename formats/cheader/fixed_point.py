@@ -164,8 +164,8 @@ def fixed_point_arrays(tensor: Tensor) -> tuple[Array, ...]:
     if found is None:
         return ()
     return (
-        Array("multiplier", INT32, found.count, found.scale, found.multipliers_of),
-        Array("shift", INT32, found.count, found.scale, found.shifts_of),
+        Array("multiplier", INT32, found.count, found.scale, found.multipliers_of, payload=INT32.nbytes * found.count),
+        Array("shift", INT32, found.count, found.scale, found.shifts_of, payload=INT32.nbytes * found.count),
     )
 
 

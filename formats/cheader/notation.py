@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -27,8 +27,8 @@ class Notation:
     """The literals of one kind of array.
 
     `c_type` is the array's element type, `dtype` the same for NumPy; a literal and its comma take `width` characters,
-    right-aligned, and `per_line` of them make a line. `encode` turns elements of shape (n,) and `dtype` into ASCII,
-    uint8 of shape (n, width).
+    right-aligned, and `per_line` of them make a line between `before` and `after`. `encode` turns elements of shape
+    (n,) and `dtype` into ASCII, uint8 of shape (n, width).
     """
 
     c_type: str
@@ -36,6 +36,8 @@ class Notation:
     width: int
     per_line: int
     encode: Callable[[NDArray[Any]], NDArray[np.uint8]]
+    before: bytes = b"    "
+    after: bytes = b"\n"
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +50,7 @@ def _table(format: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The literal of every element of a dtype of one or two bytes, by its bit pattern; each an opaque item."""
     count = 1 << (8 * dtype.itemsize)
     patterns = np.arange(count, dtype=f"u{dtype.itemsize}")
-    text = ((format + ",") * count) % tuple(patterns.view(dtype).tolist())
+    text = (format * count) % tuple(patterns.view(dtype).tolist())
     return np.frombuffer(text.encode(), f"V{len(text) // count}")
 
 
@@ -89,21 +91,47 @@ def _format(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
     return np.frombuffer(text, np.uint8).reshape(elements.size, -1)
 
 
-def _by_table(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
-    return Notation(c_type, np.dtype(dtype), len(format % 0) + 1, per_line, partial(_look_up, format))
+def by_table(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
+    """The notation of a dtype of one or two bytes whose literals, commas included, `format` makes."""
+    return Notation(c_type, np.dtype(dtype), len(format % 0), per_line, partial(_look_up, format))
+
+
+@cache
+def _digits() -> NDArray[np.uint32]:
+    """The four hexadecimal digits of every 16-bit number."""
+    return _table("%04x", np.dtype(np.uint16)).view(np.uint32)
+
+
+def _hexadecimal(elements: NDArray[Any]) -> NDArray[np.uint8]:
+    quarters = elements.astype(elements.dtype.newbyteorder("<"), copy=False).view("<u2").reshape(elements.size, -1)
+    count = quarters.shape[1]
+    layout = {  # a structure whose members lie where the parts of a literal do: five times as fast as a 2-D array
+        "names": ["0x", *map(str, range(count)), "u,"],
+        "formats": ["S2", *["u4"] * count, "S2"],
+        "offsets": [0, *range(2, 2 + 4 * count, 4), 2 + 4 * count],
+    }
+    literals: NDArray[Any] = np.empty(elements.size, np.dtype(cast("Any", layout)))
+    literals["0x"], literals["u,"] = b"0x", b"u,"
+    for place in range(count):
+        literals[str(place)] = np.take(_digits(), quarters[:, count - 1 - place])
+    return literals.view(np.uint8).reshape(elements.size, -1)
+
+
+def _by_digits(c_type: str, dtype: type[np.generic], per_line: int) -> Notation:
+    return Notation(c_type, np.dtype(dtype), 2 * np.dtype(dtype).itemsize + 4, per_line, _hexadecimal)
 
 
 def _by_format(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
     return Notation(c_type, np.dtype(dtype), len(format % 0) + 1, per_line, partial(_format, format))
 
 
-UINT8 = _by_table("uint8_t", np.uint8, "0x%02x", 16)
-INT8 = _by_table("int8_t", np.int8, "%4d", 16)
-UINT16 = _by_table("uint16_t", np.uint16, "0x%04x", 12)
-INT16 = _by_table("int16_t", np.int16, "%6d", 12)
-UINT32 = _by_format("uint32_t", np.uint32, "0x%08xu", 8)
+UINT8 = by_table("uint8_t", np.uint8, "0x%02x,", 16)
+INT8 = by_table("int8_t", np.int8, "%4d,", 16)
+UINT16 = by_table("uint16_t", np.uint16, "0x%04x,", 12)
+INT16 = by_table("int16_t", np.int16, "%6d,", 12)
+UINT32 = _by_digits("uint32_t", np.uint32, 8)
 INT32 = _by_format("int32_t", np.int32, "%11d", 8)
-UINT64 = _by_format("uint64_t", np.uint64, "0x%016xu", 4)
+UINT64 = _by_digits("uint64_t", np.uint64, 4)
 INT64 = _by_format("int64_t", np.int64, "%20d", 4)
 FLOAT32 = Notation("float", np.dtype(np.float32), floats.WIDTH, 6, floats.literals)
 FLOAT64 = _by_format("double", np.float64, "%24r", 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -11,8 +11,10 @@ from string import Template
 from converters.ir import Tensor
 from formats.cheader.arrays import (
     ALIGNMENT,
+    BYTES,
+    Arrangement,
     Array,
-    arrays_of,
+    Style,
     granularity_of,
     integer_zero_point,
     is_signed,
@@ -24,17 +26,17 @@ from formats.cheader.kernels import advice
 from formats.cheader.provenance import Provenance
 
 #: What `NIBBLECAST_INTERFACE` in templates/nibblecast.h must be for the text that this module makes.
-INTERFACE = 1
+INTERFACE = 2
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
+_ALIGNED = ("data", "model")
 _TABLES = ("shape", "block_shape", "grid")
 _MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS")
 _COUNTED = ("scale", "zero_point", "offset", "codebook")
 _FIXED_POINT = ("multiplier", "shift", "MULTIPLIER_COUNT", "INPUT_OFFSET", "OUTPUT_OFFSET")
 
 
-ARRAY_CLOSING = "};\n\n"
 #: C knows no empty arrays: the one element of an array that would be empty, and the one row of such a table.
 PLACEHOLDER = "    0\n"
 _NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 5)}}},\n'
@@ -42,25 +44,24 @@ _NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that is written, the base of its identifiers, and whether multipliers and shifts are written too."""
+    """A tensor that is written, the base of its identifiers, its arrays, where its data lie in the .bin file, and
+    whether multipliers and shifts are wanted."""
 
     tensor: Tensor
     base: str
+    arrays: Sequence[Array]
+    offset: int = 0
     fixed_point: bool = False
-
-    @property
-    def arrays(self) -> tuple[Array, ...]:
-        """Its arrays in the order in which they are written."""
-        if not self.fixed_point:
-            return arrays_of(self.tensor)
-        from formats.cheader.fixed_point import fixed_point_arrays
-
-        return (*arrays_of(self.tensor), *fixed_point_arrays(self.tensor))
 
     @property
     def nbytes(self) -> int:
         """Bytes of flash that its arrays hold."""
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def end(self) -> int:
+        """Where its data end in the .bin file; 0 where they are not in it."""
+        return self.offset + self.arrays[0].nbytes if self.arrays[0].style.in_file else 0
 
     @property
     def aligned_nbytes(self) -> int:
@@ -76,22 +77,32 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A model in C: `file` is the name of the header, `static` says whether it is all that there is."""
+    """A model in C: `file` is the name of the header, `static` says whether it is all that there is. `model` is the
+    whole source file, where that is wanted too; it comes after the tensors' arrays."""
 
     file: str
     prefix: str
     entries: Sequence[Entry]
     static: bool
+    style: Style = BYTES
+    model: Entry | None = None
+
+    @property
+    def everything(self) -> Sequence[Entry]:
+        """The tensors, and the source file if it is there."""
+        return self.entries if self.model is None else (*self.entries, self.model)
 
     @property
     def flash(self) -> FlashReport:
         """What the arrays cost on a device."""
-        return FlashReport(tuple(entry.cost for entry in self.entries))
+        return FlashReport(tuple(entry.cost for entry in self.everything))
 
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
         guard = f"NIBBLECAST_{self.prefix}_H"
         declarations = "".join(_tensor_text(entry, self.static) for entry in self.entries)
+        if self.model is not None:
+            declarations += _model_text(self.prefix, self.model, self.static)
         return _fill(
             "single.h" if self.static else "split.h",
             about=self._about(provenance),
@@ -101,18 +112,36 @@ class Document:
             prefix=self.prefix,
             declarations=declarations,
             table_length=str(self._table_length),
+            opening=self._opening(),
         )
 
     def source_opening(self, file: str, provenance: Provenance) -> str:
         """What comes before the arrays in the .c file of this name."""
-        return _fill("split.c", file=comment(file), header=self.file, provenance=provenance.lines())
+        return _fill(
+            "split.c",
+            file=comment(file),
+            header=self.file,
+            provenance=provenance.lines(),
+            opening=self._opening(),
+        )
 
-    def array_opening(self, base: str, array: Array) -> str:
-        """The declaration of an array up to its first line of elements."""
-        aligned = "NIBBLECAST_ALIGNED " if array.role == "data" else ""
-        static = "static " if self.static else ""
-        type_and_name = f"const {array.notation.c_type} {base}_{array.role}[{array.length}]"
-        return f"NIBBLECAST_BEFORE {aligned}{static}{type_and_name} NIBBLECAST_AFTER = {{\n"
+    def array_text(self, entry: Entry, array: Array) -> tuple[str, str]:
+        """What comes before and after the elements of one of the entry's arrays."""
+        name = f"{entry.base}_{array.role}"
+        before, after = _split(array.style.declaration)
+        values = {
+            "name": name,
+            "prefix": self.prefix,
+            "type": array.notation.c_type,
+            "length": str(array.length),
+            "offset": str(entry.offset),
+            "static": "static " if self.static else "",
+            "before": "NIBBLECAST_BEFORE",
+            "after": "NIBBLECAST_AFTER",
+            "aligned": "NIBBLECAST_ALIGNED " if array.role in _ALIGNED else "",
+            "align": "NIBBLECAST_ALIGN",
+        }
+        return before.substitute(values), after.substitute(values)
 
     def table(self) -> str:
         """The shapes and the table of tensors, and the end of a single header."""
@@ -120,11 +149,34 @@ class Document:
         shapes = "".join(_shape_tables(entry) for entry in self.entries)
         rows = "".join(_table_row(entry) for entry in self.entries) or _NO_TENSOR
         table = f"{static}const nibblecast_tensor {self.prefix}_tensors[{self._table_length}] = {{\n{rows}}};\n"
-        return f"{shapes}\n{table}" + ("\n#endif\n" if self.static else "")
+        closing = _fill(self.style.closing) if self.style.closing else ""
+        return f"{shapes}\n{table}{closing}" + ("\n#endif\n" if self.static else "")
+
+    @property
+    def payload_file(self) -> str:
+        """The name of the file of data that the compiler reads, where there is one."""
+        return f"{self.file.rpartition('.')[0] or self.file}.bin"
+
+    @property
+    def payload_nbytes(self) -> int:
+        """The size of that file."""
+        return max((entry.end for entry in self.everything), default=0)
 
     @property
     def _table_length(self) -> int:
         return max(1, len(self.entries))
+
+    def _opening(self) -> str:
+        if not self.style.opening:
+            return ""
+        longest = max((array.length for entry in self.everything for array in entry.arrays[:1]), default=0)
+        values = {
+            "prefix": self.prefix,
+            "bin": comment(self.payload_file),
+            "longest": str(longest),
+            "section": '.rodata." name "',
+        }
+        return _fill(self.style.opening, **values)
 
     def _about(self, provenance: Provenance) -> str:
         return _fill(
@@ -134,7 +186,7 @@ class Document:
             prefix=self.prefix,
             alignment=str(ALIGNMENT),
             fixed_point=_read("about_fixed_point.template") if any(e.fixed_point for e in self.entries) else "",
-            sizes=self.flash.comment([entry.base for entry in self.entries]),
+            sizes=self.flash.comment([_label(entry) for entry in self.everything]),
         )
 
     def _check(self) -> str:
@@ -143,17 +195,41 @@ class Document:
             interface=str(INTERFACE),
             prefix=self.prefix,
             count=f"{len(self.entries)}u",
-            flash=f"{sum(entry.nbytes for entry in self.entries)}u",
-            aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.entries)}u",
+            flash=f"{sum(entry.nbytes for entry in self.everything)}u",
+            aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",
         )
 
 
-def entries_of(prefix: str, tensors: Iterable[Tensor], *, fixed_point: bool = False) -> tuple[Entry, ...]:
+def entries_of(
+    prefix: str, tensors: Iterable[Tensor], arrangement: Arrangement, *, fixed_point: bool = False
+) -> tuple[Entry, ...]:
     """The tensors with their identifiers: at most 63 characters, all different, the same for the same names."""
-    file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED")
+    file_level = ("tensors", "TENSOR_COUNT", "FLASH_BYTES", "FLASH_BYTES_ALIGNED", "MODEL_BYTES", "model")
     identifiers = Identifiers(prefix, (f"{prefix}_{name}" for name in file_level))
-    bases = ((tensor, identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))) for tensor in tensors)
-    return tuple(Entry(tensor, base, fixed_point) for tensor, base in bases)
+    entries, end = [], 0
+    for tensor in tensors:
+        base = identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))
+        arrays = arrays_with(tensor, arrangement, fixed_point=fixed_point)
+        entry = placed(Entry(tensor, base, arrays, fixed_point=fixed_point), end)
+        entries.append(entry)
+        end = max(end, entry.end)
+    return tuple(entries)
+
+
+def arrays_with(tensor: Tensor, arrangement: Arrangement, *, fixed_point: bool) -> tuple[Array, ...]:
+    """The arrays of a tensor in the order in which they are written, multipliers and shifts last."""
+    arrays = tuple(arrangement.arrays_of(tensor))
+    if not fixed_point:
+        return arrays
+    from formats.cheader.fixed_point import fixed_point_arrays
+
+    return (*arrays, *fixed_point_arrays(tensor))
+
+
+def placed(entry: Entry, end: int) -> Entry:
+    """`entry` with its data behind byte `end` of the file of data that the compiler reads, if they lie there."""
+    data = entry.arrays[0]
+    return replace(entry, offset=-(-end // data.alignment) * data.alignment) if data.style.in_file else entry
 
 
 def runtime_header() -> str:
@@ -170,9 +246,8 @@ def _suffixes(rank: int) -> tuple[str, ...]:
 def _tensor_text(entry: Entry, static: bool) -> str:
     """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
     tensor, base = entry.tensor, entry.base
-    arrays = entry.arrays
     granularity, axis = granularity_of(tensor)
-    counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in arrays}
+    counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in entry.arrays}
     blocks = () if tensor.quantization is None else tensor.quantization.block_shape
     fits = advice(tensor)
     return _fill(
@@ -190,11 +265,11 @@ def _tensor_text(entry: Entry, static: bool) -> str:
         rank=f"{len(tensor.shape)}u",
         dimensions=_numbered(f"{base}_DIM", tensor.shape),
         count=f"{tensor.size}u",
-        nbytes=f"{tensor.nbytes}u",
+        nbytes=f"{entry.arrays[0].payload}u",
         granularity_macro=granularity,
         axis="" if axis is None else f"#define {base}_AXIS {axis}u\n",
         blocks=_numbered(f"{base}_BLOCK", blocks),
-        externs="" if static else "".join(_extern(base, array) for array in arrays),
+        externs="" if static else "".join(_extern(base, array) for array in entry.arrays),
         **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
     )
 
@@ -216,13 +291,21 @@ def _fixed_point_macros(entry: Entry) -> str:
     )
 
 
+def _model_text(prefix: str, model: Entry, static: bool) -> str:
+    """The comment, the macro and, unless arrays are static, the declaration of the whole source file."""
+    array = model.arrays[0]
+    extern = "" if static else _extern(prefix, array)
+    values = {"source": comment(model.tensor.name), "name": f"{prefix}_{array.role}", "prefix": prefix}
+    return _fill("model", nbytes=f"{array.payload}u", extern=extern, **values)
+
+
 def _numbered(name: str, values: Iterable[int]) -> str:
     return "".join(f"#define {name}{axis} {value}u\n" for axis, value in enumerate(values))
 
 
 def _extern(base: str, array: Array) -> str:
     declarator = f"{base}_{array.role}[{array.length}]"
-    return f"extern const {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
+    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
 
 
 def _tables(tensor: Tensor) -> dict[str, tuple[int, ...]]:
@@ -253,6 +336,11 @@ def _table_row(entry: Entry) -> str:
     return _fill("entry", base=base, name=string_literal(tensor.name), axis=axis, **members)
 
 
+def _label(entry: Entry) -> str:
+    role = entry.arrays[0].role
+    return entry.base if role == "data" else f"{entry.base}_{role}"
+
+
 def _fill(template: str, **values: str) -> str:
     return _template(template).substitute(values)
 
@@ -260,6 +348,13 @@ def _fill(template: str, **values: str) -> str:
 @cache
 def _template(name: str) -> Template:
     return Template(_read(f"{name}.template"))
+
+
+@cache
+def _split(template: str) -> tuple[Template, Template]:
+    """What comes before and after the elements in the template of an array."""
+    before, _, after = _read(f"{template}.template").partition("$elements")
+    return Template(before), Template(after)
 
 
 @cache

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from formats.cheader.notation import Notation
 
-INDENT = b"    "
 _CHUNK_BYTES = 1 << 20
 
 
 def text_size(notation: Notation, count: int) -> int:
     """Characters that `count` elements take, indents and line ends included."""
     lines = -(-count // notation.per_line)
-    return count * notation.width + lines * (len(INDENT) + 1)
+    return count * notation.width + lines * (len(notation.before) + len(notation.after))
 
 
 class InitialiserText:
@@ -46,17 +45,18 @@ class InitialiserText:
     def finish(self) -> None:
         """Writes the elements of the last line."""
         if self._begun.size:
-            self._stream.write(INDENT + self._notation.encode(self._begun).tobytes() + b"\n")
+            literals = self._notation.encode(self._begun).tobytes()
+            self._stream.write(self._notation.before + literals + self._notation.after)
             self._begun = self._begun[:0]
 
     def _write_lines(self, elements: NDArray[Any]) -> None:
         lines = self._lines[: elements.size // self._notation.per_line]
-        lines[:, len(INDENT) : -1] = self._notation.encode(elements).reshape(len(lines), -1)
+        start, width = len(self._notation.before), self._notation.per_line * self._notation.width
+        lines[:, start : start + width] = self._notation.encode(elements).reshape(len(lines), width)
         self._stream.write(lines.data)
 
 
 def _blank_lines(notation: Notation, count: int) -> NDArray[np.uint8]:
-    lines = np.empty((count, len(INDENT) + notation.per_line * notation.width + 1), np.uint8)
-    lines[:, : len(INDENT)] = np.frombuffer(INDENT, np.uint8)
-    lines[:, -1] = ord("\n")
-    return lines
+    """Lines whose literals are still to come."""
+    blank = notation.before + b" " * (notation.per_line * notation.width) + notation.after
+    return np.tile(np.frombuffer(blank, np.uint8), (count, 1))

@@ -5,72 +5,79 @@ What the C looks like is in templates/; the header that is written says how it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal
+from typing import BinaryIO, ClassVar
 
 from converters.errors import UsageError
-from converters.interfaces import Capabilities, OutputFile, Size, option
+from converters.interfaces import Capabilities, OutputFile
 from converters.ir import Loss, Model, Tensor
 from formats.cheader import kernels
-from formats.cheader.arrays import Array, arrays_of, check
+from formats.cheader.arrays import BYTES, Arrangement, Array, check
 from formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
 from formats.cheader.notation import NOTATIONS
+from formats.cheader.options import CHeaderOptions
 from formats.cheader.provenance import Provenance
-from formats.cheader.render import ARRAY_CLOSING, PLACEHOLDER, Document, Entry, entries_of, runtime_header
+from formats.cheader.render import (
+    PLACEHOLDER,
+    Document,
+    Entry,
+    arrays_with,
+    entries_of,
+    placed,
+    runtime_header,
+)
 from formats.cheader.text import InitialiserText, text_size
 
 RUNTIME_HEADER = "nibblecast.h"
 
-
-@dataclass(frozen=True, slots=True)
-class CHeaderOptions:
-    """How the C is laid out."""
-
-    layout: Literal["split", "header"] = option(
-        "split", "split: weights.h, weights.c and nibblecast.h; header: everything static in one weights.h"
-    )
-    prefix: str = option("", "what all identifiers begin with; empty: made of the output's name")
-    fixed_point: bool = option(
-        False,
-        "also the Q31 multipliers, shifts and offsets with which int8 kernels requantize, as in TFLite Micro",
-    )
-    budget: Size | None = option(None, "the most bytes of flash that all arrays may take; above it nothing is written")
+_SLOW_TO_COMPILE = 1 << 20  # bytes of data; gcc takes 1.4 s and 115 MB for as many
 
 
 @dataclass(frozen=True, slots=True)
 class CHeaderPlan:
-    """The files that will be written, and what of the model they do not hold as it is."""
+    """The files that will be written, by role in the order of `files`, and what of the model they do not hold as it
+    is."""
 
     document: Document
-    files: Sequence[OutputFile]
+    arrangement: Arrangement
+    outputs: Mapping[str, OutputFile]
     losses: Sequence[Loss]
-    provenance: Provenance
     notes: Sequence[str]
+    provenance: Provenance
 
     @property
     def report(self) -> Sequence[str]:
         """What the arrays cost on a device."""
         return self.document.flash.lines()
 
+    @property
+    def files(self) -> Sequence[OutputFile]:
+        return tuple(self.outputs.values())
+
     def open(self, streams: Sequence[BinaryIO]) -> CHeaderSink:
         """Writes what comes before the arrays; reads the source file for its SHA-256."""
         provenance = self.provenance.with_digest()
-        _write(streams[0], self.document.header(provenance))
-        if self.document.static:
-            return CHeaderSink(self.document, streams[0])
-        _write(streams[1], self.document.source_opening(self.files[1].path.name, provenance))
-        _write(streams[2], runtime_header())
-        return CHeaderSink(self.document, streams[1])
+        by_role = dict(zip(self.outputs, streams, strict=True))
+        _write(by_role["header"], self.document.header(provenance))
+        if "source" in by_role:
+            _write(by_role["source"], self.document.source_opening(self.outputs["source"].path.name, provenance))
+            _write(by_role["runtime"], runtime_header())
+        arrays = by_role.get("source", by_role["header"])
+        return CHeaderSink(self.document, self.arrangement, arrays, by_role.get("payload"))
 
 
 class CHeaderSink:
     """Writes the arrays of each tensor as it comes, and the table of tensors at the end."""
 
-    def __init__(self, document: Document, stream: BinaryIO) -> None:
+    def __init__(
+        self, document: Document, arrangement: Arrangement, stream: BinaryIO, payload: BinaryIO | None
+    ) -> None:
         self._document = document
+        self._arrangement = arrangement
         self._stream = stream
+        self._payload = payload
         self._entries = {entry.tensor.name: entry for entry in document.entries}
 
     def write(self, tensor: Tensor) -> None:
@@ -78,23 +85,34 @@ class CHeaderSink:
         entry = self._entries.get(tensor.name)
         if entry is None:
             return
-        for array in replace(entry, tensor=tensor).arrays:
-            _write(self._stream, self._document.array_opening(entry.base, array))
-            if array.count:
-                self._write_elements(array)
-            else:
-                _write(self._stream, PLACEHOLDER)
-            _write(self._stream, ARRAY_CLOSING)
+        arrays = arrays_with(tensor, self._arrangement, fixed_point=entry.fixed_point)
+        self._write_arrays(entry, arrays)
 
     def close(self) -> None:
-        """Writes the table of tensors."""
+        """Writes the source file, where it is wanted, and the table of tensors."""
+        if self._document.model is not None:
+            self._write_arrays(self._document.model, self._document.model.arrays)
         _write(self._stream, self._document.table())
 
-    def _write_elements(self, array: Array) -> None:
-        text = InitialiserText(self._stream, array.notation, array.count)
-        for elements in array.chunks():
-            text.write(elements)
-        text.finish()
+    def _write_arrays(self, entry: Entry, arrays: Sequence[Array]) -> None:
+        for array in arrays:
+            before, after = self._document.array_text(entry, array)
+            _write(self._stream, before)
+            self._write_elements(entry, array)
+            _write(self._stream, after)
+
+    def _write_elements(self, entry: Entry, array: Array) -> None:
+        if not array.elements:
+            _write(self._stream, PLACEHOLDER)
+        elif array.style.in_file and self._payload is not None:
+            self._payload.write(bytes(entry.offset - self._payload.tell()))
+            for elements in array.chunks():
+                self._payload.write(elements.data)
+        else:
+            text = InitialiserText(self._stream, array.notation, array.elements)
+            for elements in array.chunks():
+                text.write(elements)
+            text.finish()
 
 
 class CHeaderWriter:
@@ -107,17 +125,33 @@ class CHeaderWriter:
         """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for,
         Unsupported for a tensor that C cannot hold, and RefusedLoss where the arrays take more than the budget."""
         static = options.layout == "header"
+        arrangement = options.arrangement()
         _check_target(target, static)
         prefix = checked_prefix(options.prefix) if options.prefix else prefix_of(target.stem)
-        tensors = [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
+        only_file = options.model_array == "only"
+        tensors = [] if only_file else [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
         for tensor in tensors:
             check(tensor)
-        entries = entries_of(prefix, tensors, fixed_point=options.fixed_point)
-        document = Document(target.name, prefix, entries, static)
+        entries = entries_of(prefix, tensors, arrangement, fixed_point=options.fixed_point)
+        whole = None if options.model_array == "no" else _whole_file(model, prefix, entries, arrangement)
+        document = Document(target.name, prefix, entries, static, arrangement.style, whole)
         document.flash.refuse_above(options.budget)
-        provenance = Provenance.of(model.metadata, _chosen(options) | {"prefix": prefix})
-        losses, notes = tuple(_losses(model, tensors)), _notes(tensors, options)
-        return CHeaderPlan(document, _files(document, target, provenance), losses, provenance, notes)
+        provenance = Provenance.of(model.metadata, options.described(prefix))
+        return CHeaderPlan(
+            document,
+            arrangement,
+            _outputs(document, target, provenance),
+            () if only_file else tuple(_losses(model, entries)),
+            (*_kernel_notes(tensors, options), *_style_notes(document)),
+            provenance,
+        )
+
+
+def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement: Arrangement) -> Entry:
+    from formats.cheader.sources import model_array
+
+    array = model_array(model, arrangement)
+    return placed(Entry(array.tensor, prefix, (array,)), max((entry.end for entry in entries), default=0))
 
 
 def _is_parameter(tensor: Tensor, model: Mapping[str, Tensor]) -> bool:
@@ -138,36 +172,51 @@ def _check_target(target: Path, static: bool) -> None:
         )
 
 
-def _files(document: Document, target: Path, provenance: Provenance) -> tuple[OutputFile, ...]:
+def _outputs(document: Document, target: Path, provenance: Provenance) -> dict[str, OutputFile]:
+    """The files by their roles, the one that the user named first."""
     header = len(document.header(provenance))
-    arrays = sum(_text_nbytes(document, entry) for entry in document.entries) + len(document.table())
+    arrays = sum(_text_nbytes(document, entry) for entry in document.everything) + len(document.table())
     if document.static:
-        return (OutputFile(target, header + arrays),)
-    source = target.with_suffix(".c")
-    opening = len(document.source_opening(source.name, provenance))
-    return (
-        OutputFile(target, header),
-        OutputFile(source, opening + arrays),
-        OutputFile(target.with_name(RUNTIME_HEADER), len(runtime_header()), shared=True),
-    )
+        outputs = {"header": OutputFile(target, header + arrays)}
+    else:
+        source = target.with_suffix(".c")
+        opening = len(document.source_opening(source.name, provenance))
+        outputs = {
+            "header": OutputFile(target, header),
+            "source": OutputFile(source, opening + arrays),
+            "runtime": OutputFile(target.with_name(RUNTIME_HEADER), len(runtime_header()), shared=True),
+        }
+    if document.style.in_file:
+        outputs["payload"] = OutputFile(target.with_name(document.payload_file), document.payload_nbytes)
+    return outputs
 
 
 def _text_nbytes(document: Document, entry: Entry) -> int:
     """Bytes of text that the entry's arrays take."""
-    return sum(
-        len(document.array_opening(entry.base, array))
-        + (text_size(array.notation, array.count) or len(PLACEHOLDER))
-        + len(ARRAY_CLOSING)
-        for array in entry.arrays
+    return sum(sum(map(len, document.array_text(entry, array))) + _elements_nbytes(array) for array in entry.arrays)
+
+
+def _elements_nbytes(array: Array) -> int:
+    if not array.elements:
+        return len(PLACEHOLDER)
+    return 0 if array.style.in_file else text_size(array.notation, array.elements)
+
+
+def _style_notes(document: Document) -> Iterator[str]:
+    literals = sum(
+        array.nbytes
+        for entry in document.everything
+        for array in entry.arrays[:1]
+        if array.style is BYTES and array.notation.nbytes == 1
     )
+    if literals > _SLOW_TO_COMPILE:
+        yield (
+            f"{literals / _SLOW_TO_COMPILE:.1f} MB of data as a literal for each byte are slow to compile: "
+            "--opt style=words64 takes a quarter of the time and a third of the memory, style=incbin next to none"
+        )
 
 
-def _chosen(options: CHeaderOptions) -> dict[str, Any]:
-    """The options to name in the output: those that are set."""
-    return {name.replace("_", "-"): value for name, value in asdict(options).items() if value not in (None, False)}
-
-
-def _notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[str, ...]:
+def _kernel_notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[str, ...]:
     found = kernels.notes(tensors)
     if not options.fixed_point:
         return found
@@ -176,17 +225,18 @@ def _notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[str, ...
     return (*found, *fixed_point.notes(tensors))
 
 
-def _losses(model: Model, tensors: Sequence[Tensor]) -> list[Loss]:
-    losses = [] if model.graph is None else [Loss("", "dropped", "C arrays hold weights: the graph is left out")]
-    for tensor in tensors:
-        for array in arrays_of(tensor)[1:]:
+def _losses(model: Model, entries: Sequence[Entry]) -> Iterator[Loss]:
+    if model.graph is not None:
+        yield Loss("", "dropped", "C arrays hold weights: the graph is left out")
+    for entry in entries:
+        name = entry.tensor.name
+        for array in entry.arrays[1:]:
             stored = str(array.tensor.dtype)
             if array.notation.c_type == "float" and stored != "float32" and array.tensor.quantization is None:
                 detail = f"its {array.role.replace('_', ' ')} of {stored} is written as float"
-                losses.append(Loss(tensor.name, "rounded" if stored == "float64" else "widened", detail))
-        if not fits_string(tensor.name):
-            losses.append(Loss(tensor.name, "renamed", "its name is cut in the table to the longest string C allows"))
-    return losses
+                yield Loss(name, "rounded" if stored == "float64" else "widened", detail)
+        if not fits_string(name):
+            yield Loss(name, "renamed", "its name is cut in the table to the longest string C allows")
 
 
 def _write(stream: BinaryIO, text: str) -> None:

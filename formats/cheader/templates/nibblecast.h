@@ -14,6 +14,7 @@
  *     NIBBLECAST_ALIGNED     how this compiler is told so, before the declaration
  *     NIBBLECAST_BEFORE      anything that goes before the declaration of an array, such as _Pragma("location=...")
  *     NIBBLECAST_AFTER       anything that goes after the declarator: PROGMEM, or __attribute__((section(".qspi")))
+ *     NIBBLECAST_FAR         the memory that arrays are in, where that is part of a pointer's type: __memx for avr-gcc
  *     NIBBLECAST_READ_U8(p)  how a byte of an array is read; pgm_read_byte(p) where AFTER is PROGMEM
  *     NIBBLECAST_INLINE      "static inline" in this compiler's words
  *
@@ -27,7 +28,7 @@
 #include <stdint.h>
 
 /* Counts up when generated files and this one no longer fit together. */
-#define NIBBLECAST_INTERFACE 1
+#define NIBBLECAST_INTERFACE 2
 
 #ifndef NIBBLECAST_INLINE
 #if defined(__cplusplus)
@@ -79,6 +80,10 @@
 #define NIBBLECAST_AFTER
 #endif
 
+#ifndef NIBBLECAST_FAR
+#define NIBBLECAST_FAR
+#endif
+
 #ifndef NIBBLECAST_READ_U8
 #define NIBBLECAST_READ_U8(p) (*(p))
 #endif
@@ -125,61 +130,63 @@
 #define NIBBLECAST_GROUP_INDEX 4     /* as blockwise, but along `axis` position p belongs to group `group_index[p]` */
 
 typedef struct nibblecast_tensor {
-    const char *name;             /* as in the model, UTF-8 */
-    const void *data;             /* the elements, row-major */
-    size_t count;                 /* how many elements */
-    const size_t *shape;          /* `rank` sizes; NULL where rank is 0, as the next two */
-    const size_t *block_shape;    /* `rank` block sizes; NULL without scale */
-    const size_t *grid;           /* how many parameters along each axis, `rank` sizes; NULL without scale */
-    const float *scale;           /* one for each place of `grid`, row-major; NULL: the elements are the values */
-    const int32_t *zero_point;    /* likewise; NULL: there are none */
-    const float *zero_point_real; /* likewise, where zero points are no integers; NULL: there are none */
-    const float *offset;          /* likewise; NULL: there are none */
-    const float *codebook;        /* 2 to the `bits` values; NULL: there is none */
-    const uint16_t *group_index;  /* shape[axis] groups, each below grid[axis]; NULL: there is none */
-    uint8_t kind;                 /* NIBBLECAST_UNSIGNED ... */
-    uint8_t bits;                 /* of one element: 2, 4, 8, 16, 32 or 64 */
+    const char *name;                           /* as in the model, UTF-8 */
+    const NIBBLECAST_FAR void *data;            /* the elements, row-major */
+    size_t count;                               /* how many elements */
+    const size_t *shape;                        /* `rank` sizes; NULL where rank is 0, as the next two */
+    const size_t *block_shape;                  /* `rank` block sizes; NULL without scale */
+    const size_t *grid;                         /* `rank` numbers of parameters; NULL without scale */
+    const NIBBLECAST_FAR float *scale;          /* one for each place of `grid`; NULL: the elements are the values */
+    const NIBBLECAST_FAR int32_t *zero_point;   /* likewise; NULL: there are none */
+    const NIBBLECAST_FAR float *zero_point_real; /* likewise, where they are no integers; NULL: there are none */
+    const NIBBLECAST_FAR float *offset;         /* likewise; NULL: there are none */
+    const NIBBLECAST_FAR float *codebook;       /* 2 to the `bits` values; NULL: there is none */
+    const NIBBLECAST_FAR uint16_t *group_index; /* shape[axis] groups, each below grid[axis]; NULL: there is none */
+    uint8_t kind;                               /* NIBBLECAST_UNSIGNED ... */
+    uint8_t bits;                               /* of one element: 2, 4, 8, 16, 32 or 64 */
     uint8_t rank;
-    uint8_t granularity;          /* NIBBLECAST_NOT_QUANTIZED ... */
-    uint8_t axis;                 /* has a meaning where granularity is NIBBLECAST_PER_AXIS or NIBBLECAST_GROUP_INDEX */
+    uint8_t granularity;                        /* NIBBLECAST_NOT_QUANTIZED ... */
+    uint8_t axis;                               /* of NIBBLECAST_PER_AXIS and NIBBLECAST_GROUP_INDEX */
 } nibblecast_tensor;
 
 /* Element i of packed data: 0..15, 0..3, -8..7, -2..1. */
 
-NIBBLECAST_INLINE int nibblecast_uint4(const uint8_t *data, size_t i)
+NIBBLECAST_INLINE int nibblecast_uint4(const NIBBLECAST_FAR void *data, size_t i)
 {
-    const unsigned int byte = NIBBLECAST_READ_U8(data + i / 2u);
+    const NIBBLECAST_FAR uint8_t *bytes = NIBBLECAST_CAST(const NIBBLECAST_FAR uint8_t *, data);
+    const unsigned int byte = NIBBLECAST_READ_U8(bytes + i / 2u);
     return NIBBLECAST_CAST(int, (byte >> (i % 2u * 4u)) & 15u);
 }
 
-NIBBLECAST_INLINE int nibblecast_uint2(const uint8_t *data, size_t i)
+NIBBLECAST_INLINE int nibblecast_uint2(const NIBBLECAST_FAR void *data, size_t i)
 {
-    const unsigned int byte = NIBBLECAST_READ_U8(data + i / 4u);
+    const NIBBLECAST_FAR uint8_t *bytes = NIBBLECAST_CAST(const NIBBLECAST_FAR uint8_t *, data);
+    const unsigned int byte = NIBBLECAST_READ_U8(bytes + i / 4u);
     return NIBBLECAST_CAST(int, (byte >> (i % 4u * 2u)) & 3u);
 }
 
-NIBBLECAST_INLINE int nibblecast_int4(const uint8_t *data, size_t i)
+NIBBLECAST_INLINE int nibblecast_int4(const NIBBLECAST_FAR void *data, size_t i)
 {
     return (nibblecast_uint4(data, i) ^ 8) - 8;
 }
 
-NIBBLECAST_INLINE int nibblecast_int2(const uint8_t *data, size_t i)
+NIBBLECAST_INLINE int nibblecast_int2(const NIBBLECAST_FAR void *data, size_t i)
 {
     return (nibblecast_uint2(data, i) ^ 2) - 2;
 }
 
 /* Copies `size` bytes of an array: element `i` of those that are `size` bytes long. */
-NIBBLECAST_INLINE void nibblecast_read(void *to, const void *array, size_t i, size_t size)
+NIBBLECAST_INLINE void nibblecast_read(void *to, const NIBBLECAST_FAR void *array, size_t i, size_t size)
 {
     uint8_t *target = NIBBLECAST_CAST(uint8_t *, to);
-    const uint8_t *source = NIBBLECAST_CAST(const uint8_t *, array) + i * size;
+    const NIBBLECAST_FAR uint8_t *source = NIBBLECAST_CAST(const NIBBLECAST_FAR uint8_t *, array) + i * size;
     size_t k;
     for (k = 0u; k < size; k++) {
         target[k] = NIBBLECAST_READ_U8(source + k);
     }
 }
 
-NIBBLECAST_INLINE float nibblecast_read_float(const float *array, size_t i)
+NIBBLECAST_INLINE float nibblecast_read_float(const NIBBLECAST_FAR float *array, size_t i)
 {
     float value;
     nibblecast_read(&value, array, i, sizeof value);
@@ -249,7 +256,7 @@ NIBBLECAST_INLINE float nibblecast_small_float(
 
 /* Element i of data of 8, 16, 32 or 64 bits. */
 
-NIBBLECAST_INLINE int64_t nibblecast_signed_element(const void *data, unsigned int bits, size_t i)
+NIBBLECAST_INLINE int64_t nibblecast_signed_element(const NIBBLECAST_FAR void *data, unsigned int bits, size_t i)
 {
     int8_t narrow;
     int16_t half;
@@ -271,7 +278,7 @@ NIBBLECAST_INLINE int64_t nibblecast_signed_element(const void *data, unsigned i
     }
 }
 
-NIBBLECAST_INLINE uint64_t nibblecast_unsigned_element(const void *data, unsigned int bits, size_t i)
+NIBBLECAST_INLINE uint64_t nibblecast_unsigned_element(const NIBBLECAST_FAR void *data, unsigned int bits, size_t i)
 {
     uint8_t narrow;
     uint16_t half;
@@ -298,12 +305,10 @@ NIBBLECAST_INLINE int64_t nibblecast_code(const nibblecast_tensor *t, size_t i)
 {
     const int is_signed = (t->kind == NIBBLECAST_SIGNED);
     if (t->bits == 4u) {
-        const uint8_t *data = NIBBLECAST_CAST(const uint8_t *, t->data);
-        return is_signed ? nibblecast_int4(data, i) : nibblecast_uint4(data, i);
+        return is_signed ? nibblecast_int4(t->data, i) : nibblecast_uint4(t->data, i);
     }
     if (t->bits == 2u) {
-        const uint8_t *data = NIBBLECAST_CAST(const uint8_t *, t->data);
-        return is_signed ? nibblecast_int2(data, i) : nibblecast_uint2(data, i);
+        return is_signed ? nibblecast_int2(t->data, i) : nibblecast_uint2(t->data, i);
     }
     if (is_signed) {
         return nibblecast_signed_element(t->data, t->bits, i);
