@@ -149,7 +149,7 @@ def _verified(output: pipeline.PlannedOutput) -> Comparison | None:
     path, format = output.target.path, output.target.format
     if not format.reader:
         return None
-    comparison = compare(output.model, plugins.reader(format).read(path))
+    comparison = compare(output.expected, plugins.reader(format).read(path))
     if not comparison.equal:
         more = f" (and {len(comparison.differences) - 1} more)" if len(comparison.differences) > 1 else ""
         raise VerificationFailed(f"does not hold what was to be written: {comparison.differences[0]}{more}", path=path)

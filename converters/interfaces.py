@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -98,6 +98,16 @@ class Plan(Protocol):
 
     def open(self, streams: Sequence[BinaryIO]) -> Sink:
         """Starts writing: `streams` are seekable binary files in the order of `files`."""
+        ...
+
+
+@runtime_checkable
+class Rearranging(Protocol):
+    """A plan that writes tensors otherwise than it gets them: transposed, say, or under other names."""
+
+    @property
+    def expected(self) -> Model:
+        """What reading the files will give; its `losses` are those of reading and of the stages that still hold."""
         ...
 
 

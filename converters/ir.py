@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd, lcm, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -365,6 +365,14 @@ class Metadata:
     operators: Mapping[str, int] = field(default_factory=dict)
 
 
+class Graph(Protocol):
+    """A model's compute graph, in ONNX's operators; its initializers are the model's tensors by name."""
+
+    def onnx_ir(self) -> onnx_ir.Model:
+        """The graph with the classes of onnx_ir, which must be installed; payloads stay where they are."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model(Mapping[str, Tensor]):
     """An ordered mapping of names to tensors, with what is known of the model as a whole.
@@ -375,7 +383,7 @@ class Model(Mapping[str, Tensor]):
 
     tensors: Mapping[str, Tensor]
     metadata: Metadata = Metadata()
-    graph: onnx_ir.Model | None = None
+    graph: Graph | None = None
     losses: tuple[Loss, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:

@@ -22,7 +22,7 @@ from converters import plugins
 from converters.atomic import atomic_outputs
 from converters.dequantize import dequantize_model, flatten_scales
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
-from converters.interfaces import Capabilities, OutputFile, Plan, Progress
+from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
 from converters.storage import Computed, InMemory, MappedFile
@@ -41,16 +41,21 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedOutput:
-    """One target with the model as it will be written there."""
+    """One target with the model as its writer gets it."""
 
     target: Target
     model: Model
     plan: Plan
 
     @property
+    def expected(self) -> Model:
+        """What reading the files will give."""
+        return self.plan.expected if isinstance(self.plan, Rearranging) else self.model
+
+    @property
     def losses(self) -> tuple[Loss, ...]:
         """What will be lost on the way to this target, reading and stages included, each once."""
-        return tuple(dict.fromkeys((*self.model.losses, *self.plan.losses)))
+        return tuple(dict.fromkeys((*self.expected.losses, *self.plan.losses)))
 
 
 def read(path: Path) -> Model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from formats.onnx.wire import Record
+from formats.onnx.wire import Range, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,9 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator: `integers` are its integer attributes, `bodies` the graphs in its attributes, `constant` the tensor
-    that a Constant holds. An absent input is an empty name."""
+    """An operator: `integers`, `floats` and `lists` (of integers) are its attributes of these types, `bodies` the graphs in its attributes, `constant` the tensor
+    that a Constant holds, `has_tensors` says whether attributes hold any. An absent input is an empty name. `attributes`
+    is where all of them lie in the file, `others` are encoded ones that a new node takes over from one of the file."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -33,6 +34,12 @@ class Node:
     domain: str = ""
     bodies: tuple[Graph, ...] = ()
     constant: TensorHeader | None = None
+    name: str = ""
+    has_tensors: bool = False
+    floats: Mapping[str, float] = field(default_factory=dict)
+    lists: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: tuple[Range, ...] = ()
+    others: tuple[bytes, ...] = ()
 
     def input(self, position: int) -> str:
         """The name of an input, empty where it is absent."""
@@ -57,8 +64,11 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class ParsedModel:
-    """A ModelProto: the graph, and what is said of it as a whole."""
+    """A ModelProto: the graph, the bodies of functions, the operator sets by domain (ONNX's own is the empty name)."""
 
     graph: Graph
     producer: str
     properties: Mapping[str, str]
+    functions: tuple[Graph, ...] = ()
+    opsets: Mapping[str, int] = field(default_factory=dict)
+    ir_version: int = 0

@@ -44,6 +44,10 @@ class Scope:
         self.producers = {name: node for node in graph.nodes for name in node.outputs if name}
         self.headers |= {node.constant.name: node.constant for node in graph.nodes if node.constant is not None}
 
+    def makes(self, name: str) -> bool:
+        """Whether the name stands for something of this graph itself."""
+        return name in self.headers or name in self.producers or name in self.graph.inputs
+
     def header(self, name: str) -> TensorHeader | None:
         """The initializer or Constant of that name, here or in a graph around this one."""
         scope: Scope | None = self

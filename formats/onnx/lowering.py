@@ -31,6 +31,8 @@ Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_inde
 _FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _UINT4, _FLOAT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.float4_e2m1fn)
 _PIECE_BYTES = 1 << 20
+#: Codes whose differences float16 and bfloat16 hold exactly, so that DequantizeLinear may compute in these.
+_EXACT_CODES = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,12 @@ class Lowering:
     dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
     constants: dict[tuple[Any, ...], Constant] = field(default_factory=dict)
 
-    def lower(self, tensor: Tensor, quantization: Quantization, output: str) -> list[Initializer]:
-        """Adds the nodes that make `output` (float32) of a quantized tensor, and returns the initializers that they
-        take; those which are tensors of the model themselves are not among them."""
-        one = _TensorLowering(self, tensor, quantization, output)
+    def lower(
+        self, tensor: Tensor, quantization: Quantization, output: str, result: np.dtype[Any] = _FLOAT32
+    ) -> list[Initializer]:
+        """Adds the nodes that make `output` of a quantized tensor, computed in float32 and rounded to `result`, and
+        returns the initializers that they take; those which are tensors of the model themselves are not among them."""
+        one = _TensorLowering(self, tensor, quantization, output, result)
         granularity = self._granularity(tensor, quantization)
         if granularity is None:
             one.as_arithmetic()
@@ -177,14 +181,22 @@ class _TensorLowering:
     tensor: Tensor
     quantization: Quantization
     output: str
+    result: np.dtype[Any]
     initializers: list[Initializer] = field(default_factory=list)
 
     def as_dequantize_linear(self, dims: tuple[int, ...], attributes: dict[str, int]) -> None:
         q = self.quantization
-        inputs = [self._initializer("codes", self.tensor), self._float32("scale", q.scale, dims)]
+        # a scale of the result's dtype: the product of it and a small integer is rounded once either way
+        is_direct = q.scale.dtype == self.result and self.tensor.dtype in _EXACT_CODES
+        inputs = [self._initializer("codes", self.tensor)]
+        inputs.append(self._initializer("scale", q.scale, dims) if is_direct else self._float32("scale", q.scale, dims))
         if q.zero_point is not None:
             inputs.append(self._cast(self._initializer("zero_point", q.zero_point, dims), self.tensor.dtype))
-        self._node("DequantizeLinear", inputs, self.output, **attributes)
+        if is_direct or self.result == _FLOAT32:
+            self._node("DequantizeLinear", inputs, self.output, **attributes)
+        else:
+            values = self._node("DequantizeLinear", inputs, self._value("values"), **attributes)
+            self._round(values)
 
     def as_arithmetic(self) -> None:
         q, dtype = self.quantization, self.tensor.dtype
@@ -202,8 +214,13 @@ class _TensorLowering:
         if q.offset is not None:
             steps.append(("Add", self._spread(self._float32("offset", q.offset), "offset")))
         for position, (operator, parameter) in enumerate(steps):
-            last = position == len(steps) - 1
+            last = position == len(steps) - 1 and self.result == _FLOAT32
             values = self._node(operator, [values, parameter], self.output if last else self._value(operator.lower()))
+        if self.result != _FLOAT32:
+            self._round(values)
+
+    def _round(self, values: str) -> None:
+        self._node("Cast", [values], self.output, to=ELEMENT_TYPES[self.result].number)
 
     def _values(self, codebook: Tensor | None) -> str:
         """The name of the codes as float32: converted, or looked up in the codebook."""

@@ -35,7 +35,33 @@ def _model(view: memoryview) -> ParsedModel:
     graph = _graph(view, graphs[0], 0)
     _check_names(graph, ())
     producer = f"{record.text('producer_name')} {record.text('producer_version')}".strip()
-    return ParsedModel(graph, producer, _entries(view, record, "metadata_props"))
+    return ParsedModel(
+        graph,
+        producer,
+        _entries(view, record, "metadata_props"),
+        tuple(_function(view, place) for place in record.ranges("functions")),
+        _opsets(view, record),
+        record.integer("ir_version", 0),
+    )
+
+
+def _opsets(view: memoryview, record: Record) -> Mapping[str, int]:
+    imports = [decode(view, place, schema.OPERATOR_SET) for place in record.ranges("opset_import")]
+    return {domain_of(each.text("domain")): each.integer("version", 0) for each in imports}
+
+
+def domain_of(domain: str) -> str:
+    """The one name of a domain: ONNX's own has two."""
+    return "" if domain == "ai.onnx" else domain
+
+
+def _function(view: memoryview, where: Range) -> Graph:
+    """A function's body, which is a graph without initializers."""
+    record = decode(view, where, schema.FUNCTION)
+    nodes = tuple(_node(view, place, 1) for place in record.ranges("node"))
+    graph = Graph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
+    _check_names(graph, ())
+    return graph
 
 
 def _graph(view: memoryview, where: Range, depth: int) -> Graph:
@@ -48,7 +74,7 @@ def _graph(view: memoryview, where: Range, depth: int) -> Graph:
         sparse += [decode(view, value, schema.TENSOR).text("name") for value in values]
     return Graph(
         nodes=tuple(_node(view, place, depth) for place in record.ranges("node")),
-        initializers=tuple(_tensor(view, place) for place in record.ranges("initializer")),
+        initializers=tuple(tensor_header(view, place) for place in record.ranges("initializer")),
         inputs=_names(view, record, "input"),
         outputs=_names(view, record, "output"),
         sparse=tuple(sparse),
@@ -61,21 +87,42 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
     if not op_type:
         raise CorruptFile(f"byte {where.start}: a node names no operator: the file is damaged")
     integers: dict[str, int] = {}
+    floats: dict[str, float] = {}
+    lists: dict[str, tuple[int, ...]] = {}
     bodies: list[Graph] = []
     constant = None
+    has_tensors = False
     for place in record.ranges("attribute"):
         attribute = decode(view, place, schema.ATTRIBUTE)
         name = attribute.text("name")
         if "i" in attribute.values:
             integers[name] = attribute.integer("i", 0)
+        if "f" in attribute.values:
+            floats[name] = attribute.floats("f")[-1]
+        if "ints" in attribute.values:
+            lists[name] = tuple(attribute.ints("ints"))
         bodies += [_graph(view, body, depth + 1) for body in attribute.ranges("g") + attribute.ranges("graphs")]
+        has_tensors = has_tensors or bool(attribute.ranges("t") + attribute.ranges("tensors"))
         if op_type == "Constant" and name == "value" and attribute.ranges("t") and outputs:
-            constant = _tensor(view, attribute.ranges("t")[-1], outputs[0])
-    domain = record.text("domain")
-    return Node(op_type, tuple(record.texts("input")), outputs, integers, domain, tuple(bodies), constant)
+            constant = tensor_header(view, attribute.ranges("t")[-1], outputs[0])
+    return Node(
+        op_type,
+        tuple(record.texts("input")),
+        outputs,
+        integers,
+        record.text("domain"),
+        tuple(bodies),
+        constant,
+        record.text("name"),
+        has_tensors,
+        floats,
+        lists,
+        tuple(record.ranges("attribute")),
+    )
 
 
-def _tensor(view: memoryview, where: Range, name: str = "") -> TensorHeader:
+def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeader:
+    """A TensorProto without its payload; `name` is that of a Constant's value. Raises CorruptFile for wrong dims."""
     record = decode(view, where, schema.TENSOR)
     name = name or record.text("name")
     dims = tuple(record.ints("dims"))

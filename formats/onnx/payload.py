@@ -6,6 +6,7 @@ one element an entry, of these types one packed *byte* an entry (onnx.proto, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -23,6 +24,8 @@ from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
 from formats.onnx.wire import Range, count_varints, unpack_varints
 
 _MOST_ELEMENTS = 1 << 59  # NumPy's limit of 2**63 bytes, axes of no elements not counted, for the widest dtype
+#: Where payloads are that are carried along beside a model in memory.
+CARRIED = "nibblecast:carried"
 _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 
@@ -44,10 +47,12 @@ class _Varints:
 
 
 class Payloads:
-    """Makes the tensors of one model file, mapping each file of external data once."""
+    """Makes the tensors of one model file, mapping each file of external data once. `carried` are payloads that lie
+    nowhere in it, by the offset that external data at CARRIED gives."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: MappedFile, carried: Mapping[int, Tensor] | None = None) -> None:
         self.file = file
+        self.carried = carried or {}
         self.view = file.view.data
         self.external: dict[str, MappedFile] = {}
 
@@ -98,6 +103,8 @@ class Payloads:
 
     def _external(self, entries: dict[str, str] | Any, nbytes: int) -> Data:
         location = entries.get("location", "")
+        if self.carried and location == CARRIED:
+            return self.carried[int(entries["offset"])].data
         file = self.external.get(location)
         if file is None:
             file = self.external[location] = MappedFile.open(_contained(self.file.path.parent, location))

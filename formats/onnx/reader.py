@@ -14,7 +14,9 @@ from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
 from formats.onnx import schema
-from formats.onnx.graph import Graph, Node
+from formats.onnx.dataflow import scopes_of
+from formats.onnx.graph import Graph, Node, TensorHeader
+from formats.onnx.kept_graph import OnnxGraph
 from formats.onnx.lifting import Matcher, Pattern, Scope, Stored, quantization
 from formats.onnx.parse import parse
 from formats.onnx.payload import Payloads
@@ -65,11 +67,12 @@ class _Reading:
         self.owners: dict[int, str] = {}
 
     def model(self) -> Model:
-        scopes = list(_scopes(self.parsed.graph, None))
+        scopes = [scope for graph in (self.parsed.graph, *self.parsed.functions) for scope in scopes_of(graph)]
         is_ours = self.parsed.properties.get(schema.LAYOUT) == schema.WEIGHTS_LAYOUT
         found = list(self._ours(scopes[0]) if is_ours else self._foreign(scopes))
         known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None}
         tensors: dict[str, Tensor] = {}
+        headers: dict[str, TensorHeader] = {}
         repeated: Counter[str] = Counter()
         for one in found:
             tensor = self._quantized(one, one.pattern, known) if one.pattern else known[id(one.stored.header)]
@@ -77,9 +80,11 @@ class _Reading:
                 repeated[one.name] += 1
                 tensor = replace(tensor, name=f"{one.name}:{repeated[one.name]}")
             tensors[tensor.name] = tensor
+            headers[tensor.name] = one.stored.header
         operators = Counter(node.op_type for scope in scopes for node in scope.graph.nodes)
-        metadata = Metadata("onnx", self.parsed.producer, self.path, dict(operators))
-        return Model(tensors, metadata, losses=tuple(self.losses))
+        metadata = Metadata("onnx", self.parsed.producer, self.path, {} if is_ours else dict(operators))
+        graph = None if is_ours else OnnxGraph(self.parsed, self.payloads, tensors, headers)
+        return Model(tensors, metadata, graph, losses=tuple(self.losses))
 
     def _ours(self, scope: Scope) -> Iterator[_Found]:
         """What our own writer wrote: each output is a tensor."""
@@ -145,14 +150,6 @@ class _Reading:
     def _quantized(self, one: _Found, pattern: Pattern, known: Mapping[int, Tensor]) -> Tensor:
         lifted = quantization(pattern, self.payloads, known)
         return replace(one.stored.tensor(self.payloads), name=one.name, quantization=lifted, uses=one.uses)
-
-
-def _scopes(graph: Graph, outer: Scope | None) -> Iterator[Scope]:
-    scope = Scope(graph, outer)
-    yield scope
-    for node in graph.nodes:
-        for body in node.bodies:
-            yield from _scopes(body, scope)
 
 
 def _consumers(graph: Graph) -> Mapping[str, Sequence[Use]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from converters.errors import Unsupported, UsageError, printable
 from converters.interfaces import Capabilities, OutputFile, Size, option
 from converters.ir import Loss, Model, Tensor
 from formats.onnx import schema
+from formats.onnx.kept_graph import OnnxGraph
+from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept
 from formats.onnx.lowering import Initializer, Lowering, Names, carrier
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
@@ -29,9 +31,6 @@ from formats.onnx.serialize import (
 )
 
 _FLOAT32 = np.dtype(np.float32)
-#: Above this, payloads go to a second file unasked: tools need room below protobuf's 2 GiB to add to a model.
-_LARGEST_IN_ONE_FILE = 1_500_000_000
-_EXTERNAL_FROM = 1024  # onnx's own default
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,11 @@ class OnnxOptions:
     external_data: Size | None = option(
         None, "weights of at least this many bytes go to FILE.data; by default only when the model would pass 1.5 GB"
     )
+    layout: Literal["", "qdq", "matmulnbits"] = option(
+        "",
+        "how weights of a graph are decoded: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as they are",
+    )
+    ir_version: int | None = option(None, "IR version; by default the source's, or the first that has all types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +90,14 @@ class OnnxWriter:
     options: ClassVar[type] = OnnxOptions
     capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(ELEMENT_TYPES), nested_scale=False)
 
-    def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan:
+    def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan | KeptPlan:
         """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
         number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
         of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
+        if isinstance(model.graph, OnnxGraph):
+            return plan_kept(model, model.graph, target, options)
+        if options.layout:
+            raise UsageError(f"layout={options.layout} is for models with a graph, and this one has weights only")
         opset = _opset(model, options.opset)
         names, losses = _names(model)
         shared = _shared_parameters(model)
@@ -108,8 +116,8 @@ class OnnxWriter:
         graph = encode_graph([encode_node(node) for node in lowering.nodes], constants, outputs)
         flat = [initializer for group in initializers.values() for initializer in group]
         external_from: int | None = options.external_data
-        if external_from is None and sum(i.nbytes for i in flat) + len(graph) > _LARGEST_IN_ONE_FILE:
-            external_from = _EXTERNAL_FROM
+        if external_from is None and sum(i.nbytes for i in flat) + len(graph) > LARGEST_IN_ONE_FILE:
+            external_from = EXTERNAL_FROM
         location = _location(target, external_from)
         properties = {schema.LAYOUT: schema.WEIGHTS_LAYOUT}
         layout = lay_out(graph, flat, opset, properties, location, external_from)

@@ -1,0 +1,152 @@
+"""Operators that take quantized weights themselves, in ONNX's own operators on floats, and the other way round.
+
+Sources: onnxruntime's docs/ContribOperators.md (com.microsoft 1), and the ONNX operators (MatMul, Gemm, Gather,
+QLinearConv, QLinearMatMul, MatMulInteger).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from formats.onnx.dataflow import Dataflow, Taker
+from formats.onnx.graph import Node
+from formats.onnx.lifting import Scope
+from formats.onnx.lowering import Names
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A node that takes a weight's codes, and its graph."""
+
+    scope: Scope
+    node: Node
+    view: memoryview
+    names: Names
+
+    def attributes(self) -> tuple[bytes, ...]:
+        """The node's attributes, encoded."""
+        return tuple(bytes(self.view[where.start : where.stop]) for where in self.node.attributes)
+
+    def fresh(self, suffix: str) -> str:
+        """A name for a value on the way to this node's result."""
+        return self.names.fresh(f"{self.node.outputs[0]}_{suffix}")
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """How an operator is spelled out: `weight` is the position of the codes among its inputs, `scale` that of their
+    scale, `transposes` says that the operator takes the transposed of the weight that it is given. `nodes` makes what
+    takes its place, from a name for the float weight, already transposed; empty where it cannot."""
+
+    weight: int
+    scale: int
+    nodes: Callable[[Site, str], tuple[Node, ...]]
+    transposes: bool = False
+
+
+def _matmul(site: Site, weight: str) -> tuple[Node, ...]:
+    node = site.node
+    bias = node.input(5)
+    product = site.fresh("product") if bias else node.outputs[0]
+    nodes = (Node("MatMul", (node.input(0), weight), (product,), name=node.name),)
+    return (*nodes, Node("Add", (product, bias), node.outputs)) if bias else nodes
+
+
+def _bnb4(site: Site, weight: str) -> tuple[Node, ...]:
+    if site.node.integers.get("transB", 1) != 1:
+        return ()
+    return (Node("MatMul", (site.node.input(0), weight), site.node.outputs, name=site.node.name),)
+
+
+def _gather(site: Site, weight: str) -> tuple[Node, ...]:
+    node = site.node
+    axis = {"axis": node.integers.get("gather_axis", 0)}
+    return (Node("Gather", (weight, node.input(1)), node.outputs, axis, name=node.name),)
+
+
+def _qlinear_matmul(site: Site, weight: str) -> tuple[Node, ...]:
+    node = site.node
+    values, product = site.fresh("dequantized_input"), site.fresh("product")
+    return (
+        Node("DequantizeLinear", node.inputs[0:3], (values,)),
+        Node("MatMul", (values, weight), (product,), name=node.name),
+        Node("QuantizeLinear", (product, *node.inputs[6:8]), node.outputs),
+    )
+
+
+def _qlinear_conv(site: Site, weight: str) -> tuple[Node, ...]:
+    node = site.node
+    values, result = site.fresh("dequantized_input"), site.fresh("result")
+    nodes, inputs = [Node("DequantizeLinear", node.inputs[0:3], (values,))], [values, weight]
+    if node.input(8):  # the bias is int32 of scale x_scale * w_scale (ONNX operators, QLinearConv 10)
+        scale, bias = site.fresh("bias_scale"), site.fresh("bias")
+        nodes.append(Node("Mul", (node.input(1), node.input(4)), (scale,)))
+        nodes.append(Node("DequantizeLinear", (node.input(8), scale), (bias,), {"axis": 0}))
+        inputs.append(bias)
+    conv = Node("Conv", tuple(inputs), (result,), name=node.name, others=site.attributes())
+    return (*nodes, conv, Node("QuantizeLinear", (result, *node.inputs[6:8]), node.outputs))
+
+
+EXPANSIONS: Mapping[tuple[str, str], Expansion] = MappingProxyType(
+    {
+        (MICROSOFT, "MatMulNBits"): Expansion(1, 2, _matmul, transposes=True),
+        (MICROSOFT, "MatMulBnb4"): Expansion(1, 2, _bnb4, transposes=True),
+        (MICROSOFT, "GatherBlockQuantized"): Expansion(0, 2, _gather),
+        ("", "QLinearMatMul"): Expansion(3, 4, _qlinear_matmul),
+        ("", "QLinearConv"): Expansion(3, 4, _qlinear_conv),
+    }
+)
+
+
+def expansion(node: Node) -> Expansion | None:
+    """How a node is spelled out; None for one that takes no codes, or that nothing can be done about."""
+    return EXPANSIONS.get(("" if node.is_standard else node.domain, node.op_type))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fusion:
+    """Nodes that give way to one of com.microsoft's: `taker` multiplies by, or gathers from, a weight. `transposes`
+    says that it takes the weight as (in, out), where the operator wants (out, in)."""
+
+    taker: Taker
+    operator: str
+    transposes: bool
+    bias: str = ""
+
+
+def fusions(flow: Dataflow, taker: Taker, rank: int) -> list[Fusion] | None:
+    """How what takes a weight of this rank becomes an operator that takes its codes; None where it cannot."""
+    node, standard = taker.node, taker.node.is_standard
+    if not standard or rank != 2:
+        return None
+    if node.op_type == "Transpose" and taker.position == 0 and _swaps(node):
+        following = flow.takers_of(taker.scope, node.outputs[0])
+        if flow.is_output(taker.scope, node.outputs[0]) or not following:
+            return None
+        found = [_product(each, True) for each in following]
+        return None if None in found else [each for each in found if each is not None]
+    if node.op_type == "Gather" and taker.position == 0 and node.integers.get("axis", 0) == 0:
+        return [Fusion(taker, "GatherBlockQuantized", False)]
+    product = _product(taker, False)
+    return None if product is None else [product]
+
+
+def _swaps(node: Node) -> bool:
+    return node.lists.get("perm", (1, 0)) == (1, 0)
+
+
+def _product(taker: Taker, was_transposed: bool) -> Fusion | None:
+    node = taker.node
+    if not node.is_standard or taker.position != 1:
+        return None
+    if node.op_type == "MatMul":
+        return Fusion(taker, "MatMulNBits", not was_transposed)
+    plain = all(node.floats.get(name, 1.0) == 1.0 for name in ("alpha", "beta")) and not node.integers.get("transA", 0)
+    if node.op_type == "Gemm" and plain:
+        is_out_in = bool(node.integers.get("transB", 0)) != was_transposed
+        return Fusion(taker, "MatMulNBits", not is_out_in, bias=node.input(2))
+    return None
