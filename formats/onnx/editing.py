@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from formats.onnx.dataflow import Dataflow, Value
+from formats.onnx.dataflow import Dataflow, Taker, Value
 from formats.onnx.graph import Node, ParsedModel
 from formats.onnx.lifting import Scope
 from formats.onnx.lowering import Names
@@ -20,6 +20,7 @@ class Editor:
     names: Names
     edits: dict[int, GraphEdit] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
+    _given: set[Value] = field(default_factory=set)
     _counts: dict[Value, int] = field(default_factory=dict)
     _removed: set[int] = field(default_factory=set)
 
@@ -57,17 +58,21 @@ class Editor:
 
     def rename(self, scope: Scope, old: str, new: str) -> None:
         """Has all nodes that take the value `old` of a graph take `new`."""
-        value = self.flow.value(scope, old)
         self.edit(scope).renamed[old] = new
-        renamed = self.flow.value(scope, new)
-        self._counts[renamed] = self._count(renamed) + self._count(value)
-        self._counts[value] = 0
+        self._counts[self.flow.value(scope, old)] = 0
         self._drop_unused(scope, old)
 
-    def drop(self, scope: Scope, name: str) -> None:
-        """Leaves out an initializer, or a Constant, of a graph."""
-        header = scope.headers[name]
-        self.edit(scope).dropped[id(header)] = name
+    def give_away(self, scope: Scope, name: str) -> None:
+        """Leaves out an initializer, or a Constant, of a graph, whose name something new is to have from now on."""
+        self._given.add(self.flow.value(scope, name))
+        self._drop(scope, name)
+
+    def left(self, scope: Scope, name: str) -> list[Taker]:
+        """The nodes of the file that still take a value of a graph."""
+        return [taker for taker in self.flow.takers_of(scope, name) if not self.is_removed(taker.node)]
+
+    def _drop(self, scope: Scope, name: str) -> None:
+        self.edit(scope).dropped[id(scope.headers[name])] = name
 
     def _count(self, value: Value) -> int:
         if value not in self._counts:
@@ -85,13 +90,13 @@ class Editor:
     def _drop_unused(self, scope: Scope, name: str) -> None:
         """Leaves out what makes a value that nothing takes any more."""
         value = self.flow.value(scope, name)
-        if self._count(value) > 0 or value in self.flow.outputs:
+        if self._count(value) > 0 or value in self.flow.outputs or value in self._given:
             return
         owner = scope
         while id(owner.graph) != value[0] and owner.outer is not None:
             owner = owner.outer
         if name in owner.headers:
-            self.drop(owner, name)
+            self._drop(owner, name)
             return
         node = owner.producers.get(name)
         if node is not None and not node.bodies and self._is_unused(owner, node):

@@ -23,9 +23,10 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator: `integers`, `floats` and `lists` (of integers) are its attributes of these types, `bodies` the graphs in its attributes, `constant` the tensor
-    that a Constant holds, `has_tensors` says whether attributes hold any. An absent input is an empty name. `attributes`
-    is where all of them lie in the file, `others` are encoded ones that a new node takes over from one of the file."""
+    """An operator: `integers`, `floats` and `lists` (of integers) are its attributes of these types, `bodies` the
+    graphs in its attributes, `constant` the tensor that a Constant holds; `has_tensors` says whether attributes hold
+    any. An absent input is an empty name. `attributes` is where all of them lie in the file; `others` are encoded ones
+    that a new node takes over from one of the file."""
 
     op_type: str
     inputs: tuple[str, ...]

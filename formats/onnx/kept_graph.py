@@ -6,7 +6,7 @@ and what decodes them; the layout moves codes between DequantizeLinear and com.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,13 +14,15 @@ import numpy as np
 
 from converters.errors import Unsupported
 from converters.ir import Tensor
+from converters.packing import packed_size
+from formats.onnx.dataflow import Taker
 from formats.onnx.editing import Editor
 from formats.onnx.graph import Node, ParsedModel, TensorHeader
 from formats.onnx.lifting import Matcher, Scope
 from formats.onnx.lowering import Initializer, Lowering
-from formats.onnx.operators import MICROSOFT, Expansion, Fusion, Site, expansion, fusions
+from formats.onnx.operators import MICROSOFT, Fusion, Site, expansion, fusions
 from formats.onnx.payload import Payloads
-from formats.onnx.repacking import Blobs, fitting_block_size, transposed
+from formats.onnx.repacking import Blobs, parameters_of, transposed
 from formats.onnx.rewriting import NewInitializer
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES
 
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 QuantizedLayout = Literal["", "qdq", "matmulnbits"]
 
-_FLOAT32 = np.dtype(np.float32)
+Make = Callable[[Tensor], Tensor]
+
+_FLOAT32, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,125 +147,134 @@ class _Weight:
 
     def exchange(self) -> None:
         """Other plain values in the place of plain values."""
-        value = self.header.name
-        self.editor.drop(self.scope, value)
-        dtype = DTYPES[self.header.data_type]
+        value, dtype = self.header.name, DTYPES[self.header.data_type]
+        self.editor.give_away(self.scope, value)
         if dtype == self.tensor.dtype:
-            self._add(self.scope, NewInitializer(value, self.tensor, self.name))
+            self._store(value, self.tensor)
         else:
             stored = self.editor.names.fresh(f"{value}_{self.tensor.dtype.name}")
-            cast = Node("Cast", (stored,), (value,), {"to": ELEMENT_TYPES[dtype].number})
-            self._add(self.scope, NewInitializer(stored, self.tensor, self.name), cast)
-            self._expect(stored, self.tensor)
-            return
-        self._expect(value, self.tensor)
+            self._store(stored, self.tensor, _cast(stored, value, dtype))
 
     def fold(self) -> None:
         """Floats in the place of codes and of what decodes them."""
-        stored = self._stored_name()
+        stored = self._name_of_codes()
         for decoding in self.decodings:
             if decoding.value:
                 self._give(decoding, stored, self.tensor.dtype)
             else:
-                self._expand(decoding, stored, self.tensor.dtype, is_transposed=False)
-        self._refuse_other_takers()
-        self._add(self.scope, NewInitializer(stored, self.tensor, self.name))
-        self._expect(stored, self.tensor)
+                self._expand(decoding, stored, self.tensor.dtype, is_turned=False)
+        self._store(stored, self.tensor)
 
     def quantize(self) -> None:
         """Codes and what decodes them in the place of floats."""
         value, dtype = self.header.name, DTYPES[self.header.data_type]
         decoding = _Decoding(self.scope, Node("", (), ()), value, dtype)
-        rest = self._fuse([decoding]) if self.changes.layout == "matmulnbits" else [decoding]
-        if not rest:
+        if self.changes.layout == "matmulnbits" and not self._fuse([decoding]):
             return
-        if self.editor.flow.is_output(self.scope, value):
-            self.editor.drop(self.scope, value)
-            self._decode(self.scope, self.editor.names.fresh(f"{value}_quantized"), value, dtype)
-        else:
-            decoded = self.editor.names.fresh(f"{value}_dequantized")
+        is_output = self.editor.flow.is_output(self.scope, value)
+        self.editor.give_away(self.scope, value)
+        decoded = value if is_output else self.editor.names.fresh(f"{value}_dequantized")
+        if not is_output:
             self.editor.rename(self.scope, value, decoded)
-            self._decode(self.scope, value, decoded, dtype)
+        stored = self.editor.names.fresh(f"{value}_quantized") if is_output else value
+        self._decode(stored, decoded, dtype, self.tensor)
 
     def move(self, is_changed: bool) -> None:
         """Codes to where the layout wants them, or other codes."""
         operators = [decoding for decoding in self.decodings if not decoding.value]
         values = [decoding for decoding in self.decodings if decoding.value]
-        if self.changes.layout == "matmulnbits" and values:
-            rest = self._fuse(values)
-            if rest and not is_changed:
-                return
-            values = rest if is_changed else []
-        elif self.changes.layout != "qdq" and not is_changed:
-            return
-        elif not is_changed:
+        if self.changes.layout == "matmulnbits":
+            values = self._fuse(values)
+        if not is_changed:
             values = []
-        if not values and not (operators and (is_changed or self.changes.layout == "qdq")):
-            return
-        self._decode_anew(values, operators)
-
-    def _decode_anew(self, values: Sequence[_Decoding], operators: Sequence[_Decoding]) -> None:
+            operators = operators if self.changes.layout == "qdq" else []
         turned = [one for one in operators if self._turns(one)]
         straight = [one for one in operators if not self._turns(one)]
-        for decodings, is_turned in ((straight, False), (turned, True)):
-            if not decodings and not (values and not is_turned):
-                continue
-            tensor = transposed(self.tensor) if is_turned else self.tensor
-            stored = self._stored_name()
-            decoded = self.editor.names.fresh(f"{stored}_dequantized")
-            dtype = decodings[0].dtype if decodings else values[0].dtype
-            for decoding in decodings:
-                self._expand(decoding, decoded, dtype, is_transposed=is_turned)
-            for decoding in () if is_turned else values:
-                self._give(decoding, decoded, dtype)
-            self._refuse_other_takers()
-            self._decode(self.scope, stored, decoded, dtype, tensor, transposed if is_turned else None)
+        stored = ""
+        if straight or values:
+            stored = self._name_of_codes()
+            self._decode_for(straight, values, stored, self.tensor)
+        if turned:
+            stored = self.editor.names.fresh(f"{stored}_transposed") if stored else self._name_of_codes()
+            self._decode_for(turned, [], stored, transposed(self.tensor))
+
+    def _decode_for(
+        self, operators: Sequence[_Decoding], values: Sequence[_Decoding], stored: str, tensor: Tensor
+    ) -> None:
+        """Adds codes called `stored`, and has what takes the weight take what these are decoded to."""
+        dtype = (*operators, *values)[0].dtype
+        decoded = self.editor.names.fresh(f"{stored}_dequantized")
+        for decoding in operators:
+            self._expand(decoding, decoded, dtype, is_turned=tensor is not self.tensor)
+        for decoding in values:
+            self._give(decoding, decoded, dtype)
+        self._decode(stored, decoded, dtype, tensor)
+
+    def _name_of_codes(self) -> str:
+        """The initializer's name, for what takes its place. Raises Unsupported when nodes take it that do not decode
+        it."""
+        nodes = {id(decoding.node) for decoding in self.decodings}
+        others = [each for each in self.editor.left(self.scope, self.header.name) if not self._leads_to(each, nodes)]
+        if others or self.editor.flow.is_output(self.scope, self.header.name):
+            what = others[0].node.op_type if others else "output"
+            raise Unsupported(
+                f"its codes are also taken by a {what} that does not decode them, and would be left without: "
+                "leave it as it is with --skip",
+                tensor=self.name,
+            )
+        self.editor.give_away(self.scope, self.header.name)
+        return self.header.name
+
+    def _leads_to(self, taker: Taker, nodes: set[int]) -> bool:
+        """Whether a node is one of these, or is taken by nothing but nodes that lead to them (Cast, Sub)."""
+        if id(taker.node) in nodes:
+            return True
+        following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
+        return len(following) == 1 and self._leads_to(following[0], nodes)
 
     def _turns(self, decoding: _Decoding) -> bool:
         found = expansion(decoding.node)
         return found is not None and found.transposes
 
-    def _stored_name(self) -> str:
-        """The tensor's own name, for the initializer; another one where nodes give that name to a value."""
-        taken = self.name != self.header.name and self.name in self.editor.names.taken
-        return self.header.name if taken else self.name
+    def _store(self, stored: str, tensor: Tensor, *nodes: Node) -> None:
+        """Adds an initializer called `stored`, and nodes that take nothing else."""
+        self.editor.add(self.scope, [NewInitializer.of(stored, tensor, self.name)], nodes)
+        self.expect(stored, tensor)
 
-    def _expect(self, stored: str, tensor: Tensor) -> None:
-        if stored not in (self.name, self.header.name):
-            del self.changes.expected[self.name]
-            self.changes.expected[stored] = replace(tensor, name=stored)
-        else:
+    def expect(self, stored: str, tensor: Tensor) -> None:
+        """Notes what reading the result gives for an initializer."""
+        if stored == self.header.name:
             self.changes.expected[self.name] = tensor
-
-    def _add(self, scope: Scope, new: NewInitializer, *nodes: Node) -> None:
-        self.editor.add(scope, [new], nodes)
+        else:
+            self.changes.expected.pop(self.name, None)
+            self.changes.expected[stored] = replace(tensor, name=stored)
 
     def _give(self, decoding: _Decoding, stored: str, dtype: np.dtype[Any]) -> None:
         """Has what takes a decoded value take `stored`, of this dtype, instead."""
         scope, value = decoding.scope, decoding.value
         if dtype != decoding.dtype:
-            cast = Node("Cast", (stored,), (value,), {"to": ELEMENT_TYPES[decoding.dtype].number})
-            self.editor.replace(scope, decoding.node, cast)
+            self.editor.replace(scope, decoding.node, _cast(stored, value, decoding.dtype))
         elif self.editor.flow.is_output(scope, value):
             identity = () if stored == value else (Node("Identity", (stored,), (value,)),)
             self.editor.replace(scope, decoding.node, *identity)
         else:
             self.editor.rename(scope, value, stored)
 
-    def _expand(self, decoding: _Decoding, decoded: str, dtype: np.dtype[Any], *, is_transposed: bool) -> None:
+    def _expand(self, decoding: _Decoding, decoded: str, dtype: np.dtype[Any], *, is_turned: bool) -> None:
         """Spells out an operator that takes codes, for the decoded weight."""
         found = expansion(decoding.node)
-        assert found is not None
+        if found is None:
+            return
         site = Site(decoding.scope, decoding.node, self.changes.graph.payloads.view, self.editor.names)
         before: list[Node] = []
-        if found.transposes and not is_transposed:
+        if found.transposes and not is_turned:
             turned = site.fresh("weight")
-            before.append(Node("Transpose", (decoded,), (turned,), lists={"perm": (1, 0)}))
+            before.append(Node("Transpose", (decoded,), (turned,)))
             decoded = turned
         if dtype != decoding.dtype:
-            cast = site.fresh("weight_cast")
-            before.append(Node("Cast", (decoded,), (cast,), {"to": ELEMENT_TYPES[decoding.dtype].number}))
-            decoded = cast
+            rounded = site.fresh("weight_cast")
+            before.append(_cast(decoded, rounded, decoding.dtype))
+            decoded = rounded
         nodes = found.nodes(site, decoded)
         if not nodes:
             raise Unsupported(
@@ -271,46 +284,28 @@ class _Weight:
             )
         self.editor.replace(decoding.scope, decoding.node, *before, *nodes)
 
-    def _refuse_other_takers(self) -> None:
-        """Raises Unsupported when something still takes the codes."""
-        if id(self.header) not in self.editor.edit(self.scope).dropped:
-            raise Unsupported(
-                "its codes are also taken by nodes that do not decode them, which would be left without: "
-                "leave it as it is with --skip",
-                tensor=self.name,
-            )
-
-    def _decode(
-        self,
-        scope: Scope,
-        stored: str,
-        value: str,
-        dtype: np.dtype[Any],
-        tensor: Tensor | None = None,
-        make: Any = None,
-    ) -> None:
-        """Adds codes called `stored`, and the nodes that make `value` of them."""
-        tensor = self.tensor if tensor is None else tensor
-        quantization = tensor.quantization
-        assert quantization is not None
-        names = self.editor.names
-        lowering = Lowering(self.changes.opset, names, {})
-        initializers = lowering.lower(tensor, quantization, value, dtype)
+    def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
+        """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
+        if tensor.quantization is None:
+            return
+        lowering = Lowering(self.changes.opset, self.editor.names, {})
+        initializers = lowering.lower(tensor, tensor.quantization, value, dtype)
         renamed = {one.name: stored for one in initializers if one.role == "codes"}
-        added = [self._initializer(one, renamed.get(one.name, one.name), tensor, make) for one in initializers]
-        for constant in lowering.constants.values():
-            added.append(NewInitializer(constant.name, Tensor.from_array(constant.name, constant.values)))
+        added = [self._initializer(one, renamed.get(one.name, one.name), tensor) for one in initializers]
+        constants = lowering.constants.values()
+        added += [NewInitializer.of(one.name, Tensor.from_array(one.name, one.values)) for one in constants]
         nodes = [replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in lowering.nodes]
-        self.editor.add(scope, added, nodes)
-        self._expect(stored, tensor)
+        self.editor.add(self.scope, added, nodes)
+        self.expect(stored, tensor)
 
-    def _initializer(self, one: Initializer, name: str, tensor: Tensor, make: Any) -> NewInitializer:
-        if one.role == "codes":
-            return NewInitializer(name, tensor, self.name, make, one.properties)
-        assert tensor.quantization is not None
-        parameter = dict(tensor.quantization.parameters())[one.role]
-        shaped = Tensor(name, one.dims, one.dtype, parameter.data)
-        return NewInitializer(name, shaped, properties=one.properties)
+    def _initializer(self, one: Initializer, name: str, tensor: Tensor) -> NewInitializer:
+        is_turned = tensor is not self.tensor
+
+        def make(stored: Tensor) -> Tensor:
+            turned = transposed(stored) if is_turned else stored
+            return turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
+
+        return NewInitializer(name, one.dims, one.dtype, self.tensor, self.name, make, one.properties)
 
     def _fuse(self, decodings: Sequence[_Decoding]) -> list[_Decoding]:
         """Has com.microsoft's operators take the codes, wherever they can; returns the decodings that are still
@@ -321,87 +316,91 @@ class _Weight:
         return rest
 
 
+def _cast(name: str, output: str, dtype: np.dtype[Any]) -> Node:
+    return Node("Cast", (name,), (output,), {"to": ELEMENT_TYPES[dtype].number})
+
+
 @dataclass(slots=True)
 class _FusionGroups:
     """The operators that take a weight's codes from now on, apart for those that want it transposed."""
 
     weight: _Weight
-    fused: list[tuple[_Decoding, Fusion]] = field(default_factory=list)
+    fused: list[tuple[_Decoding, Fusion, Blobs]] = field(default_factory=list)
 
     def take(self, decoding: _Decoding) -> bool:
         """Notes the fusions of all that takes a decoded value; returns whether nothing else takes it."""
-        flow, weight = self.weight.editor.flow, self.weight
-        takers = flow.takers_of(decoding.scope, decoding.value)
-        rank = len(weight.tensor.shape)
+        flow = self.weight.editor.flow
         complete = not flow.is_output(decoding.scope, decoding.value)
-        for taker in takers:
-            found = fusions(flow, taker, rank)
-            fitting = found is not None and all(self._fits(each) for each in found)
-            if found is not None and fitting:
-                self.fused += [(decoding, each) for each in found]
-            complete = complete and fitting
+        for taker in flow.takers_of(decoding.scope, decoding.value):
+            found = fusions(flow, taker, len(self.weight.tensor.shape)) or []
+            blobs = [self._blobs(each) for each in found]
+            fitting = [(each, blob) for each, blob in zip(found, blobs, strict=True) if blob is not None]
+            if fitting and len(fitting) == len(blobs):
+                self.fused += [(decoding, each, blob) for each, blob in fitting]
+            else:
+                complete = False
         return complete
 
-    def _fits(self, fusion: Fusion) -> bool:
-        return self._blobs(fusion) is not None
-
     def _blobs(self, fusion: Fusion) -> Blobs | None:
-        tensor = self.weight.tensor
-        turned = transposed(tensor) if fusion.transposes else tensor
-        size = fitting_block_size(turned)
-        return None if size is None else Blobs(turned, size)
+        turned = transposed(self.weight.tensor) if fusion.transposes else self.weight.tensor
+        blobs = Blobs.of(turned)
+        # its data have no room for a last block that is filled up
+        is_ragged = blobs is not None and turned.shape[1] % blobs.block_size
+        return None if fusion.operator == "GatherBlockQuantized" and is_ragged else blobs
 
     def write(self, *, is_whole: bool) -> None:
-        """Adds the blobs and puts the operators in the place of the nodes."""
-        weight, names = self.weight, self.weight.editor.names
+        """Adds the blobs and puts the operators in the place of the nodes. `is_whole`: nothing else takes the codes, so
+        that the first blobs have their name."""
+        weight = self.weight
         stored: dict[tuple[bool, str], tuple[str, ...]] = {}
-        kinds = {(fusion.transposes, fusion.operator) for _, fusion in self.fused}
-        for decoding, fusion in self.fused:
-            blobs = self._blobs(fusion)
-            assert blobs is not None
+        for decoding, fusion, blobs in self.fused:
             key = (fusion.transposes, fusion.operator)
             if key not in stored:
-                own = is_whole and len(kinds) == 1
-                name = weight._stored_name() if own else names.fresh(f"{weight.name}_Q{blobs.bits}")
-                stored[key] = self._add(blobs, name, decoding.dtype, fusion)
-                if own:
-                    weight._expect(name, blobs.weight)
+                name = weight.header.name
+                if is_whole and not stored:
+                    weight.editor.give_away(weight.scope, name)
                 else:
-                    weight.changes.expected[name] = replace(blobs.weight, name=name)
+                    name = weight.editor.names.fresh(f"{name}_Q{blobs.bits}")
+                stored[key] = self._add(blobs, name, decoding.dtype, fusion)
+                read = replace(blobs.weight, name=name)
+                weight.changes.expected[weight.name if name == weight.header.name else name] = read
             self._operator(fusion, blobs, stored[key])
         if self.fused:
             weight.editor.domains.add(MICROSOFT)
 
     def _add(self, blobs: Blobs, name: str, dtype: np.dtype[Any], fusion: Fusion) -> tuple[str, ...]:
         weight, names = self.weight, self.weight.editor.names
-        make = (lambda t: blobs.codes(transposed(t))) if fusion.transposes else blobs.codes
-        codes = blobs.codes(blobs.weight)
-        scales, zero_points = blobs.scales(blobs.weight, dtype), blobs.zero_points(blobs.weight)
-        if fusion.operator == "GatherBlockQuantized":
-            codes = replace(codes, shape=(codes.shape[0], codes.shape[1] * codes.shape[2]))
-        added = [NewInitializer(name, codes, weight.name, make)]
-        added.append(NewInitializer(names.fresh(f"{weight.name}_scales"), scales))
-        if zero_points is not None:
-            added.append(NewInitializer(names.fresh(f"{weight.name}_zero_points"), zero_points))
-        weight.editor.add(weight.scope, added)
-        return tuple(new.name for new in added)
+
+        def blobs_of(tensor: Tensor) -> Blobs:
+            return blobs.like(transposed(tensor) if fusion.transposes else tensor)
+
+        def added(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], make: Make) -> NewInitializer:
+            return NewInitializer(name, shape, dtype, weight.tensor, weight.name, make)
+
+        shape = blobs.shape if fusion.operator == "MatMulNBits" else (blobs.shape[0], blobs.shape[1] * blobs.shape[2])
+        grid = blobs.shape[:2]
+        initializers = [
+            added(name, shape, _UINT8, lambda tensor: blobs_of(tensor).codes()),
+            added(names.fresh(f"{weight.name}_scales"), grid, dtype, lambda tensor: blobs_of(tensor).scales(dtype)),
+        ]
+        if blobs.has_zero_points:
+            packed = (grid[0], packed_size(grid[1], blobs.bits))
+            zero_points = names.fresh(f"{weight.name}_zero_points")
+            initializers.append(added(zero_points, packed, _UINT8, lambda tensor: blobs_of(tensor).zero_points()))
+        weight.editor.add(weight.scope, initializers)
+        return tuple(new.name for new in initializers)
 
     def _operator(self, fusion: Fusion, blobs: Blobs, stored: tuple[str, ...]) -> None:
         editor, node, scope = self.weight.editor, fusion.taker.node, fusion.taker.scope
         rows, columns = blobs.weight.shape
         attributes = {"bits": blobs.bits, "block_size": blobs.block_size}
         if fusion.operator == "GatherBlockQuantized":
-            inputs = (stored[0], node.input(1), *stored[1:])
-            attributes |= {"gather_axis": 0, "quantize_axis": 1}
-            editor.replace(
-                scope, node, Node(fusion.operator, inputs, node.outputs, attributes, MICROSOFT, name=node.name)
-            )
+            inputs, attributes = (stored[0], node.input(1), *stored[1:]), attributes | {"quantize_axis": 1}
+            gather = Node(fusion.operator, inputs, node.outputs, attributes, MICROSOFT, name=node.name)
+            editor.replace(scope, node, gather)
             return
         result = editor.names.fresh(f"{node.outputs[0]}_product") if fusion.bias else node.outputs[0]
         attributes = {"K": columns, "N": rows, **attributes}
         product = Node(fusion.operator, (node.input(0), *stored), (result,), attributes, MICROSOFT, name=node.name)
         add = (Node("Add", (result, fusion.bias), node.outputs),) if fusion.bias else ()
         editor.replace(scope, node, product, *add)
-
-
-__all__ = ["Expansion", "GraphChanges", "OnnxGraph"]

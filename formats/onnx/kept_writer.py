@@ -13,7 +13,6 @@ from converters.ir import Loss, Model, Tensor
 from converters.storage import MappedFile
 from formats.onnx import schema
 from formats.onnx.kept_graph import GraphChanges, OnnxGraph
-from formats.onnx.operators import MICROSOFT
 from formats.onnx.opset import raised, required_opset
 from formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
 from formats.onnx.serialize import LARGEST_MODEL, go_to
@@ -61,7 +60,7 @@ class _Place:
 
     def write(self, tensor: Tensor) -> None:
         """Writes the payload, made of its owner."""
-        made = tensor if self.payload.make is None else self.payload.make(tensor)
+        made = self.payload.make(tensor)
         go_to(self.stream, self.position)
         for part in made.parts(_PIECE_BYTES):
             self.stream.write(part.packed().data)
@@ -145,7 +144,7 @@ def _laid_out(changes: GraphChanges, model: Model, options: OnnxOptions, locatio
 def _ir_version(graph: OnnxGraph, changes: GraphChanges, options: OnnxOptions) -> int:
     """The file's own, or the first that has the types of new initializers and goes with the operator set."""
     added = [new for edit in changes.editor.edits.values() for new in edit.added]
-    needed = [schema.ELEMENT_TYPES[new.tensor.dtype].opset for new in added]
+    needed = [schema.ELEMENT_TYPES[new.dtype].opset for new in added]
     if changes.opset != graph.parsed.opsets.get("", 0):
         needed.append(changes.opset)
     least = max((schema.IR_VERSIONS[max(opset, min(schema.IR_VERSIONS))] for opset in needed), default=0)

@@ -5,6 +5,7 @@ Codes are moved, never decoded. Everything is read from the source in pieces whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -13,20 +14,20 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import GroupIndex, Quantization, Tensor, grid_shape
+from converters.ir import GroupIndex, Quantization, Tensor, is_integer
 from converters.packing import SUB_BYTE, bits_of, pack, unpack
-from converters.storage import Computed, InMemory
+from converters.storage import Computed
 
 _TILE = 256
 _PIECE_BYTES = 1 << 20
 _UNSIGNED = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 #: The sign bit of every code in a byte: flipping it makes two's complement offset binary.
 _SIGN_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
-_INT8 = np.dtype(np.int8)
+_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """A matrix of shape (rows, columns) as (columns, rows), its parameters likewise. Codes have 2, 4 or 8 bits."""
+    """A matrix of shape (rows, columns) as (columns, rows), its parameters likewise."""
     rows, columns = tensor.shape
     source = _Columns(tensor)
     row_nbytes = rows * tensor.bits / 8
@@ -45,20 +46,20 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def _transposed_parameters(q: Quantization) -> Quantization:
-    def swap(parameter: Tensor | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        return Tensor.from_array(parameter.name, np.ascontiguousarray(parameter.numpy().T))
-
     group = q.group_index
     return Quantization(
-        Tensor.from_array(q.scale.name, np.ascontiguousarray(q.scale.numpy().T)),
+        transposed(q.scale),
         q.block_shape[::-1],
-        swap(q.zero_point),
-        swap(q.offset),
+        q.zero_point and transposed(q.zero_point),
+        q.offset and transposed(q.offset),
         q.codebook,
         None if group is None else GroupIndex(1 - group.axis, group.index),
     )
+
+
+def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a tensor has, with their roles."""
+    return iter(()) if tensor.quantization is None else tensor.quantization.parameters()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,11 +72,12 @@ class _Columns:
         """The canonical bytes of columns [first, last) as rows."""
         rows, columns = self.tensor.shape
         bits = self.tensor.bits
-        per_byte = 8 // bits
+        per_byte = max(1, 8 // bits)
         begin, end = first // per_byte, -(-last // per_byte)
+        if bits > 8:
+            return np.ascontiguousarray(self.tensor.codes()[:, first:last].T).reshape(-1).view(np.uint8)
         if columns % per_byte or rows % per_byte:  # rows that begin within a byte
-            codes = self.tensor.codes()[:, first:last].T
-            return pack(codes, bits) if bits < 8 else np.ascontiguousarray(codes).view(np.uint8).reshape(-1)
+            return pack(self.tensor.codes()[:, first:last].T, bits)
         packed = self._bytes(begin, end)
         out = np.empty(((end - begin) * per_byte, rows // per_byte), np.uint8)
         merge = {8: _transpose_8, 4: _transpose_4, 2: _transpose_2}[bits]
@@ -120,13 +122,33 @@ def _transpose_2(tile: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blobs:
-    """A weight as MatMulNBits (ORT's contrib operators, com.microsoft 1) takes it, whose logical shape is
-    (rows, columns): `codes` uint8 (rows, blocks, block_size * bits / 8), unsigned, the last block of a row filled up
-    with zeros; `scales` (rows, blocks); `zero_points` uint8 (rows, ceil(blocks * bits / 8)), each row filled up to whole
-    bytes, or None where all are 2 ** (bits - 1)."""
+    """A weight of shape (rows, columns) as MatMulNBits (onnxruntime's ContribOperators.md, com.microsoft 1) takes it."""
 
     weight: Tensor
+    quantization: Quantization
     block_size: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Blobs | None:
+        """The blobs of the largest block size that gives exactly these values: a power of two of at least 16 that the
+        weight's own blocks are made of. None where there is none, or where codes are no integers of 2, 4 or 8 bits with
+        one scale, and perhaps one integer zero point, for each block along a row."""
+        q = weight.quantization
+        if q is None or q.offset is not None or q.codebook is not None or q.group_index is not None:
+            return None
+        if len(weight.shape) != 2 or 0 in weight.shape or weight.dtype not in _CODES:
+            return None
+        if q.zero_point is not None and not _are_codes(q.zero_point, weight.dtype):
+            return None
+        columns, own = weight.shape[1], q.block_shape[1]
+        if own >= columns:  # one block: any size will do
+            return cls(weight, q, min(_USUAL, max(_LEAST, 1 << (columns - 1).bit_length())))
+        largest = own & -own
+        return cls(weight, q, largest) if largest >= _LEAST else None
+
+    def like(self, weight: Tensor) -> Blobs:
+        """Those of this weight with its payload and parameters in memory, perhaps."""
+        return replace(self, weight=weight, quantization=weight.quantization or self.quantization)
 
     @property
     def bits(self) -> int:
@@ -134,62 +156,56 @@ class Blobs:
         return self.weight.bits
 
     @property
-    def blocks(self) -> int:
-        """Blocks in a row."""
-        return -(-self.weight.shape[1] // self.block_size)
+    def shape(self) -> tuple[int, int, int]:
+        """That of the codes: (rows, blocks, block_size * bits / 8)."""
+        rows, columns = self.weight.shape
+        return rows, -(-columns // self.block_size), self.block_size * self.bits // 8
 
-    def codes(self, weight: Tensor) -> Tensor:
-        """The blobs of `weight`, which is this one, perhaps with its payload in memory."""
-        rows, columns = weight.shape
-        blob = self.block_size * self.bits // 8
-        shape = (rows, self.blocks, blob)
+    @property
+    def has_zero_points(self) -> bool:
+        """Whether zero points are to be written: without any they are 2 ** (bits - 1)."""
+        return self.quantization.zero_point is not None or not _is_signed(self.weight.dtype)
+
+    def codes(self) -> Tensor:
+        """The codes, unsigned, uint8 of `shape`, the last block of each row filled up with zeros."""
+        weight, row_nbytes = self.weight, self.shape[1] * self.shape[2]
+        columns = weight.shape[1]
         flip = np.uint8(_SIGN_BITS[self.bits] if _is_signed(weight.dtype) else 0)
-        row_nbytes, stored_nbytes = self.blocks * blob, columns * self.bits // 8
-        whole = row_nbytes == stored_nbytes and columns * self.bits % 8 == 0
-        if whole and not flip:
-            return Tensor(weight.name, shape, np.dtype(np.uint8), weight.data)
+        is_whole = row_nbytes * 8 == columns * self.bits
+        if is_whole and not flip:
+            return Tensor(weight.name, self.shape, _UINT8, weight.data)
 
         def compute(start: int, stop: int) -> NDArray[np.uint8]:
-            if whole:
+            if is_whole:
                 return weight.data.read(start, stop) ^ flip
             first, last = start // row_nbytes, -(-stop // row_nbytes)
             packed = _padded_rows(weight, first, last, row_nbytes, flip)
             return packed.reshape(-1)[start - first * row_nbytes : stop - first * row_nbytes]
 
-        return Tensor(weight.name, shape, np.dtype(np.uint8), Computed(prod(shape), compute))
+        return Tensor(weight.name, self.shape, _UINT8, Computed(prod(self.shape), compute))
 
-    def scales(self, weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
-        """The scales in blocks of this size."""
-        assert weight.quantization is not None
-        scale = self._spread(weight.quantization.scale.dequantize(np.float32), weight)
-        return Tensor.from_array("scales", scale.astype(dtype))
+    def scales(self, dtype: np.dtype[Any]) -> Tensor:
+        """The scales, (rows, blocks) of `dtype`."""
+        return Tensor.from_array("scales", self._spread(self.quantization.scale.dequantize(np.float32)).astype(dtype))
 
-    def zero_points(self, weight: Tensor) -> Tensor | None:
-        """The zero points, of unsigned codes."""
-        assert weight.quantization is not None
-        half = 1 << (self.bits - 1)
-        signed = _is_signed(weight.dtype)
-        zero_point = weight.quantization.zero_point
-        if zero_point is None:
-            if signed:
-                return None
-            values = np.zeros((weight.shape[0], self.blocks), np.int64)
-        else:
-            values = self._spread(zero_point.codes().astype(np.int64), weight) + (half if signed else 0)
-        if (values == half).all():
-            return None
+    def zero_points(self) -> Tensor:
+        """The zero points of unsigned codes, uint8 of shape (rows, ceil(blocks * bits / 8)), each row filled up to
+        whole bytes."""
+        shift, zero_point = 1 << (self.bits - 1), self.quantization.zero_point
+        grid = np.zeros(self.quantization.scale.shape, np.int64) if zero_point is None else zero_point.codes()
+        values = self._spread(grid.astype(np.int64)) + (shift if _is_signed(self.weight.dtype) else 0)
+        if self.bits == 8:
+            return Tensor.from_array("zero_points", values.astype(np.uint8))
         per_byte = 8 // self.bits
-        padded = np.zeros((values.shape[0], -(-self.blocks // per_byte) * per_byte), np.uint8)
-        padded[:, : self.blocks] = values
-        packed = padded if self.bits == 8 else pack(padded, self.bits).reshape(values.shape[0], -1)
-        return Tensor.from_array("zero_points", np.ascontiguousarray(packed))
+        padded = np.zeros((values.shape[0], -(-values.shape[1] // per_byte) * per_byte), np.uint8)
+        padded[:, : values.shape[1]] = values
+        return Tensor.from_array("zero_points", pack(padded, self.bits).reshape(values.shape[0], -1))
 
-    def _spread(self, grid: NDArray[Any], weight: Tensor) -> NDArray[Any]:
+    def _spread(self, grid: NDArray[Any]) -> NDArray[Any]:
         """Parameters, one for each block of the weight's own size, as one for each of these blocks."""
-        assert weight.quantization is not None
-        own_rows, own = weight.quantization.block_shape
-        starts = np.arange(self.blocks) * self.block_size // own
-        rows = np.arange(weight.shape[0]) // own_rows
+        own_rows, own_columns = self.quantization.block_shape
+        starts = np.arange(self.shape[1]) * self.block_size // own_columns
+        rows = np.arange(self.weight.shape[0]) // own_rows
         return np.ascontiguousarray(grid[rows][:, starts])
 
 
@@ -211,33 +227,17 @@ def _padded_rows(weight: Tensor, first: int, last: int, row_nbytes: int, flip: n
     return pack(wide, bits).reshape(last - first, row_nbytes)
 
 
-def fitting_block_size(weight: Tensor) -> int | None:
-    """The largest block size with which MatMulNBits decodes a weight of shape (rows, columns) exactly: a power of two
-    of at least 16 that its own blocks are made of. None where there is none, or where codes are no integers of 2, 4 or
-    8 bits with one scale, and perhaps one integer zero point, for each block along a row."""
-    q = weight.quantization
-    if q is None or q.offset is not None or q.codebook is not None or q.group_index is not None:
-        return None
-    if len(weight.shape) != 2 or 0 in weight.shape or (weight.dtype not in SUB_BYTE and weight.dtype.itemsize > 1):
-        return None
-    if weight.dtype not in _CODES or (q.zero_point is not None and not _holds_codes(q.zero_point, weight.dtype)):
-        return None
-    columns, own = weight.shape[1], q.block_shape[1]
-    if own >= columns:  # one block: any size will do
-        return min(_USUAL, max(_LEAST, 1 << (columns - 1).bit_length()))
-    largest = own & -own
-    return largest if largest >= _LEAST else None
-
-
 _LEAST, _USUAL = 16, 128
 _CODES = frozenset(
     np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
 )
 
 
-def _holds_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
+def _are_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
     """Whether all zero points are integers that codes can be."""
-    if zero_point.quantization is not None or zero_point.dtype.kind not in "iu" and zero_point.dtype not in SUB_BYTE:
+    if zero_point.dtype == dtype:
+        return True
+    if zero_point.quantization is not None or not is_integer(zero_point.dtype):
         return False
     bits = bits_of(dtype)
     lowest = -(1 << (bits - 1)) if _is_signed(dtype) else 0
@@ -247,17 +247,3 @@ def _holds_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
 
 def _is_signed(dtype: np.dtype[Any]) -> bool:
     return (SUB_BYTE[dtype][1] if dtype in SUB_BYTE else dtype) == _INT8
-
-
-def unsigned(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The unsigned integers of as many bits."""
-    return _UNSIGNED[bits_of(dtype)]
-
-
-def has_grid(tensor: Tensor) -> bool:
-    """Whether the parameters have the shape that blocks make."""
-    q = tensor.quantization
-    return q is not None and q.scale.shape == grid_shape(tensor.shape, q.block_shape)
-
-
-__all__ = ["Blobs", "InMemory", "fitting_block_size", "has_grid", "transposed", "unsigned"]

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
 
 from converters.errors import Unsupported
 from converters.ir import Tensor
+from converters.packing import bits_of, packed_size
 from formats.onnx import schema
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.parse import tensor_header
@@ -24,15 +29,20 @@ _PAYLOAD_FIELDS = frozenset(
 ) | {schema.TENSOR.fields["external_data"].number, schema.TENSOR.fields["data_location"].number}
 
 
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Payload:
-    """Bytes that are streamed when all else is written: those of `make(tensor)`, where `tensor` is the model's of the
-    name `owner`, or of `tensor` itself, which nobody owns."""
+    """Bytes that are streamed when all else is written: those of `make(tensor)`. With an `owner`, `tensor` is the
+    model's of that name, and is streamed when that is."""
 
     nbytes: int
     tensor: Tensor
     owner: str | None = None
-    make: Callable[[Tensor], Tensor] | None = None
+    make: Callable[[Tensor], Tensor] = as_it_is
 
 
 Piece = bytes | Range | Payload
@@ -64,18 +74,25 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewInitializer:
-    """An initializer that the file has not: its payload comes from `make` of the model's tensor `owner`."""
+    """An initializer that the file has not, and what its payload is made of, as in `Payload`."""
 
     name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
     tensor: Tensor
     owner: str | None = None
-    make: Callable[[Tensor], Tensor] | None = None
+    make: Callable[[Tensor], Tensor] = as_it_is
     properties: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, owner: str | None = None) -> NewInitializer:
+        """The tensor as it is."""
+        return cls(name, tensor.shape, tensor.dtype, tensor, owner)
 
     @property
     def payload(self) -> Payload:
         """What is to be streamed."""
-        return Payload(self.tensor.nbytes, self.tensor, self.owner, self.make)
+        return Payload(packed_size(prod(self.shape), bits_of(self.dtype)), self.tensor, self.owner, self.make)
 
 
 @dataclass(slots=True)
@@ -321,8 +338,8 @@ class Rewriting:
 
     def _new_tensor(self, new: NewInitializer) -> Pieces:
         out = Pieces()
-        out.add(tensor_head(new.name, new.tensor.dtype, new.tensor.shape, new.properties))
-        self._add_payload(out, new.payload, self.external.takes(new.tensor.nbytes, None))
+        out.add(tensor_head(new.name, new.dtype, new.shape, new.properties))
+        self._add_payload(out, new.payload, self.external.takes(new.payload.nbytes, None))
         return out
 
     def _add_payload(self, out: Pieces, payload: Payload, is_external: bool) -> None:
@@ -336,7 +353,8 @@ class Rewriting:
         for _, _, content in raw_fields(self.view, where):
             header = tensor_header(self.view, content)
             if header.external is not None:
-                raise Unsupported("is a sparse initializer with external data, which cannot be written", header.name)
+                message = "is a sparse initializer with external data, which cannot be written"
+                raise Unsupported(message, tensor=header.name)
 
     def _name(self, where: Range) -> str:
         return next((text for number, text in self._texts(where) if number == 1), "")

@@ -43,7 +43,7 @@ class OnnxOptions:
     )
     layout: Literal["", "qdq", "matmulnbits"] = option(
         "",
-        "how weights of a graph are decoded: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as they are",
+        "what decodes the weights of a graph: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as before",
     )
     ir_version: int | None = option(None, "IR version; by default the source's, or the first that has all types")
 
