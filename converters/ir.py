@@ -349,9 +349,11 @@ class Tensor:
             part.release()
 
     def release(self) -> None:
-        """Lets the system drop the pages of a mapped file that were read for this tensor."""
+        """Lets the system drop the pages of mapped files that were read for this tensor and its parameters."""
         if isinstance(self.data, FileRange | _Part):
             self.data.release(0, self.nbytes)
+        for _, parameter in self.quantization.parameters() if self.quantization else ():
+            parameter.release()
 
 
 @dataclass(frozen=True, slots=True)
