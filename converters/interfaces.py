@@ -102,6 +102,15 @@ class Plan(Protocol):
 
 
 @runtime_checkable
+class Validating(Protocol):
+    """A plan whose format has a checker of its own, for `--verify`."""
+
+    def validate(self) -> Sequence[str]:
+        """Has that look at the files that were written; returns hints, a sentence each. Raises VerificationFailed."""
+        ...
+
+
+@runtime_checkable
 class Rearranging(Protocol):
     """A plan that writes tensors otherwise than it gets them: transposed, say, or under other names."""
 

@@ -19,7 +19,7 @@ from formats.onnx.dataflow import Taker
 from formats.onnx.editing import Editor
 from formats.onnx.graph import Node, ParsedModel, TensorHeader
 from formats.onnx.lifting import Matcher, Scope
-from formats.onnx.lowering import Initializer, Lowering
+from formats.onnx.lowering import Initializer, Lowering, widened
 from formats.onnx.operators import MICROSOFT, Fusion, Site, expansion, fusions
 from formats.onnx.payload import Payloads
 from formats.onnx.repacking import Blobs, parameters_of, transposed
@@ -303,7 +303,8 @@ class _Weight:
 
         def make(stored: Tensor) -> Tensor:
             turned = transposed(stored) if is_turned else stored
-            return turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
+            part = turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
+            return widened(part, one.dtype)
 
         return NewInitializer(name, one.dims, one.dtype, self.tensor, self.name, make, one.properties)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
-from converters.errors import Unsupported, UsageError
+from converters.errors import CorruptFile, Unsupported, UsageError
 from converters.interfaces import OutputFile
 from converters.ir import Loss, Model, Tensor
 from converters.storage import MappedFile
@@ -16,6 +16,7 @@ from formats.onnx.kept_graph import GraphChanges, OnnxGraph
 from formats.onnx.opset import raised, required_opset
 from formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
 from formats.onnx.serialize import LARGEST_MODEL, go_to
+from formats.onnx.validation import validate
 from formats.onnx.wire import Range
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class KeptPlan:
     pieces: Pieces
     external: Sequence[tuple[int, Payload]]
     losses: Sequence[Loss] = ()
+
+    def validate(self) -> Sequence[str]:
+        """What onnx.checker says of the file."""
+        return validate(self.files[0].path, self.source.path)
 
     def open(self, streams: Sequence[BinaryIO]) -> KeptSink:
         """Writes all but payloads; the second stream, where there are two, is the external data's."""
@@ -129,7 +134,11 @@ def _laid_out(changes: GraphChanges, model: Model, options: OnnxOptions, locatio
         opsets,
         _ir_version(graph, changes, options),
     )
-    pieces = rewriting.model()
+    try:
+        pieces = rewriting.model()
+    except CorruptFile as error:
+        error.path = graph.payloads.file.path
+        raise
     if pieces.nbytes > LARGEST_IN_ONE_FILE and options.external_data is None:
         rewriting = replace(rewriting, external=ExternalData(location, EXTERNAL_FROM, True))
         pieces = rewriting.model()

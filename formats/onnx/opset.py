@@ -14,7 +14,7 @@ from converters.storage import MappedFile
 from formats.onnx import schema
 from formats.onnx.dataflow import Dataflow
 from formats.onnx.graph import ParsedModel, TensorHeader
-from formats.onnx.parse import parse
+from formats.onnx.parse import domain_of, parse
 from formats.onnx.payload import CARRIED, Payloads
 from formats.onnx.repacking import Blobs
 from formats.onnx.rewriting import ExternalData, Payload, Rewriting
@@ -81,7 +81,8 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
 def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
     """The file without its larger payloads, and these by their offsets as external data."""
     external = ExternalData(CARRIED, _LEFT_INSIDE, has_any=True)
-    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, {}, {}, graph.parsed.ir_version)
+    opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # onnxruntime does without
+    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, {}, opsets, graph.parsed.ir_version)
     out = bytearray()
     for piece in rewriting.model().items:
         if isinstance(piece, Payload):
@@ -89,6 +90,10 @@ def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
         else:
             out += graph.payloads.view[piece.start : piece.stop] if isinstance(piece, Range) else piece
     return bytes(out), {offset: payload.tensor for offset, payload in external.placed}
+
+
+def _domains(parsed: ParsedModel) -> set[str]:
+    return {domain_of(node.domain) for scope in Dataflow.of(parsed).scopes for node in scope.graph.nodes}
 
 
 def _same_headers(graph: OnnxGraph, converted: ParsedModel) -> dict[str, TensorHeader]:

@@ -122,7 +122,7 @@ def _transpose_2(tile: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blobs:
-    """A weight of shape (rows, columns) as MatMulNBits (onnxruntime's ContribOperators.md, com.microsoft 1) takes it."""
+    """A weight of shape (rows, columns) as MatMulNBits takes it (onnxruntime 1.32, ContribOperators.md)."""
 
     weight: Tensor
     quantization: Quantization

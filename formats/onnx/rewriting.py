@@ -21,7 +21,7 @@ from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.parse import tensor_header
 from formats.onnx.payload import Payloads
 from formats.onnx.serialize import aligned, encode_node, external_entries, tensor_head
-from formats.onnx.wire import Range, bytes_head, encode, raw_fields
+from formats.onnx.wire import Range, bytes_head, decode, encode, raw_fields
 
 _PAYLOAD_FIELDS = frozenset(
     schema.TENSOR.fields[name].number
@@ -350,7 +350,8 @@ class Rewriting:
             out.add(payload)
 
     def _refuse_external_sparse(self, where: Range) -> None:
-        for _, _, content in raw_fields(self.view, where):
+        found = decode(self.view, where, schema.SPARSE_TENSOR)
+        for content in found.ranges("values") + found.ranges("indices"):
             header = tensor_header(self.view, content)
             if header.external is not None:
                 message = "is a sparse initializer with external data, which cannot be written"

@@ -82,7 +82,7 @@ TENSOR = Schema(
     data_location=Field(14, Kind.INT),
     metadata_props=Field(16, Kind.RANGE),
 )
-SPARSE_TENSOR = Schema("SparseTensorProto", values=Field(1, Kind.RANGE))
+SPARSE_TENSOR = Schema("SparseTensorProto", values=Field(1, Kind.RANGE), indices=Field(2, Kind.RANGE))
 VALUE_INFO = Schema("ValueInfoProto", name=Field(1, Kind.TEXT), type=Field(2, Kind.RANGE))
 TYPE = Schema("TypeProto", tensor_type=Field(1, Kind.RANGE))
 TENSOR_TYPE = Schema("TypeProto.Tensor", elem_type=Field(1, Kind.INT), shape=Field(2, Kind.RANGE))

@@ -14,11 +14,12 @@ import numpy as np
 
 from converters.errors import Unsupported, UsageError, printable
 from converters.interfaces import Capabilities, OutputFile, Size, option
-from converters.ir import Loss, Model, Tensor
+from converters.ir import Loss, Model, Tensor, is_integer
+from converters.packing import bits_of, packed_size
 from formats.onnx import schema
 from formats.onnx.kept_graph import OnnxGraph
 from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept
-from formats.onnx.lowering import Initializer, Lowering, Names, carrier
+from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
     Layout,
@@ -29,6 +30,7 @@ from formats.onnx.serialize import (
     encode_output,
     lay_out,
 )
+from formats.onnx.validation import validate
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -60,6 +62,10 @@ class OnnxPlan:
     layout: Layout
     initializers: Mapping[str, Sequence[Initializer]]
 
+    def validate(self) -> Sequence[str]:
+        """What onnx.checker says of the file."""
+        return validate(self.files[0].path)
+
     def open(self, streams: Sequence[BinaryIO]) -> OnnxSink:
         """Starts writing; the second stream, where there are two, is the external data's."""
         return OnnxSink(self.initializers, Stream(self.layout, streams))
@@ -78,7 +84,7 @@ class OnnxSink:
         if tensor.quantization is not None:
             parts.update(tensor.quantization.parameters())
         for initializer in self.initializers[tensor.name]:
-            self.stream.write(initializer.name, parts[initializer.role])
+            self.stream.write(initializer.name, widened(parts[initializer.role], initializer.dtype))
 
     def close(self) -> None:
         """Nothing comes after the last tensor."""
@@ -106,9 +112,10 @@ class OnnxWriter:
         outputs: list[bytes] = []
         for name, tensor in model.items():
             if tensor.quantization is None:
-                plain = Initializer(names[name], "codes", tensor.dtype, tensor.shape, tensor.nbytes)
-                initializers[tensor.name] = [plain]
-                outputs.append(encode_output(names[name], tensor.dtype, tensor.shape))
+                dtype = carrier(tensor.dtype, opset) if is_integer(tensor.dtype) else tensor.dtype
+                nbytes = packed_size(tensor.size, bits_of(dtype))
+                initializers[tensor.name] = [Initializer(names[name], "codes", dtype, tensor.shape, nbytes)]
+                outputs.append(encode_output(names[name], dtype, tensor.shape))
             else:
                 initializers[tensor.name] = lowering.lower(tensor, tensor.quantization, names[name])
                 outputs.append(encode_output(names[name], _FLOAT32, tensor.shape))
@@ -124,6 +131,7 @@ class OnnxWriter:
         files = [OutputFile(target, layout.model_nbytes)]
         if layout.data_nbytes:
             files.append(OutputFile(target.with_name(location), layout.data_nbytes))
+        losses += _widenings(model, opset)
         return OnnxPlan(files, [*_graph_losses(model), *losses], layout, initializers)
 
 
@@ -133,7 +141,7 @@ def _opset(model: Model, wanted: int | None) -> int:
         raise UsageError(f"opset {wanted} cannot be written: give one from {known[0]} to {known[-1]}, or none")
     opset = schema.DEFAULT_OPSET if wanted is None else wanted
     for tensor in model.values():
-        for dtype in _dtypes(tensor):
+        for dtype in _dtypes(tensor, max(schema.IR_VERSIONS) if wanted is None else wanted):
             element_type = ELEMENT_TYPES.get(dtype)
             if element_type is None:
                 message = f"ONNX has no type for {dtype}: leave the tensor out with --skip, or add --dequantize"
@@ -159,14 +167,23 @@ def _location(target: Path, external_from: int | None) -> str:
     return location
 
 
-def _dtypes(tensor: Tensor) -> Iterator[np.dtype[Any]]:
+def _dtypes(tensor: Tensor, opset: int) -> Iterator[np.dtype[Any]]:
     """The dtypes of the initializers that a tensor needs."""
     if tensor.quantization is None:
-        yield tensor.dtype
+        yield carrier(tensor.dtype, opset) if is_integer(tensor.dtype) else tensor.dtype
         return
-    yield carrier(tensor.dtype)
+    yield carrier(tensor.dtype, opset)
     for _, parameter in tensor.quantization.parameters():
-        yield carrier(parameter.dtype)
+        yield carrier(parameter.dtype, opset)
+
+
+def _widenings(model: Model, opset: int) -> list[Loss]:
+    """What an operator set without integers of 2 and 4 bits costs."""
+    codes = {name: tensor.dtype for name, tensor in model.items() if is_integer(tensor.dtype)}
+    widened = {name: dtype for name, dtype in codes.items() if carrier(dtype, opset) != dtype}
+    return [
+        Loss(name, "widened", f"opset {opset} has no {dtype}: a byte for each code") for name, dtype in widened.items()
+    ]
 
 
 def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
