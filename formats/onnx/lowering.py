@@ -170,10 +170,8 @@ def carrier(dtype: np.dtype[Any], opset: int) -> np.dtype[Any]:
     of 2 and 4 bits in an operator set that has none."""
     if dtype == _FLOAT4:
         return _UINT4
-    if dtype not in SUB_BYTE or ELEMENT_TYPES[dtype].opset <= opset:
-        return dtype
-    storage: np.dtype[Any] = SUB_BYTE[dtype][1]
-    return storage
+    is_known = dtype not in SUB_BYTE or ELEMENT_TYPES[dtype].opset <= opset
+    return dtype if is_known else SUB_BYTE[dtype][1]
 
 
 def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
