@@ -168,10 +168,9 @@ def carrier(dtype: np.dtype[Any], opset: int) -> np.dtype[Any]:
     """The dtype of the initializer that holds codes or parameters of `dtype`: its own, but uint4 for float4's bit
     patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4, and int8 or uint8 for integers
     of 2 and 4 bits in an operator set that has none."""
-    if dtype == _FLOAT4:
-        return _UINT4
-    is_known = dtype not in SUB_BYTE or ELEMENT_TYPES[dtype].opset <= opset
-    return dtype if is_known else SUB_BYTE[dtype][1]
+    held = _UINT4 if dtype == _FLOAT4 else dtype
+    is_known = held not in SUB_BYTE or dtype == _FLOAT4 or ELEMENT_TYPES[held].opset <= opset
+    return held if is_known else SUB_BYTE[held][1]
 
 
 def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
