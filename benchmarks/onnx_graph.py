@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from benchmarks.measure import Row
+from benchmarks.measure import Row, seconds_and_peak
 
 _SIZE, _BLOCK, _LAYERS = 4096, 32, 240
 
@@ -20,15 +17,15 @@ _SIZE, _BLOCK, _LAYERS = 4096, 32, 240
 def rows(folder: Path) -> list[Row]:
     """QDQ to MatMulNBits, and to float16, each against copying what it writes to the disk."""
     source = _model(folder)
-    start = _peak_and_seconds([sys.executable, "-c", "import converters, numpy"])[0]
+    start = seconds_and_peak([sys.executable, "-c", "import converters, numpy"])[1]
     found = []
     for what, options in (("MatMulNBits", ["--opt", "layout=matmulnbits"]), ("float16", ["--dequantize", "float16"])):
         target = folder / "out.onnx"
         convert = [sys.executable, "-m", "converters", "convert", "--quiet", str(source), str(target), *options]
-        peak, ours = _peak_and_seconds(convert)
+        ours, peak = seconds_and_peak(convert)
         data = folder / "out.onnx.data"
         copy = ["sh", "-c", f"cp {data} {folder}/copy && sync {folder}/copy"]
-        peer = _peak_and_seconds(copy)[1]
+        peer = seconds_and_peak(copy)[0]
         name = f"ONNX: {source.with_suffix('.onnx.data').stat().st_size / 1e9:.1f} GB of int4 QDQ to {what}"
         ratio = f"{ours / peer:.1f} times the time"
         found.append(Row(f"{name}, against copying the output", f"{ours:.1f} s", f"{peer:.1f} s", ratio, "at most 3"))
@@ -37,16 +34,6 @@ def rows(folder: Path) -> list[Row]:
         for path in (target, data, folder / "copy"):
             path.unlink()
     return found
-
-
-def _peak_and_seconds(command: list[str]) -> tuple[int, float]:
-    """Peak resident bytes and seconds of a process."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed")
-    return usage.ru_maxrss * 1024, time.perf_counter() - began
 
 
 def _model(folder: Path) -> Path:

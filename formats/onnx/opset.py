@@ -16,7 +16,7 @@ from formats.onnx.dataflow import Dataflow
 from formats.onnx.graph import ParsedModel, TensorHeader
 from formats.onnx.parse import domain_of, parse
 from formats.onnx.payload import CARRIED, Payloads
-from formats.onnx.repacking import Blobs
+from formats.onnx.repacking import Blobs, transposed
 from formats.onnx.rewriting import ExternalData, Payload, Rewriting
 from formats.onnx.wire import Range
 
@@ -34,7 +34,7 @@ def required_opset(model: Model, graph: OnnxGraph, layout: QuantizedLayout) -> i
         is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
         if tensor.quantization is None or not (is_changed or layout == "qdq"):
             continue
-        if layout == "matmulnbits" and Blobs.of(tensor) is not None:
+        if layout == "matmulnbits" and len(tensor.shape) == 2 and (Blobs.of(tensor) or Blobs.of(transposed(tensor))):
             continue
         needed = max(needed, _opset_of(tensor))
     return needed

@@ -97,8 +97,9 @@ class NewInitializer:
 
 @dataclass(slots=True)
 class GraphEdit:
-    """What becomes of one graph: `replaced` nodes (by identity) give way to others or to none, `first` come before all
-    nodes, `dropped` initializers (by identity) go, `added` ones come, and values are `renamed` where they are taken."""
+    """What becomes of one graph: `replaced` nodes (by identity) give way to others or to none, `first` (which take none
+    of the file's values) come before all nodes, `dropped` initializers (by identity) go, `added` ones come, and values
+    are `renamed` where nodes of the file take them."""
 
     replaced: dict[int, tuple[Node, ...]] = field(default_factory=dict)
     first: list[Node] = field(default_factory=list)
@@ -197,7 +198,7 @@ class Rewriting:
             if number == _GRAPH["node"]:
                 if not begun:
                     begun = True
-                    self._new_nodes(out, _GRAPH["node"], edit.first, renamed)
+                    self._new_nodes(out, _GRAPH["node"], edit.first, {})
                 self._node(out, _GRAPH["node"], start, content, next(nodes, None), edit, renamed)
             elif number == _GRAPH["initializer"]:
                 header = next(headers, None) or tensor_header(self.view, content)
@@ -210,7 +211,7 @@ class Rewriting:
                     self._refuse_external_sparse(content)
                 out.add(Range(start, content.stop))
         if not begun:
-            self._new_nodes(out, _GRAPH["node"], edit.first, renamed)
+            self._new_nodes(out, _GRAPH["node"], edit.first, {})
         for new in edit.added:
             out.message(_GRAPH["initializer"], self._new_tensor(new))
         return out
@@ -227,7 +228,7 @@ class Rewriting:
                 if not begun:
                     begun = True
                     self._new_constants(out, edit)
-                    self._new_nodes(out, number, edit.first, renamed)
+                    self._new_nodes(out, number, edit.first, {})
                 self._node(out, number, start, content, next(nodes), edit, renamed)
             elif number == _FUNCTION["opset_import"] and opsets:
                 domain = next((text for field, text in self._texts(content) if field == 1), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import converters
 from converters.errors import Unsupported, UsageError
+from converters.ir import Quantization, Tensor, grid_shape
 from tests.formats.onnx.onnx_models import linear, raw
 
 node = helper.make_node
@@ -399,3 +401,88 @@ def test_layout_needs_a_graph(tmp_path):
     converters.convert(source, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="layout=qdq is for models with a graph"):
         converters.convert(tmp_path / "w.safetensors", tmp_path / "b.onnx", layout="qdq")
+
+
+def float_model(path: Path, opset: int = 21, **weights: np.ndarray) -> Path:
+    """Gather, Conv, MatMul and Gemm by float weights."""
+    stored = {
+        "table": random((10, 64), np.float32),
+        "kernel": random((4, 2, 3, 3), np.float32),
+        "dense": random((64, 32), np.float32),
+        "head": random((16, 32), np.float32),
+        "bias": random((16,), np.float32),
+    } | weights
+    nodes = [
+        node("Gather", ["table", "ids"], ["rows"]),
+        node("MatMul", ["rows", "dense"], ["hidden"]),
+        node("Gemm", ["hidden", "head", "bias"], ["y"], transB=1),
+        node("Conv", ["image", "kernel"], ["features"]),
+    ]
+    inputs = [info("ids", 3, dtype=TensorProto.INT64), info("image", 1, 2, 5, 5)]
+    outputs = [info("y", 3, 16), info("features", 1, 4, 3, 3)]
+    tensors = [raw(name, array) for name, array in stored.items()]
+    return save(path, nodes, tensors, inputs, outputs, opset=opset, ir_version=8 if opset < 21 else 10)
+
+
+INPUTS = {"ids": np.int64([1, 9, 4]), "image": random((1, 2, 5, 5), np.float32, seed=5)}
+
+
+def int4(tensor: Tensor, block_shape: tuple[int, ...], dtype: object = ml_dtypes.int4) -> Tensor:
+    """Some codes of the tensor's shape."""
+    grid = grid_shape(tensor.shape, block_shape)
+    codes = Tensor.from_array(tensor.name, random(tensor.shape, dtype))
+    quantization = Quantization(Tensor.from_array("s", positive(grid)), block_shape)
+    return replace(codes, quantization=quantization, uses=tensor.uses)
+
+
+@pytest.mark.parametrize("layout", ["", "matmulnbits"])
+@pytest.mark.parametrize("opset", [17, 21])
+def test_weights_that_a_stage_quantized(tmp_path, layout, opset):
+    source = float_model(tmp_path / "a.onnx", opset=opset)
+    model = converters.load(source)
+    quantized = {
+        "table": int4(model["table"], (1, 32)),
+        "kernel": int4(model["kernel"], (1, 2, 3, 3)),
+        "dense": int4(model["dense"], (32, 1)),
+        "head": int4(model["head"], (1, 32), ml_dtypes.uint4),
+    }
+    changed = replace(model, tensors={**model, **quantized})
+    converters.save(changed, tmp_path / "b.onnx", layout=layout)
+    found = set(operators(tmp_path / "b.onnx"))
+    if layout:
+        assert {"MatMulNBits", "GatherBlockQuantized", "DequantizeLinear", "Conv"} <= found
+        assert not {"MatMul", "Gemm", "Gather"} & found
+    else:
+        assert {"DequantizeLinear", "Conv", "MatMul", "Gemm", "Gather"} == found
+    assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == 21
+    onnx.checker.check_model(str(tmp_path / "b.onnx"), full_check=True)
+    values = {name: tensor.dequantize("float32") for name, tensor in quantized.items()}
+    reference = run(float_model(tmp_path / "c.onnx", **values), **INPUTS)
+    for ours, theirs in zip(run(tmp_path / "b.onnx", **INPUTS), reference, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_operator_set_stays_with_layouts_that_do_not_need_another(tmp_path):
+    model = converters.load(float_model(tmp_path / "a.onnx", opset=17))
+    changed = replace(model, tensors={**model, "dense": int4(model["dense"], (32, 1))})
+    converters.save(changed, tmp_path / "b.onnx", layout="matmulnbits")
+    assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == 17
+
+
+def test_a_weight_taken_in_two_ways(tmp_path):
+    """Codes for MatMulNBits, and beside them what the others need."""
+    source = save(
+        tmp_path / "a.onnx",
+        [
+            linear("w", "s", output="v", axis=1),
+            node("MatMul", ["x", "v"], ["p"]),
+            node("Gather", ["v", "ids"], ["g"], axis=1),
+            node("Add", ["p", "g"], ["y"]),
+        ],
+        [raw("w", random((32, 32), ml_dtypes.int4)), raw("s", positive((32,))), raw("ids", np.arange(32))],
+        [info("x", 32, 32)],
+        [info("y", 32, 32)],
+    )
+    converters.convert(source, tmp_path / "b.onnx", layout="matmulnbits")
+    assert operators(tmp_path / "b.onnx") == ["DequantizeLinear", "MatMulNBits", "Gather", "Add"]
+    assert run(tmp_path / "b.onnx", x=x(32, 32))[0].tobytes() == run(source, x=x(32, 32))[0].tobytes()
