@@ -367,6 +367,15 @@ class Metadata:
     operators: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class WeightPlace:
+    """An initializer of a graph that is the model's tensor `name`: decoded if that is quantized, and with its axes in
+    the order of `permutation` (None: as they are)."""
+
+    name: str
+    permutation: tuple[int, ...] | None = None
+
+
 class Graph(Protocol):
     """A model's compute graph, in ONNX's operators; its initializers are the model's tensors by name."""
 
