@@ -57,6 +57,33 @@ def _transposed_parameters(q: Quantization) -> Quantization:
     )
 
 
+def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
+    """A tensor with its axes, and those of its parameters, in another order; None is the order that they have."""
+    if permutation is None or permutation == tuple(range(len(tensor.shape))):
+        return tensor
+    if permutation == (1, 0):
+        return transposed(tensor)
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        codes = np.ascontiguousarray(tensor.codes().transpose(permutation))
+        packed = pack(codes, tensor.bits) if tensor.bits < 8 else codes.reshape(-1).view(np.uint8)
+        return packed[start:stop]
+
+    q = tensor.quantization
+    if q is not None:
+        group = q.group_index
+        q = Quantization(
+            permuted(q.scale, permutation),
+            tuple(q.block_shape[axis] for axis in permutation),
+            q.zero_point and permuted(q.zero_point, permutation),
+            q.offset and permuted(q.offset, permutation),
+            q.codebook,
+            None if group is None else GroupIndex(permutation.index(group.axis), group.index),
+        )
+    shape = tuple(tensor.shape[axis] for axis in permutation)
+    return replace(tensor, shape=shape, data=Computed(tensor.nbytes, compute), quantization=q, uses=())
+
+
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The parameters that a tensor has, with their roles."""
     return iter(()) if tensor.quantization is None else tensor.quantization.parameters()

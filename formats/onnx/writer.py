@@ -18,8 +18,9 @@ from converters.ir import Loss, Model, Tensor, is_integer
 from converters.packing import bits_of, packed_size
 from formats.onnx import schema
 from formats.onnx.kept_graph import OnnxGraph
-from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept
+from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
 from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
+from formats.onnx.made_graph import Lowerable
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
     Layout,
@@ -47,6 +48,8 @@ class OnnxOptions:
         "",
         "what decodes the weights of a graph: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as before",
     )
+    graph: bool = option(True, "false: only the weights, each decoded to an output, of a model of another format")
+    signature: str = option("", "which signature of a TFLite model; empty: its first subgraph")
     ir_version: int | None = option(None, "IR version; by default the source's, or the first that has all types")
 
 
@@ -102,6 +105,8 @@ class OnnxWriter:
         of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
         if isinstance(model.graph, OnnxGraph):
             return plan_kept(model, model.graph, target, options)
+        if options.graph and isinstance(model.graph, Lowerable):
+            return plan_made(model, model.graph, target, options)
         if options.layout:
             raise UsageError(f"layout={options.layout} is for models with a graph, and this one has weights only")
         opset = _opset(model, options.opset)

@@ -25,7 +25,8 @@ from formats.tflite.options import Options
 TO_FIRST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
-_QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16))
+_QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
+_INT32 = np.dtype(np.int32)
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
 
 Attribute = int | float | str | Sequence[int]
@@ -104,13 +105,27 @@ class Builder:
         return name
 
     def emit(
-        self, operator: str, inputs: Sequence[ir.Value | None], /, *, name: str = "", outputs: int = 1, **attributes: Any
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        /,
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: Any,
     ) -> ir.Value:
         """Adds a node and returns its first output; `name` is a wish for that one's."""
         return self.emit_all(operator, inputs, name=name, outputs=outputs, **attributes)[0]
 
     def emit_all(
-        self, operator: str, inputs: Sequence[ir.Value | None], /, *, name: str = "", outputs: int = 1, **attributes: Any
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        /,
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Adds a node and returns its outputs."""
         made = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items() if value is not None]
@@ -268,10 +283,18 @@ class Builder:
 
     def quantize(self, value: ir.Value, info: TensorInfo, name: str) -> ir.Value:
         """The codes of floats, by a tensor's scale and zero point."""
-        return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
+        if info.dtype != _INT32:
+            return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
+        scale, zero_point = self._parameters(info)  # QuantizeLinear makes no int32
+        codes = self.emit("Cast", [self.emit("Round", [self.emit("Div", [value, scale])])], to=int(ir.DataType.INT32))
+        return self.emit("Add", [codes, zero_point], name=name)
 
     def dequantize(self, codes: ir.Value, info: TensorInfo) -> ir.Value:
         """The floats of codes."""
+        if info.dtype == _INT32 and info.zero_point:
+            scale, zero_point = self._parameters(info)
+            difference = self.emit("Cast", [self.emit("Sub", [codes, zero_point])], to=int(ir.DataType.FLOAT))
+            return self.emit("Mul", [difference, scale], name=info.name)
         return self.emit("DequantizeLinear", [codes, *self._parameters(info)], name=info.name)
 
     def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:

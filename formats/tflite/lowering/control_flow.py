@@ -32,7 +32,9 @@ def while_(b: Builder, op: Operator) -> None:
     count, before = inner.argument("iteration", [], _INT64), inner.argument("condition", [], _BOOL)
     arguments = []
     for index, value in zip(op.inputs, values, strict=True):
-        arguments.append(inner.argument(f"{b.info(index).name}_now", b.info(index).shape, value.dtype or b.type_of(index)))
+        arguments.append(
+            inner.argument(f"{b.info(index).name}_now", b.info(index).shape, value.dtype or b.type_of(index))
+        )
     results = [inner.emit("Identity", [value]) for value in inner.run(step, arguments)]
     again = inner.emit("Reshape", [inner.run(goes_on, results)[0], inner.ints([])])
     body = inner.body([count, before, *arguments], [again, *results])

@@ -46,7 +46,12 @@ def lowered(
         name=graph.name or "main",
         opset_imports={"": opset},
     )
-    return ir.Model(made, ir_version=10, producer_name="nibblecast", doc_string=producer or None), root.places
+    model = ir.Model(made, ir_version=10, producer_name="nibblecast", doc_string=producer or None)
+    if any(value.shape is None for value in outputs):  # ONNX wants a shape, if only of unknown sizes
+        from onnx_ir.passes.common import ShapeInferencePass
+
+        model = ShapeInferencePass(check_type=False, strict_mode=False)(model).model
+    return model, root.places
 
 
 def _run(b: Builder, graph: Subgraph) -> None:
@@ -89,7 +94,9 @@ def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
                 waiting += [operator.options.integer(name) for name in _RUNS.get(operator.name, ())]
     if unknown:
         listed = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in sorted(unknown.items()))
-        raise Unsupported(f"its graph has operators that do not become ONNX: {listed}; --opt graph=no writes the weights")
+        raise Unsupported(
+            f"its graph has operators that do not become ONNX: {listed}; --opt graph=false writes the weights"
+        )
 
 
 #: The options that name subgraphs.
@@ -127,10 +134,17 @@ def _output(b: Builder, index: int, inputs: Sequence[ir.Value]) -> ir.Value:
     value.name = info.name if info.name not in b.outputs else b.fresh(info.name)
     b.outputs.add(value.name)
     value.type = ir.TensorType(ir.DataType.from_numpy(info.dtype))
-    signature = info.signature if len(info.signature) == len(info.shape) else info.shape
-    is_open = any(size < 0 for size in signature)
-    value.shape = ir.Shape([None] * len(info.shape)) if is_open else ir.Shape(info.shape)
+    value.shape = _known_shape(info)
     return value
+
+
+def _known_shape(info: TensorInfo) -> ir.Shape | None:
+    """A tensor's shape, with the sizes that the file leaves open left open; None without axes, which may also mean that
+    the file does not know the shape."""
+    if not info.shape:
+        return None
+    signature = info.signature if len(info.signature) == len(info.shape) else info.shape
+    return ir.Shape([None] * len(info.shape) if any(size < 0 for size in signature) else info.shape)
 
 
 def _states(b: Builder) -> list[ir.Value]:
@@ -139,6 +153,6 @@ def _states(b: Builder) -> list[ir.Value]:
     for index, value in b.assigned.items():
         result = b.emit("Identity", [value], name=f"{b.info(index).name}_next")
         result.type = ir.TensorType(ir.DataType.FLOAT)
-        result.shape = ir.Shape(b.info(index).shape)
+        result.shape = _known_shape(b.info(index))
         outputs.append(result)
     return outputs

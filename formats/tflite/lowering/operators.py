@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from formats.tflite.lowering import control_flow, convolution, dense, elementwise, recurrent, reductions, shapes, storage
+from formats.tflite.lowering import (
+    control_flow,
+    convolution,
+    dense,
+    elementwise,
+    recurrent,
+    reductions,
+    shapes,
+    storage,
+)
 from formats.tflite.lowering.builder import Builder, Operator
 from formats.tflite.lowering.elementwise import binary, clipped, negated, unary
 

@@ -144,7 +144,9 @@ def sequence_lstm(b: Builder, op: Operator) -> None:
 def lstm_cell(b: Builder, op: Operator) -> None:
     """LSTM, one step: the full kernel (20 or 24 inputs), or the basic one (x, h, weights, bias, c)."""
     if op.options.integer("kernel_type") == 0:
-        hidden, memory = _Cell.of(b, op).step(b, b.read(op.input(0)), b.variable(op.input(18)), b.variable(op.input(19)))
+        hidden, memory = _Cell.of(b, op).step(
+            b, b.read(op.input(0)), b.variable(op.input(18)), b.variable(op.input(19))
+        )
         b.assign(op.input(18), hidden)
         b.assign(op.input(19), memory)
         b.write(op.outputs[0], hidden)

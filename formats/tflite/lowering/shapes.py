@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import onnx_ir as ir
 
@@ -349,5 +348,3 @@ def segment_sum(b: Builder, op: Operator) -> None:
     empty = b.constant(np.zeros(shape, np.float32), name="zeros")
     rows = b.emit("Unsqueeze", [b.emit("Cast", [b.read(op.input(1))], to=_INT64), b.ints([-1])])
     b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, b.read(op.input(0))], reduction="add"))
-
-
