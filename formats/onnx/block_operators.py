@@ -279,7 +279,8 @@ def _bnb4_weight(
 
     def swapped(start: int, stop: int) -> NDArray[np.uint8]:
         packed = stored.data.read(start, stop)
-        return (packed >> 4) | (packed << 4)
+        high: NDArray[np.uint8] = packed >> np.uint8(4)
+        return high | (packed << np.uint8(4))
 
     # blocks that end within rows are cut where rows end: all have one size then, and repeat their scale
     size = gcd(block, shape[1])

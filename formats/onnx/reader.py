@@ -85,7 +85,15 @@ class _Reading:
             tensors[tensor.name] = tensor
             headers[tensor.name] = one.stored.header
         operators = Counter(node.op_type for scope in scopes for node in scope.graph.nodes)
-        metadata = Metadata("onnx", self.parsed.producer, self.path, {} if is_ours else dict(operators))
+        metadata = Metadata(
+            "onnx",
+            self.parsed.producer,
+            self.path,
+            {} if is_ours else dict(operators),
+            () if is_ours else self.parsed.inputs,
+            () if is_ours else self.parsed.outputs,
+            self.parsed.opsets,
+        )
         graph = None if is_ours else OnnxGraph(self.parsed, self.payloads, tensors, headers)
         return Model(tensors, metadata, graph, losses=tuple(self.losses))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,14 +34,16 @@ class RoundedCodes:
         return self.made[start:stop]
 
     def _make(self) -> NDArray[np.uint8]:
-        q, limits = self.quantization, ml_dtypes.iinfo(self.dtype)
+        q, bits = self.quantization, bits_of(self.dtype)
+        signed = (SUB_BYTE[self.dtype][1] if self.dtype in SUB_BYTE else self.dtype).kind == "i"
+        lowest = -(1 << (bits - 1)) if signed else 0
         with np.errstate(all="ignore"):
             codes = np.rint(self.floats.dequantize(np.float32) / self._spread(q.scale.dequantize(np.float32)))
         if q.zero_point is not None:
             codes = codes + self._spread(q.zero_point.codes().astype(np.float32))
-        integers = np.nan_to_num(np.clip(codes, float(limits.min), float(limits.max))).astype(np.int64)
+        integers = np.nan_to_num(np.clip(codes, lowest, lowest + (1 << bits) - 1)).astype(np.int64)
         if self.dtype in SUB_BYTE:
-            return pack(integers, bits_of(self.dtype))
+            return pack(integers, bits)
         return np.ascontiguousarray(integers.astype(self.dtype)).reshape(-1).view(np.uint8)
 
     def _spread(self, grid: NDArray[Any]) -> NDArray[Any]:
