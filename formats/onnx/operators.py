@@ -48,8 +48,8 @@ def _itself(site: Site) -> Node | None:
 class Expansion:
     """How an operator is spelled out: `weight` is the position of the codes among its inputs, `scale` that of their
     scale, `transposes` says that the operator takes the transposed of the weight that it is given. `nodes` makes what
-    takes the place of `target`, from a name for the float weight, already transposed; empty where it cannot. `is_exact` says that the operator
-    computes in floats as well."""
+    takes the place of `target`, from a name for the float weight, already transposed; empty where it cannot. `is_exact`
+    says that the operator computes in floats as well."""
 
     weight: int
     scale: int

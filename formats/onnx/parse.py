@@ -144,21 +144,17 @@ def _ports(view: memoryview, where: Range, field: str) -> Iterator[Port]:
     """The inputs or outputs of a graph with what is said of their types."""
     for place in decode(view, where, schema.GRAPH).ranges(field):
         record = decode(view, place, schema.VALUE_INFO)
-        kinds = [
-            kind for found in record.ranges("type") for kind in decode(view, found, schema.TYPE).ranges("tensor_type")
-        ]
-        if not kinds:
-            yield Port(record.text("name"), "", None)
-            continue
-        tensor = decode(view, kinds[-1], schema.TENSOR_TYPE)
-        number = tensor.integer("elem_type", 0)
+        types = [decode(view, found, schema.TYPE).ranges("tensor_type") for found in record.ranges("type")]
+        tensor = decode(view, types[-1][-1], schema.TENSOR_TYPE) if types and types[-1] else None
+        number = 0 if tensor is None else tensor.integer("elem_type", 0)
         dtype = schema.DTYPES[number].name if number in schema.DTYPES else "string" if number == schema.STRING else ""
-        shapes = [decode(view, shape, schema.SHAPE).ranges("dim") for shape in tensor.ranges("shape")]
-        sizes = [decode(view, size, schema.DIMENSION) for size in shapes[-1]] if shapes else []
-        shape = tuple(
-            size.integer("dim_value", 0) if "dim_value" in size.values else size.text("dim_param") for size in sizes
-        )
-        yield Port(record.text("name"), dtype, shape if shapes else None)
+        shape = None if tensor is None or not tensor.ranges("shape") else _sizes(view, tensor.ranges("shape")[-1])
+        yield Port(record.text("name"), dtype, shape)
+
+
+def _sizes(view: memoryview, where: Range) -> tuple[int | str, ...]:
+    sizes = [decode(view, size, schema.DIMENSION) for size in decode(view, where, schema.SHAPE).ranges("dim")]
+    return tuple(s.integer("dim_value", 0) if "dim_value" in s.values else s.text("dim_param") for s in sizes)
 
 
 def _names(view: memoryview, record: Record, field: str) -> tuple[str, ...]:
