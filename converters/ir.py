@@ -357,14 +357,28 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """An input or an output of a model's graph: the name of its dtype (empty where it is no tensor), and its shape,
+    None where even the number of axes is open; a size that is open is its name, or empty."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """Where a model comes from: the format's name, the program that made it (as the file says), the file itself, and
-    what the format says about the model as a whole (its graph's operators counted, say)."""
+    what the format says about the model as a whole: its graph's operators counted, its inputs and outputs, the
+    operator sets that it is written in, by domain."""
 
     format: str = ""
     producer: str = ""
     source: Path | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    opsets: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from converters.ir import Port
 from formats.onnx.wire import Range, Record
 
 #: The location of payloads that are carried along beside a model in memory.
@@ -73,11 +74,14 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class ParsedModel:
-    """A ModelProto: the graph, the bodies of functions, the operator sets by domain (ONNX's own is the empty name)."""
+    """A ModelProto: the graph, the bodies of functions, the graph's inputs (initializers excepted) and outputs, and the
+    operator sets by domain (ONNX's own is the empty name)."""
 
     graph: Graph
     producer: str
     properties: Mapping[str, str]
     functions: tuple[Graph, ...] = ()
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
     opsets: Mapping[str, int] = field(default_factory=dict)
     ir_version: int = 0

@@ -15,14 +15,15 @@ import numpy as np
 from converters.errors import Unsupported
 from converters.ir import Tensor
 from converters.packing import packed_size
+from formats.onnx.block_operators import MICROSOFT
 from formats.onnx.dataflow import Taker
 from formats.onnx.editing import Editor
 from formats.onnx.graph import Node, ParsedModel, TensorHeader
 from formats.onnx.lifting import Matcher, Scope
 from formats.onnx.lowering import Initializer, Lowering, widened
-from formats.onnx.operators import MICROSOFT, Fusion, Site, expansion, fusions
+from formats.onnx.operators import Fusion, Site, expansion, fusions
 from formats.onnx.payload import Payloads
-from formats.onnx.repacking import Blobs, parameters_of, transposed
+from formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
 from formats.onnx.rewriting import NewInitializer, as_it_is
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES
 
@@ -123,7 +124,8 @@ def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _De
     found = expansion(node)
     header = scope.header(node.input(found.weight)) if found else None
     if found is not None and header is not None:
-        yield header, _Decoding(scope, node, "", _dtype_of(scope, node.input(found.scale)))
+        dtype = _FLOAT32 if found.scale < 0 else _dtype_of(scope, node.input(found.scale))
+        yield header, _Decoding(scope, node, "", dtype)
         return
     pattern = matcher.weight(node)
     if pattern is not None and pattern.value:
@@ -206,7 +208,7 @@ class _Weight:
             values = self._fuse(values)
         if not is_changed:
             values = []
-            operators = operators if self.changes.layout == "qdq" else []
+            operators = [one for one in operators if self.changes.layout == "qdq" and self._is_exact(one)]
         turned = [one for one in operators if self._turns(one)]
         straight = [one for one in operators if not self._turns(one)]
         stored = ""
@@ -251,6 +253,10 @@ class _Weight:
         following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
         return len(following) == 1 and self._leads_to(following[0], nodes)
 
+    def _is_exact(self, decoding: _Decoding) -> bool:
+        found = expansion(decoding.node)
+        return found is not None and found.is_exact
+
     def _turns(self, decoding: _Decoding) -> bool:
         found = expansion(decoding.node)
         return found is not None and found.transposes
@@ -284,7 +290,8 @@ class _Weight:
         found = expansion(decoding.node)
         if found is None:
             return
-        site = Site(decoding.scope, decoding.node, self.changes.graph.payloads.view, self.editor.names)
+        payloads = self.changes.graph.payloads
+        site = Site(Matcher(decoding.scope, payloads), decoding.node, payloads.view, self.editor.names)
         before: list[Node] = []
         if found.transposes and not is_turned:
             turned = site.fresh("weight")
@@ -294,34 +301,33 @@ class _Weight:
             rounded = site.fresh("weight_cast")
             before.append(_cast(decoded, rounded, decoding.dtype))
             decoded = rounded
-        nodes = found.nodes(site, decoded)
-        if not nodes:
+        nodes, target = found.nodes(site, decoded), found.target(site)
+        if not nodes or target is None:
             raise Unsupported(
                 f"is taken by a {decoding.node.op_type} that has no like among ONNX's own operators: "
                 "leave it as it is with --skip",
                 tensor=self.name,
             )
-        self.editor.replace(decoding.scope, decoding.node, *before, *nodes)
+        self.editor.replace(decoding.scope, target, *before, *nodes)
 
     def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
         """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
+        is_turned, tensor = tensor is not self.tensor, narrowed(tensor)
+        lowering = Lowering(self.changes.opset, self.editor.names, {})
         if tensor.quantization is None:
             return
-        lowering = Lowering(self.changes.opset, self.editor.names, {})
         initializers = lowering.lower(tensor, tensor.quantization, value, dtype)
         renamed = {one.name: stored for one in initializers if one.role == "codes"}
-        added = [self._initializer(one, renamed.get(one.name, one.name), tensor) for one in initializers]
+        added = [self._initializer(one, renamed.get(one.name, one.name), is_turned) for one in initializers]
         constants = lowering.constants.values()
         added += [NewInitializer.of(one.name, Tensor.from_array(one.name, one.values)) for one in constants]
         nodes = [replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in lowering.nodes]
         self.editor.add(self.scope, added, nodes)
         self.expect(stored, tensor)
 
-    def _initializer(self, one: Initializer, name: str, tensor: Tensor) -> NewInitializer:
-        is_turned = tensor is not self.tensor
-
+    def _initializer(self, one: Initializer, name: str, is_turned: bool) -> NewInitializer:
         def make(stored: Tensor) -> Tensor:
-            turned = transposed(stored) if is_turned else stored
+            turned = narrowed(transposed(stored) if is_turned else stored)
             part = turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
             return widened(part, one.dtype)
 

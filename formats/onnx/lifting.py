@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -28,9 +29,24 @@ _NARROW_INTEGERS = frozenset(
 _FLOATS = frozenset(
     ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
-#: Operators that take a weight's codes, scale and zero point as three inputs in a row: the first one's position, and
-#: the axis that several scales are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21).
-_CODES_OPERATORS = {"QLinearConv": (3, 0), "QLinearMatMul": (3, -1)}
+#: Operators that take a weight's codes: the positions of codes, scale and zero point, and the axis that several scales
+#: are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21; onnxruntime 1.32, ContribOperators.md).
+CODES_OPERATORS: Mapping[tuple[str, str], tuple[int, int, int, int]] = MappingProxyType(
+    {
+        ("", "QLinearConv"): (3, 4, 5, 0),
+        ("", "QLinearMatMul"): (3, 4, 5, -1),
+        ("com.microsoft", "DynamicQuantizeMatMul"): (1, 2, 3, -1),
+        ("com.microsoft", "MatMulIntegerToFloat"): (1, 3, 5, -1),
+        ("com.microsoft", "QAttention"): (1, 4, 7, -1),
+        ("com.microsoft", "QGemm"): (3, 4, 5, -1),
+        ("com.microsoft", "QLinearConv"): (3, 4, 5, 0),
+    }
+)
+#: Operators that multiply codes and leave the scales to the nodes that follow: the positions of the codes of the weight
+#: and of its zero point, and the axis of its output channels.
+INTEGER_PRODUCTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {"ConvInteger": (1, 3, 0), "MatMulInteger": (1, 3, -1)}
+)
 _DEQUANTIZE_LINEAR_DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
@@ -42,6 +58,10 @@ class Scope:
         self.outer = outer
         self.headers = {tensor.name: tensor for tensor in graph.initializers}
         self.producers = {name: node for node in graph.nodes for name in node.outputs if name}
+        self.takers: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self.takers.setdefault(name, []).append(node)
         self.headers |= {node.constant.name: node.constant for node in graph.nodes if node.constant is not None}
 
     def makes(self, name: str) -> bool:
@@ -70,15 +90,19 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An initializer, and the dtype that its bits have where TensorProto's is only a carrier."""
+    """An initializer, and the dtype that its bits have where TensorProto's is only a carrier; or floats that become
+    codes of that dtype when the model is loaded (`is_rounded`)."""
 
     header: TensorHeader
     dtype: np.dtype[Any] | None = None
+    is_rounded: bool = False
 
     def tensor(self, payloads: Payloads, shape: tuple[int, ...] | None = None) -> Tensor:
         """The plain tensor, in another shape of the same size if one is given."""
         tensor = payloads.tensor(self.header, shape)
-        return tensor if self.dtype is None else replace(tensor, dtype=self.dtype)
+        if self.dtype is None or self.is_rounded:
+            return tensor
+        return replace(tensor, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +170,9 @@ class Matcher:
     def dequantize_linear(self, node: Node) -> Pattern | None:
         """The pattern of one DequantizeLinear, if it decodes an initializer with initializers."""
         codes, scale = self.scope.header(node.input(0)), self._stored(node.input(1), _FLOAT32)
-        if codes is None or scale is None:
+        if codes is None:
+            return self._fake_quantized(node)
+        if scale is None:
             return None
         zero_point = None
         if node.input(2):
@@ -156,6 +182,26 @@ class Matcher:
             zero_point = Spread(stored)
         return Pattern(Stored(codes), Spread(scale), zero_point, linear=node.integers, value=node.outputs[0])
 
+    def _fake_quantized(self, node: Node) -> Pattern | None:
+        """QuantizeLinear and DequantizeLinear of constant floats with the same constant parameters: codes that are
+        computed when the model is loaded."""
+        rounding = self.scope.producer(node.input(0), "QuantizeLinear")
+        floats = self.scope.header(rounding.input(0)) if rounding else None
+        same = rounding is not None and rounding.inputs[1:] == node.inputs[1:] and len(node.inputs) == 3
+        if rounding is None or floats is None or not same or floats.data_type not in _FLOATS:
+            return None
+        scale, zero_point = self.scope.header(node.input(1)), self.scope.header(node.input(2))
+        if scale is None or zero_point is None:
+            return None
+        attributes = {"axis": 1, "block_size": 0}
+        if any(rounding.integers.get(k, v) != node.integers.get(k, v) for k, v in attributes.items()):
+            return None
+        dtype = DTYPES.get(zero_point.data_type)
+        if dtype is None or zero_point.data_type not in _NARROW_INTEGERS:
+            return None
+        codes, value = Stored(floats, dtype, is_rounded=True), node.outputs[0]
+        return Pattern(codes, Spread(Stored(scale)), Spread(Stored(zero_point)), linear=node.integers, value=value)
+
     def weight(self, node: Node) -> Pattern | None:
         """The pattern that one node of any model completes: a DequantizeLinear, an operator that takes codes, or the
         Mul of Cast, Sub and Mul on codes of at most a byte (wider integers are as often lengths and indices)."""
@@ -163,16 +209,53 @@ class Matcher:
             return None
         if node.op_type == "DequantizeLinear" and node.domain in _DEQUANTIZE_LINEAR_DOMAINS:
             return self.dequantize_linear(node)
-        if node.is_standard and node.op_type in _CODES_OPERATORS:
-            first, axis = _CODES_OPERATORS[node.op_type]
-            found = self.dequantize_linear(Node(node.op_type, node.inputs[first : first + 3], ("",), {"axis": axis}))
-            return found if found and len(found.scale.stored.header.dims) < 2 else None
+        positions = CODES_OPERATORS.get(("" if node.is_standard else node.domain, node.op_type))
+        if positions is not None:
+            *wanted, axis = positions
+            if node.op_type == "QGemm" and node.integers.get("transB", 0):
+                axis = 0
+            inputs = tuple(node.input(position) for position in wanted)
+            return self._of_operator(Node(node.op_type, inputs, ("",), {"axis": axis}))
+        if node.is_standard and node.op_type in INTEGER_PRODUCTS:
+            return self._of_integer_product(node)
         if node.is_standard and node.op_type == "Mul":
             for inputs in (node.inputs, node.inputs[::-1]):
                 found = self._arithmetic(replace(node, inputs=inputs))
                 if found and found.codes.header.data_type in _NARROW_INTEGERS and found.has_float_scale:
                     return found
         return None
+
+    def _of_operator(self, node: Node) -> Pattern | None:
+        found = self.dequantize_linear(node)
+        return found if found and len(found.scale.stored.header.dims) < 2 else None
+
+    def _of_integer_product(self, node: Node) -> Pattern | None:
+        """What onnxruntime's quantize_dynamic writes: the product, Cast, and Mul by the product of the activations'
+        scale, which DynamicQuantizeLinear computes, and the weight's."""
+        codes, zero_point, axis = INTEGER_PRODUCTS[node.op_type]
+        scaled = self.scaling(node)
+        if scaled is None:
+            return None
+        inputs = (node.input(codes), scaled[1], node.input(zero_point))
+        return self._of_operator(Node(node.op_type, inputs, ("",), {"axis": axis}))
+
+    def scaling(self, node: Node) -> tuple[Node, str] | None:
+        """The Mul that scales a product of codes, and the name of the weight's scale; None where there is no such."""
+        cast = self._only_taker(node.outputs[0], "Cast")
+        scale = self._only_taker(cast.outputs[0], "Mul") if cast is not None else None
+        if cast is None or scale is None:
+            return None
+        for name in scale.inputs:
+            factors = self.scope.producer(name, "Mul")
+            for factor in factors.inputs if factors is not None and name != cast.outputs[0] else ():
+                if self.scope.header(factor) is not None:
+                    return scale, factor
+        return None
+
+    def _only_taker(self, name: str, op_type: str) -> Node | None:
+        """The node that takes a value, if it is the only one in its graph, and this standard operator."""
+        takers = self.scope.takers.get(name, [])
+        return takers[0] if len(takers) == 1 and takers[0].op_type == op_type and takers[0].is_standard else None
 
     def _zero_point(self, name: str, codes: TensorHeader) -> Stored | None:
         stored = self._stored(name, codes.data_type)

@@ -10,22 +10,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from formats.onnx.block_operators import MICROSOFT
 from formats.onnx.dataflow import Dataflow, Taker
 from formats.onnx.graph import Node
-from formats.onnx.lifting import Scope
+from formats.onnx.lifting import Matcher, Scope
 from formats.onnx.lowering import Names
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A node that takes a weight's codes, and its graph."""
+    """A node that takes a weight's codes, and what finds the nodes around it."""
 
-    scope: Scope
+    matcher: Matcher
     node: Node
     view: memoryview
     names: Names
+
+    @property
+    def scope(self) -> Scope:
+        """The node's graph."""
+        return self.matcher.scope
 
     def attributes(self) -> tuple[bytes, ...]:
         """The node's attributes, encoded."""
@@ -36,24 +40,27 @@ class Site:
         return self.names.fresh(f"{self.node.outputs[0]}_{suffix}")
 
 
+def _itself(site: Site) -> Node | None:
+    return site.node
+
+
 @dataclass(frozen=True, slots=True)
 class Expansion:
     """How an operator is spelled out: `weight` is the position of the codes among its inputs, `scale` that of their
     scale, `transposes` says that the operator takes the transposed of the weight that it is given. `nodes` makes what
-    takes its place, from a name for the float weight, already transposed; empty where it cannot."""
+    takes the place of `target`, from a name for the float weight, already transposed; empty where it cannot. `is_exact`
+    says that the operator computes in floats as well."""
 
     weight: int
     scale: int
     nodes: Callable[[Site, str], tuple[Node, ...]]
     transposes: bool = False
+    is_exact: bool = False
+    target: Callable[[Site], Node | None] = _itself
 
 
 def _matmul(site: Site, weight: str) -> tuple[Node, ...]:
-    node = site.node
-    bias = node.input(5)
-    product = site.fresh("product") if bias else node.outputs[0]
-    nodes = (Node("MatMul", (node.input(0), weight), (product,), name=node.name),)
-    return (*nodes, Node("Add", (product, bias), node.outputs)) if bias else nodes
+    return _product_and_bias(site, (), site.node.input(0), weight, site.node.input(5))
 
 
 def _bnb4(site: Site, weight: str) -> tuple[Node, ...]:
@@ -91,13 +98,81 @@ def _qlinear_conv(site: Site, weight: str) -> tuple[Node, ...]:
     return (*nodes, conv, Node("QuantizeLinear", (result, *node.inputs[6:8]), node.outputs))
 
 
+def _scaling(site: Site) -> Node | None:
+    """The Mul that scales a product of integers."""
+    found = site.matcher.scaling(site.node)
+    return None if found is None else found[0]
+
+
+def _integer_product(operator: str) -> Callable[[Site, str], tuple[Node, ...]]:
+    """MatMulInteger and ConvInteger of what DynamicQuantizeLinear makes of floats: of the floats themselves."""
+
+    def nodes(site: Site, weight: str) -> tuple[Node, ...]:
+        rounding, scaling = site.scope.producer(site.node.input(0), "DynamicQuantizeLinear"), _scaling(site)
+        if rounding is None or scaling is None:
+            return ()
+        inputs = (rounding.input(0), weight)
+        return (Node(operator, inputs, scaling.outputs, name=site.node.name, others=site.attributes()),)
+
+    return nodes
+
+
+def _dynamic_matmul(site: Site, weight: str) -> tuple[Node, ...]:
+    return _product_and_bias(site, (), site.node.input(0), weight, site.node.input(4))
+
+
+def _integer_matmul(site: Site, weight: str) -> tuple[Node, ...]:
+    node, values = site.node, site.fresh("dequantized_input")
+    decoded = Node("DequantizeLinear", tuple(n for n in (node.input(0), node.input(2), node.input(4)) if n), (values,))
+    return _product_and_bias(site, (decoded,), values, weight, node.input(6))
+
+
+def _product_and_bias(site: Site, before: tuple[Node, ...], values: str, weight: str, bias: str) -> tuple[Node, ...]:
+    node = site.node
+    product = site.fresh("product") if bias else node.outputs[0]
+    nodes = (*before, Node("MatMul", (values, weight), (product,), name=node.name))
+    return (*nodes, Node("Add", (product, bias), node.outputs)) if bias else nodes
+
+
+def _qgemm(site: Site, weight: str) -> tuple[Node, ...]:
+    """The bias is int32 of scale alpha * a_scale * b_scale."""
+    node, values = site.node, site.fresh("dequantized_input")
+    if node.floats.get("alpha", 1.0) != 1.0:
+        return ()
+    nodes, inputs = [Node("DequantizeLinear", node.inputs[0:3], (values,))], [values, weight]
+    if node.input(6):
+        scale, bias = site.fresh("bias_scale"), site.fresh("bias")
+        nodes.append(Node("Mul", (node.input(1), node.input(4)), (scale,)))
+        nodes.append(Node("DequantizeLinear", (node.input(6), scale), (bias,), {"axis": 0}))
+        inputs.append(bias)
+    is_rounded = bool(node.input(7))
+    result = site.fresh("result") if is_rounded else node.outputs[0]
+    nodes.append(Node("Gemm", tuple(inputs), (result,), name=node.name, others=site.attributes()))
+    rounding = (Node("QuantizeLinear", (result, *node.inputs[7:9]), node.outputs),) if is_rounded else ()
+    return (*nodes, *rounding)
+
+
+def _attention(site: Site, weight: str) -> tuple[Node, ...]:
+    node, values = site.node, site.fresh("dequantized_input")
+    decoded = Node("DequantizeLinear", tuple(n for n in (node.input(0), node.input(3), node.input(6)) if n), (values,))
+    inputs = (values, weight, node.input(2), node.input(5), node.input(8))
+    attention = Node("Attention", inputs, node.outputs, domain=MICROSOFT, name=node.name, others=site.attributes())
+    return decoded, attention
+
+
 EXPANSIONS: Mapping[tuple[str, str], Expansion] = MappingProxyType(
     {
-        (MICROSOFT, "MatMulNBits"): Expansion(1, 2, _matmul, transposes=True),
-        (MICROSOFT, "MatMulBnb4"): Expansion(1, 2, _bnb4, transposes=True),
-        (MICROSOFT, "GatherBlockQuantized"): Expansion(0, 2, _gather),
+        (MICROSOFT, "MatMulNBits"): Expansion(1, 2, _matmul, transposes=True, is_exact=True),
+        (MICROSOFT, "MatMulBnb4"): Expansion(1, 2, _bnb4, transposes=True, is_exact=True),
+        (MICROSOFT, "GatherBlockQuantized"): Expansion(0, 2, _gather, is_exact=True),
         ("", "QLinearMatMul"): Expansion(3, 4, _qlinear_matmul),
         ("", "QLinearConv"): Expansion(3, 4, _qlinear_conv),
+        ("", "MatMulInteger"): Expansion(1, -1, _integer_product("MatMul"), target=_scaling),
+        ("", "ConvInteger"): Expansion(1, -1, _integer_product("Conv"), target=_scaling),
+        (MICROSOFT, "DynamicQuantizeMatMul"): Expansion(1, 2, _dynamic_matmul),
+        (MICROSOFT, "MatMulIntegerToFloat"): Expansion(1, 3, _integer_matmul),
+        (MICROSOFT, "QGemm"): Expansion(3, 4, _qgemm),
+        (MICROSOFT, "QAttention"): Expansion(1, 4, _attention),
     }
 )
 

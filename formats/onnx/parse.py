@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from converters.errors import CorruptFile, Unsupported, printable
+from converters.ir import Port
 from formats.onnx import schema
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.wire import Range, Record, decode
@@ -34,12 +35,15 @@ def _model(view: memoryview) -> ParsedModel:
         )
     graph = _graph(view, graphs[0], 0)
     _check_names(graph, ())
+    initializers = {header.name for header in graph.initializers}
     producer = f"{record.text('producer_name')} {record.text('producer_version')}".strip()
     return ParsedModel(
         graph,
         producer,
         _entries(view, record, "metadata_props"),
         tuple(_function(view, place) for place in record.ranges("functions")),
+        tuple(port for port in _ports(view, graphs[0], "input") if port.name not in initializers),
+        tuple(_ports(view, graphs[0], "output")),
         _opsets(view, record),
         record.integer("ir_version", 0),
     )
@@ -134,6 +138,23 @@ def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeade
         external = _entries(view, record, "external_data")
     properties = _entries(view, record, "metadata_props")
     return TensorHeader(name, record.integer("data_type", 0), dims, record, external, properties)
+
+
+def _ports(view: memoryview, where: Range, field: str) -> Iterator[Port]:
+    """The inputs or outputs of a graph with what is said of their types."""
+    for place in decode(view, where, schema.GRAPH).ranges(field):
+        record = decode(view, place, schema.VALUE_INFO)
+        types = [decode(view, found, schema.TYPE).ranges("tensor_type") for found in record.ranges("type")]
+        tensor = decode(view, types[-1][-1], schema.TENSOR_TYPE) if types and types[-1] else None
+        number = 0 if tensor is None else tensor.integer("elem_type", 0)
+        dtype = schema.DTYPES[number].name if number in schema.DTYPES else "string" if number == schema.STRING else ""
+        shape = None if tensor is None or not tensor.ranges("shape") else _sizes(view, tensor.ranges("shape")[-1])
+        yield Port(record.text("name"), dtype, shape)
+
+
+def _sizes(view: memoryview, where: Range) -> tuple[int | str, ...]:
+    sizes = [decode(view, size, schema.DIMENSION) for size in decode(view, where, schema.SHAPE).ranges("dim")]
+    return tuple(s.integer("dim_value", 0) if "dim_value" in s.values else s.text("dim_param") for s in sizes)
 
 
 def _names(view: memoryview, record: Record, field: str) -> tuple[str, ...]:

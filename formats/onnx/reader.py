@@ -14,12 +14,14 @@ from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
 from formats.onnx import schema
+from formats.onnx.block_operators import BlockWeight, block_weights
 from formats.onnx.dataflow import scopes_of
 from formats.onnx.graph import Graph, Node, TensorHeader
 from formats.onnx.kept_graph import OnnxGraph
 from formats.onnx.lifting import Matcher, Pattern, Scope, Stored, quantization
 from formats.onnx.parse import parse
 from formats.onnx.payload import Payloads
+from formats.onnx.rounding import RoundedCodes
 
 #: The axis of an operator's weight along which its output channels run, by operator and input (ONNX operators).
 _CHANNEL_AXES = {
@@ -48,12 +50,13 @@ class OnnxReader:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A tensor of the file: its initializer, the name it gets, and the pattern that decodes it."""
+    """A tensor of the file: its initializer, the name it gets, and the nodes, or the operator, that decode it."""
 
     name: str
     stored: Stored
     pattern: Pattern | None
     uses: tuple[Use, ...]
+    block: BlockWeight | None = None
 
 
 class _Reading:
@@ -70,21 +73,40 @@ class _Reading:
         scopes = [scope for graph in (self.parsed.graph, *self.parsed.functions) for scope in scopes_of(graph)]
         is_ours = self.parsed.properties.get(schema.LAYOUT) == schema.WEIGHTS_LAYOUT
         found = list(self._ours(scopes[0]) if is_ours else self._foreign(scopes))
-        known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None}
+        known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None and one.block is None}
         tensors: dict[str, Tensor] = {}
         headers: dict[str, TensorHeader] = {}
         repeated: Counter[str] = Counter()
         for one in found:
-            tensor = self._quantized(one, one.pattern, known) if one.pattern else known[id(one.stored.header)]
+            tensor = self._decoded(one, known)
             while tensor.name in tensors:  # initializers of different subgraphs
                 repeated[one.name] += 1
                 tensor = replace(tensor, name=f"{one.name}:{repeated[one.name]}")
             tensors[tensor.name] = tensor
             headers[tensor.name] = one.stored.header
         operators = Counter(node.op_type for scope in scopes for node in scope.graph.nodes)
-        metadata = Metadata("onnx", self.parsed.producer, self.path, {} if is_ours else dict(operators))
+        metadata = Metadata(
+            "onnx",
+            self.parsed.producer,
+            self.path,
+            {} if is_ours else dict(operators),
+            () if is_ours else self.parsed.inputs,
+            () if is_ours else self.parsed.outputs,
+            self.parsed.opsets,
+        )
         graph = None if is_ours else OnnxGraph(self.parsed, self.payloads, tensors, headers)
         return Model(tensors, metadata, graph, losses=tuple(self.losses))
+
+    def _decoded(self, one: _Found, known: Mapping[int, Tensor]) -> Tensor:
+        if one.pattern is not None:
+            return self._quantized(one, one.pattern, known)
+        if one.block is None:
+            return known[id(one.stored.header)]
+        try:
+            return replace(one.block.build(self.payloads), name=one.name, uses=one.uses)
+        except Error as error:
+            error.tensor = error.tensor or one.name
+            raise
 
     def _ours(self, scope: Scope) -> Iterator[_Found]:
         """What our own writer wrote: each output is a tensor."""
@@ -104,11 +126,16 @@ class _Reading:
     def _foreign(self, scopes: Sequence[Scope]) -> Iterator[_Found]:
         """Every initializer and Constant of the graphs, parameters of others excepted."""
         patterns: dict[int, Pattern] = {}
+        blocks: dict[int, BlockWeight] = {}
         uses: dict[int, tuple[Use, ...]] = {}
         consumers = [_consumers(scope.graph) for scope in scopes]
         for scope, taken_by in zip(scopes, consumers, strict=True):
             matcher = Matcher(scope, self.payloads)
             for node in scope.graph.nodes:
+                for block in block_weights(node, scope.header):
+                    blocks.setdefault(id(block.codes), block)
+                    axis = 1 if node.op_type == "QMoE" else 0
+                    uses.setdefault(id(block.codes), (Use(node.op_type, block.position, axis),))
                 pattern = matcher.weight(node)
                 if pattern is None or id(pattern.codes.header) in patterns:
                     continue
@@ -117,6 +144,8 @@ class _Reading:
                     patterns[id(header)] = pattern
                     uses[id(header)] = _uses(taken_by, pattern.value or header.name, len(header.dims))
         self._note_owners((pattern.codes.header.name, pattern) for pattern in patterns.values())
+        for block in blocks.values():
+            self.owners.update((id(header), block.codes.name) for header in block.parameters)
         for scope, taken_by in zip(scopes, consumers, strict=True):
             outputs = frozenset(scope.graph.outputs)
             names = scope.graph.sparse
@@ -125,9 +154,11 @@ class _Reading:
                 pattern = patterns.get(id(header))
                 if header.data_type == schema.STRING:
                     self.losses.append(Loss(header.name, "dropped", "strings, which are no weights"))
+                elif id(header) in blocks:
+                    yield _Found(header.name, Stored(header), None, uses[id(header)], blocks[id(header)])
                 elif pattern or id(header) not in self.owners or header.name in outputs:
                     taken = uses[id(header)] if pattern else _uses(taken_by, header.name, len(header.dims))
-                    yield _Found(header.name, Stored(header), pattern, taken)
+                    yield _Found(header.name, pattern.codes if pattern else Stored(header), pattern, taken)
 
     def _understood(self, pattern: Pattern | None, name: str) -> Pattern | None:
         """The pattern, if it is one and decodes blocks. Raises CorruptFile, naming the tensor, if it is wrong."""
@@ -149,6 +180,10 @@ class _Reading:
 
     def _quantized(self, one: _Found, pattern: Pattern, known: Mapping[int, Tensor]) -> Tensor:
         lifted = quantization(pattern, self.payloads, known)
+        if lifted is not None and pattern.codes.is_rounded and pattern.codes.dtype is not None:
+            floats = pattern.codes.tensor(self.payloads)
+            codes = RoundedCodes(floats, lifted, pattern.codes.dtype)
+            return Tensor(one.name, floats.shape, codes.dtype, codes, lifted, one.uses)
         return replace(one.stored.tensor(self.payloads), name=one.name, quantization=lifted, uses=one.uses)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import GroupIndex, Quantization, Tensor, is_integer
-from converters.packing import SUB_BYTE, bits_of, pack, unpack
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Computed
 
 _TILE = 256
@@ -82,6 +82,26 @@ def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
         )
     shape = tuple(tensor.shape[axis] for axis in permutation)
     return replace(tensor, shape=shape, data=Computed(tensor.nbytes, compute), quantization=q, uses=())
+
+
+def narrowed(tensor: Tensor) -> Tensor:
+    """The tensor with its zero points in the dtype of its codes, where they are integers that these can be:
+    DequantizeLinear takes no others."""
+    q = tensor.quantization
+    zero_point = None if q is None else q.zero_point
+    if q is None or zero_point is None or zero_point.dtype == tensor.dtype or not is_integer(tensor.dtype):
+        return tensor
+    if tensor.bits > 8 or zero_point.quantization is not None or not _are_codes(zero_point, tensor.dtype):
+        return tensor
+    bits = tensor.bits
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        codes = zero_point.codes()
+        packed = pack(codes, bits) if bits < 8 else codes.astype(np.uint8).reshape(-1)
+        return packed[start:stop]
+
+    data = Computed(packed_size(zero_point.size, bits), compute)
+    return replace(tensor, quantization=replace(q, zero_point=replace(zero_point, dtype=tensor.dtype, data=data)))
 
 
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

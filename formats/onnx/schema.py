@@ -87,7 +87,7 @@ VALUE_INFO = Schema("ValueInfoProto", name=Field(1, Kind.TEXT), type=Field(2, Ki
 TYPE = Schema("TypeProto", tensor_type=Field(1, Kind.RANGE))
 TENSOR_TYPE = Schema("TypeProto.Tensor", elem_type=Field(1, Kind.INT), shape=Field(2, Kind.RANGE))
 SHAPE = Schema("TensorShapeProto", dim=Field(1, Kind.RANGE))
-DIMENSION = Schema("TensorShapeProto.Dimension", dim_value=Field(1, Kind.INT))
+DIMENSION = Schema("TensorShapeProto.Dimension", dim_value=Field(1, Kind.INT), dim_param=Field(2, Kind.TEXT))
 
 ATTRIBUTE_INT = 2
 ATTRIBUTE_TENSOR = 4
