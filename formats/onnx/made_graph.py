@@ -62,9 +62,8 @@ def made_graph(source: Lowerable, model: Model, signature: str, opset: int, path
             continue
         tensor = _plain(name, model[place.name], place.permutation)
         carried[len(carried)] = tensors[name] = tensor
-        value.const_value = ir.ExternalTensor(
-            CARRIED, len(carried) - 1, tensor.nbytes, value.const_value.dtype, shape=value.const_value.shape, name=name
-        )
+        shape, dtype = ir.Shape(tensor.shape), value.const_value.dtype
+        value.const_value = ir.ExternalTensor(CARRIED, len(carried) - 1, tensor.nbytes, dtype, shape=shape, name=name)
     content = np.frombuffer(ir.to_proto(made).SerializeToString(), np.uint8)
     payloads = Payloads(MappedFile(path, content, None), carried)
     parsed = parse(payloads.view, path)

@@ -103,10 +103,11 @@ class OnnxWriter:
         """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
         number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
         of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
-        if isinstance(model.graph, OnnxGraph):
-            return plan_kept(model, model.graph, target, options)
-        if options.graph and isinstance(model.graph, Lowerable):
-            return plan_made(model, model.graph, target, options)
+        graph: object = model.graph
+        if isinstance(graph, OnnxGraph):
+            return plan_kept(model, graph, target, options)
+        if options.graph and isinstance(graph, Lowerable):
+            return plan_made(model, graph, target, options)
         if options.layout:
             raise UsageError(f"layout={options.layout} is for models with a graph, and this one has weights only")
         opset = _opset(model, options.opset)

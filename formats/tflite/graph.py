@@ -14,7 +14,7 @@ from formats.tflite import schema
 from formats.tflite.options import OPTIONS, Options
 
 if TYPE_CHECKING:
-    import onnx_ir
+    import onnx_ir as ir
 
     from formats.tflite.lowering.builder import Operator, TensorInfo
     from formats.tflite.lowering.graph import Subgraph
@@ -37,11 +37,11 @@ class TFLiteGraph:
         """The subgraphs by the names of the signatures that the file has."""
         return {found.signature_key or "": found.subgraph_index for found in self.model.signature_defs}
 
-    def onnx_ir(self) -> onnx_ir.Model:
+    def onnx_ir(self) -> ir.Model:
         """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
         return self.lowered("", 21)[0]
 
-    def lowered(self, signature: str, opset: int) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
+    def lowered(self, signature: str, opset: int) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
         """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
         initializers are the model's weights. Raises Unsupported for operators that there is no lowering for."""
         from formats.tflite.lowering.graph import lowered

@@ -255,7 +255,7 @@ class Builder:
         name = root.fresh(tensor.name or "weight")
         place = WeightPlace(tensor.name, permutation)
 
-        def compute() -> ir.Tensor:
+        def compute() -> ir.Tensor[NDArray[Any]]:
             values = tensor.dequantize(np.float32) if is_float else tensor.numpy()
             return ir.Tensor(values if permutation is None else np.ascontiguousarray(values.transpose(permutation)))
 

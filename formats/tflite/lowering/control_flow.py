@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from formats.tflite.lowering.builder import Builder, Operator
@@ -12,7 +14,7 @@ _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 def if_(b: Builder, op: Operator) -> None:
     """IF: the first input decides; the branches see the others as they are."""
     values = [b.read(index) for index in op.inputs[1:]]
-    bodies = {}
+    bodies: dict[str, Any] = {}
     for branch in ("then", "else"):
         inner = b.inner()
         results = inner.run(op.options.integer(f"{branch}_subgraph_index"), values)

@@ -68,8 +68,8 @@ def kernel_value(b: Builder, index: int, permutation: tuple[int, ...]) -> ir.Val
 
 
 def transpose_conv(b: Builder, op: Operator) -> None:
-    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias. Padding is that of
-    the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
+    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias. Padding is that
+    of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
     image, weight = b.info(op.input(2)).shape, b.info(op.input(1)).shape
     result, strides = b.info(op.outputs[0]).shape, _strides(op.options)
     kernel = weight[1:3]
@@ -80,11 +80,11 @@ def transpose_conv(b: Builder, op: Operator) -> None:
         before.append(total // 2 if op.options.integer("padding") == _SAME else 0)
         after.append(max(surplus - before[-1], 0))
         more.append(max(-surplus, 0))
-    attributes = {"kernel_shape": list(kernel), "strides": strides, "pads": before + after, "output_padding": more}
+    attributes: dict[str, Any] = {"kernel_shape": list(kernel), "strides": strides, "pads": before + after}
     inputs = [b.read_first(op.input(2)), kernel_value(b, op.input(1), (3, 0, 1, 2))]
     if op.input(3) >= 0:
         inputs.append(b.read(op.input(3)))
-    b.finish(op, b.emit("ConvTranspose", inputs, **attributes), first=True)
+    b.finish(op, b.emit("ConvTranspose", inputs, **attributes, output_padding=more), first=True)
 
 
 def average_pool_2d(b: Builder, op: Operator) -> None:

@@ -13,12 +13,12 @@ from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator
 Lowering = Callable[[Builder, Operator], None]
 
 
-def unary(operator: str, **attributes: float | str) -> Lowering:
+def unary(operator: str) -> Lowering:
     """One ONNX operator on one input."""
 
     def lower(b: Builder, op: Operator) -> None:
         value, first = _either(b, op.input(0))
-        b.write(op.outputs[0], b.emit(operator, [value], **attributes), first=first)
+        b.write(op.outputs[0], b.emit(operator, [value]), first=first)
 
     return lower
 
@@ -217,8 +217,8 @@ def l2_normalization(b: Builder, op: Operator) -> None:
 def local_response_normalization(b: Builder, op: Operator) -> None:
     """LOCAL_RESPONSE_NORMALIZATION over channels; TFLite's alpha is for each channel, ONNX's for the window."""
     options, window = op.options, 2 * op.options.integer("radius") + 1
-    attributes = {"alpha": options.number("alpha") * window, "beta": options.number("beta")}
-    value = b.emit("LRN", [b.read_first(op.input(0))], size=window, bias=options.number("bias"), **attributes)
+    alpha, beta, bias = (options.number(name) for name in ("alpha", "beta", "bias"))
+    value = b.emit("LRN", [b.read_first(op.input(0))], size=window, bias=bias, alpha=alpha * window, beta=beta)
     b.write(op.outputs[0], value, first=True)
 
 

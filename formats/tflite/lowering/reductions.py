@@ -60,8 +60,8 @@ def cumulative_sum(b: Builder, op: Operator) -> None:
     """CUMSUM."""
     axis = b.constant(np.int64(b.list_of(op.input(1))[0]), name="axis")
     integer = op.options.integer
-    attributes = {"exclusive": integer("exclusive"), "reverse": integer("reverse")}
-    b.write(op.outputs[0], b.emit("CumSum", [b.read(op.input(0)), axis], **attributes))
+    exclusive, reverse = integer("exclusive"), integer("reverse")
+    b.write(op.outputs[0], b.emit("CumSum", [b.read(op.input(0)), axis], exclusive=exclusive, reverse=reverse))
 
 
 def top_k(b: Builder, op: Operator) -> None:

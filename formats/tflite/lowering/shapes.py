@@ -180,7 +180,10 @@ def strided_slice(b: Builder, op: Operator) -> None:
     rank, value = len(b.info(op.input(0)).shape), b.read(op.input(0))
     added = [k for k in range(len(strides)) if masks["new_axis"] >> k & 1]
     ellipsis = [k for k in range(len(strides)) if masks["ellipsis"] >> k & 1]
-    axis, shrunk, inserted, places = 0, [], [], []
+    axis = 0
+    shrunk: list[int] = []
+    inserted: list[int] = []
+    places: list[tuple[int, int]] = []
     for k in range(len(strides)):
         if k in ellipsis:
             axis += rank - (len(strides) - len(added) - 1)
