@@ -85,13 +85,19 @@ def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
 
 
 def narrowed(tensor: Tensor) -> Tensor:
-    """The tensor with its zero points in the dtype of its codes, where they are integers that these can be:
-    DequantizeLinear takes no others."""
+    """The tensor with its zero points in the dtype of its codes, where they are integers that these can be, since
+    DequantizeLinear takes no others; and without them where codes are wide and all zero points 0."""
     q = tensor.quantization
     zero_point = None if q is None else q.zero_point
-    if q is None or zero_point is None or zero_point.dtype == tensor.dtype or not is_integer(tensor.dtype):
+    if q is None or zero_point is None or not is_integer(tensor.dtype):
         return tensor
-    if tensor.bits > 8 or zero_point.quantization is not None or not _are_codes(zero_point, tensor.dtype):
+    if zero_point.dtype == tensor.dtype and tensor.bits <= 8:
+        return tensor
+    if zero_point.quantization is not None or not is_integer(zero_point.dtype):
+        return tensor
+    if tensor.bits > 8:
+        return tensor if zero_point.codes().any() else replace(tensor, quantization=replace(q, zero_point=None))
+    if not _are_codes(zero_point, tensor.dtype):
         return tensor
     bits = tensor.bits
 
