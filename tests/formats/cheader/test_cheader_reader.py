@@ -364,8 +364,9 @@ def test_members_are_those_of_the_runtime_header() -> None:
 
 
 def test_constants_are_those_of_the_runtime_header() -> None:
+    above_the_table = runtime_header().partition("typedef struct")[0]
     defined = re.findall(
-        r"^#define (NIBBLECAST_\w+) (\d+) +/\*|^#define (NIBBLECAST_FLOAT\w+) (\d+)$", runtime_header(), re.M
+        r"^#define (NIBBLECAST_\w+) (\d+)u? +/\*|^#define (NIBBLECAST_FLOAT\w+) (\d+)$", above_the_table, re.M
     )
     numbers = {a or c: int(b or d) for a, b, c, d in defined}
     assert {name.decode(): number for name, number in CONSTANTS.items()} == numbers

@@ -80,9 +80,9 @@ BROKEN_SOURCES = {
     "no data": (swapped("        m_w_data,", "        NULL,"), "tensor 'w': has no data"),
     "no name": (swapped('        "w",', "        0,"), "whose name is no string"),
     "odd escape": (swapped('        "w",', '        "\\q",'), "escape that is none of C's"),
-    "a member less": (swapped("m_w_COUNT,", ""), "less than the 17 members"),
-    "a member more": (swapped("m_w_RANK,", "m_w_RANK, 1,"), "more than the 17 members"),
-    "an unknown member": (swapped('        "w",', '        .size = "w",'), "more than the 17 members"),
+    "a member less": (swapped("m_w_COUNT,", ""), "less than the 18 members"),
+    "a member more": (swapped("m_w_RANK,", "m_w_RANK, 1,"), "more than the 18 members"),
+    "an unknown member": (swapped('        "w",', '        .size = "w",'), "more than the 18 members"),
     "nothing between commas": (swapped("m_w_COUNT,", ","), "nothing between two commas"),
     "two values": (swapped("m_w_COUNT,", "m_w_COUNT + 1,"), "whose count is no number"),
     "no braces": (swapped('    {\n        "w",', '        "w",'), "no entry in braces"),
@@ -151,7 +151,7 @@ def test_elements_that_are_not_in_the_text(written) -> None:
     embedded = of_array("m_w_data", lambda body: '\n#if X\n#embed "m.bin"\n#endif\n')(source)
     header.with_suffix(".c").write_text(embedded)
     refused(header, Unsupported, r'm\.c: .*m_w_data depend on the preprocessor \(#embed "m\.bin"\): .*another style')
-    without = re.sub(r"NIBBLECAST_BEFORE[^;{]*m_w_data.*?\};", '__asm__(".incbin \\"m.bin\\"");', source, flags=re.S)
+    without = re.sub(r"m_BEFORE[^;{]*m_w_data.*?\};", '__asm__(".incbin \\"m.bin\\"");', source, flags=re.S)
     header.with_suffix(".c").write_text(without)
     refused(header, Unsupported, r"m\.c: tensor 'w': the elements of m_w_data are not in m\.c: .*incbin")
 
