@@ -71,7 +71,7 @@ class CHeaderOptions:
         if self.section and not _SECTION.fullmatch(self.section):
             raise UsageError(
                 f"section={self.section}: letters, digits, '_', '.' and '$' are what a section's name is made of here, "
-                "no digit first; for another, define NIBBLECAST_AFTER when the C is compiled"
+                "no digit first; for another, leave the option out and define NIBBLECAST_AFTER when the C is compiled"
             )
         if self.packing == "unpacked" and self.nibble_order == "high":
             raise UsageError("packing=unpacked leaves nothing for nibble-order=high to order: choose one of them")
@@ -97,7 +97,7 @@ class CHeaderOptions:
         chosen, defaults = asdict(self), asdict(CHeaderOptions())
         always = {"layout": self.layout, "prefix": prefix}
         return always | {
-            name.replace("_", "-"): value
+            name.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
             for name, value in chosen.items()
             if name not in (*always, "depfile") and value != defaults[name]
         }

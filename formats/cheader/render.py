@@ -102,9 +102,9 @@ class Document:
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
         guard = f"NIBBLECAST_{self.prefix}_H"
-        declarations = "".join(_tensor_text(self.prefix, entry, self.static) for entry in self.entries)
+        declarations = "".join(_tensor_text(entry, self.static, self._placed) for entry in self.entries)
         if self.model is not None:
-            declarations += _model_text(self.prefix, self.model, self.static)
+            declarations += _model_text(self.prefix, self.model, self.static, self._placed)
         return _fill(
             "single.h" if self.static else "split.h",
             about=self._about(provenance),
@@ -134,6 +134,7 @@ class Document:
         values = {
             "name": name,
             "prefix": self.prefix,
+            "placed": self._placed,
             "type": array.notation.c_type,
             "length": str(array.length),
             "offset": str(entry.offset),
@@ -166,6 +167,11 @@ class Document:
     def payload_nbytes(self) -> int:
         """The size of that file."""
         return max((entry.end for entry in self.everything), default=0)
+
+    @property
+    def _placed(self) -> str:
+        """What the macros around arrays begin with."""
+        return self.prefix if self.arrangement.section else "NIBBLECAST"
 
     def _is_aligned(self, array: Array) -> bool:
         """Whether its alignment must be said: wider elements have a wider one."""
@@ -208,19 +214,12 @@ class Document:
             interface=str(INTERFACE),
             prefix=self.prefix,
             alignment=str(self.arrangement.alignment),
-            before=f' NIBBLECAST_SECTION_BEFORE("{section}")' if section else "",
-            after=f' NIBBLECAST_SECTION_AFTER("{section}")' if section else "",
-            requirements=self._requirements(),
+            packing=_fill("check.packing") if any(entry.packing != DENSE for entry in self.entries) else "",
+            section=_fill("check.section", prefix=self.prefix, section=section) if section else "",
             count=f"{len(self.entries)}u",
             flash=f"{sum(entry.nbytes for entry in self.everything)}u",
             aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",
         )
-
-    def _requirements(self) -> str:
-        """What the macros of nibblecast.h must be for these files."""
-        section = _fill("check.section") if self.arrangement.section else ""
-        is_packed = any(entry.packing != DENSE for entry in self.entries)
-        return section + (_fill("check.packing") if is_packed else "")
 
 
 def entries_of(
@@ -267,7 +266,7 @@ def _suffixes(rank: int) -> tuple[str, ...]:
     return tuple(f"_{name}" for name in names)
 
 
-def _tensor_text(prefix: str, entry: Entry, static: bool) -> str:
+def _tensor_text(entry: Entry, static: bool, placed: str) -> str:
     """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
     tensor, base = entry.tensor, entry.base
     granularity, axis = granularity_of(tensor)
@@ -295,7 +294,7 @@ def _tensor_text(prefix: str, entry: Entry, static: bool) -> str:
         granularity_macro=granularity,
         axis="" if axis is None else f"#define {base}_AXIS {axis}u\n",
         blocks=_numbered(f"{base}_BLOCK", blocks),
-        externs="" if static else "".join(_extern(prefix, base, array) for array in entry.arrays),
+        externs="" if static else "".join(_extern(base, array, placed) for array in entry.arrays),
         **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
     )
 
@@ -317,10 +316,10 @@ def _fixed_point_macros(entry: Entry) -> str:
     )
 
 
-def _model_text(prefix: str, model: Entry, static: bool) -> str:
+def _model_text(prefix: str, model: Entry, static: bool, placed: str) -> str:
     """The comment, the macro and, unless arrays are static, the declaration of the whole source file."""
     array = model.arrays[0]
-    extern = _too_long(prefix, array) + ("" if static else _extern(prefix, prefix, array))
+    extern = _too_long(prefix, array) + ("" if static else _extern(prefix, array, placed))
     values = {"source": comment(model.tensor.name), "name": f"{prefix}_{array.role}", "prefix": prefix}
     return _fill("model", nbytes=f"{array.payload}u", extern=extern, **values)
 
@@ -337,9 +336,9 @@ def _too_long(base: str, array: Array) -> str:
     return _fill("avr", name=name, nbytes=str(array.nbytes), longest=str(_LONGEST_AVR))
 
 
-def _extern(prefix: str, base: str, array: Array) -> str:
+def _extern(base: str, array: Array, placed: str) -> str:
     declarator = f"{base}_{array.role}[{array.length}]"
-    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} {prefix}_AFTER;\n"
+    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} {placed}_AFTER;\n"
 
 
 def _tables(tensor: Tensor) -> dict[str, tuple[int, ...]]:

@@ -11,7 +11,7 @@
  *
  * Macros that can be defined before this file is included (-DNIBBLECAST_ALIGN=4), in every file alike:
  *
- *     NIBBLECAST_ALIGN       alignment of data in bytes; without it, what each model was written for
+ *     NIBBLECAST_ALIGN       alignment of data in bytes, whatever models were written with
  *     NIBBLECAST_BEFORE      anything that goes before the definition of an array, such as _Pragma("location=...")
  *     NIBBLECAST_AFTER       anything that goes after the declarator: PROGMEM, or __attribute__((section(".qspi")))
  *     NIBBLECAST_FAR         the memory that arrays are in, where that is part of a pointer's type: __memx for avr-gcc
@@ -21,9 +21,9 @@
  *     NIBBLECAST_ALIGNED(n)  how it is told an alignment, before the definition
  *     NIBBLECAST_SECTION_BEFORE(name), NIBBLECAST_SECTION_AFTER(name)    how it is told a section
  *
- * Instead of the first three, PREFIX_ALIGN, PREFIX_BEFORE and PREFIX_AFTER are for the model with that prefix alone.
- * They apply to the arrays of data and parameters; names, shapes and the table of tensors stay in ordinary constant
- * memory.
+ * NIBBLECAST_BEFORE and _AFTER apply to the arrays of data and parameters; names, shapes and the table of tensors stay
+ * in ordinary constant memory. A model that is written with a section of its own has PREFIX_BEFORE and PREFIX_AFTER in
+ * their place.
  */
 #ifndef NIBBLECAST_H
 #define NIBBLECAST_H
@@ -88,6 +88,14 @@
 #endif
 #ifndef NIBBLECAST_SECTION_BEFORE
 #define NIBBLECAST_SECTION_BEFORE(name)
+#endif
+
+#ifndef NIBBLECAST_BEFORE
+#define NIBBLECAST_BEFORE
+#endif
+
+#ifndef NIBBLECAST_AFTER
+#define NIBBLECAST_AFTER
 #endif
 
 #ifndef NIBBLECAST_FAR
@@ -222,10 +230,14 @@ NIBBLECAST_INLINE int nibblecast_int2_high_first(const NIBBLECAST_FAR void *data
 /* What to give to the getters of dense data for element i of 2 or 4 bits, however the tensor is packed into bytes. */
 NIBBLECAST_INLINE size_t nibblecast_place(const nibblecast_tensor *t, size_t i)
 {
-    const size_t last = (t->bits == 4u) ? 1u : 3u; /* of the elements of a byte */
+    size_t last = 3u; /* of the elements of a byte */
+    if (t->bits == 4u) {
+        last = 1u;
+    }
     if ((t->packing & NIBBLECAST_ROWS_PADDED) != 0u && t->rank != 0u) {
         const size_t row = t->shape[t->rank - 1u];
-        i += i / row * ((0u - row) & last);
+        const size_t padded = (row + last) & ~last;
+        i = ((i / row) * padded) + (i % row);
     }
     return ((t->packing & NIBBLECAST_HIGH_FIRST) != 0u) ? i ^ last : i;
 }

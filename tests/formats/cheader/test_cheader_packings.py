@@ -120,7 +120,7 @@ TWO_BITS = {
 
 def written_bytes(folder, tensor, **options):
     write(model_of(tensor), folder / "w.h", **options)
-    body = re.search(r"w_w_data\[\d+\] w_AFTER = \{(.*?)\};", (folder / "w.c").read_text(), re.S)[1]
+    body = re.search(r"w_w_data\[\d+\] NIBBLECAST_AFTER = \{(.*?)\};", (folder / "w.c").read_text(), re.S)[1]
     return [int(literal, 0) for literal in body.replace("\n", "").split(",")[:-1]]
 
 

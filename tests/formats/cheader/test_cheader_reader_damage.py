@@ -151,7 +151,7 @@ def test_elements_that_are_not_in_the_text(written) -> None:
     embedded = of_array("m_w_data", lambda body: '\n#if X\n#embed "m.bin"\n#endif\n')(source)
     header.with_suffix(".c").write_text(embedded)
     refused(header, Unsupported, r'm\.c: .*m_w_data depend on the preprocessor \(#embed "m\.bin"\): .*another style')
-    without = re.sub(r"m_BEFORE[^;{]*m_w_data.*?\};", '__asm__(".incbin \\"m.bin\\"");', source, flags=re.S)
+    without = re.sub(r"NIBBLECAST_BEFORE[^;{]*m_w_data.*?\};", '__asm__(".incbin \\"m.bin\\"");', source, flags=re.S)
     header.with_suffix(".c").write_text(without)
     refused(header, Unsupported, r"m\.c: tensor 'w': the elements of m_w_data are not in m\.c: .*incbin")
 
