@@ -9,8 +9,8 @@ from pathlib import Path
 
 from converters.errors import UsageError
 
-_SPECIAL = re.compile(r"(\\*)([ \t#:*?\[\]|])")
-_IMPOSSIBLE = re.compile(r"[\r\n\0%]")
+_ESCAPED = re.compile(r"(\\*)([ #:])")
+_IMPOSSIBLE = re.compile(r"[\r\n\t%|;=*?]")
 
 
 def dependency_file(outputs: Iterable[Path], inputs: Iterable[Path]) -> bytes:
@@ -22,8 +22,8 @@ def dependency_file(outputs: Iterable[Path], inputs: Iterable[Path]) -> bytes:
 
 
 def _escaped(path: Path) -> str:
-    """A name as make and ninja read it: GNU make 4.3, "Rule Syntax" and "Wildcards"; ninja takes the same escapes."""
+    """A name with the escapes that both make (GNU's 4.3, "Rule Syntax") and ninja (depfile_parser.in.cc) take."""
     name = str(path)
     if (wrong := _IMPOSSIBLE.search(name)) is not None:
         raise UsageError(f"a name with {wrong[0]!r} cannot stand in a depfile: give it another name", path=path)
-    return _SPECIAL.sub(r"\1\1\\\2", name.replace("$", "$$"))
+    return _ESCAPED.sub(r"\1\1\\\2", name.replace("$", "$$"))

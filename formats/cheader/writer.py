@@ -141,7 +141,7 @@ class CHeaderWriter:
         outputs, dependencies = _outputs(document, target, provenance), b""
         if options.depfile:
             dependencies = _dependencies(model, outputs)
-            outputs["depfile"] = OutputFile(Path(options.depfile), len(dependencies))
+            outputs["depfile"] = OutputFile(_depfile(options.depfile), len(dependencies))
         return CHeaderPlan(
             document,
             outputs,
@@ -157,6 +157,13 @@ def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement
 
     array = model_array(model, arrangement)
     return placed(Entry(array.tensor, prefix, (array,)), max((entry.end for entry in entries), default=0))
+
+
+def _depfile(name: str) -> Path:
+    path = Path(name)
+    if not path.name or path.is_dir():
+        raise UsageError(f"depfile={name} is a folder; the name of a file is needed")
+    return path
 
 
 def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:

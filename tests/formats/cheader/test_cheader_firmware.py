@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -82,6 +83,22 @@ def test_cmake(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     assert "flash: " in done.stdout
     subprocess.run([str(build / "firmware")], check=True)
+
+
+def test_make(tmp_path):
+    shutil.copy(MODEL, tmp_path / "model.tflite")
+    (tmp_path / "Makefile").write_text("all: weights.c nibblecast.h\n" + snippet("make"))
+    command = ["make", f"NIBBLECAST=PYTHONPATH='{ROOT}' '{sys.executable}' -m converters"]
+
+    def made():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return "wrote weights.h" in done.stdout
+
+    assert made()
+    assert not made()
+    os.utime(tmp_path / "model.tflite", (5_000_000_000, 5_000_000_000))
+    assert made()
 
 
 def test_arduino(tmp_path):
