@@ -34,13 +34,15 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ElementData:
-    """The first `nbytes` bytes of an array's elements, read from its text when they are asked for; each element must be
-    below `limit`, where there is one. Words have their low byte first."""
+    """The first `nbytes` bytes of an array's elements, read from its text when they are asked for; each must be below
+    `limit`, where there is one, taken as `dtype`, however wide the words are that hold it. Words have their low byte
+    first."""
 
     array: ArrayText
     nbytes: int
     length: int | None
     tensor: str
+    dtype: np.dtype[Any]
     limit: int | None
     lines: Lines | None
     kept: Kept
@@ -89,9 +91,14 @@ class ElementData:
         if elements[last - first :].any():
             raise CorruptFile(f"{self.array.name} holds more than the {needed} elements that the table says")
         elements = elements[: last - first]
-        if self.limit is not None and elements.size and int(elements.max()) >= self.limit:
-            raise CorruptFile(f"{self.array.name} holds {elements.max()}; below {self.limit} is needed")
+        self._check_limit(elements)
         return elements
+
+    def _check_limit(self, elements: Elements) -> None:
+        if self.limit is not None and elements.size:
+            most = int(elements.view(f"u{self.dtype.itemsize}").max())
+            if most >= self.limit:
+                raise CorruptFile(f"{self.array.name} holds {most}; below {self.limit} is needed")
 
     def _fits(self, count: int) -> bool:
         """Whether so many elements are what is declared; a string may end in a NUL that is not written."""

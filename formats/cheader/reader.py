@@ -224,7 +224,9 @@ class _Builder:
             return None
         array = self._array(array_name)
         element = np.dtype(ELEMENT_TYPES[array.element_type])
-        if (element.kind == "f" or dtype in _NATIVE_FLOATS) and element != dtype:
+        limit = 2 if dtype.kind == "b" else limit
+        is_divided = limit is not None and element.itemsize < dtype.itemsize
+        if ((element.kind == "f" or dtype in _NATIVE_FLOATS) and element != dtype) or is_divided:
             raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but {dtype} are needed")
         if nbytes == 0:
             return InMemory(np.zeros(0, np.uint8))
@@ -237,8 +239,7 @@ class _Builder:
                 f"{array_name} has {possible if length is None else length} elements in {array.stop - array.start} "
                 f"characters, but {needed} are needed: it is truncated or damaged",
             )
-        limit = 2 if dtype.kind == "b" else limit
-        return ElementData(array, nbytes, length, name, limit, lines_of(array), self.kept)
+        return ElementData(array, nbytes, length, name, dtype, limit, lines_of(array), self.kept)
 
     def _array(self, name: str) -> ArrayText:
         array = self.declarations.arrays.get(name)

@@ -167,10 +167,12 @@ def _depfile(name: str) -> Path:
 
 
 def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:
+    """The rule for all outputs but the one that other models share: ninja wants each from one command only."""
     from formats.cheader.depfile import dependency_file
     from formats.cheader.sources import source_files
 
-    return dependency_file([file.path for file in outputs.values()], source_files(model))
+    own = [file.path for file in outputs.values() if not file.shared]
+    return dependency_file(own, source_files(model))
 
 
 def _refuse_long_arrays(document: Document, longest: Size | None) -> None:

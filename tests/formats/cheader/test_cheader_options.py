@@ -329,6 +329,22 @@ def test_options_that_differ_are_named_in_the_output(tmp_path):
     assert f"Options: layout=split, prefix=m, {named}\n" in (tmp_path / "m.h").read_text()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_of_them_together(tmp_path, layout):
+    options = {
+        "packing": "rows",
+        "nibble_order": "high",
+        "tail_padding": True,
+        "align": 128,
+        "section": ".x",
+        "std": "c90",
+    }
+    model = model_of(*(tensor for kind in ("schemes", "plain values") for tensor in ZOO[kind]().values()))
+    files = write(model, tmp_path / "m.h", layout=layout, style="words32", **options)
+    assert_same_values(walked("gcc c99", files, "m"), model)
+    assert_read_back(tmp_path / "m.h", model)
+
+
 HOSTILE = {
     "align": ["x", "", "1.5", "1e3"],
     "packing": ["", "DENSE", "unpacked,rows"],
