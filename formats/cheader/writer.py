@@ -161,8 +161,8 @@ def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement
 
 def _depfile(name: str) -> Path:
     path = Path(name)
-    if not path.name or path.is_dir():
-        raise UsageError(f"depfile={name} is a folder; the name of a file is needed")
+    if not path.name or "\0" in name or path.is_dir():
+        raise UsageError(f"depfile={name!r}: the name of a file is needed, which is no folder")
     return path
 
 

@@ -127,7 +127,8 @@ def test_it_does_not_change_the_rest(tmp_path):
         ("w.c", "would be written twice"),
         ("none/w.d", "cannot be written"),
         (str(INT4), "is the input"),
-        (".", "folder"),
+        (".", "no folder"),
+        ("\0", "the name of a file"),
     ],
 )
 def test_impossible_places(tmp_path, monkeypatch, depfile, message):
