@@ -25,7 +25,7 @@ from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
-from converters.storage import Computed, InMemory, MappedFile
+from converters.storage import Computed, InMemory, MappedFile, files_of
 
 _CACHED_BYTES = 1 << 26
 
@@ -247,8 +247,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 def _mapped_files(model: Model) -> Iterator[MappedFile]:
     """The files that the tensors' data lie in (external data lies beside the source)."""
     seen: set[int] = set()
-    for tensor in model.values():
-        file = getattr(tensor.data, "file", None)
-        if isinstance(file, MappedFile) and id(file) not in seen:
+    for file in chain.from_iterable(files_of(data) for tensor in model.values() for data in tensor.stored()):
+        if id(file) not in seen:
             seen.add(id(file))
             yield file
