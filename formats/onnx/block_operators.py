@@ -165,7 +165,7 @@ def _without_padding(data: Data, rows: int, columns: int, bits: int, row_nbytes:
         wanted = codes[skipped : skipped + (stop - start) * 8 // bits]
         return wanted if bits == 8 else pack(wanted, bits)
 
-    return Computed(nbytes, compute)
+    return Computed(nbytes, compute, (data,))
 
 
 def _unpacked(rows: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -206,7 +206,7 @@ def _zero_points(parts: _Parts, payloads: Payloads, grid: tuple[int, ...], bits:
         packed = stored.data.read(first * row_nbytes, last * row_nbytes).reshape(last - first, row_nbytes)
         return _unpacked(packed, bits)[:, :columns].reshape(-1)[start - first * columns : stop - first * columns]
 
-    return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute))
+    return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute, (stored.data,)))
 
 
 def _check_groups(index: Tensor, columns: int, groups: int, name: str) -> None:
@@ -293,7 +293,7 @@ def _bnb4_weight(
         scale = Tensor(absmax.name, grid, absmax.dtype, InMemory.of(values))
     codebook = Tensor.from_array("codebook", np.array(table, np.float32))
     quantization = Quantization(scale, (1, size), codebook=codebook)
-    return Tensor(name, shape, _CODES[4], Computed(stored.nbytes, swapped), quantization)
+    return Tensor(name, shape, _CODES[4], Computed(stored.nbytes, swapped, (stored.data,)), quantization)
 
 
 def _dtype(header: TensorHeader, bits: int) -> np.dtype[Any]:

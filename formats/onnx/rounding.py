@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from converters.ir import Quantization, Tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from converters.storage import Data
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,11 @@ class RoundedCodes:
     def nbytes(self) -> int:
         """Bytes of packed codes."""
         return packed_size(self.floats.size, bits_of(self.dtype))
+
+    @property
+    def sources(self) -> tuple[Data, ...]:
+        """What the codes are made of."""
+        return (self.floats.data,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop)."""
