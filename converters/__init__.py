@@ -6,7 +6,7 @@ weight.codes(), weight.quantization.scale.numpy(), weight.dequantize("float32")
 converters.convert("model.tflite", "weights.h", "weights.safetensors", "weights.onnx")
 """
 
-from converters.api import Conversion, convert, load, save, verify
+from converters.api import Conversion, compare_outputs, convert, load, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
@@ -20,6 +20,7 @@ __all__ = [
     "Model",
     "Quantization",
     "Tensor",
+    "compare_outputs",
     "convert",
     "load",
     "save",

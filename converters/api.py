@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
-from converters import pipeline, plugins
+from converters import pipeline, plugins, running
 from converters.comparison import Comparison, compare
 from converters.errors import UsageError, VerificationFailed
 from converters.interfaces import OutputFile, Progress, Validating
 from converters.ir import Loss, Model
 from converters.options import describe
+from converters.running import OutputDifference
 
 AnyPath = str | os.PathLike[str]
 
@@ -85,6 +87,22 @@ def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None 
     """Compares two models or files, code for code where both are quantized, value for value otherwise."""
     first, second = (model if isinstance(model, Model) else load(model) for model in (a, b))
     return compare(first, second, progress)
+
+
+def compare_outputs(
+    a: AnyPath, b: AnyPath, *, inputs: AnyPath | Mapping[str, NDArray[Any]] | None = None, seed: int = 0
+) -> list[OutputDifference]:
+    """Runs two models, TFLite ones by LiteRT and ONNX ones by onnxruntime, on the same inputs and compares their
+    outputs. `inputs` are arrays by the first model's names, or an .npz file of such; random where there are none.
+    Raises converters.Error, which names the package to install where a runtime is missing."""
+    if inputs is None or isinstance(inputs, Mapping):
+        return running.compare_outputs(Path(a), Path(b), inputs, seed)
+    try:
+        with np.load(inputs, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot be read as arrays by name (.npz): {error}", path=Path(inputs)) from error
+    return running.compare_outputs(Path(a), Path(b), arrays, seed)
 
 
 def _convert(
