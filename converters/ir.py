@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, FileRange, InMemory
+from converters.storage import Data, InMemory, Releasable
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -349,8 +349,8 @@ class Tensor:
             part.release()
 
     def release(self) -> None:
-        """Lets the system drop the pages of a mapped file that were read for this tensor."""
-        if isinstance(self.data, FileRange | _Part):
+        """Lets go of the memory that reading this tensor took (the pages of a mapped file, say)."""
+        if isinstance(self.data, Releasable):
             self.data.release(0, self.nbytes)
 
 
@@ -422,5 +422,5 @@ class _Part:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, FileRange | _Part):
+        if isinstance(self.data, Releasable):
             self.data.release(self.start + start, self.start + stop)
