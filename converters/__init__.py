@@ -10,8 +10,11 @@ from converters.api import Conversion, convert, load, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
+from converters.quantize import Accuracy
+from converters.scheme import Scheme
 
 __all__ = [
+    "Accuracy",
     "Comparison",
     "Conversion",
     "Difference",
@@ -19,6 +22,7 @@ __all__ = [
     "Loss",
     "Model",
     "Quantization",
+    "Scheme",
     "Tensor",
     "convert",
     "load",

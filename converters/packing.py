@@ -31,7 +31,7 @@ SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
 _SPREAD = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
 
 #: The word that has a byte for each of a byte's elements; its bits that are codes once they are spread.
-_WORDS = {4: np.dtype("<u2"), 2: np.dtype("<u4")}
+_WORDS: Mapping[int, np.dtype[Any]] = MappingProxyType({4: np.dtype("<u2"), 2: np.dtype("<u4")})
 _CODES = {bits: shifts[-1][1] for bits, shifts in _SPREAD.items()}
 _PIECE = 1 << 16
 

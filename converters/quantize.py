@@ -26,7 +26,7 @@ from converters import rounding
 from converters.blocks import Blocks, Box, Group, side_by_side
 from converters.dequantize import dequantized
 from converters.errors import Error, UsageError
-from converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, is_float, per_axis, per_tensor
+from converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from converters.rounding import Floats, Parameters
 from converters.scheme import Blocked, PerTensor, Scheme, parse_scheme
@@ -117,8 +117,7 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
         changed.add(name)
         tensors[name] = quantized(tensor, scheme, model.metadata.source)
         if tensor.quantization is not None:
-            was = f"{tensor.dtype}, {tensor.granularity}"
-            losses.append(Loss(name, "requantized", f"from {was} to {tensors[name].dtype}, {tensors[name].granularity}"))
+            losses.append(Loss(name, "requantized", _requantized(tensor, tensors[name])))
     if not changed:
         which = "float weight" if scheme.requantize else "float weight that is not quantized already"
         more = "" if scheme.requantize else "; add ',requantize' to take those that are"
@@ -146,23 +145,33 @@ def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None) -> Ten
         nbytes = packed_size(count, bits_of(scheme.dtype))
         zero_point = Tensor(f"{tensor.name}.zero_point", grid, scheme.dtype, Computed(nbytes, codes.read_zero_point))
     return replace(
-        tensor, dtype=scheme.dtype, data=codes, quantization=Quantization(scale, block_shape, zero_point), parameter_of=None
+        tensor,
+        dtype=scheme.dtype,
+        data=codes,
+        quantization=Quantization(scale, block_shape, zero_point),
+        parameter_of=None,
     )
 
 
 def accuracy(model: Model) -> tuple[Accuracy, ...]:
     """Of each tensor that `quantize_model` has quantized: what was measured whenever codes were read; what was never
     read is read for it now."""
-    return tuple(tensor.data.accuracy(name) for name, tensor in model.items() if isinstance(tensor.data, QuantizedCodes))
+    return tuple(
+        tensor.data.accuracy(name) for name, tensor in model.items() if isinstance(tensor.data, QuantizedCodes)
+    )
+
+
+def _requantized(old: Tensor, new: Tensor) -> str:
+    detail = f"from {old.dtype}, {old.granularity} to {new.dtype}, {new.granularity}"
+    if any(use.activation is not None for use in old.uses):  # integer kernels add the bias before they scale
+        return f"{detail}; a quantized bias keeps its scale, which fits the weight's old one only"
+    return detail
 
 
 def _is_weight(tensor: Tensor, scheme: Scheme, uses_are_known: bool) -> bool:
     if len(tensor.shape) < 2 or tensor.size == 0:
         return False
-    if tensor.quantization is None:
-        wanted = tensor.dtype in _FLOATS
-    else:
-        wanted = scheme.requantize and tensor.dtype.kind != "c"
+    wanted = tensor.dtype in _FLOATS if tensor.quantization is None else scheme.requantize
     return wanted and (not uses_are_known or _weight_use(tensor) is not None)
 
 
@@ -218,7 +227,7 @@ class QuantizedCodes:
         several = [number for number in numbers if len(self._groups[number].boxes) > 1]
         _in_threads(self._parameters, several)  # before the threads would all need the same ones
         tasks = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
-        _in_threads(lambda task: self._quantize(*task, codes, first), tasks)
+        _in_threads(lambda task: self._quantize(task[0], task[1], codes, first), tasks)
         if self._scheme.dtype not in SUB_BYTE:
             return codes.view(np.uint8)
         return pack(codes, bits_of(self._scheme.dtype))
@@ -249,11 +258,12 @@ class QuantizedCodes:
 
     def accuracy(self, name: str) -> Accuracy:
         """The error of all codes; computes those that were never read."""
-        for group in self._groups:
-            if any(box.start not in self._errors for box in group.boxes):
-                per_byte = 8 // bits_of(self._scheme.dtype)
-                self.read(group.start // per_byte, packed_size(group.stop, bits_of(self._scheme.dtype)))
-                self._release_floats(group.start, group.stop)
+        nowhere = np.empty(0, np.int8)
+        for number, group in enumerate(self._groups):
+            for box in group.boxes:
+                if box.start not in self._errors:
+                    self._quantize(number, box, nowhere, box.start)
+                    self._release_floats(box.start, box.stop)
         errors = [self._errors[box.start] for group in self._groups for box in group.boxes]
         return Accuracy(
             name,
@@ -323,9 +333,10 @@ class QuantizedCodes:
         where = slice(box.blocks.start - group.blocks.start, box.blocks.stop - group.blocks.start)
         parameters = fitted.of(where, blocks)
         nearest = rounding.codes(self._scheme, blocks, parameters)
-        codes = box.from_blocks(nearest.astype(out.dtype))
         begin, end = max(box.start, first), min(box.stop, first + out.size)
-        out[begin - first : end - first] = codes[begin - box.start : end - box.start]
+        if begin < end:
+            codes = box.from_blocks(nearest.astype(out.dtype))
+            out[begin - first : end - first] = codes[begin - box.start : end - box.start]
         if box.start not in self._errors:
             self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
 

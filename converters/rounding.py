@@ -34,7 +34,7 @@ _REFINEMENTS = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parameters:
-    """The scales of blocks, and their zero points (the same for all of them in symmetric schemes)."""
+    """The scales of blocks, and their zero points (in symmetric schemes one for all of them, broadcast)."""
 
     scale: Floats
     zero_point: Floats
@@ -82,6 +82,7 @@ def values(scheme: Scheme, nearest: Floats, parameters: Parameters) -> Floats:
 
 def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:
     """The parameters for values from `low` (zero or less) to `high` (zero or more)."""
+    scale: NDArray[Any]
     if scheme.symmetric and scheme.narrow:
         scale = np.maximum(-low, high) / np.float32(scheme.highest - scheme.middle)
     elif scheme.symmetric:  # the end farther from zero gets the lowest code, exactly; the scale has its sign reversed
@@ -90,7 +91,7 @@ def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:
         scale = (high - low) / np.float32(scheme.highest - scheme.lowest)
     scale = _stored(scheme, scale)
     if scheme.symmetric:
-        return Parameters(scale, np.full(scale.shape, scheme.middle, np.float32))
+        return Parameters(scale, np.broadcast_to(np.float32(scheme.middle), scale.shape))
     zero_point = np.rint(np.float32(scheme.lowest) - low / scale)
     return Parameters(scale, np.clip(zero_point, np.float32(scheme.lowest), np.float32(scheme.highest)))
 
@@ -119,7 +120,9 @@ def _choice(candidates: Sequence[Parameters], errors: NDArray[np.float64]) -> tu
     errors = np.where(np.isnan(errors), np.inf, errors)
     best = errors.argmin(axis=0)
     scale = np.choose(best, [candidate.scale for candidate in candidates])
-    zero_point = np.choose(best, [candidate.zero_point for candidate in candidates])
+    zero_point = candidates[0].zero_point
+    if zero_point.strides != (0,):  # asymmetric
+        zero_point = np.choose(best, [candidate.zero_point for candidate in candidates])
     return Parameters(scale, zero_point), errors.min(axis=0)
 
 

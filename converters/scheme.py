@@ -131,12 +131,36 @@ _EXCLUSIVE = (
     ("full", "narrow"),
     ("minmax", "mse"),
 )
+_MOST_DIGITS = 18
 _POSSIBLE = f"{', '.join(CODE_DTYPES)}; {', '.join(_WORDS)}, block=N, axis=N, scale={'|'.join(FLOAT_DTYPES)}"
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that a text like "int4,block=32,asymmetric" describes. Unless it says otherwise, scales are per channel,
-    of float32 and min-max, and unsigned codes are asymmetric. Raises UsageError with what is possible."""
+    """The scheme that a text like "int4,block=32,asymmetric" describes. Unless it says otherwise, scales are per
+    channel, of float32 and min-max, and unsigned codes are asymmetric. Raises UsageError with what is possible."""
+    words = _words(text)
+    dtypes = [word for word in words if word in CODE_DTYPES]
+    if len(dtypes) != 1:
+        raise _refused(text, f"one of {', '.join(CODE_DTYPES)} is needed")
+    dtype = CODE_DTYPES[dtypes[0]]
+    scheme = Scheme(dtype, symmetric=dtype in _SIGNED)
+    for word in words:
+        scheme = _WORDS.get(word, _unchanged)(scheme)
+    axis = _number(text, words, "axis")
+    block = _number(text, words, "block")
+    if block is not None:
+        scheme = replace(scheme, granularity=Blocked(block, axis))
+    elif axis is not None:
+        scheme = replace(scheme, granularity=PerAxis(axis))
+    if "scale" not in words:
+        return scheme
+    if words["scale"] not in FLOAT_DTYPES:
+        raise _refused(text, f"scale={words['scale']}: {', '.join(FLOAT_DTYPES)} are possible")
+    return replace(scheme, scale_dtype=FLOAT_DTYPES[words["scale"]])
+
+
+def _words(text: str) -> dict[str, str]:
+    """The words of a scheme, with what follows their equals sign."""
     words: dict[str, str] = {}
     for word in text.split(","):
         key, equals, value = word.strip().partition("=")
@@ -146,30 +170,11 @@ def parse_scheme(text: str) -> Scheme:
         if key in words:
             raise _refused(text, f"'{key}' is given twice")
         words[key] = value
-    dtypes = [word for word in words if word in CODE_DTYPES]
-    if len(dtypes) != 1:
-        raise _refused(text, f"one of {', '.join(CODE_DTYPES)} is needed")
     for group in _EXCLUSIVE:
         both = [word for word in words if word in group]
         if len(both) > 1:
             raise _refused(text, f"'{both[0]}' and '{both[1]}' exclude each other")
-    dtype = CODE_DTYPES[dtypes[0]]
-    scheme = Scheme(dtype, symmetric=dtype in _SIGNED)
-    for word in words:
-        scheme = _WORDS.get(word, _unchanged)(scheme)
-    axis = _number(text, words, "axis")
-    block = _number(text, words, "block")
-    if block is not None and block < 1:
-        raise _refused(text, f"block={block}: a block holds at least one element")
-    if block is not None:
-        scheme = replace(scheme, granularity=Blocked(block, axis))
-    elif axis is not None:
-        scheme = replace(scheme, granularity=PerAxis(axis))
-    if "scale" in words:
-        if words["scale"] not in FLOAT_DTYPES:
-            raise _refused(text, f"scale={words['scale']}: {', '.join(FLOAT_DTYPES)} are possible")
-        scheme = replace(scheme, scale_dtype=FLOAT_DTYPES[words["scale"]])
-    return scheme
+    return words
 
 
 def _unchanged(scheme: Scheme) -> Scheme:
@@ -179,10 +184,10 @@ def _unchanged(scheme: Scheme) -> Scheme:
 def _number(text: str, words: Mapping[str, str], key: str) -> int | None:
     if key not in words:
         return None
-    try:
-        return int(words[key])
-    except ValueError:
-        raise _refused(text, f"{key}={words[key]}: a whole number is needed") from None
+    digits = words[key].removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
+        raise _refused(text, f"{key}={words[key]}: a whole number is needed")
+    return int(words[key])
 
 
 def _refused(text: str, why: str) -> UsageError:
