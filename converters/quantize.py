@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import frexp, inf, log10, prod
@@ -224,10 +224,8 @@ class QuantizedCodes:
         first, last = start * per_byte, min(stop * per_byte, self._floats.size)
         codes = np.empty(max(0, last - first), np.int8 if self._scheme.lowest < 0 else np.uint8)
         numbers = self._overlapping(self._starts, first, last)
-        several = [number for number in numbers if len(self._groups[number].boxes) > 1]
-        _in_threads(self._parameters, several)  # before the threads would all need the same ones
-        tasks = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
-        _in_threads(lambda task: self._quantize(task[0], task[1], codes, first), tasks)
+        wanted = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
+        self._quantize_all(wanted, codes, first)
         if self._scheme.dtype not in SUB_BYTE:
             return codes.view(np.uint8)
         return pack(codes, bits_of(self._scheme.dtype))
@@ -258,12 +256,9 @@ class QuantizedCodes:
 
     def accuracy(self, name: str) -> Accuracy:
         """The error of all codes; computes those that were never read."""
-        nowhere = np.empty(0, np.int8)
-        for number, group in enumerate(self._groups):
-            for box in group.boxes:
-                if box.start not in self._errors:
-                    self._quantize(number, box, nowhere, box.start)
-                    self._release_floats(box.start, box.stop)
+        every = ((number, box) for number, group in enumerate(self._groups) for box in group.boxes)
+        self._quantize_all([each for each in every if each[1].start not in self._errors], np.empty(0, np.int8), 0)
+        self._release_floats(0, self._floats.size)
         errors = [self._errors[box.start] for group in self._groups for box in group.boxes]
         return Accuracy(
             name,
@@ -301,12 +296,16 @@ class QuantizedCodes:
         skipped = self._first_blocks[numbers[0]]
         return found[first - skipped : last - skipped]
 
-    def _parameters(self, number: int, loaded: Iterable[Floats] | None = None) -> Parameters:
+    def _is_held(self, number: int) -> bool:
+        """Whether a group is small enough for all of its floats to be in memory."""
+        return self._groups[number].stop - self._groups[number].start <= _HELD_ELEMENTS
+
+    def _parameters(self, number: int, loaded: Sequence[Floats] = ()) -> Parameters:
         """Those of a group; `loaded` are its boxes' blocks where they are here already."""
         if number not in self._fitted:
             group = self._groups[number]
             held = loaded
-            if held is None and group.stop - group.start <= _HELD_ELEMENTS:
+            if not held and self._is_held(number):
                 held = [self._load(box) for box in group.boxes]
 
             def pieces() -> Iterator[tuple[slice, Floats]]:
@@ -325,20 +324,35 @@ class QuantizedCodes:
         itemsize = self._floats.dtype.itemsize
         return box.to_blocks(self._floats.data.read(box.start * itemsize, box.stop * itemsize).view(self._floats.dtype))
 
-    def _quantize(self, number: int, box: Box, out: NDArray[Any], first: int) -> None:
-        """Writes the codes of a box to where they belong in `out`, whose first code is that of element `first`."""
-        blocks = self._load(box)
+    def _quantize_all(self, wanted: Sequence[tuple[int, Box]], out: NDArray[Any], first: int) -> None:
+        """Writes the codes of boxes, each with the number of its group, to where they belong in `out`, whose first code
+        is that of element `first`."""
+        by_group: dict[int, list[Box]] = {}
+        for number, box in wanted:
+            by_group.setdefault(number, []).append(box)
+        large = {number for number in by_group if not self._is_held(number)}
+        _in_threads(self._parameters, sorted(large))  # before all threads would need the same ones
+        tasks = [(number, boxes) for number, boxes in by_group.items() if number not in large]
+        tasks += [(number, [box]) for number in sorted(large) for box in by_group[number]]
+        _in_threads(lambda task: self._quantize(task[0], task[1], out, first), tasks)
+
+    def _quantize(self, number: int, boxes: Sequence[Box], out: NDArray[Any], first: int) -> None:
         group = self._groups[number]
-        fitted = self._parameters(number, [blocks] if len(group.boxes) == 1 else None)
-        where = slice(box.blocks.start - group.blocks.start, box.blocks.stop - group.blocks.start)
-        parameters = fitted.of(where, blocks)
-        nearest = rounding.codes(self._scheme, blocks, parameters)
-        begin, end = max(box.start, first), min(box.stop, first + out.size)
-        if begin < end:
-            codes = box.from_blocks(nearest.astype(out.dtype))
-            out[begin - first : end - first] = codes[begin - box.start : end - box.start]
-        if box.start not in self._errors:
-            self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
+        loaded: dict[Box, Floats] = {}
+        if number not in self._fitted:
+            loaded = {box: self._load(box) for box in group.boxes}
+        fitted = self._parameters(number, list(loaded.values()))
+        for box in boxes:
+            blocks = loaded[box] if box in loaded else self._load(box)
+            where = slice(box.blocks.start - group.blocks.start, box.blocks.stop - group.blocks.start)
+            parameters = fitted.of(where, blocks)
+            nearest = rounding.codes(self._scheme, blocks, parameters)
+            begin, end = max(box.start, first), min(box.stop, first + out.size)
+            if begin < end:
+                codes = box.from_blocks(nearest.astype(out.dtype))
+                out[begin - first : end - first] = codes[begin - box.start : end - box.start]
+            if box.start not in self._errors:
+                self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
 
     def _release_floats(self, start: int, stop: int) -> None:
         data: Data = self._floats.data

@@ -53,12 +53,12 @@ def fit(scheme: Scheme, pieces: Pieces, count: int) -> Parameters:
         np.minimum(low[where], blocks.min(axis=1).reshape(-1), out=low[where])
         np.maximum(high[where], blocks.max(axis=1).reshape(-1), out=high[where])
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise Unsupported("holds NaN or infinity, of which there are no codes: leave it out with --skip")
+        raise Unsupported("holds NaN or infinity as float32, which has no code: leave the tensor out with --skip")
     with np.errstate(over="ignore", invalid="ignore"):
         found = _of_range(scheme, low, high)
         if not np.isfinite(found.scale).all():
-            what = "a scale that float32 cannot hold" if scheme.scale_dtype == np.float32 else "a scale of float32"
-            raise Unsupported(f"needs {what}: {scheme.scale_dtype} scales end before its values")
+            what = f"needs a scale that {scheme.scale_dtype} cannot hold"
+            raise Unsupported(f"{what}: choose another with scale=, or leave the tensor out with --skip")
         if scheme.scales == "mse":
             found = _least_error(scheme, pieces, found, low, high)
     return found
