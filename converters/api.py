@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -17,8 +17,10 @@ from converters.errors import UsageError, VerificationFailed
 from converters.interfaces import OutputFile, Progress
 from converters.ir import Loss, Model
 from converters.options import describe
-from converters.quantize import Accuracy, accuracy
-from converters.scheme import Scheme, parse_scheme
+
+if TYPE_CHECKING:  # quantization is imported when it is asked for
+    from converters.quantize import Accuracy
+    from converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
 
@@ -136,12 +138,20 @@ def _convert(
     pipeline.run(planned, progress)
     written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
     verified = {output.target.path: _verified(output) for output in planned} if verify else {}
-    quantized = accuracy(planned[0].model) if quantize is not None else ()
-    return replace(conversion, files=written, quantized=quantized, verified=verified)
+    conversion = replace(conversion, files=written, verified=verified)
+    if quantize is None:
+        return conversion
+    from converters.quantize import accuracy
+
+    return replace(conversion, quantized=accuracy(planned[0].model))
 
 
 def _scheme(quantize: str | Scheme | None) -> Scheme | None:
-    return parse_scheme(quantize) if isinstance(quantize, str) else quantize
+    if not isinstance(quantize, str):
+        return quantize
+    from converters.scheme import parse_scheme
+
+    return parse_scheme(quantize)
 
 
 def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +25,10 @@ from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
-from converters.scheme import Scheme
 from converters.storage import FileRange, InMemory, MappedFile
+
+if TYPE_CHECKING:  # quantization is imported when it is asked for
+    from converters.scheme import Scheme
 
 _CACHED_BYTES = 1 << 26
 

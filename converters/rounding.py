@@ -74,10 +74,10 @@ def codes(scheme: Scheme, blocks: Floats, parameters: Parameters) -> Floats:
 
 
 def values(scheme: Scheme, nearest: Floats, parameters: Parameters) -> Floats:
-    """What codes decode to."""
+    """What codes decode to, written over them."""
     if scheme.middle or not scheme.symmetric:
-        return (nearest - parameters.zero_point) * parameters.scale
-    return nearest * parameters.scale
+        np.subtract(nearest, parameters.zero_point, out=nearest)
+    return np.multiply(nearest, parameters.scale, out=nearest)
 
 
 def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,7 +24,9 @@ from converters.cli.arguments import (
 )
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError, printable
-from converters.quantize import Accuracy
+
+if TYPE_CHECKING:
+    from converters.quantize import Accuracy
 
 _SHOWN_LOSSES = 10
 _SHOWN_TENSORS = 10
@@ -109,6 +111,8 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     """The tensors with the lowest signal-to-noise ratio, and all of them together."""
     from rich.table import Table
     from rich.text import Text
+
+    from converters.quantize import Accuracy
 
     table = Table(box=None, pad_edge=False)
     for column in ("quantized", "to"):
