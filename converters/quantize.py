@@ -291,7 +291,6 @@ class QuantizedCodes:
         _in_threads(self._parameters, numbers)
         if not numbers:
             return np.empty(0, np.float32)
-        self._release_floats(self._groups[numbers[0]].start, self._groups[numbers[-1]].stop)
         found = np.concatenate([parameter(self._parameters(number)) for number in numbers])
         skipped = self._first_blocks[numbers[0]]
         return found[first - skipped : last - skipped]
@@ -312,12 +311,16 @@ class QuantizedCodes:
                 for box, blocks in zip(group.boxes, held or map(self._load, group.boxes), strict=True):
                     where = box.blocks
                     yield slice(where.start - group.blocks.start, where.stop - group.blocks.start), side_by_side(blocks)
+                    if not held:
+                        self._release_floats(box.start, box.stop)
 
             try:
                 self._fitted[number] = rounding.fit(self._scheme, pieces, group.blocks.stop - group.blocks.start)
             except Error as error:
                 error.tensor, error.path = self._floats.name, self._source
                 raise
+            if not loaded:
+                self._release_floats(group.start, group.stop)
         return self._fitted[number]
 
     def _load(self, box: Box) -> Floats:

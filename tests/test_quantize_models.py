@@ -31,6 +31,7 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 FLOATS = [FIXTURES / f"{name}.tflite" for name in ("mlp_float32", "mlp_float16", "sparse_float32")]
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
 INT8 = FIXTURES / "cnn_int8_full.tflite"
+PAGE = 1 << 12
 
 
 def plain(name: str, shape: tuple[int, ...], dtype: Any = np.float32, uses: tuple[Use, ...] = ()) -> Tensor:
@@ -253,19 +254,26 @@ class TestCommandLine:
 
 
 class Source:
-    """Floats that are made when they are read, and how many are read at a time."""
+    """Floats that are made when they are read; how many are read at a time, and how many are not released."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         size = int(np.prod(shape))
-        self.largest = self.total = 0
+        self.largest = self.total = self.most_resident = 0
+        self.nbytes = 4 * size
+        self.resident = np.zeros(-(-self.nbytes // PAGE), np.bool_)
         self.pattern = np.random.default_rng(0).normal(size=1 << 20).astype(np.float32)
-        self.tensor = Tensor("w", shape, np.dtype(np.float32), Computed(4 * size, self.read))
+        self.tensor = Tensor("w", shape, np.dtype(np.float32), self)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         self.largest = max(self.largest, stop - start)
         self.total += stop - start
+        self.resident[start // PAGE : -(-stop // PAGE)] = True
+        self.most_resident = max(self.most_resident, int(self.resident.sum()) * PAGE)
         first = start // 4 % self.pattern.size
         return np.resize(np.roll(self.pattern, -first)[: (stop - start) // 4], (stop - start) // 4).view(np.uint8)
+
+    def release(self, start: int, stop: int) -> None:
+        self.resident[start // PAGE : -(-stop // PAGE)] = False
 
 
 class TestMemory:
@@ -295,6 +303,7 @@ class TestMemory:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert source.largest <= 1 << 19
+        assert source.most_resident <= 20 << 20
         assert peak < 48 << 20
         # a part ends within a group now and then
         assert passes * tensor.size * 4 <= source.total <= 1.15 * passes * tensor.size * 4

@@ -121,7 +121,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
         table.add_column(column, justify="right")
     worst = sorted(quantized, key=lambda each: each.signal_to_noise)[:_SHOWN_TENSORS]
     total = replace(Accuracy.total(quantized), tensor=f"all {len(quantized)} tensors")
-    for each in (*worst, total):
+    for each in (*worst, total) if len(quantized) > 1 else worst:
         figures = f"{each.max_error:.3g}", f"{each.mean_square_error:.3g}", f"{each.signal_to_noise:.1f} dB"
         table.add_row(Text(printable(each.tensor)), each.kind, *figures)
     table_console().print(table)
