@@ -222,13 +222,11 @@ class QuantizedCodes:
         """Bytes [start, stop) of the packed codes."""
         per_byte = 8 // bits_of(self._scheme.dtype)
         first, last = start * per_byte, min(stop * per_byte, self._floats.size)
-        codes = np.empty(max(0, last - first), np.int8 if self._scheme.lowest < 0 else np.uint8)
+        codes = np.empty(max(0, last - first), self._scheme.storage)
         numbers = self._overlapping(self._starts, first, last)
         wanted = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
         self._quantize_all(wanted, codes, first)
-        if self._scheme.dtype not in SUB_BYTE:
-            return codes.view(np.uint8)
-        return pack(codes, bits_of(self._scheme.dtype))
+        return self._packed(codes)
 
     def read_scale(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the scales, flat, as the scheme's scale dtype."""
@@ -244,8 +242,7 @@ class QuantizedCodes:
             zero_point = np.full(last - first, self._scheme.middle, np.float32)
         else:
             zero_point = self._of_blocks(first, last, lambda parameters: parameters.zero_point)
-        codes = zero_point.astype(np.int8 if self._scheme.lowest < 0 else np.uint8)
-        return codes.view(np.uint8) if self._scheme.dtype not in SUB_BYTE else pack(codes, bits)
+        return self._packed(zero_point.astype(self._scheme.storage))
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of the floats that bytes [start, stop) were made of; of the parameters as well when that is all."""
@@ -268,6 +265,9 @@ class QuantizedCodes:
             sum(squared for _, squared, _ in errors),
             sum(squared for _, _, squared in errors),
         )
+
+    def _packed(self, codes: NDArray[Any]) -> NDArray[np.uint8]:
+        return pack(codes, bits_of(self._scheme.dtype)) if self._scheme.dtype in SUB_BYTE else codes.view(np.uint8)
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:

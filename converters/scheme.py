@@ -96,6 +96,11 @@ class Scheme:
         return ",".join(words)
 
     @property
+    def storage(self) -> np.dtype[Any]:
+        """The dtype of a byte for each code."""
+        return np.dtype(np.int8 if self.dtype in _SIGNED else np.uint8)
+
+    @property
     def middle(self) -> int:
         """The code of zero in symmetric schemes: 0 of signed codes, 8 of uint4."""
         return 0 if self.dtype in _SIGNED else 1 << (bits_of(self.dtype) - 1)
