@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, FileRange, InMemory
+from converters.storage import Data, InMemory, Releasable
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -355,8 +355,8 @@ class Tensor:
             yield from parameter.stored()
 
     def release(self) -> None:
-        """Lets the system drop the pages of mapped files that were read for this tensor and its parameters."""
-        if isinstance(self.data, FileRange | _Part):
+        """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
+        if isinstance(self.data, Releasable):
             self.data.release(0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
@@ -466,5 +466,5 @@ class _Part:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, FileRange | _Part):
+        if isinstance(self.data, Releasable):
             self.data.release(self.start + start, self.start + stop)
