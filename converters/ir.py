@@ -387,12 +387,12 @@ class Metadata:
     opsets: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class WeightPlace:
-    """An initializer of a graph that is the model's tensor `name`: decoded if that is quantized, and with its axes in
-    the order of `permutation` (None: as they are)."""
+    """An initializer of a graph that is a tensor of the model as it was read: decoded if that is quantized, and with
+    its axes in the order of `permutation` (None: as they are)."""
 
-    name: str
+    tensor: Tensor
     permutation: tuple[int, ...] | None = None
 
 

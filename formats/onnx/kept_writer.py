@@ -121,14 +121,13 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
         (schema.ELEMENT_TYPES[t.dtype].opset for t in model.values() if t.quantization), default=0
     )
     opset = max(opset, schema.DEFAULT_OPSET) if options.opset is None else opset
-    made = made_graph(source, model, options.signature, opset, model.metadata.source or target)
+    made = made_graph(source, options.signature, opset, model.metadata.source or target)
     changes = GraphChanges.of(made.graph, opset, options.layout)
-    for name, (owner, tensor) in made.arranged(model).items():
-        if tensor.quantization is not None:
-            arrange = partial(permuted, permutation=made.places[name].permutation)
-            changes.apply(name, tensor, Owner(owner, model[owner], arrange))
+    for name, tensor, owner in made.changed(model):
+        arrange = partial(permuted, permutation=made.places[name].permutation)
+        changes.apply(name, tensor, Owner(owner.name, owner, arrange))
     plan = _planned(changes, model, {}, target, options, [])
-    taken = {place.name for place in made.places.values()}
+    taken = {place.tensor.name for place in made.places.values()}
     unused = [n for n, t in model.items() if n not in taken and t.parameter_of not in model and _is_weight(t)]
     return replace(plan, losses=[Loss(n, "dropped", "no operator of the graph takes it") for n in unused])
 

@@ -5,12 +5,14 @@ Its weights are not in it: they stay where they are, carried along beside it unt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters.ir import Model, Tensor, WeightPlace
 from converters.storage import Computed, MappedFile
@@ -40,16 +42,16 @@ class MadeGraph:
     graph: OnnxGraph
     places: Mapping[str, WeightPlace]
 
-    def arranged(self, model: Model) -> Mapping[str, tuple[str, Tensor]]:
-        """The model's tensors as the graph takes them, by the names of the initializers, with their own names."""
-        found = {}
+    def changed(self, model: Model) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The weights that are not plain numbers as they were read, by the names of their initializers: each as the
+        graph takes it, and as the model has it."""
         for name, place in self.places.items():
-            if place.name in model:
-                found[name] = (place.name, permuted(model[place.name], place.permutation))
-        return found
+            tensor = model.get(place.tensor.name)
+            if tensor is not None and (tensor.quantization is not None or tensor.data is not place.tensor.data):
+                yield name, permuted(tensor, place.permutation), tensor
 
 
-def made_graph(source: Lowerable, model: Model, signature: str, opset: int, path: Path) -> MadeGraph:
+def made_graph(source: Lowerable, signature: str, opset: int, path: Path) -> MadeGraph:
     """Has the graph made and takes its weights out of it; `path` is the source's, for messages."""
     import onnx_ir as ir
 
@@ -57,11 +59,9 @@ def made_graph(source: Lowerable, model: Model, signature: str, opset: int, path
     carried: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in made.graph.initializers.items():
-        place = places.get(name)
-        if place is None or value.const_value is None:
+        if name not in places or value.const_value is None:
             continue
-        tensor = _plain(name, model[place.name], place.permutation)
-        carried[len(carried)] = tensors[name] = tensor
+        tensor = carried[len(carried)] = tensors[name] = _lazy(name, value.const_value)
         shape, dtype = ir.Shape(tensor.shape), value.const_value.dtype
         value.const_value = ir.ExternalTensor(CARRIED, len(carried) - 1, tensor.nbytes, dtype, shape=shape, name=name)
     content = np.frombuffer(ir.to_proto(made).SerializeToString(), np.uint8)
@@ -71,16 +71,12 @@ def made_graph(source: Lowerable, model: Model, signature: str, opset: int, path
     return MadeGraph(OnnxGraph(parsed, payloads, tensors, headers), places)
 
 
-def _plain(name: str, tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
-    """The tensor as plain numbers, which are computed when they are read."""
-    turned = permuted(tensor, permutation)
-    return replace(turned if turned.quantization is None else _decoded(turned), name=name)
+def _lazy(name: str, stored: onnx_ir.TensorProtocol) -> Tensor:
+    """An initializer as a plain tensor, which is computed when it is read."""
 
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(stored.numpy()).reshape(-1).view(np.uint8)[start:stop]
 
-def _decoded(tensor: Tensor) -> Tensor:
-    dtype: np.dtype[Any] = np.dtype(np.float32)
-
-    def compute(start: int, stop: int) -> Any:
-        return tensor.dequantize(np.float32).reshape(-1).view(np.uint8)[start:stop]
-
-    return Tensor(tensor.name, tensor.shape, dtype, Computed(tensor.size * 4, compute))
+    shape = tuple(int(size) for size in stored.shape.numpy())
+    dtype = np.dtype(stored.dtype.numpy())
+    return Tensor(name, shape, dtype, Computed(prod(shape) * dtype.itemsize, compute))

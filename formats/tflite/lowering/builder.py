@@ -253,7 +253,7 @@ class Builder:
         dtype = np.dtype(np.float32) if is_float else tensor.dtype
         shape = tensor.shape if permutation is None else tuple(tensor.shape[axis] for axis in permutation)
         name = root.fresh(tensor.name or "weight")
-        place = WeightPlace(tensor.name, permutation)
+        place = WeightPlace(tensor, permutation)
 
         def compute() -> ir.Tensor[NDArray[Any]]:
             values = tensor.dequantize(np.float32) if is_float else tensor.numpy()
