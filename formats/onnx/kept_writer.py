@@ -102,12 +102,12 @@ def plan_kept(model: Model, graph: OnnxGraph, target: Path, options: OnnxOptions
     the graph, UsageError for an operator set that cannot be had."""
     notes: list[str] = []
     opset = graph.parsed.opsets.get("", 0)
-    wanted = options.opset or max(opset, required_opset(model, graph, options.layout))
+    wanted = options.opset or max(opset, required_opset(model, graph, options.weight_layout))
     if wanted != opset:
         graph = raised(graph, wanted)
         if options.opset is None:
             notes.append(f"opset {opset} lacks what the weights need: the model is written in opset {wanted}")
-    changes = GraphChanges.of(graph, wanted, options.layout)
+    changes = GraphChanges.of(graph, wanted, options.weight_layout)
     for name, tensor in model.items():
         changes.apply(name, tensor)
     owners = {id(header): (name, model[name]) for name, header in graph.headers.items() if name in model}
@@ -121,8 +121,14 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
         (schema.ELEMENT_TYPES[t.dtype].opset for t in model.values() if t.quantization), default=0
     )
     opset = max(opset, schema.DEFAULT_OPSET) if options.opset is None else opset
-    made = made_graph(source, options.signature, opset, model.metadata.source or target)
-    changes = GraphChanges.of(made.graph, opset, options.layout)
+    lowered = source.lowered(
+        opset=opset,
+        signature=options.signature,
+        channels_first=options.layout == "nchw",
+        custom_domain=options.custom,
+    )
+    made = made_graph(*lowered, model.metadata.source or target)
+    changes = GraphChanges.of(made.graph, opset, options.weight_layout)
     for name, tensor, owner in made.changed(model):
         arrange = partial(permuted, permutation=made.places[name].permutation)
         changes.apply(name, tensor, Owner(owner.name, owner, arrange))

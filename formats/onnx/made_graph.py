@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class Lowerable(Protocol):
     """A graph of another format that becomes an ONNX graph when it is asked for."""
 
-    def lowered(self, signature: str, opset: int) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
+    def lowered(
+        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+    ) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
         """The graph, and which of its initializers are the model's weights, decoded to floats."""
         ...
 
@@ -51,11 +53,10 @@ class MadeGraph:
                 yield name, permuted(tensor, place.permutation), tensor
 
 
-def made_graph(source: Lowerable, signature: str, opset: int, path: Path) -> MadeGraph:
-    """Has the graph made and takes its weights out of it; `path` is the source's, for messages."""
+def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Path) -> MadeGraph:
+    """Takes the weights out of a graph that was made; `path` is the source's, for messages."""
     import onnx_ir as ir
 
-    made, places = source.lowered(signature, opset)
     carried: dict[int, Tensor] = {}
     tensors: dict[str, Tensor] = {}
     for name, value in made.graph.initializers.items():

@@ -39,12 +39,15 @@ class TFLiteGraph:
 
     def onnx_ir(self) -> ir.Model:
         """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
-        return self.lowered("", 21)[0]
+        return self.lowered(opset=21)[0]
 
-    def lowered(self, signature: str, opset: int) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
+    def lowered(
+        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+    ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
         """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
-        initializers are the model's weights. Raises Unsupported for operators that there is no lowering for."""
-        from formats.tflite.lowering.graph import lowered
+        initializers are the model's weights; images channels first at its inputs and outputs if that is wanted, and
+        operators that there is no lowering for in `custom_domain`. Raises Unsupported for those without it."""
+        from formats.tflite.lowering.graph import Wishes, lowered
 
         known = self.signatures
         if signature and signature not in known:
@@ -54,7 +57,8 @@ class TFLiteGraph:
         main = known[signature] if signature else 0
         if not 0 <= main < len(subgraphs):
             raise CorruptFile(f"has {len(subgraphs)} subgraphs, and {main} is wanted")
-        return lowered(subgraphs, main, opset, self.model.description or "")
+        wishes = Wishes(opset, channels_first, custom_domain)
+        return lowered(subgraphs, main, wishes, self.model.description or "")
 
     def _subgraph(self, index: int, graph: schema.SubGraph) -> Subgraph:
         from formats.tflite.lowering.graph import Subgraph
@@ -88,7 +92,10 @@ class TFLiteGraph:
         inputs, outputs = (
             tuple(int(at) for at in ([] if found is None else found)) for found in (operator.inputs, operator.outputs)
         )
-        return Operator(name, inputs, outputs, Options(name, table if name in OPTIONS else None))
+        intermediates = () if operator.intermediates is None else tuple(int(at) for at in operator.intermediates)
+        custom = b"" if operator.custom_options is None else operator.custom_options.tobytes()
+        options = Options(name, table if name in OPTIONS else None)
+        return Operator(name, inputs, outputs, options, intermediates, custom)
 
 
 def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:

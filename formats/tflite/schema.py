@@ -192,6 +192,8 @@ class Operator(Table):
     builtin_options_type = scalar(3, "B")
     builtin_options = table(4, Table)
     batch_matmul_options = table(4, BatchMatMulOptions)
+    custom_options = vector(5, np.uint8)
+    intermediates = vector(8, np.int32)
     builtin_options_2 = table(12, Table)
 
 

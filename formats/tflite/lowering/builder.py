@@ -54,12 +54,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operator:
-    """An operator: indices of tensors, -1 for absent ones; `attributes` are its options."""
+    """An operator: indices of tensors, -1 for absent ones. `intermediates` say by which scales an integer kernel rounds
+    on the way; `custom_options` are those of a custom operator, in an encoding of its own."""
 
     name: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     options: Options
+    intermediates: tuple[int, ...] = ()
+    custom_options: bytes = b""
 
     def input(self, position: int) -> int:
         """The index of an input, -1 where it is absent."""
@@ -93,6 +96,8 @@ class Builder:
     outputs: set[str] = field(default_factory=set)
     handles: dict[int, str] = field(default_factory=dict)
     resources: dict[str, ir.Value] = field(default_factory=dict)
+    custom_domain: str = ""
+    uses_custom: bool = False
     run_subgraph: Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
 
     def fresh(self, wanted: str) -> str:
@@ -165,20 +170,19 @@ class Builder:
             raise Unsupported(f"subgraph {index} cannot be run here")
         return self.run_subgraph(self, index, values)
 
-    def hold(self, index: int, value: ir.Value) -> None:
+    def hold(self, index: int, value: ir.Value, *, first: bool = False) -> None:
         """What a tensor is, given as it is."""
-        self.held[index] = Held(last=value)
+        self.held[index] = Held(first=value) if first else Held(last=value)
 
-    def codes(self, index: int) -> ir.Value:
-        """The codes of a quantized tensor."""
+    def codes(self, index: int, *, first: bool = False) -> ir.Value:
+        """The codes of a quantized tensor, as TFLite has it or channels first."""
         held = self._held(index)
         if held.codes is None:
             held.codes = self.quantize(self.read(index), self.info(index), f"{self.info(index).name}_quantized")
-        if self.is_first(index):  # the codes are channels first, too
-            self.read(index)
-            rank = len(self.info(index).shape)
-            return self.emit("Transpose", [held.codes], perm=TO_LAST[rank])
-        return held.codes
+        is_first = held.first is not None and held.last is None  # and so are the codes
+        if is_first == first:
+            return held.codes
+        return self.emit("Transpose", [held.codes], perm=(TO_FIRST if first else TO_LAST)[len(self.info(index).shape)])
 
     def type_of(self, index: int) -> ir.DataType:
         """The ONNX type that a tensor's values are computed in."""
@@ -277,9 +281,10 @@ class Builder:
             value = self.dequantize(held.codes, info)
         held.first, held.last = (value, None) if first else (None, value)
 
-    def write_codes(self, index: int, codes: ir.Value) -> None:
+    def write_codes(self, index: int, codes: ir.Value, *, first: bool = False) -> None:
         """What a quantized tensor is from now on, given as its codes."""
-        self.held[index] = Held(last=self.dequantize(codes, self.info(index)), codes=codes)
+        self.hold(index, self.dequantize(codes, self.info(index)), first=first)
+        self.held[index].codes = codes
 
     def quantize(self, value: ir.Value, info: TensorInfo, name: str) -> ir.Value:
         """The codes of floats, by a tensor's scale and zero point."""
@@ -300,6 +305,13 @@ class Builder:
     def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:
         scale = self.constant(np.float32(info.scale), name="scale")
         return scale, self.constant(np.asarray(info.zero_point, info.dtype), name="zero_point")
+
+    def rounded(self, value: ir.Value, index: int) -> ir.Value:
+        """A value rounded to the codes of a tensor, where that is quantized."""
+        if index < 0 or not self.info(index).is_quantized:
+            return value
+        info = self.info(index)
+        return self.dequantize(self.quantize(value, info, f"{info.name}_quantized"), info)
 
     def reduced(self, operator: str, value: ir.Value, axes: Sequence[int], *, keep: bool = True) -> ir.Value:
         """A reduction along axes, which are an input from opset 18 on."""

@@ -46,6 +46,9 @@ class _Cell:
     clip: float
     projection_clip: float
     activation: int
+    grids: dict[str, int]
+    """Tensors by whose scales an integer kernel rounds: those of the gates before they are normalized, of the result
+    before it is projected ("hidden"), and of the cell's state ("state")."""
 
     @classmethod
     def of(cls, b: Builder, op: Operator) -> _Cell:
@@ -69,6 +72,7 @@ class _Cell:
             op.options.number("cell_clip"),
             op.options.number("proj_clip"),
             op.options.integer("fused_activation"),
+            dict(zip((*_GATES, "hidden"), op.intermediates, strict=False)) | {"state": op.input(19)},
         )
 
     def step(self, b: Builder, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -80,10 +84,11 @@ class _Cell:
             update = b.emit("Sub", [b.constant(np.float32(1), name="one"), forget])
         candidate = b.activated(self._gate(b, "cell", x, hidden, cell), self.activation)
         kept, added = b.emit("Mul", [forget, cell]), b.emit("Mul", [update, candidate])
-        after = self._clipped(b, b.emit("Add", [kept, added]), self.clip)
+        after = b.rounded(self._clipped(b, b.emit("Add", [kept, added]), self.clip), self.grids["state"])
         output = b.emit("Sigmoid", [self._gate(b, "output", x, hidden, after)])
         result = b.emit("Mul", [output, b.activated(after, self.activation)])
         if self.projection is not None:
+            result = b.rounded(result, self.grids.get("hidden", -1))
             inputs = [result, self.projection] + ([self.projection_bias] if self.projection_bias is not None else [])
             result = self._clipped(b, b.emit("Gemm", inputs, transB=1), self.projection_clip)
         return result, after
@@ -94,7 +99,7 @@ class _Cell:
         if name in self.peephole:
             total = b.emit("Add", [total, b.emit("Mul", [cell, self.peephole[name]])])
         if name in self.normalization:
-            total = _normalized(b, total)
+            total = _normalized(b, b.rounded(total, self.grids.get(name, -1)))
             total = b.emit("Mul", [total, self.normalization[name]])
         return b.emit("Add", [total, self.bias[name]]) if name in self.bias else total
 
