@@ -348,6 +348,12 @@ class Tensor:
             yield part
             part.release()
 
+    def stored(self) -> Iterator[Data]:
+        """Its data and those of all its parameters, theirs included."""
+        yield self.data
+        for _, parameter in () if self.quantization is None else self.quantization.parameters():
+            yield from parameter.stored()
+
     def release(self) -> None:
         """Lets go of the memory that reading this tensor took (the pages of a mapped file, say)."""
         if isinstance(self.data, Releasable):
@@ -417,6 +423,11 @@ class _Part:
     data: Data
     start: int
     nbytes: int
+
+    @property
+    def sources(self) -> tuple[Data, ...]:
+        """What it is a range of."""
+        return (self.data,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))

@@ -25,7 +25,7 @@ from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
-from converters.storage import FileRange, InMemory, MappedFile
+from converters.storage import FileRange, InMemory, MappedFile, files_of
 
 if TYPE_CHECKING:  # quantization is imported when it is asked for
     from converters.scheme import Scheme
@@ -254,8 +254,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 def _mapped_files(model: Model) -> Iterator[MappedFile]:
     """The files that the tensors' data lie in (external data lies beside the source)."""
     seen: set[int] = set()
-    for tensor in model.values():
-        file = getattr(tensor.data, "file", None)
-        if isinstance(file, MappedFile) and id(file) not in seen:
+    for file in chain.from_iterable(files_of(data) for tensor in model.values() for data in tensor.stored()):
+        if id(file) not in seen:
             seen.add(id(file))
             yield file
