@@ -207,10 +207,11 @@ def _input_axis(use: Use | None, rank: int, channels: int) -> int:
 
 class QuantizedCodes:
     """The packed codes of a tensor of floats, as `Data`. Its parameters are kept from when they are first needed until
-    everything is released, what was measured of the errors for ever."""
+    everything is released, what was measured of the errors for ever. `sources` are the data that it is made of."""
 
     def __init__(self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None) -> None:
         self.nbytes = packed_size(floats.size, bits_of(scheme.dtype))
+        self.sources = tuple(floats.stored())
         self._floats = floats
         self._scheme = scheme
         self._block_shape = block_shape

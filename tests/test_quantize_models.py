@@ -202,6 +202,13 @@ class TestConversions:
         with pytest.raises(UsageError, match="exclude each other: 'int4,per-channel,symmetric,requantize'"):
             converters.convert(INT4, tmp_path / "w.h", quantize="int4", dequantize="float32")
 
+    def test_the_files_of_the_floats_are_still_inputs(self, tmp_path: Path) -> None:
+        onnx_model(tmp_path / "m.onnx", a=np.ones((64, 64), np.float32))
+        proto = onnx.load(tmp_path / "m.onnx")
+        onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="data.h", size_threshold=0)
+        with pytest.raises(UsageError, match="is the input as well as an output"):
+            converters.convert(tmp_path / "m.onnx", tmp_path / "data.h", quantize="int4")
+
     def test_requantizing_is_a_loss_and_quantizing_is_none(self, tmp_path: Path) -> None:
         target = tmp_path / "w.safetensors"
         assert not converters.convert(FLOATS[0], target, quantize="int4", fail_on_loss=True).losses
