@@ -57,8 +57,9 @@ def test_external_data(entries, expected, tmp_path):
         ({"location": "/etc/passwd"}, "inside the model's folder is needed"),
         ({"location": "C:\\d.bin"}, "inside the model's folder is needed"),
         ({"location": "a\0b"}, "inside the model's folder is needed"),
-        ({"location": "out.bin"}, "link out of the model's folder"),
-        ({"location": "linked/d.bin"}, "link out of the model's folder"),
+        ({"location": "out.bin"}, "behind, a link"),
+        ({"location": "linked/d.bin"}, "behind, a link"),
+        ({"location": "inside.bin"}, "behind, a link"),
         ({"location": "loop.bin"}, ""),
         ({"location": "folder"}, "is no file"),
         ({"location": "none.bin"}, "does not exist"),
@@ -79,6 +80,7 @@ def test_external_data_that_are_refused(entries, message, tmp_path):
         (folder / "d.bin").write_bytes(b"0123456789")
     (inside / "out.bin").symlink_to(outside / "d.bin")
     (inside / "linked").symlink_to(outside)
+    (inside / "inside.bin").symlink_to(inside / "d.bin")
     (inside / "loop.bin").symlink_to(inside / "loop.bin")
     (inside / "folder").mkdir()
     path = external(inside / "m.onnx", **entries)
@@ -86,6 +88,37 @@ def test_external_data_that_are_refused(entries, message, tmp_path):
         read(path)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_external_data_in_a_cache_of_links(tmp_path):
+    """huggingface_hub keeps files by their hashes, and snapshots of links to them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "22").write_bytes(b"0123456789")
+    (tmp_path / "other.bin").write_bytes(b"0123456789")
+    external(blobs / "11", location="m.onnx_data", offset="2")
+    (snapshot / "m.onnx").symlink_to("../../../blobs/11")
+    (snapshot / "m.onnx_data").symlink_to("../../../blobs/22")
+    assert read(snapshot / "m.onnx")["w"].packed().tobytes() == b"2345"
+    (snapshot / "m.onnx_data").unlink()
+    (snapshot / "m.onnx_data").symlink_to("../../../other.bin")
+    with pytest.raises(CorruptFile, match="behind, a link"):
+        read(snapshot / "m.onnx")
+    (snapshot / "m.onnx").unlink()  # a model that is no link must have no links beside it
+    (snapshot / "m.onnx").write_bytes((blobs / "11").read_bytes())
+    (snapshot / "m.onnx_data").unlink()
+    (snapshot / "m.onnx_data").symlink_to("../../../blobs/22")
+    with pytest.raises(CorruptFile, match="behind, a link"):
+        read(snapshot / "m.onnx")
+
+
+def test_external_data_of_a_model_behind_a_linked_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "d.bin").write_bytes(b"0123456789")
+    external(tmp_path / "real" / "m.onnx", location="d.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert read(tmp_path / "link" / "m.onnx")["w"].packed().tobytes() == b"0123"
 
 
 def test_external_data_of_our_own(tmp_path):
