@@ -183,7 +183,7 @@ def _unpacked(rows: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return rows
     flat = np.ascontiguousarray(rows).reshape(-1)
-    return unpack(flat, _CODES[bits], flat.size * 8 // bits).reshape(rows.shape[0], -1)
+    return unpack(flat, _CODES[bits], flat.size * 8 // bits).reshape(len(rows), rows.shape[1] * 8 // bits)
 
 
 def _parameter(header: TensorHeader, role: str, parts: _Parts, payloads: Payloads, grid: tuple[int, ...]) -> Tensor:
