@@ -13,7 +13,7 @@ from formats.onnx.lifting import Scope
 Value = tuple[int, str]
 
 _DEEPEST_CALL = 16
-_MOST_CALLED_NODES = 1 << 20
+_MOST_CALLED_NODES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
