@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from formats.onnx.graph import Graph, Node, ParsedModel
+from converters.errors import Unsupported
+from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.lifting import Scope
 
 #: A value: the graph that makes it, by identity, and its name there.
 Value = tuple[int, str]
+
+_DEEPEST_CALL = 16
+_MOST_CALLED_NODES = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,9 +62,33 @@ class Dataflow:
         return self.value(scope, name) in self.outputs
 
 
-def scopes_of(graph: Graph, outer: Scope | None = None) -> Iterator[Scope]:
-    """A graph and all graphs within it, each after the one around it."""
-    scope = Scope(graph, outer)
+def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope]) -> Iterator[Scope]:
+    """The bodies of functions once more, for each call with initializers, of which their inputs stand for these.
+    Raises Unsupported when functions call functions without end."""
+    calls = [(scope, 0) for scope in scopes if parsed.calls]
+    nodes = 0
+    for scope, depth in calls:  # grows
+        for node in scope.graph.nodes:
+            body = parsed.calls.get(("" if node.is_standard else node.domain, node.op_type))
+            if body is None:
+                continue
+            headers = [(name, scope.header(given)) for name, given in zip(body.inputs, node.inputs, strict=False)]
+            bound = {name: header for name, header in headers if header is not None}
+            if not bound:
+                continue
+            nodes += len(body.nodes)
+            if depth >= _DEEPEST_CALL or nodes > _MOST_CALLED_NODES:
+                raise Unsupported(f"functions call functions more than {_DEEPEST_CALL} deep, or without end")
+            for called in scopes_of(body, None, bound):
+                calls.append((called, depth + 1))
+                yield called
+
+
+def scopes_of(
+    graph: Graph, outer: Scope | None = None, bound: Mapping[str, TensorHeader] | None = None
+) -> Iterator[Scope]:
+    """A graph and all graphs within it, each after the one around it; `bound` are initializers that its inputs are."""
+    scope = Scope(graph, outer, bound)
     yield scope
     for node in graph.nodes:
         for body in node.bodies:

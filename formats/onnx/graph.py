@@ -32,10 +32,11 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator: `integers`, `floats` and `lists` (of integers) are its attributes of these types, `bodies` the
-    graphs in its attributes, `constant` the tensor that a Constant holds; `has_tensors` says whether attributes hold
-    any. An absent input is an empty name. `attributes` is where all of them lie in the file; `others` are encoded ones
-    that a new node takes over from one of the file."""
+    """An operator: `integers`, `floats`, `texts` (short ones) and `lists` (of integers) are its attributes of these
+    types, `bodies` the graphs in its attributes, `constant` the tensor that a Constant holds; `has_tensors` says
+    whether attributes hold any, `is_parametric` whether one is that of the function around the node. An absent input is
+    an empty name. `attributes` is where all of them lie in the file; `others` are encoded ones that a new node takes
+    over from one of the file."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -50,6 +51,8 @@ class Node:
     lists: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: tuple[Range, ...] = ()
     others: tuple[bytes, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    is_parametric: bool = False
 
     def input(self, position: int) -> str:
         """The name of an input, empty where it is absent."""
@@ -75,7 +78,7 @@ class Graph:
 @dataclass(frozen=True, slots=True)
 class ParsedModel:
     """A ModelProto: the graph, the bodies of functions, the graph's inputs (initializers excepted) and outputs, and the
-    operator sets by domain (ONNX's own is the empty name)."""
+    operator sets by domain (ONNX's own is the empty name). `calls` are the functions' bodies by domain and name."""
 
     graph: Graph
     producer: str
@@ -85,3 +88,4 @@ class ParsedModel:
     outputs: tuple[Port, ...] = ()
     opsets: Mapping[str, int] = field(default_factory=dict)
     ir_version: int = 0
+    calls: Mapping[tuple[str, str], Graph] = field(default_factory=dict)

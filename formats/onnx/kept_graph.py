@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from converters.errors import Unsupported
-from converters.ir import Tensor
+from converters.ir import Tensor, is_float
 from converters.packing import packed_size
 from formats.onnx.block_operators import MICROSOFT
 from formats.onnx.dataflow import Taker
@@ -122,25 +122,28 @@ def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _De
     """The weight that a node completes the decoding of, or takes the codes of."""
     scope = matcher.scope
     found = expansion(node)
-    header = scope.header(node.input(found.weight)) if found else None
+    header = scope.header(node.input(found.weight)) if found and found.weight >= 0 else None
     if found is not None and header is not None:
         dtype = _FLOAT32 if found.scale < 0 else _dtype_of(scope, node.input(found.scale))
         yield header, _Decoding(scope, node, "", dtype)
         return
-    pattern = matcher.weight(node)
-    if pattern is not None and pattern.value:
+    for pattern in matcher.weights(node):
+        if not pattern.value and found is None:
+            continue
         number = node.integers.get("output_dtype", 0)
-        linear = node.op_type == "DequantizeLinear"
-        dtype = DTYPES.get(number) or (_dtype_of(scope, node.input(1)) if linear else _FLOAT32)
+        dtype = DTYPES.get(number) or _dtype_of(scope, node.input(1), node.input(0))
         yield pattern.codes.header, _Decoding(scope, node, pattern.value, dtype)
 
 
-def _dtype_of(scope: Scope, name: str) -> np.dtype[Any]:
-    """The dtype of a value that is an initializer, or a Cast of one; float32 for all others."""
-    header = scope.header(name)
-    cast = scope.producer(name, "Cast") if header is None else None
-    number = header.data_type if header else cast.integers.get("to", 0) if cast else 0
-    return DTYPES.get(number, _FLOAT32)
+def _dtype_of(scope: Scope, *names: str) -> np.dtype[Any]:
+    """The dtype of the first of these values that is an initializer of floats, or a Cast; float32 where none is."""
+    for name in names:
+        header = scope.header(name)
+        cast = scope.producer(name, "Cast") if header is None else None
+        dtype = DTYPES.get(header.data_type if header else cast.integers.get("to", 0) if cast else 0)
+        if dtype is not None and is_float(dtype):
+            return dtype
+    return _FLOAT32
 
 
 @dataclass(slots=True)

@@ -46,10 +46,10 @@ def _itself(site: Site) -> Node | None:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How an operator is spelled out: `weight` is the position of the codes among its inputs, `scale` that of their
-    scale, `transposes` says that the operator takes the transposed of the weight that it is given. `nodes` makes what
-    takes the place of `target`, from a name for the float weight, already transposed; empty where it cannot. `is_exact`
-    says that the operator computes in floats as well."""
+    """How an operator is spelled out: `weight` is the position of the codes among its inputs (-1 where other nodes come
+    between), `scale` that of their scale, `transposes` says that the operator takes the transposed of the weight that
+    it is given. `nodes` makes what takes the place of `target`, from a name for the float weight, already transposed;
+    empty where it cannot. `is_exact` says that the operator computes in floats as well."""
 
     weight: int
     scale: int
@@ -160,11 +160,27 @@ def _attention(site: Site, weight: str) -> tuple[Node, ...]:
     return decoded, attention
 
 
+def _moves(site: Site, weight: str) -> tuple[Node, ...]:
+    """What moves codes before DequantizeLinear, on floats."""
+    moves, name = [], site.node.input(0)
+    while (move := site.scope.node(name)) is not None:
+        moves.append(move)
+        name = move.input(0)
+    nodes, value = [], weight
+    for move in reversed(moves):
+        result = site.node.outputs[0] if move is moves[0] else site.fresh("moved")
+        others = Site(site.matcher, move, site.view, site.names).attributes()
+        nodes.append(Node(move.op_type, (value, *move.inputs[1:]), (result,), name=move.name, others=others))
+        value = result
+    return tuple(nodes)
+
+
 EXPANSIONS: Mapping[tuple[str, str], Expansion] = MappingProxyType(
     {
         (MICROSOFT, "MatMulNBits"): Expansion(1, 2, _matmul, transposes=True, is_exact=True),
         (MICROSOFT, "MatMulBnb4"): Expansion(1, 2, _bnb4, transposes=True, is_exact=True),
         (MICROSOFT, "GatherBlockQuantized"): Expansion(0, 2, _gather, is_exact=True),
+        ("", "DequantizeLinear"): Expansion(-1, 1, _moves, is_exact=True),
         ("", "QLinearMatMul"): Expansion(3, 4, _qlinear_matmul),
         ("", "QLinearConv"): Expansion(3, 4, _qlinear_conv),
         ("", "MatMulInteger"): Expansion(1, -1, _integer_product("MatMul"), target=_scaling),

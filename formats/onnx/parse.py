@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from formats.onnx.wire import Range, Record, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
 _MOST_AXES = 64  # NumPy's limit
+_LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs
 
 
 def parse(view: memoryview, path: Path) -> ParsedModel:
@@ -36,16 +38,19 @@ def _model(view: memoryview) -> ParsedModel:
     graph = _graph(view, graphs[0], 0)
     _check_names(graph, ())
     initializers = {header.name for header in graph.initializers}
+    functions = [_function(view, place) for place in record.ranges("functions")]
+    names = Counter(key for key, _ in functions)  # an overloaded one is told by more than its name
     producer = f"{record.text('producer_name')} {record.text('producer_version')}".strip()
     return ParsedModel(
         graph,
         producer,
         _entries(view, record, "metadata_props"),
-        tuple(_function(view, place) for place in record.ranges("functions")),
+        tuple(body for _, body in functions),
         tuple(port for port in _ports(view, graphs[0], "input") if port.name not in initializers),
         tuple(_ports(view, graphs[0], "output")),
         _opsets(view, record),
         record.integer("ir_version", 0),
+        {key: body for key, body in functions if names[key] == 1},
     )
 
 
@@ -59,13 +64,13 @@ def domain_of(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
-def _function(view: memoryview, where: Range) -> Graph:
-    """A function's body, which is a graph without initializers."""
+def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], Graph]:
+    """A function's domain and name, and its body, which is a graph without initializers."""
     record = decode(view, where, schema.FUNCTION)
     nodes = tuple(_node(view, place, 1) for place in record.ranges("node"))
     graph = Graph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
     _check_names(graph, ())
-    return graph
+    return (domain_of(record.text("domain")), record.text("name")), graph
 
 
 def _graph(view: memoryview, where: Range, depth: int) -> Graph:
@@ -93,9 +98,10 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
     integers: dict[str, int] = {}
     floats: dict[str, float] = {}
     lists: dict[str, tuple[int, ...]] = {}
+    texts: dict[str, str] = {}
     bodies: list[Graph] = []
     constant = None
-    has_tensors = False
+    has_tensors = is_parametric = False
     for place in record.ranges("attribute"):
         attribute = decode(view, place, schema.ATTRIBUTE)
         name = attribute.text("name")
@@ -103,9 +109,13 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
             integers[name] = attribute.integer("i", 0)
         if "f" in attribute.values:
             floats[name] = attribute.floats("f")[-1]
+        for text in attribute.ranges("s")[-1:]:
+            if text.nbytes <= _LONGEST_TEXT:
+                texts[name] = bytes(view[text.start : text.stop]).decode("utf-8", "backslashreplace")
         if "ints" in attribute.values:
             lists[name] = tuple(attribute.ints("ints"))
         bodies += [_graph(view, body, depth + 1) for body in attribute.ranges("g") + attribute.ranges("graphs")]
+        is_parametric = is_parametric or "ref_attr_name" in attribute.values
         has_tensors = has_tensors or bool(attribute.ranges("t") + attribute.ranges("tensors"))
         if op_type == "Constant" and name == "value" and attribute.ranges("t") and outputs:
             constant = tensor_header(view, attribute.ranges("t")[-1], outputs[0])
@@ -122,6 +132,8 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
         floats,
         lists,
         tuple(record.ranges("attribute")),
+        texts=texts,
+        is_parametric=is_parametric,
     )
 
 

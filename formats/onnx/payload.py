@@ -105,7 +105,7 @@ class Payloads:
             return self.carried[int(entries["offset"])].data
         file = self.external.get(location)
         if file is None:
-            file = self.external[location] = MappedFile.open(_contained(self.file.path.parent, location))
+            file = self.external[location] = MappedFile.open(_contained(self.file.path, location))
         offset, length = (_number(entries, key) for key in ("offset", "length"))
         if length is not None and length != nbytes:
             raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
@@ -121,8 +121,10 @@ def _number(entries: dict[str, str], key: str) -> int | None:
     return int(text)
 
 
-def _contained(folder: Path, location: str) -> Path:
-    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it."""
+def _contained(model: Path, location: str) -> Path:
+    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it, or
+    through a link: what an archive holds could otherwise have any file of this machine read. Where the model is itself
+    a link, as in a cache of models by their hashes, data may be links to files beside what it leads to."""
     parts = PurePosixPath(location).parts
     if (
         not location
@@ -134,13 +136,14 @@ def _contained(folder: Path, location: str) -> Path:
         raise CorruptFile(
             f"external data at '{location[:200]}': the path of a file inside the model's folder is needed"
         )
-    path = folder.joinpath(*parts)
+    path = model.parent.joinpath(*parts)
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        found, folder = path.resolve(), model.parent.resolve()
+        home = model.resolve().parent if model.is_symlink() else folder
     except (OSError, RuntimeError) as error:
         raise CorruptFile(f"external data at '{location[:200]}' cannot be found: {error}") from error
-    if not inside:
+    if found != folder.joinpath(*parts) and not (model.is_symlink() and found.is_relative_to(home)):
         raise CorruptFile(
-            f"external data at '{location[:200]}' is a link out of the model's folder: copy the file there"
+            f"external data at '{location[:200]}' is, or lies behind, a link: copy the file into the model's folder"
         )
     return path

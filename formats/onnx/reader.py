@@ -6,7 +6,7 @@ Payloads stay in the mapped file, or in the mapped files of external data, until
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,22 +15,15 @@ from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
 from formats.onnx import schema
 from formats.onnx.block_operators import BlockWeight, block_weights
-from formats.onnx.dataflow import scopes_of
-from formats.onnx.graph import Graph, Node, TensorHeader
+from formats.onnx.dataflow import Dataflow, call_scopes
+from formats.onnx.graph import TensorHeader
 from formats.onnx.kept_graph import OnnxGraph
-from formats.onnx.lifting import Matcher, Pattern, Scope, Stored, quantization
+from formats.onnx.lifting import Matcher, Pattern, Scope, Stored
+from formats.onnx.parameters import quantization
 from formats.onnx.parse import parse
 from formats.onnx.payload import Payloads
-from formats.onnx.rounding import RoundedCodes
-
-#: The axis of an operator's weight along which its output channels run, by operator and input (ONNX operators).
-_CHANNEL_AXES = {
-    ("Conv", 1): 0,
-    ("ConvTranspose", 1): 1,
-    ("MatMul", 1): -1,
-    ("QLinearConv", 3): 0,
-    ("QLinearMatMul", 3): -1,
-}
+from formats.onnx.rounding import rounded_codes
+from formats.onnx.uses import uses_of
 
 
 class OnnxReader:
@@ -58,6 +51,12 @@ class _Found:
     uses: tuple[Use, ...]
     block: BlockWeight | None = None
 
+    def parameters(self) -> Sequence[TensorHeader]:
+        """The initializers of its parameters."""
+        if self.block is not None:
+            return self.block.parameters
+        return [] if self.pattern is None else [stored.header for stored in self.pattern.parameters()]
+
 
 class _Reading:
     """One file on its way into a Model."""
@@ -70,9 +69,9 @@ class _Reading:
         self.owners: dict[int, str] = {}
 
     def model(self) -> Model:
-        scopes = [scope for graph in (self.parsed.graph, *self.parsed.functions) for scope in scopes_of(graph)]
         is_ours = self.parsed.properties.get(schema.LAYOUT) == schema.WEIGHTS_LAYOUT
-        found = list(self._ours(scopes[0]) if is_ours else self._foreign(scopes))
+        flow = Dataflow.of(self.parsed)
+        found = list(self._ours(flow.scopes[0]) if is_ours else self._foreign(flow))
         known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None and one.block is None}
         tensors: dict[str, Tensor] = {}
         headers: dict[str, TensorHeader] = {}
@@ -84,7 +83,7 @@ class _Reading:
                 tensor = replace(tensor, name=f"{one.name}:{repeated[one.name]}")
             tensors[tensor.name] = tensor
             headers[tensor.name] = one.stored.header
-        operators = Counter(node.op_type for scope in scopes for node in scope.graph.nodes)
+        operators = Counter(node.op_type for scope in flow.scopes for node in scope.graph.nodes)
         metadata = Metadata(
             "onnx",
             self.parsed.producer,
@@ -110,9 +109,11 @@ class _Reading:
 
     def _ours(self, scope: Scope) -> Iterator[_Found]:
         """What our own writer wrote: each output is a tensor."""
-        matcher = Matcher(scope, self.payloads)
+        matcher = Matcher(scope, self.payloads, exact=True)
         patterns = {name: self._understood(matcher.match(name), name) for name in scope.graph.outputs}
-        self._note_owners((name, pattern) for name, pattern in patterns.items() if pattern)
+        for name, pattern in patterns.items():
+            parameters = pattern.parameters() if pattern else []
+            self.owners.update((id(stored.header), name) for stored in parameters)
         for name, pattern in patterns.items():
             header = pattern.codes.header if pattern else scope.header(name)
             if header is None:
@@ -123,42 +124,40 @@ class _Reading:
                 )
             yield _Found(name, pattern.codes if pattern else Stored(header), pattern, ())
 
-    def _foreign(self, scopes: Sequence[Scope]) -> Iterator[_Found]:
+    def _foreign(self, flow: Dataflow) -> Iterator[_Found]:
         """Every initializer and Constant of the graphs, parameters of others excepted."""
-        patterns: dict[int, Pattern] = {}
-        blocks: dict[int, BlockWeight] = {}
-        uses: dict[int, tuple[Use, ...]] = {}
-        consumers = [_consumers(scope.graph) for scope in scopes]
-        for scope, taken_by in zip(scopes, consumers, strict=True):
-            matcher = Matcher(scope, self.payloads)
-            for node in scope.graph.nodes:
-                for block in block_weights(node, scope.header):
-                    blocks.setdefault(id(block.codes), block)
-                    axis = 1 if node.op_type == "QMoE" else 0
-                    uses.setdefault(id(block.codes), (Use(node.op_type, block.position, axis),))
-                pattern = matcher.weight(node)
-                if pattern is None or id(pattern.codes.header) in patterns:
-                    continue
-                header = pattern.codes.header
-                if self._understood(pattern, header.name):
-                    patterns[id(header)] = pattern
-                    uses[id(header)] = _uses(taken_by, pattern.value or header.name, len(header.dims))
-        self._note_owners((pattern.codes.header.name, pattern) for pattern in patterns.values())
-        for block in blocks.values():
-            self.owners.update((id(header), block.codes.name) for header in block.parameters)
-        for scope, taken_by in zip(scopes, consumers, strict=True):
-            outputs = frozenset(scope.graph.outputs)
+        weights = self._weights(flow)
+        for one in weights.values():
+            self.owners.update((id(header), one.name) for header in one.parameters())
+        for scope in flow.scopes:
             names = scope.graph.sparse
             self.losses += [Loss(name, "dropped", "a sparse initializer, which cannot be read") for name in names]
             for header in scope.headers.values():
-                pattern = patterns.get(id(header))
                 if header.data_type == schema.STRING:
                     self.losses.append(Loss(header.name, "dropped", "strings, which are no weights"))
-                elif id(header) in blocks:
-                    yield _Found(header.name, Stored(header), None, uses[id(header)], blocks[id(header)])
-                elif pattern or id(header) not in self.owners or header.name in outputs:
-                    taken = uses[id(header)] if pattern else _uses(taken_by, header.name, len(header.dims))
-                    yield _Found(header.name, pattern.codes if pattern else Stored(header), pattern, taken)
+                elif id(header) in weights:
+                    yield weights[id(header)]
+                elif id(header) not in self.owners or header.name in scope.graph.outputs:
+                    uses = uses_of(flow, scope, header.name, len(header.dims))
+                    yield _Found(header.name, Stored(header), None, uses)
+
+    def _weights(self, flow: Dataflow) -> dict[int, _Found]:
+        """What nodes decode or take the codes of, by the identity of the initializer."""
+        weights: dict[int, _Found] = {}
+        for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes)):
+            matcher = Matcher(scope, self.payloads)
+            for node in scope.graph.nodes:
+                for block in block_weights(node, matcher.blob):
+                    name = block.codes.name
+                    found = weights.setdefault(id(block.codes), _Found(name, Stored(block.codes), None, (), block))
+                    use = Use(node.op_type, block.position, block.channel_axis)
+                    weights[id(block.codes)] = replace(found, uses=(*found.uses, use))
+                for pattern in matcher.weights(node):
+                    header = pattern.codes.header
+                    if id(header) not in weights and self._understood(pattern, header.name):
+                        uses = uses_of(flow, scope, pattern.value or header.name, len(header.dims))
+                        weights[id(header)] = _Found(header.name, pattern.codes, pattern, uses)
+        return weights
 
     def _understood(self, pattern: Pattern | None, name: str) -> Pattern | None:
         """The pattern, if it is one and decodes blocks. Raises CorruptFile, naming the tensor, if it is wrong."""
@@ -170,10 +169,6 @@ class _Reading:
             error.tensor = name
             raise
 
-    def _note_owners(self, patterns: Iterable[tuple[str, Pattern]]) -> None:
-        for name, pattern in patterns:
-            self.owners.update((id(stored.header), name) for stored in pattern.parameters())
-
     def _plain(self, one: _Found) -> Tensor:
         owner = self.owners.get(id(one.stored.header))
         return replace(one.stored.tensor(self.payloads), name=one.name, uses=one.uses, parameter_of=owner)
@@ -181,30 +176,7 @@ class _Reading:
     def _quantized(self, one: _Found, pattern: Pattern, known: Mapping[int, Tensor]) -> Tensor:
         lifted = quantization(pattern, self.payloads, known)
         if lifted is not None and pattern.codes.is_rounded and pattern.codes.dtype is not None:
-            floats = pattern.codes.tensor(self.payloads)
-            codes = RoundedCodes(floats, lifted, pattern.codes.dtype)
-            return Tensor(one.name, floats.shape, codes.dtype, codes, lifted, one.uses)
+            floats, dtype = pattern.codes.tensor(self.payloads), pattern.codes.dtype
+            codes = rounded_codes(floats, lifted, dtype)
+            return Tensor(one.name, floats.shape, dtype, codes, lifted, one.uses)
         return replace(one.stored.tensor(self.payloads), name=one.name, quantization=lifted, uses=one.uses)
-
-
-def _consumers(graph: Graph) -> Mapping[str, Sequence[Use]]:
-    """What takes each value; a channel axis may be counted from the end."""
-    consumers: dict[str, list[Use]] = {}
-    for node in graph.nodes:
-        for position, name in enumerate(node.inputs):
-            if name:
-                consumers.setdefault(name, []).append(Use(node.op_type, position, _channel_axis(node, position)))
-    return consumers
-
-
-def _uses(consumers: Mapping[str, Sequence[Use]], name: str, rank: int) -> tuple[Use, ...]:
-    return tuple(
-        use if use.channel_axis is None else replace(use, channel_axis=use.channel_axis % max(1, rank))
-        for use in consumers.get(name, ())
-    )
-
-
-def _channel_axis(node: Node, position: int) -> int | None:
-    if node.op_type == "Gemm" and position == 1:
-        return 0 if node.integers.get("transB", 0) else 1
-    return _CHANNEL_AXES.get((node.op_type, position))

@@ -59,6 +59,7 @@ ATTRIBUTE = Schema(
     name=Field(1, Kind.TEXT),
     f=Field(2, Kind.FLOAT),
     i=Field(3, Kind.INT),
+    s=Field(4, Kind.RANGE),
     t=Field(5, Kind.RANGE),
     g=Field(6, Kind.RANGE),
     floats=Field(7, Kind.FLOAT),
@@ -66,6 +67,7 @@ ATTRIBUTE = Schema(
     tensors=Field(10, Kind.RANGE),
     graphs=Field(11, Kind.RANGE),
     type=Field(20, Kind.INT),
+    ref_attr_name=Field(21, Kind.TEXT),
 )
 TENSOR = Schema(
     "TensorProto",
