@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,22 @@ def command(arguments: Sequence[str]) -> Callable[[], None]:
         subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     return run
+
+
+#: A process of its own starts the command: one that is forked from this one would begin with this one's memory.
+_LAUNCHER = """
+import resource, subprocess, sys, time
+began = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def seconds_and_peak(arguments: Sequence[str]) -> tuple[float, int]:
+    """How long a process takes, and how many bytes of memory at most; fails when it fails."""
+    command = [sys.executable, "-c", _LAUNCHER, *arguments]
+    seconds, kilobytes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return float(seconds), int(kilobytes) * 1024
 
 
 def table(rows: Sequence[Row]) -> str:

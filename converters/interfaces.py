@@ -8,12 +8,13 @@ their place, all or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters.ir import Loss, Model, Tensor
 
@@ -65,6 +66,31 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RunPort:
+    """An input or output of a model that can be run; `scale` is that of its codes where it is quantized. Sizes that the
+    model leaves open are 1."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    scale: float | None = None
+
+
+class Runner(Protocol):
+    """Runs one model by its format's own runtime. Constructed with the model's path."""
+
+    @property
+    def inputs(self) -> Sequence[RunPort]: ...
+
+    @property
+    def outputs(self) -> Sequence[RunPort]: ...
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """The outputs by name, for inputs by name. Raises Unsupported when the runtime refuses."""
+        ...
+
+
 class Sink(Protocol):
     """Receives a planned model's tensors, in order, each once."""
 
@@ -98,6 +124,25 @@ class Plan(Protocol):
 
     def open(self, streams: Sequence[BinaryIO]) -> Sink:
         """Starts writing: `streams` are seekable binary files in the order of `files`."""
+        ...
+
+
+@runtime_checkable
+class Validating(Protocol):
+    """A plan whose format has a checker of its own, for `--verify`."""
+
+    def validate(self) -> Sequence[str]:
+        """Has that look at the files that were written; returns hints, a sentence each. Raises VerificationFailed."""
+        ...
+
+
+@runtime_checkable
+class Rearranging(Protocol):
+    """A plan that writes tensors otherwise than it gets them: transposed, say, or under other names."""
+
+    @property
+    def expected(self) -> Model:
+        """What reading the files will give; its `losses` are those of reading and of the stages that still hold."""
         ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd, lcm, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, FileRange, InMemory
+from converters.storage import Data, InMemory, Releasable
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -355,20 +355,53 @@ class Tensor:
             yield from parameter.stored()
 
     def release(self) -> None:
-        """Lets the system drop the pages of a mapped file that were read for this tensor."""
-        if isinstance(self.data, FileRange | _Part):
+        """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
+        if isinstance(self.data, Releasable):
             self.data.release(0, self.nbytes)
+        for _, parameter in self.quantization.parameters() if self.quantization else ():
+            parameter.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or an output of a model's graph: the name of its dtype (empty where it is no tensor), and its shape,
+    None where even the number of axes is open; a size that is open is its name, or empty."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
     """Where a model comes from: the format's name, the program that made it (as the file says), the file itself, and
-    what the format says about the model as a whole (its graph's operators counted, say)."""
+    what the format says about the model as a whole: its graph's operators counted, its inputs and outputs, the
+    operator sets that it is written in, by domain."""
 
     format: str = ""
     producer: str = ""
     source: Path | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    opsets: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightPlace:
+    """An initializer of a graph that is a tensor of the model as it was read: decoded if that is quantized, and with
+    its axes in the order of `permutation` (None: as they are)."""
+
+    tensor: Tensor
+    permutation: tuple[int, ...] | None = None
+
+
+class Graph(Protocol):
+    """A model's compute graph, in ONNX's operators; its initializers are the model's tensors by name."""
+
+    def onnx_ir(self) -> onnx_ir.Model:
+        """The graph with the classes of onnx_ir, which must be installed; payloads stay where they are."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -381,7 +414,7 @@ class Model(Mapping[str, Tensor]):
 
     tensors: Mapping[str, Tensor]
     metadata: Metadata = Metadata()
-    graph: onnx_ir.Model | None = None
+    graph: Graph | None = None
     losses: tuple[Loss, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:
@@ -433,5 +466,5 @@ class _Part:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, FileRange | _Part):
+        if isinstance(self.data, Releasable):
             self.data.release(self.start + start, self.start + stop)

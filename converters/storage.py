@@ -31,6 +31,15 @@ class Data(Protocol):
         ...
 
 
+@runtime_checkable
+class Releasable(Protocol):
+    """Data that can let go of memory."""
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of what bytes [start, stop) take; a later `read` brings them back."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class InMemory:
     """Bytes that are already here: `array` is uint8 of shape (nbytes,)."""

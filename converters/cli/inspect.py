@@ -7,7 +7,7 @@ from typing import Any
 from converters import api
 from converters.cli.arguments import Json, Source, human_bytes, print_json, table_console
 from converters.errors import printable
-from converters.ir import Model, Quantization, Tensor, Use
+from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use
 
 _READ_BYTES = 1 << 16
 
@@ -92,10 +92,40 @@ def _summary(model: Model) -> list[str]:
             f"{human_bytes(_total_bytes(model))}; format {model.metadata.format}"
             + (f", made by {printable(model.metadata.producer)}" if model.metadata.producer else "")
         ]
+        if quantized:
+            lines.append(f"{_average_bits(model):.2f} bits per quantized weight, scales and zero points included")
+    lines += _graph_lines(model.metadata)
     if model.metadata.operators:
         counts = sorted(model.metadata.operators.items(), key=lambda item: (-item[1], item[0]))
         lines.append("operators: " + ", ".join(f"{printable(name)} {count}" for name, count in counts))
     return lines + [f"note: {printable(str(loss))}" for loss in model.losses]
+
+
+def _average_bits(model: Model) -> float:
+    """Of all quantized tensors that have elements."""
+    weights = [tensor for tensor in model.values() if tensor.quantization is not None]
+    nbytes = sum(tensor.nbytes + _parameter_bytes(tensor.quantization) for tensor in weights)
+    return 8 * nbytes / max(1, sum(tensor.size for tensor in weights))
+
+
+def _graph_lines(metadata: Metadata) -> list[str]:
+    lines = []
+    for what, ports in (("inputs", metadata.inputs), ("outputs", metadata.outputs)):
+        if ports:
+            lines.append(f"{what}: " + ", ".join(printable(_port(port)) for port in ports))
+    if metadata.opsets:
+        sets = [f"{printable(domain) or 'ai.onnx'} {version}" for domain, version in metadata.opsets.items()]
+        lines.append("operator sets: " + ", ".join(sets))
+    return lines
+
+
+def _port(port: Port) -> str:
+    shape = "?" if port.shape is None else "×".join(str(size) or "?" for size in port.shape) or "scalar"
+    return f"{port.name} {port.dtype or 'no tensor'} {shape}"
+
+
+def _port_document(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "dtype": port.dtype, "shape": None if port.shape is None else list(port.shape)}
 
 
 def _total_bytes(model: Model) -> int:
@@ -113,7 +143,11 @@ def _document(model: Model) -> dict[str, Any]:
         "format": model.metadata.format,
         "producer": model.metadata.producer,
         "operators": dict(model.metadata.operators),
+        "inputs": [_port_document(port) for port in model.metadata.inputs],
+        "outputs": [_port_document(port) for port in model.metadata.outputs],
+        "opsets": dict(model.metadata.opsets),
         "bytes": _total_bytes(model),
+        "bits_per_quantized_weight": _average_bits(model),
         "tensors": [_tensor_document(tensor) for tensor in model.values()],
         "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in model.losses],
     }

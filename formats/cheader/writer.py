@@ -259,8 +259,6 @@ def _kernel_notes(tensors: Sequence[Tensor], arrangement: Arrangement, options: 
 
 
 def _losses(model: Model, document: Document) -> Iterator[Loss]:
-    if model.graph is not None:
-        yield Loss("", "dropped", "C arrays hold weights: the graph is left out")
     for entry in document.entries:
         name = entry.tensor.name
         for array in entry.arrays[1:]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from formats.onnx.wire import Record
+from converters.ir import Port
+from formats.onnx.wire import Range, Record
+
+#: The location of payloads that are carried along beside a model in memory.
+CARRIED = "nibblecast:carried"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +24,19 @@ class TensorHeader:
     external: Mapping[str, str] | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_external(self) -> bool:
+        """Whether the payload lies in another file."""
+        return self.external is not None and self.external.get("location") != CARRIED
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator: `integers` are its integer attributes, `bodies` the graphs in its attributes, `constant` the tensor
-    that a Constant holds. An absent input is an empty name."""
+    """An operator: `integers`, `floats`, `texts` (short ones) and `lists` (of integers) are its attributes of these
+    types, `bodies` the graphs in its attributes, `constant` the tensor that a Constant holds; `has_tensors` says
+    whether attributes hold any, `is_parametric` whether one is that of the function around the node. An absent input is
+    an empty name. `attributes` is where all of them lie in the file; `others` are encoded ones that a new node takes
+    over from one of the file."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -33,6 +45,14 @@ class Node:
     domain: str = ""
     bodies: tuple[Graph, ...] = ()
     constant: TensorHeader | None = None
+    name: str = ""
+    has_tensors: bool = False
+    floats: Mapping[str, float] = field(default_factory=dict)
+    lists: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    attributes: tuple[Range, ...] = ()
+    others: tuple[bytes, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+    is_parametric: bool = False
 
     def input(self, position: int) -> str:
         """The name of an input, empty where it is absent."""
@@ -57,8 +77,15 @@ class Graph:
 
 @dataclass(frozen=True, slots=True)
 class ParsedModel:
-    """A ModelProto: the graph, and what is said of it as a whole."""
+    """A ModelProto: the graph, the bodies of functions, the graph's inputs (initializers excepted) and outputs, and the
+    operator sets by domain (ONNX's own is the empty name). `calls` are the functions' bodies by domain and name."""
 
     graph: Graph
     producer: str
     properties: Mapping[str, str]
+    functions: tuple[Graph, ...] = ()
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    opsets: Mapping[str, int] = field(default_factory=dict)
+    ir_version: int = 0
+    calls: Mapping[tuple[str, str], Graph] = field(default_factory=dict)

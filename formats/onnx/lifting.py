@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from converters.ir import Tensor
 from formats.onnx.graph import Graph, Node, TensorHeader
 from formats.onnx.lowering import fits, is_wide
 from formats.onnx.payload import Payloads
-from formats.onnx.schema import DTYPES, ELEMENT_TYPES, GROUP_SIZE, TABLE_DTYPE
+from formats.onnx.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
 
 _FLOAT32 = ELEMENT_TYPES[np.dtype(np.float32)].number
+_UINT8 = ELEMENT_TYPES[np.dtype(np.uint8)].number
 _INT32 = ELEMENT_TYPES[np.dtype(np.int32)].number
 _INT64 = ELEMENT_TYPES[np.dtype(np.int64)].number
 _FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
@@ -28,28 +29,66 @@ _NARROW_INTEGERS = frozenset(
 _FLOATS = frozenset(
     ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
-#: Operators that take a weight's codes, scale and zero point as three inputs in a row: the first one's position, and
-#: the axis that several scales are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21).
-_CODES_OPERATORS = {"QLinearConv": (3, 0), "QLinearMatMul": (3, -1)}
+_ROUNDED_TO = _NARROW_INTEGERS | {ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.int16, np.uint16)}
+#: Operators that take weights' codes: for each weight the positions of codes, scale and zero point, and the axis that
+#: several scales are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21; onnxruntime 1.32, ContribOperators.md).
+CODES_OPERATORS: Mapping[tuple[str, str], tuple[tuple[int, int, int, int], ...]] = MappingProxyType(
+    {
+        ("", "QLinearConv"): ((3, 4, 5, 0),),
+        ("", "QLinearMatMul"): ((3, 4, 5, -1), (0, 1, 2, -2)),
+        ("com.microsoft", "DynamicQuantizeLSTM"): ((1, 8, 9, 0), (2, 10, 11, 0)),
+        ("com.microsoft", "DynamicQuantizeMatMul"): ((1, 2, 3, -1),),
+        ("com.microsoft", "MatMulIntegerToFloat"): ((1, 3, 5, -1),),
+        ("com.microsoft", "QAttention"): ((1, 4, 7, -1),),
+        ("com.microsoft", "QEmbedLayerNormalization"): tuple((2 + n, 8 + n, 13 + n, -1) for n in range(5)),
+        ("com.microsoft", "QGemm"): ((3, 4, 5, -1),),
+        ("com.microsoft", "QLinearAdd"): ((3, 4, 5, -1), (0, 1, 2, -1)),
+        ("com.microsoft", "QLinearConv"): ((3, 4, 5, 0),),
+        ("com.microsoft", "QLinearMul"): ((3, 4, 5, -1), (0, 1, 2, -1)),
+    }
+)
+#: Operators that multiply codes and leave the scales to the nodes that follow: the positions of the codes of the weight
+#: and of its zero point, and the axis of its output channels.
+INTEGER_PRODUCTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {"ConvInteger": (1, 3, 0), "MatMulInteger": (1, 3, -1)}
+)
+#: Operators that only move elements of their first input, so that one scale for all of them can follow as well.
+_MOVES = frozenset({"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_MOST_MOVES = 8
 _DEQUANTIZE_LINEAR_DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
 class Scope:
     """What the names in a graph stand for: initializers (and Constants), and the nodes that make the other values."""
 
-    def __init__(self, graph: Graph, outer: Scope | None) -> None:
+    def __init__(self, graph: Graph, outer: Scope | None, bound: Mapping[str, TensorHeader] | None = None) -> None:
+        """`bound` are the initializers that a call of a function gives for its inputs."""
         self.graph = graph
         self.outer = outer
-        self.headers = {tensor.name: tensor for tensor in graph.initializers}
+        self.inputs = frozenset(graph.inputs)
+        self.headers = {tensor.name: tensor for tensor in graph.initializers} | dict(bound or {})
         self.producers = {name: node for node in graph.nodes for name in node.outputs if name}
+        self.takers: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self.takers.setdefault(name, []).append(node)
         self.headers |= {node.constant.name: node.constant for node in graph.nodes if node.constant is not None}
+
+    def makes(self, name: str) -> bool:
+        """Whether the name stands for something of this graph itself."""
+        return name in self.headers or name in self.producers or name in self.inputs
+
+    def home(self, name: str) -> Scope | None:
+        """The graph that makes what the name stands for: this one, or one around it."""
+        scope: Scope | None = self
+        while scope is not None and not scope.makes(name):
+            scope = scope.outer
+        return scope
 
     def header(self, name: str) -> TensorHeader | None:
         """The initializer or Constant of that name, here or in a graph around this one."""
-        scope: Scope | None = self
-        while scope is not None and name not in scope.headers:
-            scope = scope.outer
-        return scope.headers[name] if scope else None
+        home = self.home(name)
+        return None if home is None else home.headers.get(name)
 
     def producer(self, name: str, op_type: str) -> Node | None:
         """The node that makes a value, here or in a graph around this one, if it is this standard operator."""
@@ -58,23 +97,25 @@ class Scope:
 
     def node(self, name: str) -> Node | None:
         """The node that makes a value, here or in a graph around this one."""
-        scope: Scope | None = self
-        while scope is not None and name not in scope.producers:
-            scope = scope.outer
-        return scope.producers[name] if scope else None
+        home = self.home(name)
+        return None if home is None else home.producers.get(name)
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An initializer, and the dtype that its bits have where TensorProto's is only a carrier."""
+    """An initializer, and the dtype that its bits have where TensorProto's is only a carrier; or floats that become
+    codes of that dtype when the model is loaded (`is_rounded`)."""
 
     header: TensorHeader
     dtype: np.dtype[Any] | None = None
+    is_rounded: bool = False
 
     def tensor(self, payloads: Payloads, shape: tuple[int, ...] | None = None) -> Tensor:
         """The plain tensor, in another shape of the same size if one is given."""
         tensor = payloads.tensor(self.header, shape)
-        return tensor if self.dtype is None else replace(tensor, dtype=self.dtype)
+        if self.dtype is None or self.is_rounded:
+            return tensor
+        return replace(tensor, dtype=self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +129,9 @@ class Spread:
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """The nodes that decode an initializer, understood. `linear` are DequantizeLinear's attributes, None for the
-    arithmetic; `value` is the decoded value's name, empty where an operator takes the codes themselves. `in_integers`
-    says that the arithmetic subtracts zero points before it goes over to float32."""
+    arithmetic; `value` is the decoded value's name, empty where an operator takes the codes themselves, one that only
+    moves them included. `in_integers` says that the arithmetic subtracts zero points before it goes over to float32;
+    `grid` is the parameters' shape where an operator has another than the scale's dims."""
 
     codes: Stored
     scale: Spread
@@ -99,6 +141,7 @@ class Pattern:
     linear: Mapping[str, int] | None = None
     value: str = ""
     in_integers: bool = False
+    grid: tuple[int, ...] | None = None
 
     @property
     def is_rounded_early(self) -> bool:
@@ -123,11 +166,13 @@ class Pattern:
 
 
 class Matcher:
-    """Finds patterns in one scope. A value that no pattern makes is None, never an error: it is just no weight."""
+    """Finds patterns in one scope. A value that no pattern makes is None, never an error: it is just no weight.
+    `exact` ones compute in float32; others in any float, as if it were float32."""
 
-    def __init__(self, scope: Scope, payloads: Payloads) -> None:
+    def __init__(self, scope: Scope, payloads: Payloads, *, exact: bool = False) -> None:
         self.scope = scope
         self.payloads = payloads
+        self.exact = exact
 
     def match(self, name: str) -> Pattern | None:
         """The pattern that makes a value, if what the nodes compute is exactly what the IR's decoder does."""
@@ -139,10 +184,21 @@ class Matcher:
         found = self._arithmetic(node)
         return None if found is None or found.is_rounded_early else found
 
+    def blob(self, name: str) -> TensorHeader | None:
+        """The initializer of that name, or one that is only reshaped to it: packed codes are told by their bytes."""
+        reshape = self.scope.producer(name, "Reshape")
+        return self.scope.header(name if reshape is None else reshape.input(0))
+
     def dequantize_linear(self, node: Node) -> Pattern | None:
         """The pattern of one DequantizeLinear, if it decodes an initializer with initializers."""
-        codes, scale = self.scope.header(node.input(0)), self._stored(node.input(1), _FLOAT32)
-        if codes is None or scale is None:
+        codes = self.scope.header(node.input(0))
+        if codes is None:
+            return self._fake_quantized(node) or self._moved(node)
+        return self._linear(codes, node)
+
+    def _linear(self, codes: TensorHeader, node: Node) -> Pattern | None:
+        scale = self._stored(node.input(1), _FLOAT32)
+        if scale is None:
             return None
         zero_point = None
         if node.input(2):
@@ -152,23 +208,106 @@ class Matcher:
             zero_point = Spread(stored)
         return Pattern(Stored(codes), Spread(scale), zero_point, linear=node.integers, value=node.outputs[0])
 
-    def weight(self, node: Node) -> Pattern | None:
-        """The pattern that one node of any model completes: a DequantizeLinear, an operator that takes codes, or the
-        Mul of Cast, Sub and Mul on codes of at most a byte (wider integers are as often lengths and indices)."""
-        if not node.outputs:
-            return None
-        if node.op_type == "DequantizeLinear" and node.domain in _DEQUANTIZE_LINEAR_DOMAINS:
-            return self.dequantize_linear(node)
-        if node.is_standard and node.op_type in _CODES_OPERATORS:
-            first, axis = _CODES_OPERATORS[node.op_type]
-            found = self.dequantize_linear(Node(node.op_type, node.inputs[first : first + 3], ("",), {"axis": axis}))
-            return found if found and len(found.scale.stored.header.dims) < 2 else None
-        if node.is_standard and node.op_type == "Mul":
-            for inputs in (node.inputs, node.inputs[::-1]):
-                found = self._arithmetic(replace(node, inputs=inputs))
-                if found and found.codes.header.data_type in _NARROW_INTEGERS and found.has_float_scale:
-                    return found
+    def _moved(self, node: Node) -> Pattern | None:
+        """Codes that are gathered, say, before one scale for all of them decodes the result: what onnxruntime's
+        quantize_dynamic makes of an embedding."""
+        name = node.input(0)
+        for _ in range(_MOST_MOVES):
+            move = self.scope.node(name)
+            if move is None or move.op_type not in _MOVES or not move.is_standard:
+                return None
+            name = move.input(0)
+            codes = self.scope.header(name)
+            if codes is not None:
+                found = self._linear(codes, replace(node, integers={}))
+                dims = [part.header.dims for part in found.parameters()] if found else []
+                return replace(found, value="") if found and all(prod(each) == 1 for each in dims) else None
         return None
+
+    def _fake_quantized(self, node: Node) -> Pattern | None:
+        """QuantizeLinear and DequantizeLinear of constant floats with the same constant parameters: codes that are
+        computed when the model is loaded. Floats that anything else takes stay floats."""
+        rounding = self.scope.producer(node.input(0), "QuantizeLinear")
+        if rounding is None or any(rounding.input(i) != node.input(i) for i in (1, 2)):
+            return None
+        name = rounding.input(0)
+        floats, scale = self.scope.headers.get(name), self.scope.header(node.input(1))
+        is_shared = any(taker is not rounding for taker in self.scope.takers[name]) or name in self.scope.graph.outputs
+        if floats is None or scale is None or floats.data_type not in _FLOATS or is_shared:
+            return None
+        attributes = {"axis": 1, "block_size": 0}
+        if any(rounding.integers.get(k, v) != node.integers.get(k, v) for k, v in attributes.items()):
+            return None
+        zero_point = self.scope.header(node.input(2)) if node.input(2) else None
+        number = zero_point.data_type if zero_point else rounding.integers.get("output_dtype", 0) or _UINT8
+        if number not in _ROUNDED_TO or (node.input(2) and zero_point is None):
+            return None
+        codes, spread = Stored(floats, DTYPES[number], is_rounded=True), Spread(Stored(scale))
+        zero = Spread(Stored(zero_point)) if zero_point else None
+        return Pattern(codes, spread, zero, linear=node.integers, value=node.outputs[0])
+
+    def weights(self, node: Node) -> Iterator[Pattern]:
+        """The patterns that one node of any model completes: a DequantizeLinear, an operator that takes codes, or the
+        Mul of Cast, Sub and Mul on codes of at most a byte (wider integers are as often lengths and indices)."""
+        if not node.outputs or node.is_parametric:
+            return
+        found: list[Pattern | None] = []
+        if node.op_type == "DequantizeLinear" and node.domain in _DEQUANTIZE_LINEAR_DOMAINS:
+            found.append(self.dequantize_linear(node))
+        elif node.is_standard and node.op_type in INTEGER_PRODUCTS:
+            found.append(self._of_integer_product(node))
+        elif node.is_standard and node.op_type == "Mul":
+            both = [self._arithmetic(replace(node, inputs=inputs)) for inputs in (node.inputs, node.inputs[::-1])]
+            narrow = [p for p in both if p and p.codes.header.data_type in _NARROW_INTEGERS and p.has_float_scale]
+            found += narrow[:1]
+        else:
+            for *positions, axis in CODES_OPERATORS.get(("" if node.is_standard else node.domain, node.op_type), ()):
+                along = 0 if node.op_type == "QGemm" and node.integers.get("transB", 0) else axis
+                found.append(self._of_operator(node, [node.input(position) for position in positions], along))
+        yield from (pattern for pattern in found if pattern is not None)
+
+    def _of_operator(self, node: Node, names: Sequence[str], axis: int) -> Pattern | None:
+        """The pattern of codes, scale and zero point that an operator takes: one scale, one for each position of an
+        axis, or as many as broadcast."""
+        codes = self.scope.header(names[0])
+        inputs = (names[0], names[1], names[2])
+        found = self._linear(codes, Node(node.op_type, inputs, ("",), {"axis": axis})) if codes else None
+        if codes is None or found is None:
+            return None
+        shape, dims = codes.dims, max((part.header.dims for part in found.parameters()), key=prod)
+        if len(dims) < 2:
+            return found
+        if node.op_type == "DynamicQuantizeLSTM" and len(shape) == 3 and dims == (shape[0], shape[2]):
+            dims = (shape[0], 1, shape[2])
+        broadcasts = len(dims) == len(shape) and all(n in (1, size) for n, size in zip(dims, shape, strict=True))
+        return replace(found, grid=dims) if broadcasts else None
+
+    def _of_integer_product(self, node: Node) -> Pattern | None:
+        """What onnxruntime's quantize_dynamic writes: the product, Cast, and Mul by the product of the activations'
+        scale, which DynamicQuantizeLinear computes, and the weight's."""
+        codes, zero_point, axis = INTEGER_PRODUCTS[node.op_type]
+        scaled = self.scaling(node)
+        if scaled is None:
+            return None
+        return self._of_operator(node, (node.input(codes), scaled[1], node.input(zero_point)), axis)
+
+    def scaling(self, node: Node) -> tuple[Node, str] | None:
+        """The Mul that scales a product of codes, and the name of the weight's scale; None where there is no such."""
+        cast = self._only_taker(node.outputs[0], "Cast")
+        scale = self._only_taker(cast.outputs[0], "Mul") if cast is not None else None
+        if cast is None or scale is None:
+            return None
+        for name in scale.inputs:
+            factors = self.scope.producer(name, "Mul")
+            for factor in factors.inputs if factors is not None and name != cast.outputs[0] else ():
+                if self.scope.header(factor) is not None:
+                    return scale, factor
+        return None
+
+    def _only_taker(self, name: str, op_type: str) -> Node | None:
+        """The node that takes a value, if it is the only one in its graph, and this standard operator."""
+        takers = self.scope.takers.get(name, [])
+        return takers[0] if len(takers) == 1 and takers[0].op_type == op_type and takers[0].is_standard else None
 
     def _zero_point(self, name: str, codes: TensorHeader) -> Stored | None:
         stored = self._stored(name, codes.data_type)
@@ -209,7 +348,11 @@ class Matcher:
 
     def _wide_difference(self, name: str) -> Node | None:
         cast = self.scope.producer(name, "Cast")
-        return self.scope.producer(cast.input(0), "Sub") if cast and cast.integers.get("to") == _FLOAT32 else None
+        return self.scope.producer(cast.input(0), "Sub") if cast and self._casts(cast, _FLOAT32) else None
+
+    def _casts(self, cast: Node, to: int) -> bool:
+        number = cast.integers.get("to")
+        return number == to or (to == _FLOAT32 and not self.exact and number in _FLOATS)
 
     def _values(self, name: str) -> tuple[Stored, Stored | None] | None:
         """Codes, and the codebook that they are looked up in."""
@@ -241,7 +384,7 @@ class Matcher:
             return Stored(header)
         cast = self.scope.producer(name, "Cast")
         if cast is not None:
-            header = self.scope.header(cast.input(0)) if cast.integers.get("to") == to else None
+            header = self.scope.header(cast.input(0)) if self._casts(cast, to) else None
             return Stored(header) if header else None
         gather = self.scope.producer(name, "Gather")
         table = self.scope.header(gather.input(0)) if gather else None
@@ -256,123 +399,3 @@ class Matcher:
         tensor = self.payloads.tensor(table)
         is_like = (tensor.dtype, tensor.nbytes) == (values.dtype, values.nbytes)
         return is_like and tensor.packed().tobytes() == values.tobytes()
-
-
-def quantization(pattern: Pattern, payloads: Payloads, known: Mapping[int, Tensor]) -> Quantization | None:
-    """The parameters that a pattern decodes its codes with. `known` gives, by a header's identity, the tensors that
-    parameters are already. None where the nodes decode something that is no block structure; raises CorruptFile where
-    the parameters' dims contradict the codes'."""
-    shape = pattern.codes.header.dims
-    group_index = None
-    if pattern.linear is not None:
-        found = _linear_block_shape(shape, pattern.scale.stored.header.dims, pattern.linear)
-        if found is None:
-            return None
-        block_shape, grid = found, grid_shape(shape, found)
-    else:
-        grid = _padded(pattern.scale.stored.header.dims, shape)
-        if not _spreads_over(grid, shape, pattern):
-            return None
-        block_shape, group_index = _spread_block_shape(shape, grid, dict(pattern.scale.indices), payloads)
-
-    def parameter(spread: Spread, role: str) -> Tensor:
-        if prod(spread.stored.header.dims) != prod(grid):
-            raise CorruptFile(
-                f"{role} of dims {spread.stored.header.dims} does not fit codes of dims {shape}: {grid} is needed"
-            )
-        tensor = known.get(id(spread.stored.header))
-        return tensor if tensor is not None and tensor.shape == grid else spread.stored.tensor(payloads, grid)
-
-    codebook = None
-    if pattern.codebook is not None:
-        codebook = known.get(id(pattern.codebook.header)) or pattern.codebook.tensor(payloads)
-    return Quantization(
-        parameter(pattern.scale, "scale"),
-        block_shape,
-        parameter(pattern.zero_point, "zero point") if pattern.zero_point else None,
-        parameter(pattern.offset, "offset") if pattern.offset else None,
-        codebook,
-        group_index,
-    )
-
-
-def _linear_block_shape(
-    shape: tuple[int, ...], scale: tuple[int, ...], attributes: Mapping[str, int]
-) -> tuple[int, ...] | None:
-    """DequantizeLinear's three granularities, told apart by the scale's dims (ONNX operators, DequantizeLinear 21)."""
-    block, axis = attributes.get("block_size", 0), attributes.get("axis", 1)
-    if block < 0:
-        raise CorruptFile(f"block_size {block} of its DequantizeLinear: zero or a positive size is needed")
-    is_blocked = block > 0 and len(scale) == len(shape) and scale != ()
-    if prod(scale) == 1 and not is_blocked:  # exporters write one scale as () and as (1,)
-        return per_tensor(shape)
-    if not -len(shape) <= axis < len(shape):
-        raise CorruptFile(f"axis {axis} of its DequantizeLinear: codes of dims {shape} have no such axis")
-    axis %= len(shape)
-    if is_blocked:
-        block_shape = blocked(shape, axis, block)
-    elif len(scale) == 1:
-        block_shape = per_axis(shape, axis)
-    else:
-        raise CorruptFile(f"scale of dims {scale} and block_size {block} do not fit codes of dims {shape}")
-    if 0 in shape:
-        return block_shape if prod(scale) == prod(grid_shape(shape, block_shape)) else None
-    needed = grid_shape(shape, block_shape) if is_blocked else (shape[axis],)
-    if scale != needed:
-        raise CorruptFile(f"scale of dims {scale} does not fit codes of dims {shape}: {needed} is needed")
-    return block_shape
-
-
-def _spreads_over(grid: tuple[int, ...], shape: tuple[int, ...], pattern: Pattern) -> bool:
-    """Whether the arithmetic's parameters are all of one grid that broadcasts, or is spread by indices, to `shape`."""
-    if len(grid) != len(shape) or (pattern.scale.indices and len(pattern.scale.stored.header.dims) != len(shape)):
-        return False
-    spread = [axis for axis, _ in pattern.scale.indices]
-    others = [p.stored.header.dims for p in (pattern.zero_point, pattern.offset) if p is not None]
-    pairs = enumerate(zip(shape, grid, strict=True))
-    fitting = all(count in (1, size) or axis in spread for axis, (size, count) in pairs)
-    return fitting and all(axis < len(shape) for axis in spread) and all(_padded(d, grid) == grid for d in others)
-
-
-def _padded(dims: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
-    return (1,) * (len(grid) - len(dims)) + dims
-
-
-def _spread_block_shape(
-    shape: tuple[int, ...], grid: tuple[int, ...], indices: Mapping[int, Stored], payloads: Payloads
-) -> tuple[tuple[int, ...], GroupIndex | None]:
-    block_shape: list[int] = []
-    group_index = None
-    for axis, (size, count) in enumerate(zip(shape, grid, strict=True)):
-        stored = indices.get(axis)
-        if stored is None:
-            block_shape.append(1 if count == size else max(1, size))
-            continue
-        index = stored.tensor(payloads)
-        block = _block_of(index, stored.header.properties, size, count)
-        if block is None:
-            block = max(1, _group_size(stored.header.properties, size, count))
-            group_index = GroupIndex(axis, index)
-        block_shape.append(block)
-    return tuple(block_shape), group_index
-
-
-def _block_of(index: Tensor, properties: Mapping[str, str], size: int, count: int) -> int | None:
-    """The block size of an index that numbers blocks one after the other, None of one that assigns groups freely.
-    Raises CorruptFile unless it says for each of `size` positions which of `count` groups it belongs to."""
-    if index.shape != (size,) or index.dtype.kind not in "iu":
-        raise CorruptFile(
-            f"index of dims {index.shape} and {index.dtype}: an integer for each of {size} positions is needed"
-        )
-    groups = index.codes()
-    if size and (groups.min() < 0 or groups.max() >= count):
-        raise CorruptFile(f"index has groups {groups.min()} to {groups.max()}: there are {count}")
-    if GROUP_SIZE in properties or not size:
-        return None
-    block = max(1, int(np.count_nonzero(groups == 0)))
-    return block if np.array_equal(groups, np.arange(size) // block) and count == -(-size // block) else None
-
-
-def _group_size(properties: Mapping[str, str], size: int, count: int) -> int:
-    text = properties.get(GROUP_SIZE, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -(-size // max(1, count))

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
-from converters.packing import SUB_BYTE, bits_of
+from converters.packing import SUB_BYTE, bits_of, packed_size, unpack
+from converters.storage import Computed
 from formats.onnx.graph import Node
 from formats.onnx.schema import (
     BLOCKS_SINCE,
@@ -31,6 +32,8 @@ Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_inde
 _FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _UINT4, _FLOAT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.float4_e2m1fn)
 _PIECE_BYTES = 1 << 20
+#: Codes whose differences float16 and bfloat16 hold exactly, so that DequantizeLinear may compute in these.
+_EXACT_CODES = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,12 @@ class Lowering:
     dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
     constants: dict[tuple[Any, ...], Constant] = field(default_factory=dict)
 
-    def lower(self, tensor: Tensor, quantization: Quantization, output: str) -> list[Initializer]:
-        """Adds the nodes that make `output` (float32) of a quantized tensor, and returns the initializers that they
-        take; those which are tensors of the model themselves are not among them."""
-        one = _TensorLowering(self, tensor, quantization, output)
+    def lower(
+        self, tensor: Tensor, quantization: Quantization, output: str, result: np.dtype[Any] = _FLOAT32
+    ) -> list[Initializer]:
+        """Adds the nodes that make `output` of a quantized tensor, computed in float32 and rounded to `result`, and
+        returns the initializers that they take; those which are tensors of the model themselves are not among them."""
+        one = _TensorLowering(self, tensor, quantization, output, result)
         granularity = self._granularity(tensor, quantization)
         if granularity is None:
             one.as_arithmetic()
@@ -104,9 +109,10 @@ class Lowering:
         zero_point = q.zero_point
         if q.offset is not None or q.codebook is not None or q.group_index is not None:
             return None
-        if DEQUANTIZE_LINEAR_SINCE.get(tensor.dtype, self.opset + 1) > self.opset:
+        dtype = carrier(tensor.dtype, self.opset) if is_integer(tensor.dtype) else tensor.dtype
+        if DEQUANTIZE_LINEAR_SINCE.get(dtype, self.opset + 1) > self.opset:
             return None
-        if zero_point is not None and not fits(zero_point, tensor.dtype):
+        if zero_point is not None and not fits(zero_point, dtype):
             return None
         found = _dequantize_linear_form(tensor.shape, q)
         if found is None:
@@ -158,10 +164,29 @@ def fits(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
     return True
 
 
-def carrier(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def carrier(dtype: np.dtype[Any], opset: int) -> np.dtype[Any]:
     """The dtype of the initializer that holds codes or parameters of `dtype`: its own, but uint4 for float4's bit
-    patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4."""
-    return _UINT4 if dtype == _FLOAT4 else dtype
+    patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4, and int8 or uint8 for integers
+    of 2 and 4 bits in an operator set that has none."""
+    held = _UINT4 if dtype == _FLOAT4 else dtype
+    is_known = held not in SUB_BYTE or dtype == _FLOAT4 or ELEMENT_TYPES[held].opset <= opset
+    return held if is_known else SUB_BYTE[held][1]
+
+
+def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """`tensor` with its elements in a byte each, where `dtype` is int8 or uint8 and they have fewer bits."""
+    if dtype.itemsize * 8 == tensor.bits or tensor.bits >= 8 or dtype in SUB_BYTE:
+        return tensor
+    per_byte = 8 // tensor.bits
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        first = start // per_byte
+        packed = tensor.data.read(first, -(-stop // per_byte))
+        return unpack(packed, tensor.dtype, packed.size * per_byte)[start - first * per_byte :][: stop - start].view(
+            np.uint8
+        )
+
+    return Tensor(tensor.name, tensor.shape, dtype, Computed(tensor.size, compute))
 
 
 def is_wide(*dtypes: np.dtype[Any]) -> bool:
@@ -177,14 +202,26 @@ class _TensorLowering:
     tensor: Tensor
     quantization: Quantization
     output: str
+    result: np.dtype[Any]
     initializers: list[Initializer] = field(default_factory=list)
 
     def as_dequantize_linear(self, dims: tuple[int, ...], attributes: dict[str, int]) -> None:
         q = self.quantization
-        inputs = [self._initializer("codes", self.tensor), self._float32("scale", q.scale, dims)]
+        # a scale of the result's dtype: the product of it and a small integer is rounded once either way
+        is_direct = q.scale.dtype == self.result and self.tensor.dtype in _EXACT_CODES
+        inputs = [self._initializer("codes", self.tensor)]
+        inputs.append(self._initializer("scale", q.scale, dims) if is_direct else self._float32("scale", q.scale, dims))
         if q.zero_point is not None:
-            inputs.append(self._cast(self._initializer("zero_point", q.zero_point, dims), self.tensor.dtype))
-        self._node("DequantizeLinear", inputs, self.output, **attributes)
+            inputs.append(self._cast(self._initializer("zero_point", q.zero_point, dims), self._codes_dtype))
+        if is_direct or self.result == _FLOAT32:
+            self._node("DequantizeLinear", inputs, self.output, **attributes)
+        else:
+            values = self._node("DequantizeLinear", inputs, self._value("values"), **attributes)
+            self._round(values)
+
+    @property
+    def _codes_dtype(self) -> np.dtype[Any]:
+        return carrier(self.tensor.dtype, self.lowering.opset)
 
     def as_arithmetic(self) -> None:
         q, dtype = self.quantization, self.tensor.dtype
@@ -202,8 +239,13 @@ class _TensorLowering:
         if q.offset is not None:
             steps.append(("Add", self._spread(self._float32("offset", q.offset), "offset")))
         for position, (operator, parameter) in enumerate(steps):
-            last = position == len(steps) - 1
+            last = position == len(steps) - 1 and self.result == _FLOAT32
             values = self._node(operator, [values, parameter], self.output if last else self._value(operator.lower()))
+        if self.result != _FLOAT32:
+            self._round(values)
+
+    def _round(self, values: str) -> None:
+        self._node("Cast", [values], self.output, to=ELEMENT_TYPES[self.result].number)
 
     def _values(self, codebook: Tensor | None) -> str:
         """The name of the codes as float32: converted, or looked up in the codebook."""
@@ -214,7 +256,7 @@ class _TensorLowering:
 
     def _float32(self, role: Role, tensor: Tensor, dims: tuple[int, ...] | None = None) -> str:
         """The name of a tensor's stored elements as float32."""
-        if carrier(tensor.dtype) == tensor.dtype:
+        if tensor.dtype != _FLOAT4:
             return self._cast(self._initializer(role, tensor, dims), _FLOAT32)
         values = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
         table = self.lowering.constant((_FLOAT4,), f"{_FLOAT4.name}_values", values, (TABLE_DTYPE, _FLOAT4.name))
@@ -253,12 +295,13 @@ class _TensorLowering:
         for known in self.initializers:
             if known.role == role:
                 return known.name
-        dtype = carrier(tensor.dtype)
+        dtype = carrier(tensor.dtype, self.lowering.opset)
         shared = self.lowering.shared.get(id(tensor)) if dtype == tensor.dtype else None
         name = shared or self._value("quantized" if role == "codes" else role)
         if shared is None:
             dims = tensor.shape if dims is None else dims
-            self.initializers.append(Initializer(name, role, dtype, dims, tensor.nbytes, properties))
+            nbytes = packed_size(tensor.size, bits_of(dtype))
+            self.initializers.append(Initializer(name, role, dtype, dims, nbytes, properties))
         self.lowering.dtypes[name] = dtype
         return name
 

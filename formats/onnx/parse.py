@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections import Counter
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from converters.errors import CorruptFile, Unsupported, printable
+from converters.ir import Port
 from formats.onnx import schema
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.wire import Range, Record, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
 _MOST_AXES = 64  # NumPy's limit
+_LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs
 
 
 def parse(view: memoryview, path: Path) -> ParsedModel:
@@ -34,8 +37,40 @@ def _model(view: memoryview) -> ParsedModel:
         )
     graph = _graph(view, graphs[0], 0)
     _check_names(graph, ())
+    initializers = {header.name for header in graph.initializers}
+    functions = [_function(view, place) for place in record.ranges("functions")]
+    names = Counter(key for key, _ in functions)  # an overloaded one is told by more than its name
     producer = f"{record.text('producer_name')} {record.text('producer_version')}".strip()
-    return ParsedModel(graph, producer, _entries(view, record, "metadata_props"))
+    return ParsedModel(
+        graph,
+        producer,
+        _entries(view, record, "metadata_props"),
+        tuple(body for _, body in functions),
+        tuple(port for port in _ports(view, graphs[0], "input") if port.name not in initializers),
+        tuple(_ports(view, graphs[0], "output")),
+        _opsets(view, record),
+        record.integer("ir_version", 0),
+        {key: body for key, body in functions if names[key] == 1},
+    )
+
+
+def _opsets(view: memoryview, record: Record) -> Mapping[str, int]:
+    imports = [decode(view, place, schema.OPERATOR_SET) for place in record.ranges("opset_import")]
+    return {domain_of(each.text("domain")): each.integer("version", 0) for each in imports}
+
+
+def domain_of(domain: str) -> str:
+    """The one name of a domain: ONNX's own has two."""
+    return "" if domain == "ai.onnx" else domain
+
+
+def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], Graph]:
+    """A function's domain and name, and its body, which is a graph without initializers."""
+    record = decode(view, where, schema.FUNCTION)
+    nodes = tuple(_node(view, place, 1) for place in record.ranges("node"))
+    graph = Graph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
+    _check_names(graph, ())
+    return (domain_of(record.text("domain")), record.text("name")), graph
 
 
 def _graph(view: memoryview, where: Range, depth: int) -> Graph:
@@ -48,7 +83,7 @@ def _graph(view: memoryview, where: Range, depth: int) -> Graph:
         sparse += [decode(view, value, schema.TENSOR).text("name") for value in values]
     return Graph(
         nodes=tuple(_node(view, place, depth) for place in record.ranges("node")),
-        initializers=tuple(_tensor(view, place) for place in record.ranges("initializer")),
+        initializers=tuple(tensor_header(view, place) for place in record.ranges("initializer")),
         inputs=_names(view, record, "input"),
         outputs=_names(view, record, "output"),
         sparse=tuple(sparse),
@@ -61,21 +96,49 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
     if not op_type:
         raise CorruptFile(f"byte {where.start}: a node names no operator: the file is damaged")
     integers: dict[str, int] = {}
+    floats: dict[str, float] = {}
+    lists: dict[str, tuple[int, ...]] = {}
+    texts: dict[str, str] = {}
     bodies: list[Graph] = []
     constant = None
+    has_tensors = is_parametric = False
     for place in record.ranges("attribute"):
         attribute = decode(view, place, schema.ATTRIBUTE)
         name = attribute.text("name")
         if "i" in attribute.values:
             integers[name] = attribute.integer("i", 0)
+        if "f" in attribute.values:
+            floats[name] = attribute.floats("f")[-1]
+        for text in attribute.ranges("s")[-1:]:
+            if text.nbytes <= _LONGEST_TEXT:
+                texts[name] = bytes(view[text.start : text.stop]).decode("utf-8", "backslashreplace")
+        if "ints" in attribute.values:
+            lists[name] = tuple(attribute.ints("ints"))
         bodies += [_graph(view, body, depth + 1) for body in attribute.ranges("g") + attribute.ranges("graphs")]
+        is_parametric = is_parametric or "ref_attr_name" in attribute.values
+        has_tensors = has_tensors or bool(attribute.ranges("t") + attribute.ranges("tensors"))
         if op_type == "Constant" and name == "value" and attribute.ranges("t") and outputs:
-            constant = _tensor(view, attribute.ranges("t")[-1], outputs[0])
-    domain = record.text("domain")
-    return Node(op_type, tuple(record.texts("input")), outputs, integers, domain, tuple(bodies), constant)
+            constant = tensor_header(view, attribute.ranges("t")[-1], outputs[0])
+    return Node(
+        op_type,
+        tuple(record.texts("input")),
+        outputs,
+        integers,
+        record.text("domain"),
+        tuple(bodies),
+        constant,
+        record.text("name"),
+        has_tensors,
+        floats,
+        lists,
+        tuple(record.ranges("attribute")),
+        texts=texts,
+        is_parametric=is_parametric,
+    )
 
 
-def _tensor(view: memoryview, where: Range, name: str = "") -> TensorHeader:
+def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeader:
+    """A TensorProto without its payload; `name` is that of a Constant's value. Raises CorruptFile for wrong dims."""
     record = decode(view, where, schema.TENSOR)
     name = name or record.text("name")
     dims = tuple(record.ints("dims"))
@@ -87,6 +150,23 @@ def _tensor(view: memoryview, where: Range, name: str = "") -> TensorHeader:
         external = _entries(view, record, "external_data")
     properties = _entries(view, record, "metadata_props")
     return TensorHeader(name, record.integer("data_type", 0), dims, record, external, properties)
+
+
+def _ports(view: memoryview, where: Range, field: str) -> Iterator[Port]:
+    """The inputs or outputs of a graph with what is said of their types."""
+    for place in decode(view, where, schema.GRAPH).ranges(field):
+        record = decode(view, place, schema.VALUE_INFO)
+        types = [decode(view, found, schema.TYPE).ranges("tensor_type") for found in record.ranges("type")]
+        tensor = decode(view, types[-1][-1], schema.TENSOR_TYPE) if types and types[-1] else None
+        number = 0 if tensor is None else tensor.integer("elem_type", 0)
+        dtype = schema.DTYPES[number].name if number in schema.DTYPES else "string" if number == schema.STRING else ""
+        shape = None if tensor is None or not tensor.ranges("shape") else _sizes(view, tensor.ranges("shape")[-1])
+        yield Port(record.text("name"), dtype, shape)
+
+
+def _sizes(view: memoryview, where: Range) -> tuple[int | str, ...]:
+    sizes = [decode(view, size, schema.DIMENSION) for size in decode(view, where, schema.SHAPE).ranges("dim")]
+    return tuple(s.integer("dim_value", 0) if "dim_value" in s.values else s.text("dim_param") for s in sizes)
 
 
 def _names(view: memoryview, record: Record, field: str) -> tuple[str, ...]:

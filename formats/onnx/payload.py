@@ -6,6 +6,7 @@ one element an entry, of these types one packed *byte* an entry (onnx.proto, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,7 +19,7 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, packed_size
 from converters.storage import Data, InMemory, MappedFile
-from formats.onnx.graph import TensorHeader
+from formats.onnx.graph import CARRIED, TensorHeader
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
 from formats.onnx.wire import Range, count_varints, unpack_varints
 
@@ -44,10 +45,12 @@ class _Varints:
 
 
 class Payloads:
-    """Makes the tensors of one model file, mapping each file of external data once."""
+    """Makes the tensors of one model file, mapping each file of external data once. `carried` are payloads that lie
+    nowhere in it, by the offset that external data at CARRIED gives."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: MappedFile, carried: Mapping[int, Tensor] | None = None) -> None:
         self.file = file
+        self.carried = carried or {}
         self.view = file.view.data
         self.external: dict[str, MappedFile] = {}
 
@@ -98,9 +101,11 @@ class Payloads:
 
     def _external(self, entries: dict[str, str] | Any, nbytes: int) -> Data:
         location = entries.get("location", "")
+        if self.carried and location == CARRIED:
+            return self.carried[int(entries["offset"])].data
         file = self.external.get(location)
         if file is None:
-            file = self.external[location] = MappedFile.open(_contained(self.file.path.parent, location))
+            file = self.external[location] = MappedFile.open(_contained(self.file.path, location))
         offset, length = (_number(entries, key) for key in ("offset", "length"))
         if length is not None and length != nbytes:
             raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
@@ -116,8 +121,10 @@ def _number(entries: dict[str, str], key: str) -> int | None:
     return int(text)
 
 
-def _contained(folder: Path, location: str) -> Path:
-    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it."""
+def _contained(model: Path, location: str) -> Path:
+    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it, or
+    through a link: what an archive holds could otherwise have any file of this machine read. Where the model is itself
+    a link, as in a cache of models by their hashes, data may be links to files beside what it leads to."""
     parts = PurePosixPath(location).parts
     if (
         not location
@@ -129,13 +136,14 @@ def _contained(folder: Path, location: str) -> Path:
         raise CorruptFile(
             f"external data at '{location[:200]}': the path of a file inside the model's folder is needed"
         )
-    path = folder.joinpath(*parts)
+    path = model.parent.joinpath(*parts)
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        found, folder = path.resolve(), model.parent.resolve()
+        home = model.resolve().parent if model.is_symlink() else folder
     except (OSError, RuntimeError) as error:
         raise CorruptFile(f"external data at '{location[:200]}' cannot be found: {error}") from error
-    if not inside:
+    if found != folder.joinpath(*parts) and not (model.is_symlink() and found.is_relative_to(home)):
         raise CorruptFile(
-            f"external data at '{location[:200]}' is a link out of the model's folder: copy the file there"
+            f"external data at '{location[:200]}' is, or lies behind, a link: copy the file into the model's folder"
         )
     return path

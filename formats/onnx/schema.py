@@ -22,7 +22,19 @@ MODEL = Schema(
     graph=Field(7, Kind.RANGE),
     opset_import=Field(8, Kind.RANGE),
     metadata_props=Field(14, Kind.RANGE),
+    training_info=Field(20, Kind.RANGE),
+    functions=Field(25, Kind.RANGE),
 )
+FUNCTION = Schema(
+    "FunctionProto",
+    name=Field(1, Kind.TEXT),
+    input=Field(4, Kind.TEXT),
+    output=Field(5, Kind.TEXT),
+    node=Field(7, Kind.RANGE),
+    opset_import=Field(9, Kind.RANGE),
+    domain=Field(10, Kind.TEXT),
+)
+TRAINING = Schema("TrainingInfoProto", initialization=Field(1, Kind.RANGE), algorithm=Field(2, Kind.RANGE))
 GRAPH = Schema(
     "GraphProto",
     node=Field(1, Kind.RANGE),
@@ -30,6 +42,7 @@ GRAPH = Schema(
     initializer=Field(5, Kind.RANGE),
     input=Field(11, Kind.RANGE),
     output=Field(12, Kind.RANGE),
+    value_info=Field(13, Kind.RANGE),
     sparse_initializer=Field(15, Kind.RANGE),
 )
 NODE = Schema(
@@ -46,12 +59,15 @@ ATTRIBUTE = Schema(
     name=Field(1, Kind.TEXT),
     f=Field(2, Kind.FLOAT),
     i=Field(3, Kind.INT),
+    s=Field(4, Kind.RANGE),
     t=Field(5, Kind.RANGE),
     g=Field(6, Kind.RANGE),
     floats=Field(7, Kind.FLOAT),
     ints=Field(8, Kind.INT),
+    tensors=Field(10, Kind.RANGE),
     graphs=Field(11, Kind.RANGE),
     type=Field(20, Kind.INT),
+    ref_attr_name=Field(21, Kind.TEXT),
 )
 TENSOR = Schema(
     "TensorProto",
@@ -68,14 +84,15 @@ TENSOR = Schema(
     data_location=Field(14, Kind.INT),
     metadata_props=Field(16, Kind.RANGE),
 )
-SPARSE_TENSOR = Schema("SparseTensorProto", values=Field(1, Kind.RANGE))
+SPARSE_TENSOR = Schema("SparseTensorProto", values=Field(1, Kind.RANGE), indices=Field(2, Kind.RANGE))
 VALUE_INFO = Schema("ValueInfoProto", name=Field(1, Kind.TEXT), type=Field(2, Kind.RANGE))
 TYPE = Schema("TypeProto", tensor_type=Field(1, Kind.RANGE))
 TENSOR_TYPE = Schema("TypeProto.Tensor", elem_type=Field(1, Kind.INT), shape=Field(2, Kind.RANGE))
 SHAPE = Schema("TensorShapeProto", dim=Field(1, Kind.RANGE))
-DIMENSION = Schema("TensorShapeProto.Dimension", dim_value=Field(1, Kind.INT))
+DIMENSION = Schema("TensorShapeProto.Dimension", dim_value=Field(1, Kind.INT), dim_param=Field(2, Kind.TEXT))
 
 ATTRIBUTE_INT = 2
+ATTRIBUTE_TENSOR = 4
 DATA_LOCATION_EXTERNAL = 1
 STRING = 8
 

@@ -49,12 +49,13 @@ class Layout:
 
 
 def encode_node(node: Node) -> bytes:
-    """A node as NodeProto, named as its first output."""
+    """A node as NodeProto, named as its first output if it has no name of its own."""
     attributes = [
         encode(schema.ATTRIBUTE, name=name, i=value, type=schema.ATTRIBUTE_INT) for name, value in node.integers.items()
     ]
-    fields: dict[str, Any] = {"input": node.inputs, "output": node.outputs, "name": node.outputs[0]}
-    return encode(schema.NODE, **fields, op_type=node.op_type, attribute=attributes)
+    fields: dict[str, Any] = {"input": node.inputs, "output": node.outputs, "name": node.name or node.outputs[0]}
+    domain = {"domain": node.domain} if node.domain else {}
+    return encode(schema.NODE, **fields, op_type=node.op_type, attribute=[*node.others, *attributes], **domain)
 
 
 def encode_output(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
@@ -68,7 +69,7 @@ def encode_output(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> by
 def encode_constant(constant: Constant) -> bytes:
     """A constant as TensorProto, its values included."""
     values = np.ascontiguousarray(constant.values)
-    head = _tensor_head(constant.name, values.dtype, values.shape, constant.properties)
+    head = tensor_head(constant.name, values.dtype, values.shape, constant.properties)
     return head + encode(schema.TENSOR, raw_data=values.tobytes())
 
 
@@ -92,12 +93,12 @@ def lay_out(
     entries: list[tuple[Initializer, bytes, int | None]] = []
     graph_nbytes, end = len(graph), 0
     for initializer in initializers:
-        head = _tensor_head(initializer.name, initializer.dtype, initializer.dims, initializer.properties)
+        head = tensor_head(initializer.name, initializer.dtype, initializer.dims, initializer.properties)
         offset = None
         if external_from is not None and initializer.nbytes >= max(1, external_from):
-            offset = _aligned(end, initializer.nbytes)
+            offset = aligned(end, initializer.nbytes)
             end = offset + initializer.nbytes
-            head += _external(location, offset, initializer.nbytes)
+            head += external_entries(location, offset, initializer.nbytes)
             tensor_nbytes = len(head)
         else:
             head += bytes_head(raw_field, initializer.nbytes)
@@ -140,35 +141,39 @@ class Stream:
         """Writes one initializer: the canonical bytes of `tensor`, in pieces."""
         place = self.layout.places[name]
         target = self.streams[0]
-        _go_to(target, place.position)
+        go_to(target, place.position)
         target.write(place.head)
         if place.offset is not None:
             target = self.streams[1]
-            _go_to(target, place.offset)
+            go_to(target, place.offset)
         for part in tensor.parts(_PIECE_BYTES):
             target.write(part.packed().data)
             part.release()
 
 
-def _go_to(stream: BinaryIO, position: int) -> None:
+def go_to(stream: BinaryIO, position: int) -> None:
+    """Moves to a position of a stream, if it is not there already."""
     if stream.tell() != position:  # a seek flushes the stream's buffer
         stream.seek(position)
 
 
-def _tensor_head(
+def tensor_head(
     name: str, dtype: np.dtype[Any], dims: tuple[int, ...], properties: tuple[tuple[str, str], ...]
 ) -> bytes:
+    """A TensorProto's fields but for those of the payload."""
     entries = [encode(schema.ENTRY, key=key, value=value) for key, value in properties]
     number = ELEMENT_TYPES[dtype].number
     return encode(schema.TENSOR, dims=dims, data_type=number, name=name, metadata_props=entries)
 
 
-def _external(location: str, offset: int, nbytes: int) -> bytes:
+def external_entries(location: str, offset: int, nbytes: int) -> bytes:
+    """TensorProto's fields that say where in a file of external data a payload is."""
     entries = {"location": location, "offset": str(offset), "length": str(nbytes)}
     encoded = [encode(schema.ENTRY, key=key, value=value) for key, value in entries.items()]
     return encode(schema.TENSOR, external_data=encoded, data_location=schema.DATA_LOCATION_EXTERNAL)
 
 
-def _aligned(offset: int, nbytes: int) -> int:
+def aligned(offset: int, nbytes: int) -> int:
+    """The first place from `offset` on for a payload of so many bytes."""
     alignment = PAGE if nbytes >= PAGE else CACHE_LINE
     return -(-offset // alignment) * alignment

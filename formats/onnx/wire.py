@@ -6,7 +6,7 @@ copied. https://protobuf.dev/programming-guides/encoding/ is the source.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -112,11 +112,35 @@ def signed(value: int) -> int:
     return value - (1 << _SINT_BITS) if value >> (_SINT_BITS - 1) else value
 
 
+def raw_fields(view: memoryview, where: Range, message: str = "message") -> Iterator[tuple[int, int, Range]]:
+    """The fields of a message in order: number, where the field begins, and its content, without the length of what
+    has one. Raises CorruptFile for one that does not end where it must."""
+    for number, _, start, content in _fields(view, where, message):
+        yield number, start, content
+
+
 def decode(view: memoryview, where: Range, schema: Schema) -> Record:
     """The fields of the message that lies in `where`. Raises CorruptFile when a length or a wire type is wrong."""
+    known = schema.by_number
     values: dict[str, list[Any]] = {}
-    at, stop, known = where.start, where.stop, schema.by_number
+    for number, wire_type, _, place in _fields(view, where, schema.message):
+        if number in known:
+            name, kind = known[number]
+            content = _content(view, kind, wire_type, place.start, place.stop)
+            if content is None:
+                raise CorruptFile(
+                    f"byte {place.start}: field {name} of a {schema.message} has wire type {wire_type}, not that of a "
+                    f"{kind.value}: the file is damaged"
+                )
+            values.setdefault(name, []).extend(content)
+    return Record(values)
+
+
+def _fields(view: memoryview, where: Range, message: str) -> Iterator[tuple[int, int, int, Range]]:
+    """Number, wire type, beginning and content of each field."""
+    at, stop = where.start, where.stop
     while at < stop:
+        start = at
         tag, at = read_varint(view, at, stop)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == _BYTES:
@@ -127,23 +151,14 @@ def decode(view: memoryview, where: Range, schema: Schema) -> Record:
         elif wire_type in (_FIXED32, _FIXED64):
             end = at + (4 if wire_type == _FIXED32 else 8)
         else:
-            raise CorruptFile(f"byte {at}: wire type {wire_type} in a {schema.message}: this is no ONNX model")
+            raise CorruptFile(f"byte {at}: wire type {wire_type} in a {message}: this is no ONNX model")
         if end > stop or number == 0:
             raise CorruptFile(
-                f"byte {at}: field {number} of a {schema.message} ends at byte {end}, the {schema.message} at {stop}: "
+                f"byte {at}: field {number} of a {message} ends at byte {end}, the {message} at {stop}: "
                 "the file is truncated or damaged"
             )
-        if number in known:
-            name, kind = known[number]
-            content = _content(view, kind, wire_type, at, end)
-            if content is None:
-                raise CorruptFile(
-                    f"byte {at}: field {name} of a {schema.message} has wire type {wire_type}, not that of a "
-                    f"{kind.value}: the file is damaged"
-                )
-            values.setdefault(name, []).extend(content)
+        yield number, wire_type, start, Range(at, end)
         at = end
-    return Record(values)
 
 
 def _content(view: memoryview, kind: Kind, wire_type: int, at: int, end: int) -> Sequence[Any] | None:

@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
 from converters.errors import Unsupported, UsageError, printable
 from converters.interfaces import Capabilities, OutputFile, Size, option
-from converters.ir import Loss, Model, Tensor
+from converters.ir import Loss, Model, Tensor, is_integer
+from converters.packing import bits_of, packed_size
 from formats.onnx import schema
-from formats.onnx.lowering import Initializer, Lowering, Names, carrier
+from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
+from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
+from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
+from formats.onnx.made_graph import Lowerable
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
     Layout,
@@ -27,11 +31,9 @@ from formats.onnx.serialize import (
     encode_output,
     lay_out,
 )
+from formats.onnx.validation import validate
 
 _FLOAT32 = np.dtype(np.float32)
-#: Above this, payloads go to a second file unasked: tools need room below protobuf's 2 GiB to add to a model.
-_LARGEST_IN_ONE_FILE = 1_500_000_000
-_EXTERNAL_FROM = 1024  # onnx's own default
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,21 @@ class OnnxOptions:
     external_data: Size | None = option(
         None, "weights of at least this many bytes go to FILE.data; by default only when the model would pass 1.5 GB"
     )
+    layout: Literal["", "qdq", "matmulnbits", "nhwc", "nchw"] = option(
+        "", "of a graph: what decodes weights, as `weights` says; or where images have channels at inputs and outputs"
+    )
+    weights: Literal["", "qdq", "matmulnbits"] = option(
+        "", "what decodes the weights of a graph: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as before"
+    )
+    custom: str = option("", "a domain for operators that ONNX has no like of; empty: they are an error")
+    graph: bool = option(True, "false: only the weights, each decoded to an output, of a model of another format")
+    signature: str = option("", "which signature of a TFLite model; empty: its first subgraph")
+    ir_version: int | None = option(None, "IR version; by default the source's, or the first that has all types")
+
+    @property
+    def weight_layout(self) -> QuantizedLayout:
+        """What decodes the weights of a graph."""
+        return self.layout if self.layout in ("qdq", "matmulnbits") else self.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +72,10 @@ class OnnxPlan:
     losses: Sequence[Loss]
     layout: Layout
     initializers: Mapping[str, Sequence[Initializer]]
+
+    def validate(self) -> Sequence[str]:
+        """What onnx.checker says of the file."""
+        return validate(self.files[0].path)
 
     def open(self, streams: Sequence[BinaryIO]) -> OnnxSink:
         """Starts writing; the second stream, where there are two, is the external data's."""
@@ -74,7 +95,7 @@ class OnnxSink:
         if tensor.quantization is not None:
             parts.update(tensor.quantization.parameters())
         for initializer in self.initializers[tensor.name]:
-            self.stream.write(initializer.name, parts[initializer.role])
+            self.stream.write(initializer.name, widened(parts[initializer.role], initializer.dtype))
 
     def close(self) -> None:
         """Nothing comes after the last tensor."""
@@ -86,10 +107,18 @@ class OnnxWriter:
     options: ClassVar[type] = OnnxOptions
     capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(ELEMENT_TYPES), nested_scale=False)
 
-    def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan:
+    def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan | KeptPlan:
         """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
         number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
         of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
+        graph: object = model.graph
+        if isinstance(graph, OnnxGraph):
+            return plan_kept(model, graph, target, options)
+        if options.graph and isinstance(graph, Lowerable):
+            return plan_made(model, graph, target, options)
+        if options.layout or options.weights:
+            wanted = f"layout={options.layout}" if options.layout else f"weights={options.weights}"
+            raise UsageError(f"{wanted} is for models with a graph, and this one has weights only")
         opset = _opset(model, options.opset)
         names, losses = _names(model)
         shared = _shared_parameters(model)
@@ -98,9 +127,10 @@ class OnnxWriter:
         outputs: list[bytes] = []
         for name, tensor in model.items():
             if tensor.quantization is None:
-                plain = Initializer(names[name], "codes", tensor.dtype, tensor.shape, tensor.nbytes)
-                initializers[tensor.name] = [plain]
-                outputs.append(encode_output(names[name], tensor.dtype, tensor.shape))
+                dtype = carrier(tensor.dtype, opset) if is_integer(tensor.dtype) else tensor.dtype
+                nbytes = packed_size(tensor.size, bits_of(dtype))
+                initializers[tensor.name] = [Initializer(names[name], "codes", dtype, tensor.shape, nbytes)]
+                outputs.append(encode_output(names[name], dtype, tensor.shape))
             else:
                 initializers[tensor.name] = lowering.lower(tensor, tensor.quantization, names[name])
                 outputs.append(encode_output(names[name], _FLOAT32, tensor.shape))
@@ -108,14 +138,15 @@ class OnnxWriter:
         graph = encode_graph([encode_node(node) for node in lowering.nodes], constants, outputs)
         flat = [initializer for group in initializers.values() for initializer in group]
         external_from: int | None = options.external_data
-        if external_from is None and sum(i.nbytes for i in flat) + len(graph) > _LARGEST_IN_ONE_FILE:
-            external_from = _EXTERNAL_FROM
+        if external_from is None and sum(i.nbytes for i in flat) + len(graph) > LARGEST_IN_ONE_FILE:
+            external_from = EXTERNAL_FROM
         location = _location(target, external_from)
         properties = {schema.LAYOUT: schema.WEIGHTS_LAYOUT}
         layout = lay_out(graph, flat, opset, properties, location, external_from)
         files = [OutputFile(target, layout.model_nbytes)]
         if layout.data_nbytes:
             files.append(OutputFile(target.with_name(location), layout.data_nbytes))
+        losses += _widenings(model, opset)
         return OnnxPlan(files, [*_graph_losses(model), *losses], layout, initializers)
 
 
@@ -125,7 +156,7 @@ def _opset(model: Model, wanted: int | None) -> int:
         raise UsageError(f"opset {wanted} cannot be written: give one from {known[0]} to {known[-1]}, or none")
     opset = schema.DEFAULT_OPSET if wanted is None else wanted
     for tensor in model.values():
-        for dtype in _dtypes(tensor):
+        for dtype in _dtypes(tensor, max(schema.IR_VERSIONS) if wanted is None else wanted):
             element_type = ELEMENT_TYPES.get(dtype)
             if element_type is None:
                 message = f"ONNX has no type for {dtype}: leave the tensor out with --skip, or add --dequantize"
@@ -151,14 +182,23 @@ def _location(target: Path, external_from: int | None) -> str:
     return location
 
 
-def _dtypes(tensor: Tensor) -> Iterator[np.dtype[Any]]:
+def _dtypes(tensor: Tensor, opset: int) -> Iterator[np.dtype[Any]]:
     """The dtypes of the initializers that a tensor needs."""
     if tensor.quantization is None:
-        yield tensor.dtype
+        yield carrier(tensor.dtype, opset) if is_integer(tensor.dtype) else tensor.dtype
         return
-    yield carrier(tensor.dtype)
+    yield carrier(tensor.dtype, opset)
     for _, parameter in tensor.quantization.parameters():
-        yield carrier(parameter.dtype)
+        yield carrier(parameter.dtype, opset)
+
+
+def _widenings(model: Model, opset: int) -> list[Loss]:
+    """What an operator set without integers of 2 and 4 bits costs."""
+    codes = {name: tensor.dtype for name, tensor in model.items() if is_integer(tensor.dtype)}
+    widened = {name: dtype for name, dtype in codes.items() if carrier(dtype, opset) != dtype}
+    return [
+        Loss(name, "widened", f"opset {opset} has no {dtype}: a byte for each code") for name, dtype in widened.items()
+    ]
 
 
 def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:

@@ -57,8 +57,9 @@ def test_external_data(entries, expected, tmp_path):
         ({"location": "/etc/passwd"}, "inside the model's folder is needed"),
         ({"location": "C:\\d.bin"}, "inside the model's folder is needed"),
         ({"location": "a\0b"}, "inside the model's folder is needed"),
-        ({"location": "out.bin"}, "link out of the model's folder"),
-        ({"location": "linked/d.bin"}, "link out of the model's folder"),
+        ({"location": "out.bin"}, "behind, a link"),
+        ({"location": "linked/d.bin"}, "behind, a link"),
+        ({"location": "inside.bin"}, "behind, a link"),
         ({"location": "loop.bin"}, ""),
         ({"location": "folder"}, "is no file"),
         ({"location": "none.bin"}, "does not exist"),
@@ -79,6 +80,7 @@ def test_external_data_that_are_refused(entries, message, tmp_path):
         (folder / "d.bin").write_bytes(b"0123456789")
     (inside / "out.bin").symlink_to(outside / "d.bin")
     (inside / "linked").symlink_to(outside)
+    (inside / "inside.bin").symlink_to(inside / "d.bin")
     (inside / "loop.bin").symlink_to(inside / "loop.bin")
     (inside / "folder").mkdir()
     path = external(inside / "m.onnx", **entries)
@@ -86,6 +88,37 @@ def test_external_data_that_are_refused(entries, message, tmp_path):
         read(path)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_external_data_in_a_cache_of_links(tmp_path):
+    """huggingface_hub keeps files by their hashes, and snapshots of links to them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "onnx"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    (blobs / "22").write_bytes(b"0123456789")
+    (tmp_path / "other.bin").write_bytes(b"0123456789")
+    external(blobs / "11", location="m.onnx_data", offset="2")
+    (snapshot / "m.onnx").symlink_to("../../../blobs/11")
+    (snapshot / "m.onnx_data").symlink_to("../../../blobs/22")
+    assert read(snapshot / "m.onnx")["w"].packed().tobytes() == b"2345"
+    (snapshot / "m.onnx_data").unlink()
+    (snapshot / "m.onnx_data").symlink_to("../../../other.bin")
+    with pytest.raises(CorruptFile, match="behind, a link"):
+        read(snapshot / "m.onnx")
+    (snapshot / "m.onnx").unlink()  # a model that is no link must have no links beside it
+    (snapshot / "m.onnx").write_bytes((blobs / "11").read_bytes())
+    (snapshot / "m.onnx_data").unlink()
+    (snapshot / "m.onnx_data").symlink_to("../../../blobs/22")
+    with pytest.raises(CorruptFile, match="behind, a link"):
+        read(snapshot / "m.onnx")
+
+
+def test_external_data_of_a_model_behind_a_linked_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "d.bin").write_bytes(b"0123456789")
+    external(tmp_path / "real" / "m.onnx", location="d.bin")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert read(tmp_path / "link" / "m.onnx")["w"].packed().tobytes() == b"0123"
 
 
 def test_external_data_of_our_own(tmp_path):
@@ -291,6 +324,36 @@ def test_damaged_anywhere(tmp_path_factory, changes, ours):
     (folder / "damaged.onnx").write_bytes(content)
     with suppress(Error):
         decode_all(folder / "damaged.onnx")
+
+
+FIXTURES = sorted((Path(__file__).parents[3] / "fixtures" / "onnx").glob("*.onnx"))
+
+
+def outside_payloads(content: bytes) -> list[int]:
+    """The bytes that say what is where: a changed payload is just another payload."""
+    payloads: set[int] = set()
+    for tensor in onnx.load_from_string(content).graph.initializer:
+        at = content.find(tensor.raw_data) if len(tensor.raw_data) > 8 else -1
+        payloads.update(range(at, at + len(tensor.raw_data)) if at >= 0 else ())
+    return [at for at in range(len(content)) if at not in payloads]
+
+
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_damaged_attributes_and_dims(path, tmp_path):
+    """Four hundred files of each kind, one to three bytes of each changed: a model, or an Error of one line."""
+    content, rng = path.read_bytes(), np.random.default_rng(len(path.stem))
+    places = outside_payloads(content)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        for at in rng.choice(places, rng.integers(1, 4)):
+            damaged[at] = rng.choice([damaged[at] ^ (1 << rng.integers(8)), rng.integers(256), 0, 255, 127])
+        (tmp_path / "m.onnx").write_bytes(damaged)
+        try:
+            decode_all(tmp_path / "m.onnx")
+        except Error:
+            refused += 1
+    assert 40 < refused < 400
 
 
 def decode_all(path: Path) -> None:

@@ -105,7 +105,7 @@ def test_products_that_are_no_weights(tmp_path):
         ("QLinearConv", (), "per-tensor"),
         ("QLinearMatMul", (3,), "per-axis 3"),
         ("QLinearMatMul", (), "per-tensor"),
-        ("QLinearMatMul", (2, 1, 1, 3), "none"),
+        ("QLinearMatMul", (2, 1, 1, 3), "blockwise (1, 2, 2, 1)"),
     ],
 )
 def test_operators_that_take_codes(operator, scale_shape, granularity, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.comparison import compare
 from converters.errors import Unsupported, UsageError
 from converters.interfaces import Size
 from converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per_tensor
@@ -186,6 +187,28 @@ def test_every_opset(opset, tmp_path):
     assert onnx.load(tmp_path / "w.onnx").opset_import[0].version == opset
 
 
+@pytest.mark.parametrize("opset", [13, 18, 20, 24])
+def test_an_operator_set_without_small_integers_takes_a_byte_for_each(opset, tmp_path):
+    shape = (3, 9)
+    model = zoo.model(
+        [
+            zoo.codes("plain", (5,), ml_dtypes.int4 if opset < 21 else ml_dtypes.int2),
+            *(
+                zoo.quantized(f"{np.dtype(dtype).name} {blocks}", shape, blocks, dtype=dtype, zero_point=dtype)
+                for dtype in zoo.SMALL_CODES[:4]
+                for blocks in (per_tensor(shape), per_axis(shape, 0), (1, 4))
+            ),
+        ]
+    )
+    plan = write(model, tmp_path / "w.onnx", OnnxOptions(opset=opset))
+    onnx.checker.check_model(str(tmp_path / "w.onnx"), full_check=True)
+    assert {loss.kind for loss in plan.losses} == {"widened"}
+    names = [name for name in model if name != "plain"]
+    for name, value in zip(names, run(tmp_path / "w.onnx", names), strict=True):
+        assert value.tobytes() == model[name].dequantize(np.float32).tobytes(), name
+    assert compare(model, OnnxReader().read(tmp_path / "w.onnx")).equal
+
+
 def test_float4_codes_need_no_float4_type(tmp_path):
     shape = (2, 8)
     some = zoo.model([zoo.quantized("w", shape, (1, 4), dtype=ml_dtypes.float4_e2m1fn)])
@@ -195,8 +218,8 @@ def test_float4_codes_need_no_float4_type(tmp_path):
 
 
 def test_opset_that_lacks_a_type(tmp_path):
-    some = zoo.model([zoo.codes("w", (4,), ml_dtypes.int2)])
-    with pytest.raises(UsageError, match=r"tensor 'w': opset 21 has no int2: give 25 or higher"):
+    some = zoo.model([zoo.codes("w", (4,), ml_dtypes.float8_e8m0fnu)])
+    with pytest.raises(UsageError, match=r"tensor 'w': opset 21 has no float8_e8m0fnu: give 24 or higher"):
         OnnxWriter().plan(some, tmp_path / "w.onnx", OnnxOptions(opset=21))
     with pytest.raises(UsageError, match=r"opset 7 cannot be written: give one from 13 to 25"):
         OnnxWriter().plan(some, tmp_path / "w.onnx", OnnxOptions(opset=7))

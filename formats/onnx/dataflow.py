@@ -1,0 +1,95 @@
+"""Who takes what in a model's graphs: graphs within graphs see the values around them, functions see their own only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from converters.errors import Unsupported
+from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
+from formats.onnx.lifting import Scope
+
+#: A value: the graph that makes it, by identity, and its name there.
+Value = tuple[int, str]
+
+_DEEPEST_CALL = 16
+_MOST_CALLED_NODES = 1 << 18
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taker:
+    """A node that takes a value, as which of its inputs, in which graph."""
+
+    scope: Scope
+    node: Node
+    position: int
+
+
+@dataclass(slots=True)
+class Dataflow:
+    """All graphs of a model, what takes each of their values, and which values are outputs of a graph."""
+
+    scopes: list[Scope] = field(default_factory=list)
+    takers: dict[Value, list[Taker]] = field(default_factory=dict)
+    outputs: set[Value] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, parsed: ParsedModel) -> Dataflow:
+        """That of a whole file."""
+        flow = cls()
+        flow.scopes = [scope for graph in (parsed.graph, *parsed.functions) for scope in scopes_of(graph)]
+        for scope in flow.scopes:
+            for node in scope.graph.nodes:
+                for position, name in enumerate(node.inputs):
+                    if name:
+                        flow.takers.setdefault(flow.value(scope, name), []).append(Taker(scope, node, position))
+            flow.outputs.update(flow.value(scope, name) for name in scope.graph.outputs)
+        return flow
+
+    def value(self, scope: Scope, name: str) -> Value:
+        """The value that a name stands for in a graph."""
+        found: Scope | None = scope
+        while found is not None and not found.makes(name):
+            found = found.outer
+        return id((found or scope).graph), name
+
+    def takers_of(self, scope: Scope, name: str) -> Sequence[Taker]:
+        """The nodes that take the value which a name stands for in a graph."""
+        return self.takers.get(self.value(scope, name), ())
+
+    def is_output(self, scope: Scope, name: str) -> bool:
+        """Whether that value is an output of its own graph or of one within it."""
+        return self.value(scope, name) in self.outputs
+
+
+def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope]) -> Iterator[Scope]:
+    """The bodies of functions once more, for each call with initializers, of which their inputs stand for these.
+    Raises Unsupported when functions call functions without end."""
+    calls = [(scope, 0) for scope in scopes if parsed.calls]
+    nodes = 0
+    for scope, depth in calls:  # grows
+        for node in scope.graph.nodes:
+            body = parsed.calls.get(("" if node.is_standard else node.domain, node.op_type))
+            if body is None:
+                continue
+            headers = [(name, scope.header(given)) for name, given in zip(body.inputs, node.inputs, strict=False)]
+            bound = {name: header for name, header in headers if header is not None}
+            if not bound:
+                continue
+            nodes += len(body.nodes)
+            if depth >= _DEEPEST_CALL or nodes > _MOST_CALLED_NODES:
+                raise Unsupported(f"functions call functions more than {_DEEPEST_CALL} deep, or without end")
+            for called in scopes_of(body, None, bound):
+                calls.append((called, depth + 1))
+                yield called
+
+
+def scopes_of(
+    graph: Graph, outer: Scope | None = None, bound: Mapping[str, TensorHeader] | None = None
+) -> Iterator[Scope]:
+    """A graph and all graphs within it, each after the one around it; `bound` are initializers that its inputs are."""
+    scope = Scope(graph, outer, bound)
+    yield scope
+    for node in graph.nodes:
+        for body in node.bodies:
+            yield from scopes_of(body, scope)

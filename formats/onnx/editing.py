@@ -1,0 +1,116 @@
+"""Changes to a model's graphs: nodes exchanged, initializers added, and what nothing takes any more left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from formats.onnx.dataflow import Dataflow, Taker, Value
+from formats.onnx.graph import Node, ParsedModel
+from formats.onnx.lifting import Scope
+from formats.onnx.lowering import Names
+from formats.onnx.rewriting import GraphEdit, NewInitializer
+
+
+@dataclass(slots=True)
+class Editor:
+    """Collects the changes, by the identity of the graph that they are for."""
+
+    flow: Dataflow
+    names: Names
+    edits: dict[int, GraphEdit] = field(default_factory=dict)
+    domains: set[str] = field(default_factory=set)
+    _given: set[Value] = field(default_factory=set)
+    _counts: dict[Value, int] = field(default_factory=dict)
+    _removed: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, parsed: ParsedModel) -> Editor:
+        """An editor of a whole file."""
+        flow = Dataflow.of(parsed)
+        return cls(flow, Names(_all_names(flow)))
+
+    def edit(self, scope: Scope) -> GraphEdit:
+        """The changes to one graph."""
+        return self.edits.setdefault(id(scope.graph), GraphEdit())
+
+    def is_removed(self, node: Node) -> bool:
+        """Whether a node of the file has given way to others."""
+        return id(node) in self._removed
+
+    def add(self, scope: Scope, initializers: Iterable[NewInitializer], nodes: Iterable[Node] = ()) -> None:
+        """Adds initializers, and nodes that take nothing else, before all others of a graph."""
+        edit = self.edit(scope)
+        edit.added += initializers
+        for node in nodes:
+            edit.first.append(node)
+            self._take(scope, node.inputs, 1)
+
+    def replace(self, scope: Scope, node: Node, *others: Node) -> None:
+        """Puts others in the place of a node; whatever only it took goes, too."""
+        if self.is_removed(node):
+            return
+        self._removed.add(id(node))
+        self.edit(scope).replaced[id(node)] = others
+        for other in others:
+            self._take(scope, other.inputs, 1)
+        self._take(scope, node.inputs, -1)
+
+    def rename(self, scope: Scope, old: str, new: str) -> None:
+        """Has all nodes that take the value `old` of a graph take `new`."""
+        self.edit(scope).renamed[old] = new
+        self._counts[self.flow.value(scope, old)] = 0
+        self._drop_unused(scope, old)
+
+    def give_away(self, scope: Scope, name: str) -> None:
+        """Leaves out an initializer, or a Constant, of a graph, whose name something new is to have from now on."""
+        self._given.add(self.flow.value(scope, name))
+        self._drop(scope, name)
+
+    def left(self, scope: Scope, name: str) -> list[Taker]:
+        """The nodes of the file that still take a value of a graph."""
+        return [taker for taker in self.flow.takers_of(scope, name) if not self.is_removed(taker.node)]
+
+    def _drop(self, scope: Scope, name: str) -> None:
+        self.edit(scope).dropped[id(scope.headers[name])] = name
+
+    def _count(self, value: Value) -> int:
+        if value not in self._counts:
+            self._counts[value] = len(self.flow.takers.get(value, ()))
+        return self._counts[value]
+
+    def _take(self, scope: Scope, names: Iterable[str], sign: int) -> None:
+        for name in names:
+            if name:
+                value = self.flow.value(scope, name)
+                self._counts[value] = self._count(value) + sign
+                if sign < 0:
+                    self._drop_unused(scope, name)
+
+    def _drop_unused(self, scope: Scope, name: str) -> None:
+        """Leaves out what makes a value that nothing takes any more."""
+        value = self.flow.value(scope, name)
+        if self._count(value) > 0 or value in self.flow.outputs or value in self._given:
+            return
+        owner = scope
+        while id(owner.graph) != value[0] and owner.outer is not None:
+            owner = owner.outer
+        if name in owner.headers:
+            self._drop(owner, name)
+            return
+        node = owner.producers.get(name)
+        if node is not None and not node.bodies and self._is_unused(owner, node):
+            self.replace(owner, node)
+
+    def _is_unused(self, scope: Scope, node: Node) -> bool:
+        values = [self.flow.value(scope, name) for name in node.outputs if name]
+        return all(self._count(value) <= 0 and value not in self.flow.outputs for value in values)
+
+
+def _all_names(flow: Dataflow) -> Iterable[str]:
+    for scope in flow.scopes:
+        yield from scope.graph.inputs
+        yield from scope.headers
+        for node in scope.graph.nodes:
+            yield from node.inputs
+            yield from node.outputs

@@ -1,0 +1,435 @@
+"""The graph of an ONNX file: kept as it is, and written with those of its weights changed that the stages changed.
+
+A weight that was dequantized becomes a float initializer in the place of what decoded it; one that was quantized, codes
+and what decodes them; the layout moves codes between DequantizeLinear and com.microsoft's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from converters.errors import Unsupported
+from converters.ir import Tensor, is_float
+from converters.packing import packed_size
+from formats.onnx.block_operators import MICROSOFT
+from formats.onnx.dataflow import Taker
+from formats.onnx.editing import Editor
+from formats.onnx.graph import Node, ParsedModel, TensorHeader
+from formats.onnx.lifting import Matcher, Scope
+from formats.onnx.lowering import Initializer, Lowering, widened
+from formats.onnx.operators import Fusion, Site, expansion, fusions
+from formats.onnx.payload import Payloads
+from formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
+from formats.onnx.rewriting import NewInitializer, as_it_is
+from formats.onnx.schema import DTYPES, ELEMENT_TYPES
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+QuantizedLayout = Literal["", "qdq", "matmulnbits"]
+
+Make = Callable[[Tensor], Tensor]
+
+_FLOAT32, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnnxGraph:
+    """The file that a model was read from. `tensors` are the model's as they were read, `headers` the initializers
+    that they are, both by the tensors' names."""
+
+    parsed: ParsedModel
+    payloads: Payloads
+    tensors: Mapping[str, Tensor]
+    headers: Mapping[str, TensorHeader]
+
+    def onnx_ir(self) -> onnx_ir.Model:
+        """The graph with onnx_ir's classes. Raises ImportError where onnx_ir is not installed."""
+        import onnx_ir
+
+        return onnx_ir.load(self.payloads.file.path)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Decoding:
+    """Where a weight is decoded: the nodes that make `value` of dtype `dtype`, or, where `value` is empty, an operator
+    that takes codes."""
+
+    scope: Scope
+    node: Node
+    value: str
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """The model's tensor that a weight of the graph is made of, and how."""
+
+    name: str
+    tensor: Tensor
+    arrange: Make = as_it_is
+
+
+@dataclass(slots=True)
+class GraphChanges:
+    """The changes to a graph, weight by weight; `expected` is what reading the result will give."""
+
+    graph: OnnxGraph
+    opset: int
+    layout: QuantizedLayout
+    editor: Editor
+    expected: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _decodings: dict[int, list[_Decoding]] = field(default_factory=dict)
+    _scopes: dict[int, Scope] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, graph: OnnxGraph, opset: int, layout: QuantizedLayout) -> GraphChanges:
+        """No changes yet."""
+        changes = cls(graph, opset, layout, Editor.of(graph.parsed), dict(graph.tensors))
+        for scope in changes.editor.flow.scopes:
+            changes._scopes.update((id(header), scope) for header in scope.headers.values())
+            matcher = Matcher(scope, graph.payloads)
+            for node in scope.graph.nodes:
+                for header, decoding in _decodings(matcher, node):
+                    changes._decodings.setdefault(id(header), []).append(decoding)
+        return changes
+
+    def apply(self, name: str, tensor: Tensor, owner: Owner | None = None) -> None:
+        """What the tensor called `name` has become; `owner` is whose payload it is made of, its own unless told. Raises
+        Unsupported where the graph has no place for it."""
+        header, before = self.graph.headers[name], self.graph.tensors[name]
+        scope = self._scopes[id(header)]
+        is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
+        decodings = self._decodings.get(id(header), [])
+        weight = _Weight(self, name, tensor, header, scope, decodings, owner or Owner(name, tensor))
+        if before.quantization is None and tensor.quantization is None:
+            if is_changed:
+                weight.exchange()
+        elif tensor.quantization is None:
+            weight.fold()
+        elif before.quantization is None:
+            weight.quantize()
+        else:
+            weight.move(is_changed)
+
+
+def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _Decoding]]:
+    """The weight that a node completes the decoding of, or takes the codes of."""
+    scope = matcher.scope
+    found = expansion(node)
+    header = scope.header(node.input(found.weight)) if found and found.weight >= 0 else None
+    if found is not None and header is not None:
+        dtype = _FLOAT32 if found.scale < 0 else _dtype_of(scope, node.input(found.scale))
+        yield header, _Decoding(scope, node, "", dtype)
+        return
+    for pattern in matcher.weights(node):
+        if not pattern.value and found is None:
+            continue
+        number = node.integers.get("output_dtype", 0)
+        dtype = DTYPES.get(number) or _dtype_of(scope, node.input(1), node.input(0))
+        yield pattern.codes.header, _Decoding(scope, node, pattern.value, dtype)
+
+
+def _dtype_of(scope: Scope, *names: str) -> np.dtype[Any]:
+    """The dtype of the first of these values that is an initializer of floats, or a Cast; float32 where none is."""
+    for name in names:
+        header = scope.header(name)
+        cast = scope.producer(name, "Cast") if header is None else None
+        dtype = DTYPES.get(header.data_type if header else cast.integers.get("to", 0) if cast else 0)
+        if dtype is not None and is_float(dtype):
+            return dtype
+    return _FLOAT32
+
+
+@dataclass(slots=True)
+class _Weight:
+    """One weight on its way into the graph."""
+
+    changes: GraphChanges
+    name: str
+    tensor: Tensor
+    header: TensorHeader
+    scope: Scope
+    decodings: Sequence[_Decoding]
+    owner: Owner
+
+    def initializer(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], make: Make = as_it_is
+    ) -> NewInitializer:
+        """An initializer that is made of this weight."""
+        owner = self.owner
+        return NewInitializer(name, shape, dtype, owner.tensor, owner.name, lambda stored: make(owner.arrange(stored)))
+
+    @property
+    def editor(self) -> Editor:
+        return self.changes.editor
+
+    def exchange(self) -> None:
+        """Other plain values in the place of plain values."""
+        value, dtype = self.header.name, DTYPES[self.header.data_type]
+        self.editor.give_away(self.scope, value)
+        if dtype == self.tensor.dtype:
+            self._store(value, self.tensor)
+        else:
+            stored = self.editor.names.fresh(f"{value}_{self.tensor.dtype.name}")
+            self._store(stored, self.tensor, _cast(stored, value, dtype))
+
+    def fold(self) -> None:
+        """Floats in the place of codes and of what decodes them."""
+        stored = self._name_of_codes()
+        for decoding in self.decodings:
+            if decoding.value:
+                self._give(decoding, stored, self.tensor.dtype)
+            else:
+                self._expand(decoding, stored, self.tensor.dtype, is_turned=False)
+        self._store(stored, self.tensor)
+
+    def quantize(self) -> None:
+        """Codes and what decodes them in the place of floats."""
+        value, dtype = self.header.name, DTYPES[self.header.data_type]
+        decoding = _Decoding(self.scope, Node("", (), ()), value, dtype)
+        if self.changes.layout == "matmulnbits" and not self._fuse([decoding]):
+            return
+        is_output = self.editor.flow.is_output(self.scope, value)
+        self.editor.give_away(self.scope, value)
+        decoded = value if is_output else self.editor.names.fresh(f"{value}_dequantized")
+        if not is_output:
+            self.editor.rename(self.scope, value, decoded)
+        stored = self.editor.names.fresh(f"{value}_quantized") if is_output else value
+        self._decode(stored, decoded, dtype, self.tensor)
+
+    def move(self, is_changed: bool) -> None:
+        """Codes to where the layout wants them, or other codes."""
+        operators = [decoding for decoding in self.decodings if not decoding.value]
+        values = [decoding for decoding in self.decodings if decoding.value]
+        if self.changes.layout == "matmulnbits":
+            values = self._fuse(values)
+        if not is_changed:
+            values = []
+            operators = [one for one in operators if self.changes.layout == "qdq" and self._is_exact(one)]
+        turned = [one for one in operators if self._turns(one)]
+        straight = [one for one in operators if not self._turns(one)]
+        stored = ""
+        if straight or values:
+            stored = self._name_of_codes()
+            self._decode_for(straight, values, stored, self.tensor)
+        if turned:
+            stored = self.editor.names.fresh(f"{stored}_transposed") if stored else self._name_of_codes()
+            self._decode_for(turned, [], stored, transposed(self.tensor))
+
+    def _decode_for(
+        self, operators: Sequence[_Decoding], values: Sequence[_Decoding], stored: str, tensor: Tensor
+    ) -> None:
+        """Adds codes called `stored`, and has what takes the weight take what these are decoded to."""
+        dtype = (*operators, *values)[0].dtype
+        decoded = self.editor.names.fresh(f"{stored}_dequantized")
+        for decoding in operators:
+            self._expand(decoding, decoded, dtype, is_turned=tensor is not self.tensor)
+        for decoding in values:
+            self._give(decoding, decoded, dtype)
+        self._decode(stored, decoded, dtype, tensor)
+
+    def _name_of_codes(self) -> str:
+        """The initializer's name, for what takes its place. Raises Unsupported when nodes take it that do not decode
+        it."""
+        nodes = {id(decoding.node) for decoding in self.decodings}
+        others = [each for each in self.editor.left(self.scope, self.header.name) if not self._leads_to(each, nodes)]
+        if others or self.editor.flow.is_output(self.scope, self.header.name):
+            what = others[0].node.op_type if others else "output"
+            raise Unsupported(
+                f"its codes are also taken by a {what} that does not decode them, and would be left without: "
+                "leave it as it is with --skip",
+                tensor=self.name,
+            )
+        self.editor.give_away(self.scope, self.header.name)
+        return self.header.name
+
+    def _leads_to(self, taker: Taker, nodes: set[int]) -> bool:
+        """Whether a node is one of these, or is taken by nothing but nodes that lead to them (Cast, Sub)."""
+        if id(taker.node) in nodes:
+            return True
+        following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
+        return len(following) == 1 and self._leads_to(following[0], nodes)
+
+    def _is_exact(self, decoding: _Decoding) -> bool:
+        found = expansion(decoding.node)
+        return found is not None and found.is_exact
+
+    def _turns(self, decoding: _Decoding) -> bool:
+        found = expansion(decoding.node)
+        return found is not None and found.transposes
+
+    def _store(self, stored: str, tensor: Tensor, *nodes: Node) -> None:
+        """Adds an initializer called `stored`, and nodes that take nothing else."""
+        self.editor.add(self.scope, [self.initializer(stored, tensor.shape, tensor.dtype)], nodes)
+        self.expect(stored, tensor)
+
+    def expect(self, stored: str, tensor: Tensor) -> None:
+        """Notes what reading the result gives for an initializer."""
+        if stored == self.header.name:
+            self.changes.expected[self.name] = tensor
+        else:
+            self.changes.expected.pop(self.name, None)
+            self.changes.expected[stored] = replace(tensor, name=stored)
+
+    def _give(self, decoding: _Decoding, stored: str, dtype: np.dtype[Any]) -> None:
+        """Has what takes a decoded value take `stored`, of this dtype, instead."""
+        scope, value = decoding.scope, decoding.value
+        if dtype != decoding.dtype:
+            self.editor.replace(scope, decoding.node, _cast(stored, value, decoding.dtype))
+        elif self.editor.flow.is_output(scope, value):
+            identity = () if stored == value else (Node("Identity", (stored,), (value,)),)
+            self.editor.replace(scope, decoding.node, *identity)
+        else:
+            self.editor.rename(scope, value, stored)
+
+    def _expand(self, decoding: _Decoding, decoded: str, dtype: np.dtype[Any], *, is_turned: bool) -> None:
+        """Spells out an operator that takes codes, for the decoded weight."""
+        found = expansion(decoding.node)
+        if found is None:
+            return
+        payloads = self.changes.graph.payloads
+        site = Site(Matcher(decoding.scope, payloads), decoding.node, payloads.view, self.editor.names)
+        before: list[Node] = []
+        if found.transposes and not is_turned:
+            turned = site.fresh("weight")
+            before.append(Node("Transpose", (decoded,), (turned,)))
+            decoded = turned
+        if dtype != decoding.dtype:
+            rounded = site.fresh("weight_cast")
+            before.append(_cast(decoded, rounded, decoding.dtype))
+            decoded = rounded
+        nodes, target = found.nodes(site, decoded), found.target(site)
+        if not nodes or target is None:
+            raise Unsupported(
+                f"is taken by a {decoding.node.op_type} that has no like among ONNX's own operators: "
+                "leave it as it is with --skip",
+                tensor=self.name,
+            )
+        self.editor.replace(decoding.scope, target, *before, *nodes)
+
+    def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
+        """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
+        is_turned, tensor = tensor is not self.tensor, narrowed(tensor)
+        lowering = Lowering(self.changes.opset, self.editor.names, {})
+        if tensor.quantization is None:
+            return
+        initializers = lowering.lower(tensor, tensor.quantization, value, dtype)
+        renamed = {one.name: stored for one in initializers if one.role == "codes"}
+        added = [self._initializer(one, renamed.get(one.name, one.name), is_turned) for one in initializers]
+        constants = lowering.constants.values()
+        added += [NewInitializer.of(one.name, Tensor.from_array(one.name, one.values)) for one in constants]
+        nodes = [replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in lowering.nodes]
+        self.editor.add(self.scope, added, nodes)
+        self.expect(stored, tensor)
+
+    def _initializer(self, one: Initializer, name: str, is_turned: bool) -> NewInitializer:
+        def make(stored: Tensor) -> Tensor:
+            turned = narrowed(transposed(stored) if is_turned else stored)
+            part = turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
+            return widened(part, one.dtype)
+
+        return replace(self.initializer(name, one.dims, one.dtype, make), properties=one.properties)
+
+    def _fuse(self, decodings: Sequence[_Decoding]) -> list[_Decoding]:
+        """Has com.microsoft's operators take the codes, wherever they can; returns the decodings that are still
+        needed."""
+        groups = _FusionGroups(self)
+        rest = [decoding for decoding in decodings if not groups.take(decoding)]
+        groups.write(is_whole=not rest)
+        return rest
+
+
+def _cast(name: str, output: str, dtype: np.dtype[Any]) -> Node:
+    return Node("Cast", (name,), (output,), {"to": ELEMENT_TYPES[dtype].number})
+
+
+@dataclass(slots=True)
+class _FusionGroups:
+    """The operators that take a weight's codes from now on, apart for those that want it transposed."""
+
+    weight: _Weight
+    fused: list[tuple[_Decoding, Fusion, Blobs]] = field(default_factory=list)
+
+    def take(self, decoding: _Decoding) -> bool:
+        """Notes the fusions of all that takes a decoded value; returns whether nothing else takes it."""
+        flow = self.weight.editor.flow
+        complete = not flow.is_output(decoding.scope, decoding.value)
+        for taker in flow.takers_of(decoding.scope, decoding.value):
+            found = fusions(flow, taker, len(self.weight.tensor.shape)) or []
+            blobs = [self._blobs(each) for each in found]
+            fitting = [(each, blob) for each, blob in zip(found, blobs, strict=True) if blob is not None]
+            if fitting and len(fitting) == len(blobs):
+                self.fused += [(decoding, each, blob) for each, blob in fitting]
+            else:
+                complete = False
+        return complete
+
+    def _blobs(self, fusion: Fusion) -> Blobs | None:
+        turned = transposed(self.weight.tensor) if fusion.transposes else self.weight.tensor
+        blobs = Blobs.of(turned)
+        # its data have no room for a last block that is filled up
+        is_ragged = blobs is not None and turned.shape[1] % blobs.block_size
+        return None if fusion.operator == "GatherBlockQuantized" and is_ragged else blobs
+
+    def write(self, *, is_whole: bool) -> None:
+        """Adds the blobs and puts the operators in the place of the nodes. `is_whole`: nothing else takes the codes, so
+        that the first blobs have their name."""
+        weight = self.weight
+        stored: dict[tuple[bool, str], tuple[str, ...]] = {}
+        for decoding, fusion, blobs in self.fused:
+            key = (fusion.transposes, fusion.operator)
+            if key not in stored:
+                name = weight.header.name
+                if is_whole and not stored:
+                    weight.editor.give_away(weight.scope, name)
+                else:
+                    name = weight.editor.names.fresh(f"{name}_Q{blobs.bits}")
+                stored[key] = self._add(blobs, name, decoding.dtype, fusion)
+                read = replace(blobs.weight, name=name)
+                weight.changes.expected[weight.name if name == weight.header.name else name] = read
+            self._operator(fusion, blobs, stored[key])
+        if self.fused:
+            weight.editor.domains.add(MICROSOFT)
+
+    def _add(self, blobs: Blobs, name: str, dtype: np.dtype[Any], fusion: Fusion) -> tuple[str, ...]:
+        weight, names = self.weight, self.weight.editor.names
+
+        def blobs_of(tensor: Tensor) -> Blobs:
+            return blobs.like(transposed(tensor) if fusion.transposes else tensor)
+
+        shape = blobs.shape if fusion.operator == "MatMulNBits" else (blobs.shape[0], blobs.shape[1] * blobs.shape[2])
+        grid = blobs.shape[:2]
+        initializers = [
+            weight.initializer(name, shape, _UINT8, lambda tensor: blobs_of(tensor).codes()),
+            weight.initializer(
+                names.fresh(f"{weight.name}_scales"), grid, dtype, lambda tensor: blobs_of(tensor).scales(dtype)
+            ),
+        ]
+        if blobs.has_zero_points:
+            packed = (grid[0], packed_size(grid[1], blobs.bits))
+            zero_points = names.fresh(f"{weight.name}_zero_points")
+            made = weight.initializer(zero_points, packed, _UINT8, lambda tensor: blobs_of(tensor).zero_points())
+            initializers.append(made)
+        weight.editor.add(weight.scope, initializers)
+        return tuple(new.name for new in initializers)
+
+    def _operator(self, fusion: Fusion, blobs: Blobs, stored: tuple[str, ...]) -> None:
+        editor, node, scope = self.weight.editor, fusion.taker.node, fusion.taker.scope
+        rows, columns = blobs.weight.shape
+        attributes = {"bits": blobs.bits, "block_size": blobs.block_size}
+        if fusion.operator == "GatherBlockQuantized":
+            inputs, attributes = (stored[0], node.input(1), *stored[1:]), attributes | {"quantize_axis": 1}
+            gather = Node(fusion.operator, inputs, node.outputs, attributes, MICROSOFT, name=node.name)
+            editor.replace(scope, node, gather)
+            return
+        result = editor.names.fresh(f"{node.outputs[0]}_product") if fusion.bias else node.outputs[0]
+        attributes = {"K": columns, "N": rows, **attributes}
+        product = Node(fusion.operator, (node.input(0), *stored), (result,), attributes, MICROSOFT, name=node.name)
+        add = (Node("Add", (result, fusion.bias), node.outputs),) if fusion.bias else ()
+        editor.replace(scope, node, product, *add)

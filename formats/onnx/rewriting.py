@@ -1,0 +1,390 @@
+"""An ONNX file -> the same file with other nodes and initializers here and there, as pieces that are written in turn.
+
+Whatever is not exchanged is copied byte for byte, fields that this code does not know included. Payloads stay where
+they are until they are written; external data of all files come to lie in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from converters.errors import Unsupported
+from converters.ir import Tensor
+from converters.packing import bits_of, packed_size
+from formats.onnx import schema
+from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
+from formats.onnx.parse import tensor_header
+from formats.onnx.payload import Payloads
+from formats.onnx.serialize import aligned, encode_node, external_entries, tensor_head
+from formats.onnx.wire import Range, bytes_head, decode, encode, raw_fields
+
+_PAYLOAD_FIELDS = frozenset(
+    schema.TENSOR.fields[name].number
+    for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "raw_data")
+) | {schema.TENSOR.fields["external_data"].number, schema.TENSOR.fields["data_location"].number}
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The tensor itself."""
+    return tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Payload:
+    """Bytes that are streamed when all else is written: those of `make(tensor)`. With an `owner`, `tensor` is the
+    model's of that name, and is streamed when that is."""
+
+    nbytes: int
+    tensor: Tensor
+    owner: str | None = None
+    make: Callable[[Tensor], Tensor] = as_it_is
+
+
+Piece = bytes | Range | Payload
+
+
+@dataclass(slots=True)
+class Pieces:
+    """A message, or some fields of one, in order."""
+
+    items: list[Piece] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, piece: Piece) -> None:
+        """Appends a piece; ranges that touch become one."""
+        size = len(piece) if isinstance(piece, bytes) else piece.nbytes
+        last = self.items[-1] if self.items else None
+        if isinstance(piece, Range) and isinstance(last, Range) and last.stop == piece.start:
+            self.items[-1] = Range(last.start, piece.stop)
+        elif size or isinstance(piece, Payload):
+            self.items.append(piece)
+        self.nbytes += size
+
+    def message(self, number: int, content: Pieces) -> None:
+        """Appends a field that is a message."""
+        self.add(bytes_head(number, content.nbytes))
+        for piece in content.items:
+            self.add(piece)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewInitializer:
+    """An initializer that the file has not, and what its payload is made of, as in `Payload`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    tensor: Tensor
+    owner: str | None = None
+    make: Callable[[Tensor], Tensor] = as_it_is
+    properties: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, owner: str | None = None) -> NewInitializer:
+        """The tensor as it is."""
+        return cls(name, tensor.shape, tensor.dtype, tensor, owner)
+
+    @property
+    def payload(self) -> Payload:
+        """What is to be streamed."""
+        return Payload(packed_size(prod(self.shape), bits_of(self.dtype)), self.tensor, self.owner, self.make)
+
+
+@dataclass(slots=True)
+class GraphEdit:
+    """What becomes of one graph: `replaced` nodes (by identity) give way to others or to none, `first` (which take none
+    of the file's values) come before all nodes, `dropped` initializers (by identity) go, `added` ones come, and values
+    are `renamed` where nodes of the file take them."""
+
+    replaced: dict[int, tuple[Node, ...]] = field(default_factory=dict)
+    first: list[Node] = field(default_factory=list)
+    dropped: dict[int, str] = field(default_factory=dict)
+    added: list[NewInitializer] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ExternalData:
+    """Where payloads go: into the file called `location`, if they were external before or have at least `threshold`
+    bytes, but not if they have less. With no threshold everything stays where it is, and new ones of a kilobyte and
+    more go there if `has_any`."""
+
+    location: str
+    threshold: int | None
+    has_any: bool
+    placed: list[tuple[int, Payload]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def takes(self, nbytes: int, was_external: bool | None) -> bool:
+        """Whether a payload goes there; `was_external` is None for a new one."""
+        if not nbytes:
+            return False
+        if self.threshold is not None:
+            return nbytes >= self.threshold
+        return self.has_any and nbytes >= _NEW_FROM if was_external is None else was_external
+
+    def place(self, payload: Payload) -> bytes:
+        """Gives the payload a place; returns the fields of TensorProto that say where it is."""
+        offset = aligned(self.nbytes, payload.nbytes)
+        self.nbytes = offset + payload.nbytes
+        self.placed.append((offset, payload))
+        return external_entries(self.location, offset, payload.nbytes)
+
+
+_NEW_FROM = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """All that is needed to write the file anew."""
+
+    parsed: ParsedModel
+    payloads: Payloads
+    edits: Mapping[int, GraphEdit]
+    external: ExternalData
+    owners: Mapping[int, tuple[str, Tensor]]
+    """By the identity of a header: the model's tensor that it is, whose payload is streamed with that one."""
+    opsets: Mapping[str, int]
+    """Operator sets that the file is to have, by domain; those that it has already stay otherwise."""
+    ir_version: int
+
+    @property
+    def view(self) -> memoryview:
+        return self.payloads.view
+
+    def model(self) -> Pieces:
+        """The whole file."""
+        out, opsets = Pieces(), dict(self.opsets)
+        functions = iter(self.parsed.functions)
+        for number, start, content in raw_fields(self.view, Range(0, len(self.view))):
+            if number == _MODEL["graph"]:
+                out.message(number, self._graph(content, self.parsed.graph, {}))
+            elif number == _MODEL["functions"]:
+                out.message(number, self._function(content, next(functions)))
+            elif number == _MODEL["training_info"]:
+                out.message(number, self._training(content))
+            elif number == _MODEL["opset_import"]:
+                self._opset(out, start, content, opsets)
+            elif number == _MODEL["ir_version"]:
+                out.add(encode(schema.MODEL, ir_version=self.ir_version))
+            else:
+                out.add(Range(start, content.stop))
+        for domain, version in opsets.items():
+            out.add(_opset_import(_MODEL["opset_import"], domain, version))
+        return out
+
+    def _opset(self, out: Pieces, start: int, content: Range, opsets: dict[str, int]) -> None:
+        domain = next((text for number, text in self._texts(content) if number == 1), "")
+        wanted = opsets.pop("" if domain == "ai.onnx" else domain, None)
+        if wanted is None:
+            out.add(Range(start, content.stop))
+        else:
+            out.add(_opset_import(_MODEL["opset_import"], domain, wanted))
+
+    def _graph(self, where: Range, graph: Graph | None, renamed: Mapping[str, str]) -> Pieces:
+        """A GraphProto; `renamed` are the values of graphs around it that have other names now."""
+        edit = GraphEdit() if graph is None else self.edits.get(id(graph), GraphEdit())
+        out, renamed = Pieces(), _inside(renamed, graph, edit)
+        dropped = set(edit.dropped.values())
+        nodes = iter(() if graph is None else graph.nodes)
+        headers = iter(() if graph is None else graph.initializers)
+        begun = False
+        for number, start, content in raw_fields(self.view, where):
+            if number == _GRAPH["node"]:
+                if not begun:
+                    begun = True
+                    self._new_nodes(out, _GRAPH["node"], edit.first, {})
+                self._node(out, _GRAPH["node"], start, content, next(nodes, None), edit, renamed)
+            elif number == _GRAPH["initializer"]:
+                header = next(headers, None) or tensor_header(self.view, content)
+                if id(header) not in edit.dropped:
+                    out.message(number, self._tensor(content, header))
+            elif number in (_GRAPH["input"], _GRAPH["value_info"]) and self._name(content) in dropped:
+                continue  # below IR version 4 initializers are inputs, too
+            else:
+                if number == _GRAPH["sparse_initializer"]:
+                    self._refuse_external_sparse(content)
+                out.add(Range(start, content.stop))
+        if not begun:
+            self._new_nodes(out, _GRAPH["node"], edit.first, {})
+        for new in edit.added:
+            out.message(_GRAPH["initializer"], self._new_tensor(new))
+        return out
+
+    def _function(self, where: Range, graph: Graph) -> Pieces:
+        """A FunctionProto, which has no initializers: Constants take their place."""
+        edit = self.edits.get(id(graph), GraphEdit())
+        out, renamed = Pieces(), _inside({}, graph, edit)
+        nodes = iter(graph.nodes)
+        opsets = dict(self.opsets) if edit.replaced or edit.first else {}
+        begun = False
+        for number, start, content in raw_fields(self.view, where):
+            if number == _FUNCTION["node"]:
+                if not begun:
+                    begun = True
+                    self._new_constants(out, edit)
+                    self._new_nodes(out, number, edit.first, {})
+                self._node(out, number, start, content, next(nodes), edit, renamed)
+            elif number == _FUNCTION["opset_import"] and opsets:
+                domain = next((text for field, text in self._texts(content) if field == 1), "")
+                opsets.pop("" if domain == "ai.onnx" else domain, None)
+                out.add(Range(start, content.stop))
+            else:
+                out.add(Range(start, content.stop))
+        for domain, version in opsets.items():
+            out.add(_opset_import(_FUNCTION["opset_import"], domain, version))
+        return out
+
+    def _training(self, where: Range) -> Pieces:
+        out = Pieces()
+        for number, start, content in raw_fields(self.view, where):
+            if number in _TRAINING.values():
+                out.message(number, self._graph(content, None, {}))
+            else:
+                out.add(Range(start, content.stop))
+        return out
+
+    def _new_constants(self, out: Pieces, edit: GraphEdit) -> None:
+        for new in edit.added:
+            tensor = self._new_tensor(new)
+            attribute = Pieces()
+            attribute.add(encode(schema.ATTRIBUTE, name="value"))
+            attribute.message(_ATTRIBUTE["t"], tensor)
+            attribute.add(encode(schema.ATTRIBUTE, type=schema.ATTRIBUTE_TENSOR))
+            node = Pieces()
+            node.add(encode(schema.NODE, output=new.name, name=new.name, op_type="Constant"))
+            node.message(_NODE["attribute"], attribute)
+            out.message(_FUNCTION["node"], node)
+
+    def _new_nodes(self, out: Pieces, field: int, nodes: list[Node], renamed: Mapping[str, str]) -> None:
+        for node in nodes:
+            inputs = tuple(renamed.get(name, name) for name in node.inputs)
+            encoded = encode_node(replace(node, inputs=inputs))
+            out.add(bytes_head(field, len(encoded)) + encoded)
+
+    def _node(
+        self,
+        out: Pieces,
+        field: int,
+        start: int,
+        content: Range,
+        node: Node | None,
+        edit: GraphEdit,
+        renamed: Mapping[str, str],
+    ) -> None:
+        if node is not None and id(node) in edit.replaced:
+            self._new_nodes(out, field, list(edit.replaced[id(node)]), renamed)
+            return
+        if node is not None and node.constant is not None and id(node.constant) in edit.dropped:
+            return
+        takes_renamed = node is not None and any(name in renamed for name in node.inputs)
+        if not takes_renamed and not (node is None or node.bodies or node.has_tensors):
+            out.add(Range(start, content.stop))
+            return
+        message = Pieces()
+        bodies = iter(() if node is None else node.bodies)
+        for number, at, inner in raw_fields(self.view, content):
+            if number == _NODE["attribute"]:
+                message.message(number, self._attribute(inner, node, bodies, renamed))
+            elif number == _NODE["input"] and takes_renamed:
+                name = bytes(self.view[inner.start : inner.stop]).decode("utf-8", "backslashreplace")
+                if name in renamed:
+                    message.add(encode(schema.NODE, input=renamed[name]))
+                else:
+                    message.add(Range(at, inner.stop))
+            else:
+                message.add(Range(at, inner.stop))
+        out.message(field, message)
+
+    def _attribute(
+        self, where: Range, node: Node | None, bodies: Iterator[Graph], renamed: Mapping[str, str]
+    ) -> Pieces:
+        out = Pieces()
+        known = [] if node is None or node.constant is None else [node.constant]
+        for number, start, content in raw_fields(self.view, where):
+            if number in (_ATTRIBUTE["g"], _ATTRIBUTE["graphs"]):
+                out.message(number, self._graph(content, next(bodies, None), renamed))
+            elif number in (_ATTRIBUTE["t"], _ATTRIBUTE["tensors"]):
+                header = known.pop() if known else tensor_header(self.view, content)
+                out.message(number, self._tensor(content, header))
+            else:
+                out.add(Range(start, content.stop))
+        return out
+
+    def _tensor(self, where: Range, header: TensorHeader) -> Pieces:
+        """A TensorProto of the file, as it is or with its payload in another place."""
+        out = Pieces()
+        dtype = schema.DTYPES.get(header.data_type)
+        was_external = header.is_external
+        if dtype is None and header.external is None:
+            out.add(where)
+            return out
+        tensor = self.payloads.tensor(header)
+        is_external = self.external.takes(tensor.nbytes, was_external)
+        if not is_external and header.external is None:
+            out.add(where)
+            return out
+        owner, model_tensor = self.owners.get(id(header), (None, tensor))
+        payload = Payload(tensor.nbytes, model_tensor, owner)
+        for number, start, content in raw_fields(self.view, where):
+            if number not in _PAYLOAD_FIELDS:
+                out.add(Range(start, content.stop))
+        self._add_payload(out, payload, is_external)
+        return out
+
+    def _new_tensor(self, new: NewInitializer) -> Pieces:
+        out = Pieces()
+        out.add(tensor_head(new.name, new.dtype, new.shape, new.properties))
+        self._add_payload(out, new.payload, self.external.takes(new.payload.nbytes, None))
+        return out
+
+    def _add_payload(self, out: Pieces, payload: Payload, is_external: bool) -> None:
+        if is_external:
+            out.add(self.external.place(payload))
+        else:
+            out.add(bytes_head(_RAW_DATA, payload.nbytes))
+            out.add(payload)
+
+    def _refuse_external_sparse(self, where: Range) -> None:
+        found = decode(self.view, where, schema.SPARSE_TENSOR)
+        for content in found.ranges("values") + found.ranges("indices"):
+            header = tensor_header(self.view, content)
+            if header.external is not None:
+                message = "is a sparse initializer with external data, which cannot be written"
+                raise Unsupported(message, tensor=header.name)
+
+    def _name(self, where: Range) -> str:
+        return next((text for number, text in self._texts(where) if number == 1), "")
+
+    def _texts(self, where: Range) -> Iterator[tuple[int, str]]:
+        for number, _, content in raw_fields(self.view, where):
+            yield number, bytes(self.view[content.start : content.stop]).decode("utf-8", "backslashreplace")
+
+
+def _inside(renamed: Mapping[str, str], graph: Graph | None, edit: GraphEdit) -> Mapping[str, str]:
+    """The values that have other names inside a graph: those of the graphs around it unless it has its own of that
+    name, and its own."""
+    if not renamed or graph is None:
+        return edit.renamed
+    own = {*graph.inputs, *(header.name for header in graph.initializers)}
+    own.update(name for node in graph.nodes for name in node.outputs)
+    return {old: new for old, new in renamed.items() if old not in own} | edit.renamed
+
+
+def _opset_import(field: int, domain: str, version: int) -> bytes:
+    content = encode(schema.OPERATOR_SET, domain=domain, version=version)
+    return bytes_head(field, len(content)) + content
+
+
+def _numbers(message: str) -> Mapping[str, int]:
+    return {name: found.number for name, found in getattr(schema, message).fields.items()}
+
+
+_MODEL, _GRAPH, _NODE, _ATTRIBUTE = (_numbers(name) for name in ("MODEL", "GRAPH", "NODE", "ATTRIBUTE"))
+_FUNCTION, _TRAINING = _numbers("FUNCTION"), _numbers("TRAINING")
+_RAW_DATA = schema.TENSOR.fields["raw_data"].number
