@@ -119,7 +119,11 @@ def leaky_relu(b: Builder, op: Operator) -> None:
 def hard_swish(b: Builder, op: Operator) -> None:
     """HARD_SWISH: x * relu6(x + 3) / 6."""
     value, first = _either(b, op.input(0))
-    b.write(op.outputs[0], b.emit("HardSwish", [value]), first=first)
+    if b.opset >= 14:
+        result = b.emit("HardSwish", [value])
+    else:
+        result = b.emit("Mul", [value, b.emit("HardSigmoid", [value], alpha=1 / 6, beta=0.5)])
+    b.write(op.outputs[0], result, first=first)
 
 
 def gelu(b: Builder, op: Operator) -> None:

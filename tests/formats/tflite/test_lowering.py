@@ -1,0 +1,183 @@
+"""TFLite models as ONNX models that run: structure, names, options; what they compute is in test_lowering_operators."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import converters
+from converters.errors import Unsupported, UsageError
+from formats.tflite import schema
+from formats.tflite.lowering.documentation import BEGIN, END, PAGE, table
+from formats.tflite.lowering.operators import LOWERINGS
+from formats.tflite.options import OPTIONS
+from tests.formats.tflite.models import FIXTURES, MODELS, ints, operator, subgraph, tensor, whole
+
+TYPES = onnx.TensorProto
+
+
+def converted(name: str, folder: Path, **options: object) -> onnx.ModelProto:
+    """The fixture's ONNX model, verified and checked."""
+    target = folder / f"{name}.onnx"
+    converters.convert(FIXTURES / f"{name}.tflite", target, verify=True, **options)
+    onnx.checker.check_model(str(target), full_check=True)
+    return onnx.load(target)
+
+
+def operators(made: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in made.graph.node)
+
+
+def ports(values: object) -> list[tuple[str, int, list[int]]]:
+    return [(v.name, v.type.tensor_type.elem_type, [d.dim_value for d in v.type.tensor_type.shape.dim]) for v in values]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("types_zoo", "external_buffer")])
+def test_every_fixture_becomes_a_model_that_is_valid(name, tmp_path):
+    made = converted(name, tmp_path)
+    assert made.graph.node
+    assert made.opset_import[0].version >= 21
+
+
+def test_int4_weights_stay_int4_where_they_are_stored(tmp_path):
+    made = converted("cnn_int4_per_channel", tmp_path)
+    assert [i.data_type for i in made.graph.initializer if len(i.dims) > 1].count(TYPES.INT4) == 3
+    assert operators(made)["DequantizeLinear"] == 3
+    source = converters.load(FIXTURES / "cnn_int4_per_channel.tflite")
+    dense = next(t for t in source.values() if t.uses and t.uses[0].operator == "FULLY_CONNECTED" and t.quantization)
+    stored = next(i for i in made.graph.initializer if i.name == dense.name)
+    assert stored.raw_data == dense.packed().tobytes()
+
+
+def test_names_and_shapes_of_the_ends_survive(tmp_path):
+    made = converted("cnn_int8_full", tmp_path)
+    (source,), (result,) = ports(made.graph.input), ports(made.graph.output)
+    assert (source[1], result[1]) == (TYPES.INT8, TYPES.INT8)
+    assert source[2][0] == 1
+    assert source[2][-1] < source[2][1]  # channels last
+    assert ":0" in source[0]
+    assert ":0" in result[0]
+
+
+@pytest.mark.parametrize("name", ["cnn_int4_per_channel", "cnn_int8_full"])
+def test_hardly_a_transpose(name, tmp_path):
+    assert operators(converted(name, tmp_path))["Transpose"] <= 2
+
+
+def test_channels_first_at_the_ends(tmp_path):
+    (last,) = ports(converted("cnn_int8_full", tmp_path).graph.input)
+    made = converted("cnn_int8_full", tmp_path, layout="nchw")
+    (first,) = ports(made.graph.input)
+    assert first[2] == [last[2][axis] for axis in (0, 3, 1, 2)]
+    assert operators(made)["Transpose"] <= 1
+
+
+def test_weights_for_matmul_nbits(tmp_path):
+    for options in ({"weights": "matmulnbits"}, {"layout": "matmulnbits"}):
+        made = converted("mlp_int4_blockwise", tmp_path, **options)
+        assert operators(made)["MatMulNBits"] == 2
+
+
+def test_dequantizing_gives_a_plain_float_model(tmp_path):
+    made = converted("cnn_int4_per_channel", tmp_path, dequantize="float32")
+    assert "DequantizeLinear" not in operators(made)
+    assert {i.data_type for i in made.graph.initializer} <= {TYPES.FLOAT, TYPES.INT64}
+
+
+def test_quantizing_on_request(tmp_path):
+    made = converted("mlp_float32", tmp_path, quantize="int4,block=16")
+    assert Counter(i.data_type for i in made.graph.initializer)[TYPES.INT4] == 2
+
+
+def test_signatures(tmp_path):
+    names = list(converters.load(FIXTURES / "two_signatures.tflite").graph.signatures)
+    assert len(names) == 2
+    made = [converted("two_signatures", tmp_path, signature=name) for name in names]
+    assert ports(made[0].graph.output) != ports(made[1].graph.output) or str(made[0]) != str(made[1])
+    with pytest.raises(Unsupported, match=f"has no signature 'nope': it has '{names[0]}', '{names[1]}'"):
+        converters.convert(FIXTURES / "two_signatures.tflite", tmp_path / "m.onnx", signature="nope")
+
+
+def test_weights_alone_on_request(tmp_path):
+    made = converted("cnn_int4_per_channel", tmp_path, graph=False)
+    assert not made.graph.input
+    assert len(made.graph.output) == len(converters.load(FIXTURES / "cnn_int4_per_channel.tflite"))
+    with pytest.raises(UsageError, match="weights=matmulnbits is for models with a graph"):
+        converters.convert(FIXTURES / "mlp_float32.tflite", tmp_path / "m.onnx", graph=False, weights="matmulnbits")
+
+
+def unknown_operators(path: Path) -> Path:
+    """A model of an operator without a lowering, twice, and of one with."""
+    tensors = [tensor(name, "FLOAT32", (2, 3)) for name in ("x", "y", "z", "out")]
+    steps = [operator(0, [0], [1]), operator(0, [1], [2]), operator(1, [2], [3])]
+    graph = subgraph(tensors, steps, [0]) | {schema.SubGraph.outputs.slot: ints(3)}
+    path.write_bytes(whole([graph], [b""], ["MATRIX_DIAG", "RELU"]))
+    return path
+
+
+def test_unknown_operators_are_named_and_counted_before_anything_is_written(tmp_path):
+    source = unknown_operators(tmp_path / "m.tflite")
+    with pytest.raises(Unsupported, match=r"operators that do not become ONNX: MATRIX_DIAG \(2 times\); --opt graph"):
+        converters.convert(source, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_unknown_operators_as_they_are(tmp_path):
+    converters.convert(unknown_operators(tmp_path / "m.tflite"), tmp_path / "m.onnx", custom="acme")
+    made = onnx.load(tmp_path / "m.onnx")
+    assert [(n.domain, n.op_type) for n in made.graph.node] == [
+        ("acme", "MATRIX_DIAG"),
+        ("acme", "MATRIX_DIAG"),
+        ("", "Relu"),
+    ]
+    assert {each.domain for each in made.opset_import} == {"", "acme"}
+
+
+def test_all_lowerings_are_of_operators_that_there_are():
+    assert set(LOWERINGS) <= set(schema.BUILTIN_OPERATORS)
+    assert set(OPTIONS) <= set(LOWERINGS)
+
+
+def test_the_page_has_the_table():
+    found = re.search(f"{BEGIN}(.*){END}", PAGE.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    assert found[1] == table(), "run `python -m formats.tflite.lowering.documentation`"
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("operator_name", sorted(OPTIONS))
+def test_options_have_the_official_slots_and_defaults(operator_name):
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as official
+
+    from tests.formats.tflite.one_operator import options_class
+
+    name = options_class(operator_name)
+    spelled = {"fused_activation": "fused_activation_function"}
+    for option, where in OPTIONS[operator_name].items():
+        builder = flatbuffers.Builder(64)
+        value = builder.CreateString("x") if where.format in ("s", "[i") else 1 - int(where.default)
+        getattr(official, f"{name}Start")(builder)
+        word = "".join(part[:1].upper() + part[1:] for part in spelled.get(option, option).split("_"))
+        getattr(official, f"{name}Add{word}")(builder, value)
+        builder.Finish(getattr(official, f"{name}End")(builder))
+        content = np.frombuffer(bytes(builder.Output()), np.uint8)
+        written = schema.Table.root(content)
+        slots = [slot for slot in range(32) if written.position_of(slot) is not None]
+        assert slots == [where.slot], option
+        empty = getattr(official, f"{name}T")()
+        stored = [v for k, v in vars(empty).items() if k.lower() == word.lower()]
+        assert where.format in ("s", "[i") or float(stored[0] or 0) == where.default, option
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in ("types_zoo", "external_buffer", "container")])
+def test_models_compute_what_litert_computes(name, tmp_path):
+    converted(name, tmp_path)
+    for output in converters.compare_outputs(FIXTURES / f"{name}.tflite", tmp_path / f"{name}.onnx", seed=1):
+        assert output.relative <= 0.02 or (output.steps is not None and output.steps <= 3), output
