@@ -326,6 +326,17 @@ def test_damaged_anywhere(tmp_path_factory, changes, ours):
         decode_all(folder / "damaged.onnx")
 
 
+@pytest.mark.parametrize("field", [2, 3, 8])
+def test_attributes_that_are_packed_and_hold_nothing(field, tmp_path):
+    """Found by the test below: an integer, or a float, as an array without any."""
+    attribute = encode_field(1, b"axis") + encode_field(field, b"")
+    node = encode_field(1, b"q") + encode_field(2, b"y") + encode_field(4, b"Relu") + encode_field(5, attribute)
+    (tmp_path / "m.onnx").write_bytes(
+        b"\x08\x0a" + encode_field(7, encode_field(1, node) + encode_field(11, b"\x0a\x01q"))
+    )
+    assert not read(tmp_path / "m.onnx")
+
+
 FIXTURES = sorted((Path(__file__).parents[3] / "fixtures" / "onnx").glob("*.onnx"))
 
 
