@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 import converters
+from benchmarks import quantize
 from benchmarks.measure import Row, by_turns, command, table
 from converters.ir import Model, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 
@@ -91,7 +92,7 @@ def main() -> None:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = [*start_up(folder), *c_text(folder), *dequantize()]
+        rows = [*start_up(folder), *c_text(folder), *dequantize(), *quantize.rows(folder)]
     text = table(rows)
     print(text)
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"

@@ -6,12 +6,19 @@ weight.codes(), weight.quantization.scale.numpy(), weight.dequantize("float32")
 converters.convert("model.tflite", "weights.h", "weights.safetensors", "weights.onnx")
 """
 
-from converters.api import Conversion, convert, load, save, verify
+from typing import TYPE_CHECKING, Any
+
+from converters.api import Conversion, compare_outputs, convert, load, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
 
+if TYPE_CHECKING:
+    from converters.quantize import Accuracy
+    from converters.scheme import Scheme
+
 __all__ = [
+    "Accuracy",
     "Comparison",
     "Conversion",
     "Difference",
@@ -19,9 +26,21 @@ __all__ = [
     "Loss",
     "Model",
     "Quantization",
+    "Scheme",
     "Tensor",
+    "compare_outputs",
     "convert",
     "load",
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Quantization is imported when it is asked for: most programs need none, and start faster."""
+    module = {"Accuracy": "converters.quantize", "Scheme": "converters.scheme"}.get(name)
+    if module is None:
+        raise AttributeError(f"module 'converters' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(module), name)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
-from converters import pipeline, plugins
+from converters import pipeline, plugins, running
 from converters.comparison import Comparison, compare
 from converters.errors import UsageError, VerificationFailed
 from converters.interfaces import OutputFile, Progress, Validating
 from converters.ir import Loss, Model
 from converters.options import describe
+from converters.running import OutputDifference
+
+if TYPE_CHECKING:  # quantization is imported when it is asked for
+    from converters.quantize import Accuracy
+    from converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
 
@@ -24,14 +30,16 @@ AnyPath = str | os.PathLike[str]
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, the
-    writers' notes (hints and warnings, a sentence each) and reports (lines of text), and with `verify`, for each
-    target, the comparison with what was re-read from it (None: the format has no reader)."""
+    writers' notes (hints and warnings, a sentence each) and reports (lines of text), with `quantize` how well codes
+    stand for the floats, tensor by tensor, and with `verify`, for each target, the comparison with what was re-read
+    from it (None: the format has no reader)."""
 
     source: Path
     files: tuple[OutputFile, ...]
     losses: tuple[Loss, ...]
     notes: tuple[str, ...] = ()
     report: tuple[str, ...] = ()
+    quantized: tuple[Accuracy, ...] = ()
     verified: Mapping[Path, Comparison | None] = field(default_factory=dict)
 
 
@@ -41,9 +49,12 @@ def load(path: AnyPath) -> Model:
     return pipeline.read(Path(path))
 
 
-def save(model: Model, path: AnyPath, *, to: str | None = None, **options: Any) -> Conversion:
-    """Writes a model to one file; the extension, or the format's name in `to`, picks the writer."""
-    return _convert(model, [Path(path)], to=to, options=options)
+def save(
+    model: Model, path: AnyPath, *, to: str | None = None, quantize: str | Scheme | None = None, **options: Any
+) -> Conversion:
+    """Writes a model to one file; the extension, or the format's name in `to`, picks the writer. `quantize` is as for
+    `convert`."""
+    return _convert(model, [Path(path)], to=to, quantize=_scheme(quantize), options=options)
 
 
 def convert(
@@ -51,6 +62,7 @@ def convert(
     *targets: AnyPath,
     to: str | None = None,
     dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     verify: bool = False,
@@ -62,15 +74,17 @@ def convert(
     """Converts a file to one or several targets in one read.
 
     `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
-    plain floats; `only` and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares
-    every value, where its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only;
-    other keyword arguments are the writers' own options. Raises converters.Error.
+    plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only` and `skip` are shell patterns
+    of tensor names; `verify` re-opens what was written and compares every value, where its format can be read;
+    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; other keyword arguments are the writers' own
+    options. Raises converters.Error.
     """
     return _convert(
         load(source),
         [Path(target) for target in targets],
         to=to,
         dequantize=None if dequantize is None else np.dtype(dequantize),
+        quantize=_scheme(quantize),
         only=only,
         skip=skip,
         verify=verify,
@@ -87,12 +101,29 @@ def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None 
     return compare(first, second, progress)
 
 
+def compare_outputs(
+    a: AnyPath, b: AnyPath, *, inputs: AnyPath | Mapping[str, NDArray[Any]] | None = None, seed: int = 0
+) -> list[OutputDifference]:
+    """Runs two models, TFLite ones by LiteRT and ONNX ones by onnxruntime, on the same inputs and compares their
+    outputs. `inputs` are arrays by the first model's names, or an .npz file of such; random where there are none.
+    Raises converters.Error, which names the package to install where a runtime is missing."""
+    if inputs is None or isinstance(inputs, Mapping):
+        return running.compare_outputs(Path(a), Path(b), inputs, seed)
+    try:
+        with np.load(inputs, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"cannot be read as arrays by name (.npz): {error}", path=Path(inputs)) from error
+    return running.compare_outputs(Path(a), Path(b), arrays, seed)
+
+
 def _convert(
     model: Model,
     targets: Sequence[Path],
     *,
     to: str | None = None,
     dequantize: np.dtype[Any] | None = None,
+    quantize: Scheme | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     verify: bool = False,
@@ -109,6 +140,7 @@ def _convert(
         model,
         [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
         dequantize=dequantize,
+        quantize=quantize,
         only=only,
         skip=skip,
     )
@@ -124,11 +156,24 @@ def _convert(
     pipeline.run(planned, progress)
     written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
     conversion = replace(conversion, files=written)
-    if not verify:
+    if verify:
+        verified = {output.target.path: _verified(output) for output in planned}
+        checked = [output.plan for output in planned if isinstance(output.plan, Validating)]
+        hints = tuple(hint for plan in checked for hint in plan.validate())
+        conversion = replace(conversion, verified=verified, notes=(*conversion.notes, *hints))
+    if quantize is None:
         return conversion
-    verified = {output.target.path: _verified(output) for output in planned}
-    hints = tuple(hint for output in planned if isinstance(output.plan, Validating) for hint in output.plan.validate())
-    return replace(conversion, verified=verified, notes=(*conversion.notes, *hints))
+    from converters.quantize import accuracy
+
+    return replace(conversion, quantized=accuracy(planned[0].model))
+
+
+def _scheme(quantize: str | Scheme | None) -> Scheme | None:
+    if not isinstance(quantize, str):
+        return quantize
+    from converters.scheme import parse_scheme
+
+    return parse_scheme(quantize)
 
 
 def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:

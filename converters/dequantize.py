@@ -74,7 +74,9 @@ def dequantized(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
         part.release()
         return values[start - first * row_bytes : stop - first * row_bytes]
 
-    return replace(tensor, dtype=dtype, data=Computed(tensor.size * itemsize, compute), quantization=None)
+    return replace(
+        tensor, dtype=dtype, data=Computed(tensor.size * itemsize, compute, tuple(tensor.stored())), quantization=None
+    )
 
 
 def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:

@@ -8,12 +8,13 @@ their place, all or none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters.ir import Loss, Model, Tensor
 
@@ -62,6 +63,31 @@ class Reader(Protocol):
 
     def read(self, path: Path) -> Model:
         """The model in `path`, headers only; raises converters.errors.Error for whatever is wrong with the file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunPort:
+    """An input or output of a model that can be run; `scale` is that of its codes where it is quantized. Sizes that the
+    model leaves open are 1."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    scale: float | None = None
+
+
+class Runner(Protocol):
+    """Runs one model by its format's own runtime. Constructed with the model's path."""
+
+    @property
+    def inputs(self) -> Sequence[RunPort]: ...
+
+    @property
+    def outputs(self) -> Sequence[RunPort]: ...
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """The outputs by name, for inputs by name. Raises Unsupported when the runtime refuses."""
         ...
 
 

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, FileRange, InMemory
+from converters.storage import Data, InMemory, Releasable
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -348,9 +348,15 @@ class Tensor:
             yield part
             part.release()
 
+    def stored(self) -> Iterator[Data]:
+        """Its data and those of all its parameters, theirs included."""
+        yield self.data
+        for _, parameter in () if self.quantization is None else self.quantization.parameters():
+            yield from parameter.stored()
+
     def release(self) -> None:
-        """Lets the system drop the pages of mapped files that were read for this tensor and its parameters."""
-        if isinstance(self.data, FileRange | _Part):
+        """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
+        if isinstance(self.data, Releasable):
             self.data.release(0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
@@ -379,6 +385,15 @@ class Metadata:
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     opsets: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightPlace:
+    """An initializer of a graph that is a tensor of the model as it was read: decoded if that is quantized, and with
+    its axes in the order of `permutation` (None: as they are)."""
+
+    tensor: Tensor
+    permutation: tuple[int, ...] | None = None
 
 
 class Graph(Protocol):
@@ -442,9 +457,14 @@ class _Part:
     start: int
     nbytes: int
 
+    @property
+    def sources(self) -> tuple[Data, ...]:
+        """What it is a range of."""
+        return (self.data,)
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, FileRange | _Part):
+        if isinstance(self.data, Releasable):
             self.data.release(self.start + start, self.start + stop)

@@ -30,6 +30,11 @@ SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
 #: How the elements of a byte are spread over the bytes of a wider word: (shift left and merge, then mask), in turn.
 _SPREAD = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
 
+#: The word that has a byte for each of a byte's elements; its bits that are codes once they are spread.
+_WORDS: Mapping[int, np.dtype[Any]] = MappingProxyType({4: np.dtype("<u2"), 2: np.dtype("<u4")})
+_CODES = {bits: shifts[-1][1] for bits, shifts in _SPREAD.items()}
+_PIECE = 1 << 16
+
 
 def bits_of(dtype: np.dtype[Any]) -> int:
     """Bits that one element takes in canonical bytes: 2 or 4 for the sub-byte dtypes, else 8 times the item size."""
@@ -45,8 +50,7 @@ class Workspace:
     """Memory for unpacking up to `nbytes` canonical bytes at a time: allocating it anew costs as much as the work."""
 
     def __init__(self, dtype: np.dtype[Any], nbytes: int) -> None:
-        word = np.dtype({4: "<u2", 2: "<u4"}[SUB_BYTE[dtype][0]])  # of as many bytes as a byte has elements
-        self._words = np.empty((2, nbytes), word)
+        self._words = np.empty((2, nbytes), _WORDS[SUB_BYTE[dtype][0]])
 
     def of(self, nbytes: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Two arrays of shape (nbytes,)."""
@@ -90,11 +94,16 @@ def pack(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
 
     Only the low `bits` bits of each element count, so that signed and unsigned codes go the same way.
     """
-    per_byte = 8 // bits
-    flat = np.asarray(codes).reshape(-1).astype(np.uint8, copy=False) & np.uint8((1 << bits) - 1)
-    if flat.size % per_byte:
-        flat = np.concatenate([flat, np.zeros(per_byte - flat.size % per_byte, np.uint8)])
-    packed = flat[0::per_byte].copy()
-    for i in range(1, per_byte):
-        packed |= flat[i::per_byte] << np.uint8(i * bits)
+    flat = np.ascontiguousarray(codes).reshape(-1)
+    flat = flat.view(np.uint8) if flat.dtype.itemsize == 1 else flat.astype(np.uint8)
+    missing = -flat.size % (8 // bits)
+    if missing:
+        flat = np.concatenate([flat, np.zeros(missing, np.uint8)])
+    packed = np.empty(packed_size(flat.size, bits), np.uint8)
+    words = flat.view(_WORDS[bits])
+    for start in range(0, words.size, _PIECE):  # pieces stay in the processor's cache
+        wide = words[start : start + _PIECE] & _WORDS[bits].type(_CODES[bits])
+        for shift, _ in reversed(_SPREAD[bits]):  # a byte of each of a word's elements comes to lie in its lowest
+            wide |= wide >> shift
+        packed[start : start + _PIECE] = wide
     return packed

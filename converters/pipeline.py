@@ -1,6 +1,6 @@
 """The graph: one reader, stages, one or several writers fed from one read. Plans from headers alone, then runs.
 
-    model = select(read(path)) -> dequantize -> [fit to what each writer can hold -> plan] -> write
+    model = select(read(path)) -> dequantize or quantize -> [fit to what each writer can hold -> plan] -> write
 
 A stage is Model -> Model and lazy. Planning touches no payload: it decides what each writer will write, how large it
 will be and what is lost on the way. Running hands each tensor, once, to every writer's sink.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,10 @@ from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
 from converters.ir import Loss, Model, Tensor
 from converters.options import parse
-from converters.storage import Computed, InMemory, MappedFile
+from converters.storage import FileRange, InMemory, MappedFile, files_of
+
+if TYPE_CHECKING:  # quantization is imported when it is asked for
+    from converters.scheme import Scheme
 
 _CACHED_BYTES = 1 << 26
 
@@ -96,17 +99,26 @@ def plan(
     targets: Sequence[Target],
     *,
     dequantize: np.dtype[Any] | None = None,
+    quantize: Scheme | None = None,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> list[PlannedOutput]:
     """What each target will get; reads no payload. Raises UsageError, Unsupported or RefusedLoss when a target is
     impossible: an output that is an input, two outputs on one path, something that a writer cannot hold."""
+    if dequantize is not None and quantize is not None:
+        raise UsageError(
+            f"dequantize and quantize exclude each other: '{quantize},requantize' quantizes what is quantized already"
+        )
     model = select(model, only, skip)
     if not model.tensors:
         nothing = Loss("", "dropped", "it has no constant weights, so that what is written holds no tensor")
         model = replace(model, losses=(*model.losses, nothing))
     if dequantize is not None:
         model = dequantize_model(model, dequantize)
+    if quantize is not None:
+        from converters.quantize import quantize_model
+
+        model = quantize_model(model, quantize)
     planned = []
     for target in targets:
         writer = plugins.writer(target.format)
@@ -198,7 +210,7 @@ def _shared(name: str, sinks: Sequence[tuple[Any, Model]]) -> Iterator[tuple[Any
 
 
 def _in_memory(tensor: Tensor) -> Tensor:
-    if isinstance(tensor.data, Computed) and tensor.nbytes <= _CACHED_BYTES:
+    if not isinstance(tensor.data, InMemory | FileRange) and tensor.nbytes <= _CACHED_BYTES:
         return replace(tensor, data=InMemory(tensor.packed()))
     return tensor
 
@@ -247,8 +259,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 def _mapped_files(model: Model) -> Iterator[MappedFile]:
     """The files that the tensors' data lie in (external data lies beside the source)."""
     seen: set[int] = set()
-    for tensor in model.values():
-        file = getattr(tensor.data, "file", None)
-        if isinstance(file, MappedFile) and id(file) not in seen:
+    for file in chain.from_iterable(files_of(data) for tensor in model.values() for data in tensor.stored()):
+        if id(file) not in seen:
             seen.add(id(file))
             yield file

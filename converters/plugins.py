@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from converters.errors import CorruptFile, MissingDependency, UsageError
-from converters.interfaces import Reader, Writer
+from converters.interfaces import Reader, Runner, Writer
 
 ENTRY_POINT_GROUP = "nibblecast.formats"
 
@@ -36,8 +36,8 @@ class Magic:
 class Format:
     """A format: how to recognise it, and where its code is.
 
-    `magic` are alternatives; `reader` and `writer` are "module:Class" (empty: there is none); `install` says what to
-    install when the module's imports fail.
+    `magic` are alternatives; `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and
+    `install_runner` say what to install when the module's imports fail.
     """
 
     name: str
@@ -47,6 +47,8 @@ class Format:
     reader: str = ""
     writer: str = ""
     install: str = ""
+    runner: str = ""
+    install_runner: str = ""
 
 
 FORMATS = (
@@ -64,6 +66,8 @@ FORMATS = (
         (Magic(0, b"\x08"),),
         reader="formats.onnx.reader:OnnxReader",
         writer="formats.onnx.writer:OnnxWriter",
+        runner="formats.onnx.runner:OnnxRuntimeRunner",
+        install_runner="pip install onnxruntime",
     ),
     Format(
         "safetensors",
@@ -79,6 +83,8 @@ FORMATS = (
         (".tflite", ".task", ".litertlm"),
         (Magic(4, b"TFL3"), Magic(0, b"LITERTLM"), Magic(0, b"PK\x03\x04")),
         reader="formats.tflite.reader:TFLiteReader",
+        runner="formats.tflite.runner:LiteRTRunner",
+        install_runner="pip install ai-edge-litert",
     ),
 )
 
@@ -178,6 +184,20 @@ def writer(format: Format) -> Writer:
     if not format.writer:
         raise UsageError(f"format '{format.name}' cannot be written: {format.description}")
     return cast("Writer", _load(format, format.writer))
+
+
+def runner(format: Format, path: Path) -> Runner:
+    """The model at `path` in its format's runtime. Raises UsageError where the format has none, MissingDependency where
+    it is not installed."""
+    if not format.runner:
+        runnable = ", ".join(f.name for f in all_formats().values() if f.runner)
+        raise UsageError(f"models of format '{format.name}' cannot be run: those of {runnable} can", path=path)
+    module, _, name = format.runner.partition(":")
+    try:
+        return cast("Runner", getattr(import_module(module), name)(path))
+    except ImportError as error:
+        message = f"running format '{format.name}' needs a package that is missing ({error}): {format.install_runner}"
+        raise MissingDependency(message) from error
 
 
 def _known_built_in() -> Mapping[str, Format]:

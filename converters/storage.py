@@ -6,7 +6,7 @@ One small interface, `Data`: how many bytes there are, and any range of them as 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -31,6 +31,15 @@ class Data(Protocol):
         ...
 
 
+@runtime_checkable
+class Releasable(Protocol):
+    """Data that can let go of memory."""
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of what bytes [start, stop) take; a later `read` brings them back."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class InMemory:
     """Bytes that are already here: `array` is uint8 of shape (nbytes,)."""
@@ -52,10 +61,12 @@ class InMemory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
-    """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop)."""
+    """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
+    are the data that it reads."""
 
     nbytes: int
     compute: Callable[[int, int], NDArray[np.uint8]]
+    sources: tuple[Data, ...] = ()
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.compute(start, stop)
@@ -111,3 +122,12 @@ class FileRange:
         if self.file.mapping is not None and stop > start:
             first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
             self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop - first)
+
+
+def files_of(data: Data) -> Iterator[MappedFile]:
+    """The files that data are read from, be it through computations."""
+    file = getattr(data, "file", None)
+    if isinstance(file, MappedFile):
+        yield file
+    for source in getattr(data, "sources", ()):
+        yield from files_of(source)

@@ -82,6 +82,7 @@ def test_the_table_is_alphabetical() -> None:
         (
             ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.h"],
             [
+                "converters.quantize",
                 "formats.cheader.reader",
                 "onnx",
                 "onnx_ir",

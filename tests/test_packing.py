@@ -65,3 +65,16 @@ def test_ml_dtypes_agrees_on_signedness_and_width() -> None:
 def test_pack_takes_any_shape_and_any_memory_order() -> None:
     codes = np.arange(12, dtype=np.int8).reshape(3, 4) % 8
     np.testing.assert_array_equal(pack(codes.T, 4), pack(np.ascontiguousarray(codes.T), 4))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("size", [(1 << 19) - 1, (1 << 19) + 5])
+def test_pack_of_more_than_one_piece_is_that_of_every_element(bits: int, size: int) -> None:
+    codes = np.random.default_rng(0).integers(-128, 128, size).astype(np.int8)
+    packed = pack(codes, bits)
+    per_byte, mask = 8 // bits, (1 << bits) - 1
+    for i in range(per_byte):
+        np.testing.assert_array_equal(
+            (packed >> (bits * i))[: len(codes[i::per_byte])] & mask, codes[i::per_byte] & mask
+        )
+        assert packed[-1] >> (bits * i) == 0 or (packed.size - 1) * per_byte + i < size

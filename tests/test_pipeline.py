@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,17 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is the input as well as an output"):
             converters.convert(source, target)
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("dequantize", [None, "float32"])
+def test_an_output_that_holds_data_of_the_input_is_refused(tmp_path: Path, dequantize: str | None) -> None:
+    for name in ("external_buffer.tflite", "external_buffer.weights.bin"):
+        shutil.copy(FIXTURES / name, tmp_path / name)
+    target = tmp_path / "external_buffer.weights.bin"
+    before = target.read_bytes()
+    with pytest.raises(UsageError, match="is the input as well as an output"):
+        converters.convert(tmp_path / "external_buffer.tflite", target, to="safetensors", dequantize=dequantize)
+    assert target.read_bytes() == before
 
 
 def test_two_outputs_on_one_path_are_refused(tmp_path: Path) -> None:

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, Quiet, Source, human_bytes, key_values, print_json, progress_bar
+from converters.cli.arguments import (
+    Json,
+    Quiet,
+    Source,
+    human_bytes,
+    key_values,
+    print_json,
+    progress_bar,
+    table_console,
+)
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError, printable
 
+if TYPE_CHECKING:
+    from converters.quantize import Accuracy
+
 _SHOWN_LOSSES = 10
+_SHOWN_TENSORS = 10
 
 
 def convert(
@@ -23,6 +38,9 @@ def convert(
     to: Annotated[str | None, typer.Option(help="The format to write, when the suffix does not tell.")] = None,
     dequantize: Annotated[
         str | None, typer.Option(help="Turn codes into plain float32 (the default), float16 or bfloat16.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Turn float weights into codes: int4,block=32 or int8,per-channel,mse, say.")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
@@ -45,6 +63,7 @@ def convert(
             *targets,
             to=to,
             dequantize=None if dequantize is None else FLOAT_DTYPES[dequantize],
+            quantize=quantize,
             only=only or (),
             skip=skip or (),
             verify=verify,
@@ -76,6 +95,8 @@ def _print(conversion: api.Conversion, dry_run: bool) -> None:
                 f"verified {printable(str(path))}: {comparison.tensors} tensors, {comparison.elements} elements, "
                 f"{comparison.quantized} of the tensors code for code"
             )
+    if conversion.quantized:
+        _print_accuracy(conversion.quantized)
     for line in conversion.report:
         print(printable(line))
     for note in conversion.notes:
@@ -86,6 +107,28 @@ def _print(conversion: api.Conversion, dry_run: bool) -> None:
         print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
 
 
+def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
+    """The tensors with the lowest signal-to-noise ratio, and all of them together."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from converters.quantize import Accuracy
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("quantized", "to"):
+        table.add_column(column, overflow="fold")
+    for column in ("largest error", "mean square error", "signal to noise"):
+        table.add_column(column, justify="right")
+    worst = sorted(quantized, key=lambda each: each.signal_to_noise)[:_SHOWN_TENSORS]
+    total = replace(Accuracy.total(quantized), tensor=f"all {len(quantized)} tensors")
+    for each in (*worst, total) if len(quantized) > 1 else worst:
+        figures = f"{each.max_error:.3g}", f"{each.mean_square_error:.3g}", f"{each.signal_to_noise:.1f} dB"
+        table.add_row(Text(printable(each.tensor)), each.kind, *figures)
+    table_console().print(table)
+    if len(quantized) > len(worst):
+        print(f"{len(worst)} of {len(quantized)} tensors, the worst first; --json lists all")
+
+
 def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
     return {
         "source": str(conversion.source),
@@ -94,6 +137,17 @@ def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
         "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in conversion.losses],
         "notes": list(conversion.notes),
         "report": list(conversion.report),
+        "quantized": [
+            {
+                "tensor": each.tensor,
+                "to": each.kind,
+                "elements": each.elements,
+                "max_error": each.max_error,
+                "mean_square_error": each.mean_square_error,
+                "signal_to_noise_db": each.signal_to_noise if isfinite(each.signal_to_noise) else None,
+            }
+            for each in conversion.quantized
+        ],
         "verified": [
             {
                 "path": str(path),

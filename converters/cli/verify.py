@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,16 +11,29 @@ from converters import api
 from converters.cli.arguments import Json, print_json, progress_bar, table_console
 from converters.comparison import Comparison
 from converters.errors import ExitCode, printable
+from converters.running import OutputDifference
 
 _SHOWN = 50
+_FEW_STEPS = 3  # how far LiteRT's own kernels are from each other
 
 
 def verify(
     a: Annotated[Path, typer.Argument(help="A model file.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="The model file to compare it with.", show_default=False)],
+    run: Annotated[bool, typer.Option("--run", help="Run both, and compare what they compute.")] = False,
+    given: Annotated[
+        Path | None, typer.Option("--input", help="For --run: an .npz of inputs by their names; random without it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For --run: of the random inputs.")] = 0,
+    tolerance: Annotated[
+        float, typer.Option(help="For --run: how far outputs may be apart, in terms of the largest value.")
+    ] = 0.02,
     json: Json = False,
 ) -> None:
     """Compare two models: code for code where both are quantized, value for value otherwise. Exit 6 when different."""
+    if run:
+        _compare_outputs(a, b, given, seed, tolerance, json)
+        return
     with progress_bar("verify", quiet=json) as progress:
         comparison = api.verify(a, b, progress=progress)
     if json:
@@ -29,6 +42,39 @@ def verify(
         _print(comparison)
     if not comparison.equal:
         raise typer.Exit(ExitCode.VERIFICATION_FAILED)
+
+
+def _compare_outputs(a: Path, b: Path, given: Path | None, seed: int, tolerance: float, json: bool) -> None:
+    outputs = api.compare_outputs(a, b, inputs=given, seed=seed)
+    bad = [output for output in outputs if not _is_near(output, tolerance)]
+    if json:
+        print_json({"near": not bad, "outputs": [_output_document(output, tolerance) for output in outputs]})
+    else:
+        for output in outputs:
+            steps = "" if output.steps is None else f", {output.steps:g} quantization steps"
+            verdict = "  <- too far" if output in bad else ""
+            print(
+                f"{printable(output.name)}: apart by {output.largest:.3g} at most{steps}, by {output.mean:.3g} on "
+                f"average; the largest value is {output.scale_of_values:.3g}{verdict}"
+            )
+    if bad:
+        raise typer.Exit(ExitCode.VERIFICATION_FAILED)
+
+
+def _is_near(output: OutputDifference, tolerance: float) -> bool:
+    return output.relative <= tolerance or (output.steps is not None and output.steps <= _FEW_STEPS)
+
+
+def _output_document(output: OutputDifference, tolerance: float) -> dict[str, Any]:
+    return {
+        "name": output.name,
+        "shape": list(output.shape),
+        "largest_difference": output.largest,
+        "mean_difference": output.mean,
+        "largest_value": output.scale_of_values,
+        "quantization_steps": output.steps,
+        "near": _is_near(output, tolerance),
+    }
 
 
 def _print(comparison: Comparison) -> None:

@@ -17,9 +17,12 @@ from converters.ir import Tensor, is_integer
 from converters.packing import SUB_BYTE
 from formats.cheader import notation
 from formats.cheader.notation import NOTATIONS, Notation
+from formats.cheader.packings import DENSE, Packing, packing_for
 
-#: The worst case of a linker's layout: every array begins at a multiple of this.
+#: What data are aligned to; for all other arrays, the worst case of a linker's layout.
 ALIGNMENT = 16
+#: What `tail-padding` fills arrays up to: a vector of MVE has so many bytes.
+VECTOR = 16
 
 _CHUNK_BYTES = 1 << 20
 _INT32 = np.iinfo(np.int32)
@@ -117,18 +120,34 @@ class Array:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """What all arrays of a model have in common: how one-byte data are spelled."""
+    """What all arrays of a model have in common: how one-byte data are spelled, how codes narrower than a byte are
+    packed, what data are aligned to, the section (empty: none), whether arrays are filled up to whole vectors, and
+    whether they must do without literals of 64 bits."""
 
     style: Style = BYTES
+    packing: Packing = DENSE
+    alignment: int = ALIGNMENT
+    section: str = ""
+    tail_padding: bool = False
+    c90: bool = False
 
     def arrays_of(self, tensor: Tensor) -> tuple[Array, ...]:
         """The data and the parameters that there are."""
-        return (self.bytes_of(tensor, "data"), *_parameters(tensor))
+        return (self.bytes_of(tensor, "data"), *map(self.filled, _parameters(tensor)))
 
     def bytes_of(self, tensor: Tensor, role: str) -> Array:
         """The elements of `tensor` as they are stored, in the style of this model if it is one for them."""
-        array = replace(_data(tensor), role=role)
+        array = self.filled(_data(tensor, packing_for(tensor, self.packing)))
+        if self.c90:
+            array = replace(array, notation=notation.WITHOUT_LONG_LITERALS.get(array.notation.dtype, array.notation))
+        array = replace(array, role=role, alignment=max(self.alignment, array.notation.nbytes))
         return self.style.spell(array) if array.notation.nbytes == 1 and array.count else array
+
+    def filled(self, array: Array) -> Array:
+        """`array`, with zeros up to a whole vector where that is wanted."""
+        if not self.tail_padding:
+            return array
+        return replace(array, padding=-array.count % (VECTOR // array.notation.nbytes))
 
 
 def arrays_of(tensor: Tensor) -> tuple[Array, ...]:
@@ -183,8 +202,12 @@ def granularity_of(tensor: Tensor) -> tuple[str, int | None]:
     return "BLOCKWISE", None
 
 
-def _data(tensor: Tensor) -> Array:
+def _data(tensor: Tensor, packing: Packing) -> Array:
     spelling = NOTATIONS[tensor.dtype]
+    if packing != DENSE:
+        spelling = notation.INT8 if packing.unpacked and is_signed(tensor) else notation.UINT8
+        nbytes = packing.nbytes(tensor.shape, tensor.bits)
+        return Array("data", spelling, nbytes, tensor, packing.stored, nbytes)
     count = tensor.nbytes // spelling.nbytes
     return Array("data", spelling, count, tensor, partial(_stored, spelling.dtype), tensor.nbytes)
 

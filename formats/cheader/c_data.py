@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Error
+from converters.packing import SUB_BYTE, pack, packed_size, unpack
 from converters.storage import MappedFile
 from formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
 from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
+from formats.cheader.packings import Packing, in_other_order, row_of
 
 
 @dataclass(slots=True)
@@ -30,13 +34,15 @@ class Kept:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ElementData:
-    """The first `nbytes` bytes of an array's elements, read from its text when they are asked for; each element must be
-    below `limit`, where there is one. Words have their low byte first."""
+    """The first `nbytes` bytes of an array's elements, read from its text when they are asked for; each must be below
+    `limit`, where there is one, taken as `dtype`, however wide the words are that hold it. Words have their low byte
+    first."""
 
     array: ArrayText
     nbytes: int
     length: int | None
     tensor: str
+    dtype: np.dtype[Any]
     limit: int | None
     lines: Lines | None
     kept: Kept
@@ -85,9 +91,14 @@ class ElementData:
         if elements[last - first :].any():
             raise CorruptFile(f"{self.array.name} holds more than the {needed} elements that the table says")
         elements = elements[: last - first]
-        if self.limit is not None and elements.size and int(elements.max()) >= self.limit:
-            raise CorruptFile(f"{self.array.name} holds {elements.max()}; below {self.limit} is needed")
+        self._check_limit(elements)
         return elements
+
+    def _check_limit(self, elements: Elements) -> None:
+        if self.limit is not None and elements.size:
+            most = int(elements.view(f"u{self.dtype.itemsize}").max())
+            if most >= self.limit:
+                raise CorruptFile(f"{self.array.name} holds {most}; below {self.limit} is needed")
 
     def _fits(self, count: int) -> bool:
         """Whether so many elements are what is declared; a string may end in a NUL that is not written."""
@@ -99,3 +110,66 @@ class ElementData:
         stop = min(lines.start + -(-last // lines.per_line) * lines.stride, self.array.stop)
         if stop > start:
             self.file.range(start, stop - start).release(0, stop - start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedData:
+    """The canonical bytes of codes of `dtype`, narrower than a byte, and `shape`, which `stored` has in another
+    packing."""
+
+    stored: ElementData
+    packing: Packing
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return packed_size(prod(self.shape), self._bits)
+
+    @property
+    def file(self) -> MappedFile:
+        """The file that the text is in."""
+        return self.stored.file
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop). Raises CorruptFile when the text holds no such elements."""
+        if not self.packing.unpacked and not self.packing.rows_padded:
+            return in_other_order(self.stored.read(start, min(stop, self.nbytes)), self._bits)
+        per_byte = 8 // self._bits
+        first, last = start * per_byte, min(stop * per_byte, prod(self.shape))
+        read = self._unpacked if self.packing.unpacked else self._rows
+        return pack(read(first, max(first, last)), self._bits)
+
+    @property
+    def _bits(self) -> int:
+        return SUB_BYTE[self.dtype][0]
+
+    def _unpacked(self, first: int, last: int) -> NDArray[Any]:
+        """Codes [first, last), which have a byte each."""
+        bits, storage = SUB_BYTE[self.dtype]
+        codes: NDArray[Any] = self.stored.read(first, last).view(storage)
+        signed = storage == np.int8
+        least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+        for code in (codes.min(), codes.max()) if codes.size else ():
+            if not least <= code <= most:
+                raise self._corrupt(f"holds {code}, which is no code of {bits} bits")
+        return codes
+
+    def _rows(self, first: int, last: int) -> NDArray[Any]:
+        """Codes [first, last), each row of which begins at a byte."""
+        row, per_byte = row_of(self.shape), 8 // self._bits
+        padded = -(-row // per_byte) * per_byte
+        begin, end = (code // row * padded + code % row for code in (first, last))
+        origin = begin // per_byte
+        stored = self.stored.read(origin, -(-end // per_byte))
+        if self.packing.high_first:
+            stored = in_other_order(stored, self._bits)
+        codes = unpack(stored, self.dtype, stored.size * per_byte)[begin - origin * per_byte :][: end - begin]
+        is_code = np.resize(np.arange(padded) < row, begin % padded + codes.size)[begin % padded :]
+        if codes[~is_code].any():
+            raise self._corrupt("holds something behind the end of a row")
+        return codes[is_code]
+
+    def _corrupt(self, message: str) -> CorruptFile:
+        return CorruptFile(f"{self.stored.array.name} {message}", path=self.file.path, tensor=self.stored.tensor)

@@ -40,6 +40,9 @@ _FLOAT_LITERAL = re.compile(rb"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?
 _HEX_FLOAT_LITERAL = re.compile(rb"(0[xX][0-9A-Fa-f.]+[pP][+-]?[0-9]+)[fFlL]?")
 _OCTAL = re.compile(rb"(?:\A|,) *[+-]?0[0-9]+(?=,)")
 _LEAST = re.compile(rb"\(?-([0-9]+)[uUlL]*-1[uUlL]*\)?")
+_HALVES = re.compile(
+    rb"\bNIBBLECAST_(U?)INT64\s*+\(\s*+0[xX]([0-9A-Fa-f]{1,8})[uUlL]*+\s*+,\s*+0[xX]([0-9A-Fa-f]{1,8})[uUlL]*+\s*+\)"
+)
 _NAMED_INTEGERS = {f"INT{bits}_MIN".encode(): -(1 << (bits - 1)) for bits in (8, 16, 32, 64)} | {
     **{f"INT{bits}_MAX".encode(): (1 << (bits - 1)) - 1 for bits in (8, 16, 32, 64)},
     **{f"UINT{bits}_MAX".encode(): (1 << bits) - 1 for bits in (8, 16, 32, 64)},
@@ -137,9 +140,11 @@ def all_elements(array: ArrayText) -> Elements:
         return _string_elements(array)
     text = array.file.view[array.start : array.stop].tobytes()
     text = without_comments(text).strip(_BLANKS)
+    dtype = np.dtype(ELEMENT_TYPES[array.element_type])
+    if dtype.itemsize == 8:
+        text = _HALVES.sub(_joined, text)
     if text and not text.endswith(b","):
         text += b","
-    dtype = np.dtype(ELEMENT_TYPES[array.element_type])
     parts: list[Elements] = []
     literals = _Literals(array.name, dtype)
     for piece in _pieces(text):
@@ -158,6 +163,12 @@ def all_elements(array: ArrayText) -> Elements:
                 raise
         parts.append(elements)
     return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+
+def _joined(halves: re.Match[bytes]) -> bytes:
+    """The literal of 64 bits whose halves a macro has."""
+    value = int(halves[2], 16) << 32 | int(halves[3], 16)
+    return b"%d" % (value if halves[1] or value < 1 << 63 else value - (1 << 64))
 
 
 def _cells(array: ArrayText, lines: Lines, first: int, last: int) -> Iterator[tuple[int, bytes | None]]:

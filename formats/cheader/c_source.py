@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from converters.errors import Unsupported
 from converters.storage import MappedFile
 from formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, without_comments
+from formats.cheader.packings import PACKING_NAMES
 
 TABLE_TYPE = b"nibblecast_tensor"
 
@@ -133,7 +134,9 @@ GRANULARITY_NAMES = dict(enumerate(_GRANULARITIES))
 
 #: The macros of nibblecast.h that tables are made of.
 CONSTANTS = {
-    f"NIBBLECAST_{name}".encode(): value for names in (_KINDS, _GRANULARITIES) for value, name in enumerate(names)
+    f"NIBBLECAST_{name}".encode(): value
+    for names in (KIND_NAMES, GRANULARITY_NAMES, PACKING_NAMES)
+    for value, name in names.items()
 }
 
 

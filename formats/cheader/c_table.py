@@ -11,7 +11,7 @@ from formats.cheader.c_tokens import Token, Tokens, corrupt, string_bytes
 #: The members of struct nibblecast_tensor in templates/nibblecast.h, in order.
 MEMBERS = (
     *("name", "data", "count", "shape", "block_shape", "grid", "scale", "zero_point", "zero_point_real", "offset"),
-    *("codebook", "group_index", "kind", "bits", "rank", "granularity", "axis"),
+    *("codebook", "group_index", "kind", "bits", "rank", "granularity", "axis", "packing"),
 )
 
 _WANTED = f"the {len(MEMBERS)} members, {MEMBERS[0]} to {MEMBERS[-1]}"

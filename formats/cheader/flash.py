@@ -17,6 +17,7 @@ from converters.errors import RefusedLoss
 from converters.interfaces import Size
 from converters.ir import Tensor, is_float
 from formats.cheader.kernels import advice
+from formats.cheader.packings import DENSE, Packing
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _LARGEST = 5
@@ -97,7 +98,7 @@ class FlashReport:
         return [f"RAM for int4: {scratch} bytes of arena with TFLite Micro's reference kernels, 0 with CMSIS-NN"]
 
 
-def tensor_flash(tensor: Tensor, nbytes: int, aligned: int, parameters: int) -> TensorFlash:
+def tensor_flash(tensor: Tensor, nbytes: int, aligned: int, parameters: int, packing: Packing = DENSE) -> TensorFlash:
     """The costs of a tensor whose arrays hold `nbytes`, of which `parameters` are not data, and take at most `aligned`
     bytes."""
     has_codes = tensor.quantization is not None and tensor.bits <= 8
@@ -108,10 +109,10 @@ def tensor_flash(tensor: Tensor, nbytes: int, aligned: int, parameters: int) -> 
         aligned,
         tensor.size + parameters if has_codes else nbytes,
         tensor.size * np.dtype(np.float32).itemsize if is_value else nbytes,
-        tensor.size if _is_unpacked(tensor) else 0,
+        tensor.size if _is_unpacked(tensor, packing) else 0,
     )
 
 
-def _is_unpacked(tensor: Tensor) -> bool:
-    found = advice(tensor) if tensor.dtype == _INT4 else None
+def _is_unpacked(tensor: Tensor, packing: Packing) -> bool:
+    found = advice(tensor, packing) if tensor.dtype == _INT4 and not packing.unpacked else None
     return found is not None and bool(found.kernels)

@@ -15,6 +15,7 @@ from converters.errors import UsageError
 MAX_IDENTIFIER = 63
 MAX_PREFIX = 24
 MAX_STRING = 4095  # C99 5.2.4.1: the longest string literal that every compiler takes
+MAX_STRING_C90 = 509
 
 _RESERVED_PREFIX = "nibblecast"  # the run-time header's own names
 _OPTION = re.compile(r"[A-Za-z][A-Za-z0-9]*(_[A-Za-z0-9]+)*")
@@ -72,16 +73,16 @@ def comment(text: str) -> str:
     return _UNSAFE_IN_COMMENT.sub(lambda match: _escaped(match[0]), text)
 
 
-def string_literal(text: str) -> str:
-    """`text` as a C string literal of its UTF-8 bytes, in ASCII; bytes beyond MAX_STRING are left out."""
-    encoded = text.encode("utf-8", "surrogatepass")[:MAX_STRING]
+def string_literal(text: str, longest: int = MAX_STRING) -> str:
+    """`text` as a C string literal of its UTF-8 bytes, in ASCII; those beyond the `longest` are left out."""
+    encoded = text.encode("utf-8", "surrogatepass")[:longest]
     escaped = _UNSAFE_IN_STRING.sub(lambda match: b"\\%03o" % match[0][0], encoded)  # \ooo takes in no digit after it
     return f'"{escaped.decode("ascii")}"'
 
 
-def fits_string(text: str) -> bool:
+def fits_string(text: str, longest: int = MAX_STRING) -> bool:
     """Whether `string_literal` leaves nothing out."""
-    return len(text.encode("utf-8", "surrogatepass")) <= MAX_STRING
+    return len(text.encode("utf-8", "surrogatepass")) <= longest
 
 
 def includable(file_name: str) -> bool:

@@ -16,8 +16,10 @@ import ml_dtypes
 import numpy as np
 
 from converters.ir import Activation, Tensor, Use, is_integer
+from formats.cheader.packings import DENSE, Packing, packing_for
 
 _BITS: Mapping[np.dtype[np.generic], int] = MappingProxyType({np.dtype(ml_dtypes.int4): 4, np.dtype(np.int8): 8})
+_SIGNED = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.int4))
 _TWO_BITS = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2))
 _INT8, _INT16 = np.dtype(np.int8), np.dtype(np.int16)
 _CMSIS = " (CMSIS-NN)"
@@ -49,11 +51,17 @@ class _Weight:
 
     tensor: Tensor
     use: Use
+    packing: Packing = DENSE
 
     @property
     def bits(self) -> int:
         """4 or 8 for the signed codes that kernels take, 0 for all others."""
-        return _BITS.get(self.tensor.dtype, 0)
+        return 8 if self.packing.unpacked and self.tensor.dtype in _SIGNED else _BITS.get(self.tensor.dtype, 0)
+
+    @property
+    def is_packed_otherwise(self) -> bool:
+        """Whether its bytes are neither those that kernels read nor one for each code."""
+        return not self.packing.unpacked and not self.packing.is_dense(self.tensor.shape, self.tensor.bits)
 
     @property
     def activation(self) -> Activation | None:
@@ -138,11 +146,16 @@ def _is_grouped(weight: _Weight) -> bool:
     return weight.is_("CONV_2D", 4) and weight.input_channels > weight.tensor.shape[-1]
 
 
-_UNPACK = "unpack it into int8 when the program starts"
+_UNPACK = "write it with --opt packing=unpacked, or unpack it into int8 when the program starts"
 #: In order: the first that applies counts.
 RULES = (
     Rule(
-        lambda weight: weight.tensor.dtype in _TWO_BITS,
+        lambda weight: weight.is_packed_otherwise,
+        "kernels take codes with the first in the lowest bits and no padding between rows",
+        "leave out --opt nibble-order and --opt packing=rows",
+    ),
+    Rule(
+        lambda weight: weight.tensor.dtype in _TWO_BITS and not weight.bits,
         "codes of 2 bits are for storage, no kernel takes them",
         _UNPACK,
     ),
@@ -209,24 +222,24 @@ RULES = (
 )
 
 
-def advice(tensor: Tensor) -> Advice | None:
-    """Which kernels take this weight; None for what is no quantized weight of a convolution or a fully connected layer,
-    and where the source does not tell what it is used for. Reads zero points, no other data. Of several uses, the first
-    that has a problem counts."""
+def advice(tensor: Tensor, packing: Packing = DENSE) -> Advice | None:
+    """Which kernels take this weight when it is packed so; None for what is no quantized weight of a convolution or a
+    fully connected layer, and where the source does not tell what it is used for. Reads zero points, no other data. Of
+    several uses, the first that has a problem counts."""
     if tensor.quantization is None or not is_integer(tensor.dtype):
         return None
     axes = range(len(tensor.shape))
     uses = [use for use in tensor.uses if use.operator in _OPERATORS and use.channel_axis in axes]
-    found = [_advice(_Weight(tensor, use)) for use in uses]
+    found = [_advice(_Weight(tensor, use, packing)) for use in uses]
     return next((each for each in found if each.rule is not None), found[0] if found else None)
 
 
-def notes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+def notes(tensors: Iterable[Tensor], packing: Packing = DENSE) -> tuple[str, ...]:
     """A sentence for each rule that applies to one or more of the tensors: how many, the first one's name, the problem
     and the way out."""
     affected: dict[int, list[str]] = {}
     for tensor in tensors:
-        found = advice(tensor)
+        found = advice(tensor, packing_for(tensor, packing))
         if found is not None and found.rule is not None:
             affected.setdefault(RULES.index(found.rule), []).append(tensor.name)
     return tuple(f"{named(names)}: {RULES[i].problem}; {RULES[i].way_out}" for i, names in sorted(affected.items()))

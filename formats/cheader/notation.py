@@ -7,7 +7,7 @@ signed integers decimal. The most negative int32 and int64 have no literal in C 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, cast
@@ -91,6 +91,15 @@ def _format(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
     return np.frombuffer(text, np.uint8).reshape(elements.size, -1)
 
 
+def _halves(start: bytes, elements: NDArray[Any]) -> NDArray[np.uint8]:
+    """A macro of two 32-bit literals in place of one of 64 bits."""
+    halves = elements.astype(elements.dtype.newbyteorder("<"), copy=False).view("<u4").reshape(elements.size, 2)
+    literals = _hexadecimal(np.ascontiguousarray(halves[:, ::-1]).reshape(-1)).reshape(elements.size, -1)
+    around = (np.frombuffer(text, np.uint8) for text in (start, b"),"))
+    before, after = (np.broadcast_to(text, (elements.size, text.size)) for text in around)
+    return np.concatenate([before, literals[:, :-1], after], axis=1)
+
+
 def by_table(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
     """The notation of a dtype of one or two bytes whose literals, commas included, `format` makes."""
     return Notation(c_type, np.dtype(dtype), len(format % 0), per_line, partial(_look_up, format))
@@ -135,6 +144,16 @@ UINT64 = _by_digits("uint64_t", np.uint64, 4)
 INT64 = _by_format("int64_t", np.int64, "%20d", 4)
 FLOAT32 = Notation("float", np.dtype(np.float32), floats.WIDTH, 6, floats.literals)
 FLOAT64 = _by_format("double", np.float64, "%24r", 4)
+
+#: The notations of 64-bit integers in C90, which has no literals for them.
+WITHOUT_LONG_LITERALS: Mapping[np.dtype[Any], Notation] = MappingProxyType(
+    {
+        spelling.dtype: replace(
+            spelling, width=len(start) + 2 * UINT32.width + 1, per_line=2, encode=partial(_halves, start)
+        )
+        for spelling, start in ((UINT64, b"NIBBLECAST_UINT64("), (INT64, b"NIBBLECAST_INT64("))
+    }
+)
 
 #: The notation of each dtype that a tensor may have. What is narrower than a byte goes as packed bytes, what C has no
 #: type for as bit patterns.

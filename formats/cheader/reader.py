@@ -20,14 +20,15 @@ import numpy as np
 
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
-from converters.packing import bits_of, packed_size
+from converters.packing import packed_size
 from converters.storage import Data, InMemory, MappedFile
 from formats.cheader.arrays import granularity_of, is_signed, kind_of
-from formats.cheader.c_data import ElementData, Kept
+from formats.cheader.c_data import ElementData, Kept, PackedData
 from formats.cheader.c_elements import all_elements, lines_of
 from formats.cheader.c_source import ELEMENT_TYPES, GRANULARITY_NAMES, KIND_NAMES, ArrayText, Declarations
 from formats.cheader.c_table import Row, rows_of
 from formats.cheader.c_tokens import corrupt
+from formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
 from formats.cheader.render import INTERFACE
 
 _MOST_RANK = 255
@@ -161,10 +162,23 @@ class _Builder:
             raise Unsupported(f"is of kind {kind} with {bits} bits, which is unknown to this version of nibblecast")
         rank = row.number("rank", self.declarations)
         shape = self._sizes(row, "shape", rank)
-        data = self._data(name, row, "data", packed_size(prod(shape), bits_of(dtype)), dtype)
+        packing = self._packing(row, bits)
+        nbytes = packed_size(prod(shape), bits) if packing == DENSE else packing.nbytes(shape, bits)
+        data = self._data(name, row, "data", nbytes, dtype)
         if data is None:
             raise CorruptFile("has no data")
+        if packing != DENSE and isinstance(data, ElementData):
+            data = PackedData(data, packing, shape, dtype)
         return Tensor(name, shape, dtype, data, self._quantization(name, row, shape, bits))
+
+    def _packing(self, row: Row, bits: int) -> Packing:
+        number = row.number("packing", self.declarations)
+        packing = PACKINGS.get(number)
+        if packing is None:
+            raise Unsupported(f"is of packing {number}, which is unknown to this version of nibblecast")
+        if packing != DENSE and bits >= 8:
+            raise CorruptFile(f"is of packing {packing.macro}, but has elements of {bits} bits")
+        return packing
 
     def _quantization(self, name: str, row: Row, shape: tuple[int, ...], bits: int) -> Quantization | None:
         if row.array("scale") is None:
@@ -210,7 +224,9 @@ class _Builder:
             return None
         array = self._array(array_name)
         element = np.dtype(ELEMENT_TYPES[array.element_type])
-        if (element.kind == "f" or dtype in _NATIVE_FLOATS) and element != dtype:
+        limit = 2 if dtype.kind == "b" else limit
+        is_divided = limit is not None and element.itemsize < dtype.itemsize
+        if ((element.kind == "f" or dtype in _NATIVE_FLOATS) and element != dtype) or is_divided:
             raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but {dtype} are needed")
         if nbytes == 0:
             return InMemory(np.zeros(0, np.uint8))
@@ -223,8 +239,7 @@ class _Builder:
                 f"{array_name} has {possible if length is None else length} elements in {array.stop - array.start} "
                 f"characters, but {needed} are needed: it is truncated or damaged",
             )
-        limit = 2 if dtype.kind == "b" else limit
-        return ElementData(array, nbytes, length, name, limit, lines_of(array), self.kept)
+        return ElementData(array, nbytes, length, name, dtype, limit, lines_of(array), self.kept)
 
     def _array(self, name: str) -> ArrayText:
         array = self.declarations.arrays.get(name)
@@ -264,7 +279,7 @@ class _Builder:
         if axis is not None and row.number("axis", self.declarations) != axis:
             raise CorruptFile(f"has axis {row.number('axis', self.declarations)}, but its blocks are along {axis}")
         base = (row.array("data") or "").removesuffix("_data")
-        for suffix, value in _macros(tensor, granularity, axis):
+        for suffix, value in _macros(tensor, self._packing(row, tensor.bits), granularity, axis):
             self._agrees(f"{base}_{suffix}", value, row.offset)
 
     def _agrees(self, macro: str, value: int, offset: int) -> None:
@@ -291,7 +306,7 @@ def _most_elements(array: ArrayText) -> int:
     return characters if array.is_string else characters // 2 + 1
 
 
-def _macros(tensor: Tensor, granularity: str, axis: int | None) -> Iterator[tuple[str, int]]:
+def _macros(tensor: Tensor, packing: Packing, granularity: str, axis: int | None) -> Iterator[tuple[str, int]]:
     """What the macros of a tensor must be, by the ends of their names."""
     yield from (
         ("KIND", _KIND_NUMBERS[kind_of(tensor)]),
@@ -299,7 +314,8 @@ def _macros(tensor: Tensor, granularity: str, axis: int | None) -> Iterator[tupl
         ("SIGNED", int(is_signed(tensor))),
         ("RANK", len(tensor.shape)),
         ("COUNT", tensor.size),
-        ("BYTES", tensor.nbytes),
+        ("BYTES", tensor.nbytes if packing == DENSE else packing.nbytes(tensor.shape, tensor.bits)),
+        ("PACKING", _PACKING_NUMBERS[packing.macro]),
         ("GRANULARITY", _GRANULARITY_NUMBERS[granularity]),
     )
     yield from ((f"DIM{i}", size) for i, size in enumerate(tensor.shape))
@@ -314,4 +330,5 @@ def _macros(tensor: Tensor, granularity: str, axis: int | None) -> Iterator[tupl
 
 
 _KIND_NUMBERS = {name: number for number, name in KIND_NAMES.items()}
+_PACKING_NUMBERS = {name: number for number, name in PACKING_NAMES.items()}
 _GRANULARITY_NUMBERS = {name: number for number, name in GRANULARITY_NAMES.items()}

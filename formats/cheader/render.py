@@ -11,46 +11,48 @@ from string import Template
 from converters.ir import Tensor
 from formats.cheader.arrays import (
     ALIGNMENT,
-    BYTES,
     Arrangement,
     Array,
-    Style,
     granularity_of,
     integer_zero_point,
     is_signed,
     kind_of,
 )
 from formats.cheader.flash import FlashReport, TensorFlash, tensor_flash
-from formats.cheader.identifiers import Identifiers, comment, string_literal
+from formats.cheader.identifiers import MAX_STRING, MAX_STRING_C90, Identifiers, comment, string_literal
 from formats.cheader.kernels import advice
+from formats.cheader.packings import DENSE, Packing, packing_for
 from formats.cheader.provenance import Provenance
 
 #: What `NIBBLECAST_INTERFACE` in templates/nibblecast.h must be for the text that this module makes.
-INTERFACE = 2
+INTERFACE = 3
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _ROLES = ("data", "scale", "zero_point", "offset", "codebook", "group_index")
 _ALIGNED = ("data", "model")
 _TABLES = ("shape", "block_shape", "grid")
-_MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS")
+_MACROS = ("KIND", "BITS", "SIGNED", "RANK", "COUNT", "BYTES", "GRANULARITY", "AXIS", "PACKING")
 _COUNTED = ("scale", "zero_point", "offset", "codebook")
 _FIXED_POINT = ("multiplier", "shift", "MULTIPLIER_COUNT", "INPUT_OFFSET", "OUTPUT_OFFSET")
 
 
+_LONGEST_AVR = (1 << 15) - 1
+
 #: C knows no empty arrays: the one element of an array that would be empty, and the one row of such a table.
 PLACEHOLDER = "    0\n"
-_NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 5)}}},\n'
+_NO_TENSOR = f'    {{"", NULL, 0, {", ".join(["NULL"] * 9)}, {", ".join(["0"] * 6)}}},\n'
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that is written, the base of its identifiers, its arrays, where its data lie in the .bin file, and
-    whether multipliers and shifts are wanted."""
+    """A tensor that is written, the base of its identifiers, its arrays, where its data lie in the .bin file, how they
+    are packed, and whether multipliers and shifts are wanted."""
 
     tensor: Tensor
     base: str
     arrays: Sequence[Array]
     offset: int = 0
+    packing: Packing = DENSE
     fixed_point: bool = False
 
     @property
@@ -72,7 +74,7 @@ class Entry:
     def cost(self) -> TensorFlash:
         """What it costs on a device."""
         parameters = sum(array.nbytes for array in self.arrays[1:])
-        return tensor_flash(self.tensor, self.nbytes, self.aligned_nbytes, parameters)
+        return tensor_flash(self.tensor, self.nbytes, self.aligned_nbytes, parameters, self.packing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Document:
     prefix: str
     entries: Sequence[Entry]
     static: bool
-    style: Style = BYTES
+    arrangement: Arrangement
     model: Entry | None = None
 
     @property
@@ -100,9 +102,9 @@ class Document:
     def header(self, provenance: Provenance) -> str:
         """The header without the arrays and the table, which follow in a single header."""
         guard = f"NIBBLECAST_{self.prefix}_H"
-        declarations = "".join(_tensor_text(entry, self.static) for entry in self.entries)
+        declarations = "".join(_tensor_text(entry, self.static, self._placed) for entry in self.entries)
         if self.model is not None:
-            declarations += _model_text(self.prefix, self.model, self.static)
+            declarations += _model_text(self.prefix, self.model, self.static, self._placed)
         return _fill(
             "single.h" if self.static else "split.h",
             about=self._about(provenance),
@@ -132,24 +134,28 @@ class Document:
         values = {
             "name": name,
             "prefix": self.prefix,
+            "placed": self._placed,
             "type": array.notation.c_type,
             "length": str(array.length),
             "offset": str(entry.offset),
             "static": "static " if self.static else "",
-            "before": "NIBBLECAST_BEFORE",
-            "after": "NIBBLECAST_AFTER",
-            "aligned": "NIBBLECAST_ALIGNED " if array.role in _ALIGNED else "",
-            "align": "NIBBLECAST_ALIGN",
+            "aligned": f"NIBBLECAST_ALIGNED({self.prefix}_ALIGN) " if self._is_aligned(array) else "",
         }
         return before.substitute(values), after.substitute(values)
+
+    @property
+    def longest_string(self) -> int:
+        """Characters of the longest string that every compiler takes."""
+        return MAX_STRING_C90 if self.arrangement.c90 else MAX_STRING
 
     def table(self) -> str:
         """The shapes and the table of tensors, and the end of a single header."""
         static = "static " if self.static else ""
         shapes = "".join(_shape_tables(entry) for entry in self.entries)
-        rows = "".join(_table_row(entry) for entry in self.entries) or _NO_TENSOR
+        rows = "".join(_table_row(entry, self.longest_string) for entry in self.entries) or _NO_TENSOR
         table = f"{static}const nibblecast_tensor {self.prefix}_tensors[{self._table_length}] = {{\n{rows}}};\n"
-        closing = _fill(self.style.closing) if self.style.closing else ""
+        style = self.arrangement.style
+        closing = _fill(style.closing) if style.closing else ""
         return f"{shapes}\n{table}{closing}" + ("\n#endif\n" if self.static else "")
 
     @property
@@ -163,20 +169,30 @@ class Document:
         return max((entry.end for entry in self.everything), default=0)
 
     @property
+    def _placed(self) -> str:
+        """What the macros around arrays begin with."""
+        return self.prefix if self.arrangement.section else "NIBBLECAST"
+
+    def _is_aligned(self, array: Array) -> bool:
+        """Whether its alignment must be said: wider elements have a wider one."""
+        return array.role in _ALIGNED and array.notation.nbytes <= self.arrangement.alignment
+
+    @property
     def _table_length(self) -> int:
         return max(1, len(self.entries))
 
     def _opening(self) -> str:
-        if not self.style.opening:
+        style = self.arrangement.style
+        if not style.opening:
             return ""
         longest = max((array.length for entry in self.everything for array in entry.arrays[:1]), default=0)
         values = {
             "prefix": self.prefix,
             "bin": comment(self.payload_file),
             "longest": str(longest),
-            "section": '.rodata." name "',
+            "section": self.arrangement.section or '.rodata." name "',
         }
-        return _fill(self.style.opening, **values)
+        return _fill(style.opening, **values)
 
     def _about(self, provenance: Provenance) -> str:
         return _fill(
@@ -184,16 +200,22 @@ class Document:
             file=comment(self.file),
             provenance=provenance.lines(),
             prefix=self.prefix,
-            alignment=str(ALIGNMENT),
+            alignment=str(self.arrangement.alignment),
+            others=str(ALIGNMENT),
+            packing=_packing_text(self.arrangement.packing),
             fixed_point=_read("about_fixed_point.template") if any(e.fixed_point for e in self.entries) else "",
             sizes=self.flash.comment([_label(entry) for entry in self.everything]),
         )
 
     def _check(self) -> str:
+        section = self.arrangement.section
         return _fill(
             "check",
             interface=str(INTERFACE),
             prefix=self.prefix,
+            alignment=str(self.arrangement.alignment),
+            packing=_fill("check.packing") if any(entry.packing != DENSE for entry in self.entries) else "",
+            section=_fill("check.section", prefix=self.prefix, section=section) if section else "",
             count=f"{len(self.entries)}u",
             flash=f"{sum(entry.nbytes for entry in self.everything)}u",
             aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",
@@ -210,7 +232,8 @@ def entries_of(
     for tensor in tensors:
         base = identifiers.claim(tensor.name, _suffixes(len(tensor.shape)))
         arrays = arrays_with(tensor, arrangement, fixed_point=fixed_point)
-        entry = placed(Entry(tensor, base, arrays, fixed_point=fixed_point), end)
+        packing = packing_for(tensor, arrangement.packing)
+        entry = placed(Entry(tensor, base, arrays, packing=packing, fixed_point=fixed_point), end)
         entries.append(entry)
         end = max(end, entry.end)
     return tuple(entries)
@@ -218,12 +241,12 @@ def entries_of(
 
 def arrays_with(tensor: Tensor, arrangement: Arrangement, *, fixed_point: bool) -> tuple[Array, ...]:
     """The arrays of a tensor in the order in which they are written, multipliers and shifts last."""
-    arrays = tuple(arrangement.arrays_of(tensor))
+    arrays = arrangement.arrays_of(tensor)
     if not fixed_point:
         return arrays
     from formats.cheader.fixed_point import fixed_point_arrays
 
-    return (*arrays, *fixed_point_arrays(tensor))
+    return (*arrays, *map(arrangement.filled, fixed_point_arrays(tensor)))
 
 
 def placed(entry: Entry, end: int) -> Entry:
@@ -243,13 +266,13 @@ def _suffixes(rank: int) -> tuple[str, ...]:
     return tuple(f"_{name}" for name in names)
 
 
-def _tensor_text(entry: Entry, static: bool) -> str:
+def _tensor_text(entry: Entry, static: bool, placed: str) -> str:
     """The comment, the macros and, unless arrays are static, the declarations of one tensor."""
     tensor, base = entry.tensor, entry.base
     granularity, axis = granularity_of(tensor)
     counts = dict.fromkeys(_COUNTED, 0) | {array.role: array.count for array in entry.arrays}
     blocks = () if tensor.quantization is None else tensor.quantization.block_shape
-    fits = advice(tensor)
+    fits = advice(tensor, entry.packing)
     return _fill(
         "tensor",
         original=comment(tensor.name),
@@ -266,10 +289,12 @@ def _tensor_text(entry: Entry, static: bool) -> str:
         dimensions=_numbered(f"{base}_DIM", tensor.shape),
         count=f"{tensor.size}u",
         nbytes=f"{entry.arrays[0].payload}u",
+        packing=entry.packing.macro,
+        too_long="".join(_too_long(base, array) for array in entry.arrays),
         granularity_macro=granularity,
         axis="" if axis is None else f"#define {base}_AXIS {axis}u\n",
         blocks=_numbered(f"{base}_BLOCK", blocks),
-        externs="" if static else "".join(_extern(base, array) for array in entry.arrays),
+        externs="" if static else "".join(_extern(base, array, placed) for array in entry.arrays),
         **{f"{role}_count": f"{counts[role]}u" for role in _COUNTED},
     )
 
@@ -291,10 +316,10 @@ def _fixed_point_macros(entry: Entry) -> str:
     )
 
 
-def _model_text(prefix: str, model: Entry, static: bool) -> str:
+def _model_text(prefix: str, model: Entry, static: bool, placed: str) -> str:
     """The comment, the macro and, unless arrays are static, the declaration of the whole source file."""
     array = model.arrays[0]
-    extern = "" if static else _extern(prefix, array)
+    extern = _too_long(prefix, array) + ("" if static else _extern(prefix, array, placed))
     values = {"source": comment(model.tensor.name), "name": f"{prefix}_{array.role}", "prefix": prefix}
     return _fill("model", nbytes=f"{array.payload}u", extern=extern, **values)
 
@@ -303,9 +328,17 @@ def _numbered(name: str, values: Iterable[int]) -> str:
     return "".join(f"#define {name}{axis} {value}u\n" for axis, value in enumerate(values))
 
 
-def _extern(base: str, array: Array) -> str:
+def _too_long(base: str, array: Array) -> str:
+    """What stops avr-gcc, whose own message names no array."""
+    if array.nbytes <= _LONGEST_AVR:
+        return ""
+    name = f"{base}_{array.role}"
+    return _fill("avr", name=name, nbytes=str(array.nbytes), longest=str(_LONGEST_AVR))
+
+
+def _extern(base: str, array: Array, placed: str) -> str:
     declarator = f"{base}_{array.role}[{array.length}]"
-    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} NIBBLECAST_AFTER;\n"
+    return f"extern const NIBBLECAST_FAR {array.notation.c_type} {declarator} {placed}_AFTER;\n"
 
 
 def _tables(tensor: Tensor) -> dict[str, tuple[int, ...]]:
@@ -325,7 +358,7 @@ def _shape_tables(entry: Entry) -> str:
     )
 
 
-def _table_row(entry: Entry) -> str:
+def _table_row(entry: Entry, longest_string: int) -> str:
     tensor, base = entry.tensor, entry.base
     members = dict.fromkeys((*_ROLES, *_TABLES, "zero_point_real"), "NULL")
     members |= {name: f"{base}_{name}" for name in _tables(tensor)}
@@ -333,7 +366,16 @@ def _table_row(entry: Entry) -> str:
     if not integer_zero_point(tensor):
         members["zero_point_real"], members["zero_point"] = members["zero_point"], "NULL"
     axis = "0" if granularity_of(tensor)[1] is None else f"{base}_AXIS"
-    return _fill("entry", base=base, name=string_literal(tensor.name), axis=axis, **members)
+    return _fill("entry", base=base, name=string_literal(tensor.name, longest_string), axis=axis, **members)
+
+
+def _packing_text(packing: Packing) -> str:
+    """How codes of 2 and 4 bits lie in bytes, as the end of a sentence."""
+    if packing.unpacked:
+        return "one to a byte"
+    order = "highest" if packing.high_first else "lowest"
+    rows = "each row of the last axis from a new byte on" if packing.rows_padded else "no padding between rows"
+    return f"packed, the first in the {order} bits, {rows}"
 
 
 def _label(entry: Entry) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from converters.errors import UsageError
 from converters.ir import Model, Tensor
-from converters.storage import FileRange, MappedFile
+from converters.storage import MappedFile, files_of
 from formats.cheader.arrays import Arrangement, Array
 
 
@@ -29,13 +28,7 @@ def model_array(model: Model, arrangement: Arrangement) -> Array:
 def source_files(model: Model) -> list[Path]:
     """The file that was read, and those beside it that hold its data."""
     source = [] if model.metadata.source is None else [model.metadata.source]
-    mapped = (file.path for tensor in model.values() for file in _mapped(tensor))
+    stored = (data for tensor in model.values() for data in tensor.stored())
+    mapped = (file.path for data in stored for file in files_of(data))
     distinct = {path.resolve(): path for path in (*mapped, *source)}  # the source last: as the user spelled it
     return [*source, *(path for path in distinct.values() if path not in source)]
-
-
-def _mapped(tensor: Tensor) -> Iterator[MappedFile]:
-    parameters = () if tensor.quantization is None else (p for _, p in tensor.quantization.parameters())
-    for part in (tensor, *parameters):
-        if isinstance(part.data, FileRange):
-            yield part.data.file

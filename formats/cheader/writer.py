@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from converters.errors import UsageError
-from converters.interfaces import Capabilities, OutputFile
+from converters.errors import RefusedLoss, UsageError
+from converters.interfaces import Capabilities, OutputFile, Size
 from converters.ir import Loss, Model, Tensor
 from formats.cheader import kernels
 from formats.cheader.arrays import BYTES, Arrangement, Array, check
@@ -41,11 +41,11 @@ class CHeaderPlan:
     is."""
 
     document: Document
-    arrangement: Arrangement
     outputs: Mapping[str, OutputFile]
     losses: Sequence[Loss]
     notes: Sequence[str]
     provenance: Provenance
+    dependencies: bytes = b""
 
     @property
     def report(self) -> Sequence[str]:
@@ -65,17 +65,16 @@ class CHeaderPlan:
             _write(by_role["source"], self.document.source_opening(self.outputs["source"].path.name, provenance))
             _write(by_role["runtime"], runtime_header())
         arrays = by_role.get("source", by_role["header"])
-        return CHeaderSink(self.document, self.arrangement, arrays, by_role.get("payload"))
+        if "depfile" in by_role:
+            by_role["depfile"].write(self.dependencies)
+        return CHeaderSink(self.document, arrays, by_role.get("payload"))
 
 
 class CHeaderSink:
     """Writes the arrays of each tensor as it comes, and the table of tensors at the end."""
 
-    def __init__(
-        self, document: Document, arrangement: Arrangement, stream: BinaryIO, payload: BinaryIO | None
-    ) -> None:
+    def __init__(self, document: Document, stream: BinaryIO, payload: BinaryIO | None) -> None:
         self._document = document
-        self._arrangement = arrangement
         self._stream = stream
         self._payload = payload
         self._entries = {entry.tensor.name: entry for entry in document.entries}
@@ -85,7 +84,7 @@ class CHeaderSink:
         entry = self._entries.get(tensor.name)
         if entry is None:
             return
-        arrays = arrays_with(tensor, self._arrangement, fixed_point=entry.fixed_point)
+        arrays = arrays_with(tensor, self._document.arrangement, fixed_point=entry.fixed_point)
         self._write_arrays(entry, arrays)
 
     def close(self) -> None:
@@ -123,7 +122,8 @@ class CHeaderWriter:
 
     def plan(self, model: Model, target: Path, options: CHeaderOptions) -> CHeaderPlan:
         """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for,
-        Unsupported for a tensor that C cannot hold, and RefusedLoss where the arrays take more than the budget."""
+        Unsupported for a tensor that C cannot hold, and RefusedLoss where one array takes more than `max_array`, or all
+        more than the budget."""
         static = options.layout == "header"
         arrangement = options.arrangement()
         _check_target(target, static)
@@ -134,16 +134,21 @@ class CHeaderWriter:
             check(tensor)
         entries = entries_of(prefix, tensors, arrangement, fixed_point=options.fixed_point)
         whole = None if options.model_array == "no" else _whole_file(model, prefix, entries, arrangement)
-        document = Document(target.name, prefix, entries, static, arrangement.style, whole)
+        document = Document(target.name, prefix, entries, static, arrangement, whole)
+        _refuse_long_arrays(document, options.max_array)
         document.flash.refuse_above(options.budget)
         provenance = Provenance.of(model.metadata, options.described(prefix))
+        outputs, dependencies = _outputs(document, target, provenance), b""
+        if options.depfile:
+            dependencies = _dependencies(model, outputs)
+            outputs["depfile"] = OutputFile(_depfile(options.depfile), len(dependencies))
         return CHeaderPlan(
             document,
-            arrangement,
-            _outputs(document, target, provenance),
-            () if only_file else tuple(_losses(model, entries)),
-            (*_kernel_notes(tensors, options), *_style_notes(document)),
+            outputs,
+            () if only_file else tuple(_losses(model, document)),
+            (*_kernel_notes(tensors, arrangement, options), *_style_notes(document)),
             provenance,
+            dependencies,
         )
 
 
@@ -152,6 +157,34 @@ def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement
 
     array = model_array(model, arrangement)
     return placed(Entry(array.tensor, prefix, (array,)), max((entry.end for entry in entries), default=0))
+
+
+def _depfile(name: str) -> Path:
+    path = Path(name)
+    if not path.name or "\0" in name or path.is_dir():
+        raise UsageError(f"depfile={name!r}: the name of a file is needed, which is no folder")
+    return path
+
+
+def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:
+    """The rule for all outputs but the one that other models share: ninja wants each from one command only."""
+    from formats.cheader.depfile import dependency_file
+    from formats.cheader.sources import source_files
+
+    own = [file.path for file in outputs.values() if not file.shared]
+    return dependency_file(own, source_files(model))
+
+
+def _refuse_long_arrays(document: Document, longest: Size | None) -> None:
+    for entry in document.everything:
+        for array in entry.arrays:
+            if longest is not None and array.nbytes > longest:
+                raise RefusedLoss(
+                    f"its {array.role.replace('_', ' ')} would be an array of {array.nbytes} bytes, and max-array is "
+                    f"{longest}: leave it out with --skip, make it smaller in the model (fewer bits, a split layer), "
+                    "or raise max-array",
+                    tensor=entry.tensor.name,
+                )
 
 
 def _is_parameter(tensor: Tensor, model: Mapping[str, Tensor]) -> bool:
@@ -186,7 +219,7 @@ def _outputs(document: Document, target: Path, provenance: Provenance) -> dict[s
             "source": OutputFile(source, opening + arrays),
             "runtime": OutputFile(target.with_name(RUNTIME_HEADER), len(runtime_header()), shared=True),
         }
-    if document.style.in_file:
+    if document.arrangement.style.in_file:
         outputs["payload"] = OutputFile(target.with_name(document.payload_file), document.payload_nbytes)
     return outputs
 
@@ -216,8 +249,8 @@ def _style_notes(document: Document) -> Iterator[str]:
         )
 
 
-def _kernel_notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[str, ...]:
-    found = kernels.notes(tensors)
+def _kernel_notes(tensors: Sequence[Tensor], arrangement: Arrangement, options: CHeaderOptions) -> tuple[str, ...]:
+    found = kernels.notes(tensors, arrangement.packing)
     if not options.fixed_point:
         return found
     from formats.cheader import fixed_point
@@ -225,17 +258,15 @@ def _kernel_notes(tensors: Sequence[Tensor], options: CHeaderOptions) -> tuple[s
     return (*found, *fixed_point.notes(tensors))
 
 
-def _losses(model: Model, entries: Sequence[Entry]) -> Iterator[Loss]:
-    if model.graph is not None:
-        yield Loss("", "dropped", "C arrays hold weights: the graph is left out")
-    for entry in entries:
+def _losses(model: Model, document: Document) -> Iterator[Loss]:
+    for entry in document.entries:
         name = entry.tensor.name
         for array in entry.arrays[1:]:
             stored = str(array.tensor.dtype)
             if array.notation.c_type == "float" and stored != "float32" and array.tensor.quantization is None:
                 detail = f"its {array.role.replace('_', ' ')} of {stored} is written as float"
                 yield Loss(name, "rounded" if stored == "float64" else "widened", detail)
-        if not fits_string(name):
+        if not fits_string(name, document.longest_string):
             yield Loss(name, "renamed", "its name is cut in the table to the longest string C allows")
 
 

@@ -176,7 +176,7 @@ def _without_padding(data: Data, rows: int, columns: int, bits: int, row_nbytes:
         codes = _unpacked(stored, bits)[:, :columns].reshape(-1)[begin - first * columns : end - first * columns]
         return codes if bits == 8 else pack(codes, bits)
 
-    return Computed(nbytes, compute)
+    return Computed(nbytes, compute, (data,))
 
 
 def _unpacked(rows: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -216,7 +216,7 @@ def _zero_points(parts: _Parts, payloads: Payloads, grid: tuple[int, ...], bits:
         packed = stored.data.read(first * row_nbytes, last * row_nbytes).reshape(last - first, row_nbytes)
         return _unpacked(packed, bits)[:, :columns].reshape(-1)[start - first * columns : stop - first * columns]
 
-    return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute))
+    return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute, (stored.data,)))
 
 
 def _group_index(parts: _Parts, payloads: Payloads, columns: int, block: int, groups: int) -> GroupIndex | None:
@@ -311,7 +311,7 @@ def _bnb4_weight(
         scale = _repeated(absmax, grid_shape(shape, block_shape), block // block_shape[1])
     codebook = Tensor.from_array("codebook", np.array(table, np.float32))
     quantization = Quantization(scale, block_shape, codebook=codebook)
-    return Tensor(parts.codes.name, shape, _CODES[4], Computed(stored.nbytes, swapped), quantization)
+    return Tensor(parts.codes.name, shape, _CODES[4], Computed(stored.nbytes, swapped, (stored.data,)), quantization)
 
 
 def _repeated(scale: Tensor, grid: tuple[int, ...], times: int) -> Tensor:
@@ -327,7 +327,7 @@ def _repeated(scale: Tensor, grid: tuple[int, ...], times: int) -> Tensor:
         wanted = values[np.arange(begin, end) // times - first].reshape(-1)
         return wanted[start - begin * itemsize : stop - begin * itemsize]
 
-    return replace(scale, shape=grid, data=Computed(prod(grid) * itemsize, compute))
+    return replace(scale, shape=grid, data=Computed(prod(grid) * itemsize, compute, (scale.data,)))
 
 
 def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from converters.ir import Port
 from formats.onnx.wire import Range, Record
 
+#: The location of payloads that are carried along beside a model in memory.
+CARRIED = "nibblecast:carried"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
@@ -20,6 +23,11 @@ class TensorHeader:
     record: Record
     external: Mapping[str, str] | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the payload lies in another file."""
+        return self.external is not None and self.external.get("location") != CARRIED
 
 
 @dataclass(frozen=True, slots=True)

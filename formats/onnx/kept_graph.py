@@ -24,7 +24,7 @@ from formats.onnx.lowering import Initializer, Lowering, widened
 from formats.onnx.operators import Fusion, Site, expansion, fusions
 from formats.onnx.payload import Payloads
 from formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
-from formats.onnx.rewriting import NewInitializer
+from formats.onnx.rewriting import NewInitializer, as_it_is
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES
 
 if TYPE_CHECKING:
@@ -65,6 +65,15 @@ class _Decoding:
     dtype: np.dtype[Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """The model's tensor that a weight of the graph is made of, and how."""
+
+    name: str
+    tensor: Tensor
+    arrange: Make = as_it_is
+
+
 @dataclass(slots=True)
 class GraphChanges:
     """The changes to a graph, weight by weight; `expected` is what reading the result will give."""
@@ -90,12 +99,14 @@ class GraphChanges:
                     changes._decodings.setdefault(id(header), []).append(decoding)
         return changes
 
-    def apply(self, name: str, tensor: Tensor) -> None:
-        """What the tensor called `name` has become. Raises Unsupported where the graph has no place for it."""
+    def apply(self, name: str, tensor: Tensor, owner: Owner | None = None) -> None:
+        """What the tensor called `name` has become; `owner` is whose payload it is made of, its own unless told. Raises
+        Unsupported where the graph has no place for it."""
         header, before = self.graph.headers[name], self.graph.tensors[name]
         scope = self._scopes[id(header)]
         is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
-        weight = _Weight(self, name, tensor, header, scope, self._decodings.get(id(header), []))
+        decodings = self._decodings.get(id(header), [])
+        weight = _Weight(self, name, tensor, header, scope, decodings, owner or Owner(name, tensor))
         if before.quantization is None and tensor.quantization is None:
             if is_changed:
                 weight.exchange()
@@ -145,6 +156,14 @@ class _Weight:
     header: TensorHeader
     scope: Scope
     decodings: Sequence[_Decoding]
+    owner: Owner
+
+    def initializer(
+        self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], make: Make = as_it_is
+    ) -> NewInitializer:
+        """An initializer that is made of this weight."""
+        owner = self.owner
+        return NewInitializer(name, shape, dtype, owner.tensor, owner.name, lambda stored: make(owner.arrange(stored)))
 
     @property
     def editor(self) -> Editor:
@@ -247,7 +266,7 @@ class _Weight:
 
     def _store(self, stored: str, tensor: Tensor, *nodes: Node) -> None:
         """Adds an initializer called `stored`, and nodes that take nothing else."""
-        self.editor.add(self.scope, [NewInitializer.of(stored, tensor, self.name)], nodes)
+        self.editor.add(self.scope, [self.initializer(stored, tensor.shape, tensor.dtype)], nodes)
         self.expect(stored, tensor)
 
     def expect(self, stored: str, tensor: Tensor) -> None:
@@ -315,7 +334,7 @@ class _Weight:
             part = turned if one.role == "codes" else dict(parameters_of(turned))[one.role]
             return widened(part, one.dtype)
 
-        return NewInitializer(name, one.dims, one.dtype, self.tensor, self.name, make, one.properties)
+        return replace(self.initializer(name, one.dims, one.dtype, make), properties=one.properties)
 
     def _fuse(self, decodings: Sequence[_Decoding]) -> list[_Decoding]:
         """Has com.microsoft's operators take the codes, wherever they can; returns the decodings that are still
@@ -384,19 +403,19 @@ class _FusionGroups:
         def blobs_of(tensor: Tensor) -> Blobs:
             return blobs.like(transposed(tensor) if fusion.transposes else tensor)
 
-        def added(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], make: Make) -> NewInitializer:
-            return NewInitializer(name, shape, dtype, weight.tensor, weight.name, make)
-
         shape = blobs.shape if fusion.operator == "MatMulNBits" else (blobs.shape[0], blobs.shape[1] * blobs.shape[2])
         grid = blobs.shape[:2]
         initializers = [
-            added(name, shape, _UINT8, lambda tensor: blobs_of(tensor).codes()),
-            added(names.fresh(f"{weight.name}_scales"), grid, dtype, lambda tensor: blobs_of(tensor).scales(dtype)),
+            weight.initializer(name, shape, _UINT8, lambda tensor: blobs_of(tensor).codes()),
+            weight.initializer(
+                names.fresh(f"{weight.name}_scales"), grid, dtype, lambda tensor: blobs_of(tensor).scales(dtype)
+            ),
         ]
         if blobs.has_zero_points:
             packed = (grid[0], packed_size(grid[1], blobs.bits))
             zero_points = names.fresh(f"{weight.name}_zero_points")
-            initializers.append(added(zero_points, packed, _UINT8, lambda tensor: blobs_of(tensor).zero_points()))
+            made = weight.initializer(zero_points, packed, _UINT8, lambda tensor: blobs_of(tensor).zero_points())
+            initializers.append(made)
         weight.editor.add(weight.scope, initializers)
         return tuple(new.name for new in initializers)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
 from converters.errors import CorruptFile, Unsupported, UsageError
 from converters.interfaces import OutputFile
-from converters.ir import Loss, Model, Tensor
+from converters.ir import Loss, Model, Tensor, is_float
 from converters.storage import MappedFile
 from formats.onnx import schema
-from formats.onnx.kept_graph import GraphChanges, OnnxGraph
+from formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
+from formats.onnx.made_graph import Lowerable, made_graph
 from formats.onnx.opset import raised, required_opset
+from formats.onnx.repacking import permuted
 from formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
 from formats.onnx.serialize import LARGEST_MODEL, go_to
 from formats.onnx.validation import validate
@@ -46,7 +49,7 @@ class KeptPlan:
 
     def validate(self) -> Sequence[str]:
         """What onnx.checker says of the file."""
-        return validate(self.files[0].path, self.source.path)
+        return validate(self.files[0].path, None if self.source.mapping is None else self.source.path)
 
     def open(self, streams: Sequence[BinaryIO]) -> KeptSink:
         """Writes all but payloads; the second stream, where there are two, is the external data's."""
@@ -95,36 +98,78 @@ class KeptSink:
 
 
 def plan_kept(model: Model, graph: OnnxGraph, target: Path, options: OnnxOptions) -> KeptPlan:
-    """What will be written. Raises Unsupported where a change has no place in the graph, UsageError for an operator set
-    that cannot be had."""
+    """What will be written of a model whose graph is an ONNX file's. Raises Unsupported where a change has no place in
+    the graph, UsageError for an operator set that cannot be had."""
     notes: list[str] = []
     opset = graph.parsed.opsets.get("", 0)
-    wanted = options.opset or max(opset, required_opset(model, graph, options.layout))
+    wanted = options.opset or max(opset, required_opset(model, graph, options.weight_layout))
     if wanted != opset:
         graph = raised(graph, wanted)
         if options.opset is None:
             notes.append(f"opset {opset} lacks what the weights need: the model is written in opset {wanted}")
-    changes = GraphChanges.of(graph, wanted, options.layout)
+    changes = GraphChanges.of(graph, wanted, options.weight_layout)
     for name, tensor in model.items():
         changes.apply(name, tensor)
+    owners = {id(header): (name, model[name]) for name, header in graph.headers.items() if name in model}
+    return _planned(changes, model, owners, target, options, notes)
+
+
+def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOptions) -> KeptPlan:
+    """What will be written of a model whose graph another format's reader makes. Raises Unsupported for operators that
+    ONNX cannot express."""
+    opset = options.opset or max(
+        (schema.ELEMENT_TYPES[t.dtype].opset for t in model.values() if t.quantization), default=0
+    )
+    opset = max(opset, schema.DEFAULT_OPSET) if options.opset is None else opset
+    lowered = source.lowered(
+        opset=opset,
+        signature=options.signature,
+        channels_first=options.layout == "nchw",
+        custom_domain=options.custom,
+    )
+    made = made_graph(*lowered, model.metadata.source or target)
+    changes = GraphChanges.of(made.graph, opset, options.weight_layout)
+    for name, tensor, owner in made.changed(model):
+        arrange = partial(permuted, permutation=made.places[name].permutation)
+        changes.apply(name, tensor, Owner(owner.name, owner, arrange))
+    plan = _planned(changes, model, {}, target, options, [])
+    taken = {place.tensor.name for place in made.places.values()}
+    unused = [n for n, t in model.items() if n not in taken and t.parameter_of not in model and _is_weight(t)]
+    return replace(plan, losses=[Loss(n, "dropped", "no operator of the graph takes it") for n in unused])
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    """Whether it is more than a shape or an axis, which become part of the operators."""
+    return tensor.quantization is not None or is_float(tensor.dtype)
+
+
+def _planned(
+    changes: GraphChanges,
+    model: Model,
+    owners: Mapping[int, tuple[str, Tensor]],
+    target: Path,
+    options: OnnxOptions,
+    notes: Sequence[str],
+) -> KeptPlan:
     location = f"{target.name}.data"
-    pieces, external = _laid_out(changes, model, options, location)
+    pieces, external = _laid_out(changes, owners, options, location)
     files = [OutputFile(target, pieces.nbytes)]
     if external.placed:
         if location != location.encode(errors="replace").decode():
             raise UsageError("an ONNX file names its file of external data, and this name is not Unicode", path=target)
         files.append(OutputFile(target.with_name(location), external.nbytes))
     expected = Model(_expected(changes), model.metadata)
-    return KeptPlan(files, [*notes, *changes.notes], expected, graph.payloads.file, pieces, external.placed)
+    source = changes.graph.payloads.file
+    return KeptPlan(files, [*notes, *changes.notes], expected, source, pieces, external.placed)
 
 
-def _laid_out(changes: GraphChanges, model: Model, options: OnnxOptions, location: str) -> tuple[Pieces, ExternalData]:
+def _laid_out(
+    changes: GraphChanges, owners: Mapping[int, tuple[str, Tensor]], options: OnnxOptions, location: str
+) -> tuple[Pieces, ExternalData]:
     graph = changes.graph
-    has_any = any(
-        header.external is not None for scope in changes.editor.flow.scopes for header in scope.headers.values()
-    )
+    headers = [header for scope in changes.editor.flow.scopes for header in scope.headers.values()]
+    has_any = any(header.is_external for header in headers)
     opsets = {"": changes.opset} | dict.fromkeys(changes.editor.domains - set(graph.parsed.opsets), 1)
-    owners = {id(header): (name, model[name]) for name, header in graph.headers.items() if name in model}
     rewriting = Rewriting(
         graph.parsed,
         graph.payloads,

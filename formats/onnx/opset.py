@@ -13,9 +13,9 @@ from converters.ir import Model, Tensor
 from converters.storage import MappedFile
 from formats.onnx import schema
 from formats.onnx.dataflow import Dataflow
-from formats.onnx.graph import ParsedModel, TensorHeader
+from formats.onnx.graph import CARRIED, ParsedModel, TensorHeader
 from formats.onnx.parse import domain_of, parse
-from formats.onnx.payload import CARRIED, Payloads
+from formats.onnx.payload import Payloads
 from formats.onnx.repacking import Blobs, transposed
 from formats.onnx.rewriting import ExternalData, Payload, Rewriting
 from formats.onnx.wire import Range

@@ -19,13 +19,11 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, packed_size
 from converters.storage import Data, InMemory, MappedFile
-from formats.onnx.graph import TensorHeader
+from formats.onnx.graph import CARRIED, TensorHeader
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
 from formats.onnx.wire import Range, count_varints, unpack_varints
 
 _MOST_ELEMENTS = 1 << 59  # NumPy's limit of 2**63 bytes, axes of no elements not counted, for the widest dtype
-#: Where payloads are that are carried along beside a model in memory.
-CARRIED = "nibblecast:carried"
 _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 

@@ -23,7 +23,7 @@ _PIECE_BYTES = 1 << 20
 _UNSIGNED = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 #: The sign bit of every code in a byte: flipping it makes two's complement offset binary.
 _SIGN_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
-_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+_INT8, _UINT8, _INT64 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int64)
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -57,14 +57,50 @@ def _transposed_parameters(q: Quantization) -> Quantization:
     )
 
 
+def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
+    """A tensor with its axes, and those of its parameters, in another order; None is the order that they have."""
+    if permutation is None or permutation == tuple(range(len(tensor.shape))):
+        return tensor
+    if permutation == (1, 0):
+        return transposed(tensor)
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        codes = np.ascontiguousarray(tensor.codes().transpose(permutation))
+        packed = pack(codes, tensor.bits) if tensor.bits < 8 else codes.reshape(-1).view(np.uint8)
+        return packed[start:stop]
+
+    q = tensor.quantization
+    if q is not None:
+        group = q.group_index
+        q = Quantization(
+            permuted(q.scale, permutation),
+            tuple(q.block_shape[axis] for axis in permutation),
+            q.zero_point and permuted(q.zero_point, permutation),
+            q.offset and permuted(q.offset, permutation),
+            q.codebook,
+            None if group is None else GroupIndex(permutation.index(group.axis), group.index),
+        )
+    shape = tuple(tensor.shape[axis] for axis in permutation)
+    return replace(tensor, shape=shape, data=Computed(tensor.nbytes, compute), quantization=q, uses=())
+
+
 def narrowed(tensor: Tensor) -> Tensor:
-    """The tensor with its zero points in the dtype of its codes, where they are integers that these can be:
-    DequantizeLinear takes no others."""
+    """The tensor as DequantizeLinear takes it: its zero points in the dtype of its codes, where they are integers that
+    these can be, or left out where codes are wide and all of them 0; codes of int64, as biases with int16 activations
+    are, as int32 where all of them fit."""
+    if tensor.dtype == _INT64:
+        tensor = _as_int32(tensor)
     q = tensor.quantization
     zero_point = None if q is None else q.zero_point
-    if q is None or zero_point is None or zero_point.dtype == tensor.dtype or not is_integer(tensor.dtype):
+    if q is None or zero_point is None or not is_integer(tensor.dtype):
         return tensor
-    if tensor.bits > 8 or zero_point.quantization is not None or not _are_codes(zero_point, tensor.dtype):
+    if zero_point.dtype == tensor.dtype and tensor.bits <= 8:
+        return tensor
+    if zero_point.quantization is not None or not is_integer(zero_point.dtype):
+        return tensor
+    if tensor.bits > 8:
+        return tensor if zero_point.codes().any() else replace(tensor, quantization=replace(q, zero_point=None))
+    if not _are_codes(zero_point, tensor.dtype):
         return tensor
     bits = tensor.bits
 
@@ -75,6 +111,20 @@ def narrowed(tensor: Tensor) -> Tensor:
 
     data = Computed(packed_size(zero_point.size, bits), compute)
     return replace(tensor, quantization=replace(q, zero_point=replace(zero_point, dtype=tensor.dtype, data=data)))
+
+
+def _as_int32(tensor: Tensor) -> Tensor:
+    limits = np.iinfo(np.int32)
+    for part in tensor.parts(_PIECE_BYTES):
+        codes = part.codes()
+        if codes.size and (codes.min() < limits.min or codes.max() > limits.max):
+            return tensor
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        codes = tensor.codes().reshape(-1)[start // 4 : -(-stop // 4)].astype(np.int32)
+        return codes.view(np.uint8)[start % 4 : start % 4 + stop - start]
+
+    return replace(tensor, dtype=np.dtype(np.int32), data=Computed(4 * tensor.size, compute))
 
 
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

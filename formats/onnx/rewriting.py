@@ -320,13 +320,13 @@ class Rewriting:
         """A TensorProto of the file, as it is or with its payload in another place."""
         out = Pieces()
         dtype = schema.DTYPES.get(header.data_type)
-        was_external = header.external is not None
-        if dtype is None and not was_external:
+        was_external = header.is_external
+        if dtype is None and header.external is None:
             out.add(where)
             return out
         tensor = self.payloads.tensor(header)
         is_external = self.external.takes(tensor.nbytes, was_external)
-        if not is_external and not was_external:
+        if not is_external and header.external is None:
             out.add(where)
             return out
         owner, model_tensor = self.owners.get(id(header), (None, tensor))

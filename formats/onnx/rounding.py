@@ -42,7 +42,7 @@ def rounded_codes(floats: Tensor, quantization: Quantization, dtype: np.dtype[An
         offset = start - first * bits // 8
         return np.concatenate([*pieces, np.zeros(0, np.uint8)])[offset : offset + stop - start]
 
-    return Computed(packed_size(floats.size, bits), compute)
+    return Computed(packed_size(floats.size, bits), compute, (floats.data,))
 
 
 def _floats(tensor: Tensor, first: int, last: int) -> NDArray[np.float32]:

@@ -17,9 +17,10 @@ from converters.interfaces import Capabilities, OutputFile, Size, option
 from converters.ir import Loss, Model, Tensor, is_integer
 from converters.packing import bits_of, packed_size
 from formats.onnx import schema
-from formats.onnx.kept_graph import OnnxGraph
-from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept
+from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
+from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
 from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
+from formats.onnx.made_graph import Lowerable
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
     Layout,
@@ -43,11 +44,21 @@ class OnnxOptions:
     external_data: Size | None = option(
         None, "weights of at least this many bytes go to FILE.data; by default only when the model would pass 1.5 GB"
     )
-    layout: Literal["", "qdq", "matmulnbits"] = option(
-        "",
-        "what decodes the weights of a graph: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as before",
+    layout: Literal["", "qdq", "matmulnbits", "nhwc", "nchw"] = option(
+        "", "of a graph: what decodes weights, as `weights` says; or where images have channels at inputs and outputs"
     )
+    weights: Literal["", "qdq", "matmulnbits"] = option(
+        "", "what decodes the weights of a graph: qdq (DequantizeLinear), matmulnbits (com.microsoft); empty: as before"
+    )
+    custom: str = option("", "a domain for operators that ONNX has no like of; empty: they are an error")
+    graph: bool = option(True, "false: only the weights, each decoded to an output, of a model of another format")
+    signature: str = option("", "which signature of a TFLite model; empty: its first subgraph")
     ir_version: int | None = option(None, "IR version; by default the source's, or the first that has all types")
+
+    @property
+    def weight_layout(self) -> QuantizedLayout:
+        """What decodes the weights of a graph."""
+        return self.layout if self.layout in ("qdq", "matmulnbits") else self.weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +111,14 @@ class OnnxWriter:
         """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
         number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
         of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
-        if isinstance(model.graph, OnnxGraph):
-            return plan_kept(model, model.graph, target, options)
-        if options.layout:
-            raise UsageError(f"layout={options.layout} is for models with a graph, and this one has weights only")
+        graph: object = model.graph
+        if isinstance(graph, OnnxGraph):
+            return plan_kept(model, graph, target, options)
+        if options.graph and isinstance(graph, Lowerable):
+            return plan_made(model, graph, target, options)
+        if options.layout or options.weights:
+            wanted = f"layout={options.layout}" if options.layout else f"weights={options.weights}"
+            raise UsageError(f"{wanted} is for models with a graph, and this one has weights only")
         opset = _opset(model, options.opset)
         names, losses = _names(model)
         shared = _shared_parameters(model)

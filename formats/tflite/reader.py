@@ -20,6 +20,7 @@ from converters.packing import SUB_BYTE
 from converters.storage import Data, FileRange, InMemory, MappedFile
 from formats.tflite import schema
 from formats.tflite.containers import Section, sections
+from formats.tflite.graph import TFLiteGraph
 from formats.tflite.quantization import quantization_of
 from formats.tflite.sparsity import SparseData, sparse_layout
 
@@ -43,20 +44,25 @@ class TFLiteReader:
             losses += dropped
         names = iter(_unique_names([constant.name for numbers in constants for constant in numbers]))
         tensors: dict[str, Tensor] = {}
+        graphs: list[TFLiteGraph] = []
         for file, numbers in zip(files, constants, strict=True):
+            by_key: dict[Key, Tensor] = {}
             for constant in numbers:
                 name = next(names)
                 if name != constant.name:
                     losses.append(Loss(name, "renamed", f"another tensor is named '{constant.name}' too"))
                     constant.name = name
-            for tensor, its_losses in file.tensors(numbers):
-                tensors[tensor.name] = tensor
+            for constant, (tensor, its_losses) in zip(numbers, file.tensors(numbers), strict=True):
+                tensors[tensor.name] = by_key[constant.key] = tensor
                 losses += its_losses
+            names_of_codes = [_operator_name(code) for code in file.model.operator_codes]
+            graphs.append(TFLiteGraph(file.model, names_of_codes, by_key))
         operators: Counter[str] = Counter()
         for file in files:
             operators.update(file.operator_names)
         producer = next((file.model.description for file in files if file.model.description), "")
-        return Model(tensors, Metadata("tflite", producer, path, dict(operators)), losses=tuple(losses))
+        graph = graphs[0] if len(graphs) == 1 else None
+        return Model(tensors, Metadata("tflite", producer, path, dict(operators)), graph, tuple(losses))
 
 
 @dataclass(slots=True, eq=False)

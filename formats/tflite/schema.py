@@ -190,7 +190,27 @@ class Operator(Table):
     inputs = vector(1, np.int32)
     outputs = vector(2, np.int32)
     builtin_options_type = scalar(3, "B")
+    builtin_options = table(4, Table)
     batch_matmul_options = table(4, BatchMatMulOptions)
+    custom_options = vector(5, np.uint8)
+    intermediates = vector(8, np.int32)
+    builtin_options_2 = table(12, Table)
+
+
+class TensorMap(Table):
+    """A name of a signature for a tensor."""
+
+    name = string(0)
+    tensor_index = scalar(1, "I")
+
+
+class SignatureDef(Table):
+    """A subgraph's inputs and outputs by the names that callers know."""
+
+    inputs = tables(0, TensorMap)
+    outputs = tables(1, TensorMap)
+    signature_key = string(2)
+    subgraph_index = scalar(4, "I")
 
 
 class OperatorCode(Table):
@@ -244,5 +264,6 @@ class Model(Table):
     subgraphs = tables(2, SubGraph)
     description = string(3)
     buffers = tables(4, Buffer)
+    signature_defs = tables(7, SignatureDef)
     external_buffer_groups = tables(8, ExternalBufferGroup)
     external_buffers = tables(9, ExternalBuffer)

@@ -7,19 +7,23 @@
  *
  * Codes of 2 and 4 bits are packed: element 0 in the lowest bits of byte 0, no padding between rows. This is how
  * TensorFlow Lite (Micro), CMSIS-NN, NMSIS-NN, muRISCV-NN and ONNX store them: their kernels take `data` as it is.
+ * A model that is written in another packing says so in nibblecast_tensor.packing.
  *
  * Macros that can be defined before this file is included (-DNIBBLECAST_ALIGN=4), in every file alike:
  *
- *     NIBBLECAST_ALIGN       alignment of a tensor's data in bytes; 16 unless told otherwise
- *     NIBBLECAST_ALIGNED     how this compiler is told so, before the declaration
- *     NIBBLECAST_BEFORE      anything that goes before the declaration of an array, such as _Pragma("location=...")
+ *     NIBBLECAST_ALIGN       alignment of data in bytes, whatever models were written with
+ *     NIBBLECAST_BEFORE      anything that goes before the definition of an array, such as _Pragma("location=...")
  *     NIBBLECAST_AFTER       anything that goes after the declarator: PROGMEM, or __attribute__((section(".qspi")))
  *     NIBBLECAST_FAR         the memory that arrays are in, where that is part of a pointer's type: __memx for avr-gcc
  *     NIBBLECAST_READ_U8(p)  how a byte of an array is read; pgm_read_byte(p) where AFTER is PROGMEM
+ *     NIBBLECAST_DENSE_ONLY  makes nibblecast_code and nibblecast_value smaller, for programs without other packings
  *     NIBBLECAST_INLINE      "static inline" in this compiler's words
+ *     NIBBLECAST_ALIGNED(n)  how it is told an alignment, before the definition
+ *     NIBBLECAST_SECTION_BEFORE(name), NIBBLECAST_SECTION_AFTER(name)    how it is told a section
  *
  * NIBBLECAST_BEFORE and _AFTER apply to the arrays of data and parameters; names, shapes and the table of tensors stay
- * in ordinary constant memory.
+ * in ordinary constant memory. A model that is written with a section of its own has PREFIX_BEFORE and PREFIX_AFTER in
+ * their place.
  */
 #ifndef NIBBLECAST_H
 #define NIBBLECAST_H
@@ -28,7 +32,7 @@
 #include <stdint.h>
 
 /* Counts up when generated files and this one no longer fit together. */
-#define NIBBLECAST_INTERFACE 2
+#define NIBBLECAST_INTERFACE 3
 
 #ifndef NIBBLECAST_INLINE
 #if defined(__cplusplus)
@@ -47,29 +51,43 @@
 #endif
 #endif
 
-#ifndef NIBBLECAST_ALIGN
-#define NIBBLECAST_ALIGN 16
+#if defined(__IAR_SYSTEMS_ICC__)
+#define NIBBLECAST_PRAGMA(text) _Pragma(#text)
+#define NIBBLECAST_EXPANDED_PRAGMA(text) NIBBLECAST_PRAGMA(text)
 #endif
 
 #ifndef NIBBLECAST_ALIGNED
 #if defined(__IAR_SYSTEMS_ICC__)
-#define NIBBLECAST_PRAGMA(text) _Pragma(#text)
-#define NIBBLECAST_EXPANDED_PRAGMA(text) NIBBLECAST_PRAGMA(text)
-#define NIBBLECAST_ALIGNED NIBBLECAST_EXPANDED_PRAGMA(data_alignment = NIBBLECAST_ALIGN)
+#define NIBBLECAST_ALIGNED(n) NIBBLECAST_EXPANDED_PRAGMA(data_alignment = n)
 #elif defined(__GNUC__) || defined(__clang__) || defined(__CC_ARM) || defined(__TI_COMPILER_VERSION__)
-#define NIBBLECAST_ALIGNED __attribute__((aligned(NIBBLECAST_ALIGN)))
+#define NIBBLECAST_ALIGNED(n) __attribute__((aligned(n)))
 #elif defined(_MSC_VER)
-#define NIBBLECAST_ALIGNED __declspec(align(NIBBLECAST_ALIGN))
+#define NIBBLECAST_ALIGNED(n) __declspec(align(n))
 #elif defined(__cplusplus)
-#define NIBBLECAST_ALIGNED alignas(NIBBLECAST_ALIGN)
+#define NIBBLECAST_ALIGNED(n) alignas(n)
 #elif defined(__STDC_VERSION__)
 #if __STDC_VERSION__ >= 201112L
-#define NIBBLECAST_ALIGNED _Alignas(NIBBLECAST_ALIGN)
+#define NIBBLECAST_ALIGNED(n) _Alignas(n)
 #endif
 #endif
 #endif
 #ifndef NIBBLECAST_ALIGNED
-#error "define NIBBLECAST_ALIGNED as this compiler's word for alignment, or as nothing where that is no matter"
+#error "define NIBBLECAST_ALIGNED(n) as this compiler's word for alignment, or as nothing where that is no matter"
+#endif
+
+#ifndef NIBBLECAST_SECTION_AFTER
+#if defined(__IAR_SYSTEMS_ICC__)
+#define NIBBLECAST_SECTION_BEFORE(name) NIBBLECAST_EXPANDED_PRAGMA(location = name)
+#define NIBBLECAST_SECTION_AFTER(name)
+#elif defined(_MSC_VER) && !defined(__clang__)
+#define NIBBLECAST_SECTION_BEFORE(name) __pragma(section(name, read)) __declspec(allocate(name))
+#define NIBBLECAST_SECTION_AFTER(name)
+#elif defined(__GNUC__) || defined(__clang__) || defined(__CC_ARM) || defined(__TI_COMPILER_VERSION__)
+#define NIBBLECAST_SECTION_AFTER(name) __attribute__((section(name)))
+#endif
+#endif
+#ifndef NIBBLECAST_SECTION_BEFORE
+#define NIBBLECAST_SECTION_BEFORE(name)
 #endif
 
 #ifndef NIBBLECAST_BEFORE
@@ -104,6 +122,10 @@
 #define NIBBLECAST_CAST(type, value) ((type)(value))
 #endif
 
+/* Integers of 64 bits from their halves: C90 has no literals for them. */
+#define NIBBLECAST_UINT64(high, low) ((NIBBLECAST_CAST(uint64_t, high) << 32) | (low))
+#define NIBBLECAST_INT64(high, low) NIBBLECAST_CAST(int64_t, NIBBLECAST_UINT64(high, low))
+
 /* nibblecast_tensor.kind: what an element of `data` is. Floats that C has no type for are stored as their bits. */
 #define NIBBLECAST_UNSIGNED 0        /* unsigned integer of 2, 4, 8, 16, 32 or 64 bits */
 #define NIBBLECAST_SIGNED 1          /* two's complement integer of as many bits */
@@ -129,6 +151,13 @@
 #define NIBBLECAST_BLOCKWISE 3       /* those of one block of `block_shape` */
 #define NIBBLECAST_GROUP_INDEX 4     /* as blockwise, but along `axis` position p belongs to group `group_index[p]` */
 
+/* nibblecast_tensor.packing: how elements of 2 and 4 bits lie in bytes; those of all others are NIBBLECAST_DENSE. */
+#define NIBBLECAST_DENSE 0u                  /* the first in the lowest bits, nothing between rows */
+#define NIBBLECAST_UNPACKED 1u               /* each in a byte of its own, int8_t or uint8_t */
+#define NIBBLECAST_HIGH_FIRST 2u             /* the first in the highest bits */
+#define NIBBLECAST_ROWS_PADDED 4u            /* each row of the last axis begins at a byte */
+#define NIBBLECAST_ROWS_PADDED_HIGH_FIRST 6u /* the two above */
+
 typedef struct nibblecast_tensor {
     const char *name;                           /* as in the model, UTF-8 */
     const NIBBLECAST_FAR void *data;            /* the elements, row-major */
@@ -147,9 +176,10 @@ typedef struct nibblecast_tensor {
     uint8_t rank;
     uint8_t granularity;                        /* NIBBLECAST_NOT_QUANTIZED ... */
     uint8_t axis;                               /* of NIBBLECAST_PER_AXIS and NIBBLECAST_GROUP_INDEX */
+    uint8_t packing;                            /* NIBBLECAST_DENSE ... */
 } nibblecast_tensor;
 
-/* Element i of packed data: 0..15, 0..3, -8..7, -2..1. */
+/* Element i of dense data: 0..15, 0..3, -8..7, -2..1. */
 
 NIBBLECAST_INLINE int nibblecast_uint4(const NIBBLECAST_FAR void *data, size_t i)
 {
@@ -173,6 +203,43 @@ NIBBLECAST_INLINE int nibblecast_int4(const NIBBLECAST_FAR void *data, size_t i)
 NIBBLECAST_INLINE int nibblecast_int2(const NIBBLECAST_FAR void *data, size_t i)
 {
     return (nibblecast_uint2(data, i) ^ 2) - 2;
+}
+
+/* The same of data whose first element is in the highest bits. */
+
+NIBBLECAST_INLINE int nibblecast_uint4_high_first(const NIBBLECAST_FAR void *data, size_t i)
+{
+    return nibblecast_uint4(data, i ^ 1u);
+}
+
+NIBBLECAST_INLINE int nibblecast_uint2_high_first(const NIBBLECAST_FAR void *data, size_t i)
+{
+    return nibblecast_uint2(data, i ^ 3u);
+}
+
+NIBBLECAST_INLINE int nibblecast_int4_high_first(const NIBBLECAST_FAR void *data, size_t i)
+{
+    return nibblecast_int4(data, i ^ 1u);
+}
+
+NIBBLECAST_INLINE int nibblecast_int2_high_first(const NIBBLECAST_FAR void *data, size_t i)
+{
+    return nibblecast_int2(data, i ^ 3u);
+}
+
+/* What to give to the getters of dense data for element i of 2 or 4 bits, however the tensor is packed into bytes. */
+NIBBLECAST_INLINE size_t nibblecast_place(const nibblecast_tensor *t, size_t i)
+{
+    size_t last = 3u; /* of the elements of a byte */
+    if (t->bits == 4u) {
+        last = 1u;
+    }
+    if ((t->packing & NIBBLECAST_ROWS_PADDED) != 0u && t->rank != 0u) {
+        const size_t row = t->shape[t->rank - 1u];
+        const size_t padded = (row + last) & ~last;
+        i = ((i / row) * padded) + (i % row);
+    }
+    return ((t->packing & NIBBLECAST_HIGH_FIRST) != 0u) ? i ^ last : i;
 }
 
 /* Copies `size` bytes of an array: element `i` of those that are `size` bytes long. */
@@ -304,16 +371,24 @@ NIBBLECAST_INLINE uint64_t nibblecast_unsigned_element(const NIBBLECAST_FAR void
 NIBBLECAST_INLINE int64_t nibblecast_code(const nibblecast_tensor *t, size_t i)
 {
     const int is_signed = (t->kind == NIBBLECAST_SIGNED);
-    if (t->bits == 4u) {
+#if defined(NIBBLECAST_DENSE_ONLY)
+    const unsigned int bits = t->bits;
+#else
+    const unsigned int bits = (t->packing == NIBBLECAST_UNPACKED) ? 8u : t->bits;
+    if (bits < 8u && t->packing != NIBBLECAST_DENSE) {
+        i = nibblecast_place(t, i);
+    }
+#endif
+    if (bits == 4u) {
         return is_signed ? nibblecast_int4(t->data, i) : nibblecast_uint4(t->data, i);
     }
-    if (t->bits == 2u) {
+    if (bits == 2u) {
         return is_signed ? nibblecast_int2(t->data, i) : nibblecast_uint2(t->data, i);
     }
     if (is_signed) {
-        return nibblecast_signed_element(t->data, t->bits, i);
+        return nibblecast_signed_element(t->data, bits, i);
     }
-    return NIBBLECAST_CAST(int64_t, nibblecast_unsigned_element(t->data, t->bits, i));
+    return NIBBLECAST_CAST(int64_t, nibblecast_unsigned_element(t->data, bits, i));
 }
 
 /* Which of `scale`, `zero_point` and `offset` is that of element i, which must be below `count`. */

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -65,9 +66,10 @@ def test_cmsis_nn(tmp_path, mode):
     compile_objects(mode, [tmp_path / "layers.c", tmp_path / "weights.c"], "-Wno-missing-prototypes")
 
 
-def test_cmake(tmp_path):
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake: apt-get install cmake")
+@pytest.mark.parametrize(("generator", "tool"), [("Unix Makefiles", "make"), ("Ninja", "ninja")])
+def test_cmake(tmp_path, generator, tool):
+    if shutil.which("cmake") is None or shutil.which(tool) is None:
+        pytest.skip(f"needs cmake and {tool}: apt-get install cmake {tool}")
     shutil.copy(MODEL, tmp_path / "model.tflite")
     (tmp_path / "CMakeLists.txt").write_text(snippet("cmake"))
     (tmp_path / "main.c").write_text(
@@ -77,11 +79,34 @@ def test_cmake(tmp_path):
     command.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m converters "$@"\n')
     command.chmod(0o755)
     build = tmp_path / "build"
-    for arguments in (["-S", tmp_path, "-B", build, f"-DNIBBLECAST={command}"], ["--build", build]):
+
+    def cmake(*arguments):
         done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert "flash: " in done.stdout
+        return "flash: " in done.stdout
+
+    cmake("-G", generator, "-S", tmp_path, "-B", build, f"-DNIBBLECAST={command}")
+    assert cmake("--build", build)
     subprocess.run([str(build / "firmware")], check=True)
+    assert not cmake("--build", build)
+    os.utime(tmp_path / "model.tflite", (5_000_000_000, 5_000_000_000))
+    assert cmake("--build", build)
+
+
+def test_make(tmp_path):
+    shutil.copy(MODEL, tmp_path / "model.tflite")
+    (tmp_path / "Makefile").write_text("all: weights.c nibblecast.h\n" + snippet("make"))
+    command = ["make", f"NIBBLECAST=PYTHONPATH='{ROOT}' '{sys.executable}' -m converters"]
+
+    def made():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return "wrote weights.h" in done.stdout
+
+    assert made()
+    assert not made()
+    os.utime(tmp_path / "model.tflite", (5_000_000_000, 5_000_000_000))
+    assert made()
 
 
 def test_arduino(tmp_path):

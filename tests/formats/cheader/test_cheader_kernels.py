@@ -15,6 +15,7 @@ import pytest
 import converters
 from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
 from formats.cheader.kernels import RULES, advice, notes
+from formats.cheader.packings import Packing
 from tests.formats.cheader.c_harness import model_of, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
@@ -110,7 +111,38 @@ def test_rules(problem):
 
 
 def test_every_rule_has_a_case():
-    assert {advice(tensor).rule for tensor in RULE_CASES.values()} == set(RULES)
+    assert {advice(tensor).rule for tensor in RULE_CASES.values()} == set(RULES[1:])
+    assert advice(weight(), Packing(high_first=True)).rule is RULES[0]
+
+
+PACKED_OTHERWISE = {
+    "high first": (weight(), Packing(high_first=True)),
+    "rows": (weight(shape=(4, 3, 3, 5), channels=5), Packing(rows_padded=True)),
+    "rows, high first": (weight(), Packing(high_first=True, rows_padded=True)),
+}
+
+
+@pytest.mark.parametrize("case", PACKED_OTHERWISE)
+def test_no_kernel_reads_other_packings(case):
+    tensor, packing = PACKED_OTHERWISE[case]
+    assert "first in the lowest bits and no padding" in advice(tensor, packing).rule.problem
+    (note,) = notes([tensor], packing)
+    assert note.endswith("leave out --opt nibble-order and --opt packing=rows")
+
+
+def test_rows_of_whole_bytes_are_dense():
+    assert advice(weight(), Packing(rows_padded=True)) == advice(weight())
+    assert notes([weight()], Packing(rows_padded=True)) == ()
+
+
+@pytest.mark.parametrize("operator", ["CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV"])
+@pytest.mark.parametrize("dtype", [ml_dtypes.int2, ml_dtypes.int4])
+def test_unpacked_codes_are_int8(operator, dtype):
+    assert advice(weight(operator, dtype), Packing(unpacked=True)) == advice(weight(operator, np.int8))
+
+
+def test_packings_are_for_narrow_codes():
+    assert notes([weight(dtype=np.int8)], Packing(high_first=True)) == ()
 
 
 def test_text_is_fit_for_comments():

@@ -364,8 +364,23 @@ def test_members_are_those_of_the_runtime_header() -> None:
 
 
 def test_constants_are_those_of_the_runtime_header() -> None:
+    above_the_table = runtime_header().partition("typedef struct")[0]
     defined = re.findall(
-        r"^#define (NIBBLECAST_\w+) (\d+) +/\*|^#define (NIBBLECAST_FLOAT\w+) (\d+)$", runtime_header(), re.M
+        r"^#define (NIBBLECAST_\w+) (\d+)u? +/\*|^#define (NIBBLECAST_FLOAT\w+) (\d+)$", above_the_table, re.M
     )
     numbers = {a or c: int(b or d) for a, b, c, d in defined}
     assert {name.decode(): number for name, number in CONSTANTS.items()} == numbers
+
+
+@pytest.mark.parametrize("style", ["bytes", "words32", "words64", "string"])
+def test_truth_values_in_words(tmp_path: Path, style: str) -> None:
+    """Each must be 0 or 1, which is no limit for the word that it lies in."""
+    write(model_of(Tensor.from_array("w", np.arange(13) % 3 == 1)), tmp_path / "m.h", style=style)
+    assert read(tmp_path / "m.h")["w"].numpy().tolist() == (np.arange(13) % 3 == 1).tolist()
+
+
+def test_no_truth_values_in_words(tmp_path: Path) -> None:
+    write(model_of(Tensor.from_array("w", np.ones(8, np.bool_))), tmp_path / "m.h", style="words64")
+    rewritten(tmp_path / "m.h", lambda text: text.replace("0x0101010101010101u", "0x0101010201010101u"))
+    with pytest.raises(CorruptFile, match="m_w_data holds 2; below 2 is needed"):
+        read(tmp_path / "m.h")["w"].packed()

@@ -315,7 +315,7 @@ def test_data_are_aligned(tmp_path, mode, flags):
         "int main(void) { size_t n; for (n = 0u; n < m_TENSOR_COUNT; n++) {\n"
         "    const char *data = NIBBLECAST_CAST(const char *, m_tensors[n].data);\n"
         "    const char *start = NULL;\n"
-        '    printf("%d ", NIBBLECAST_CAST(int, (data - start) % NIBBLECAST_ALIGN)); }\n'
+        '    printf("%d ", NIBBLECAST_CAST(int, (data - start) % m_ALIGN)); }\n'
         "    return 0; }\n"
     )
     objects = compile_objects(mode, [program, tmp_path / "m.c"], *flags)

@@ -30,6 +30,7 @@ OFFICIAL_NAMES = {
     "indices_uint16": "ArrayIndices",
     "indices_uint8": "ArrayIndices",
     "batch_matmul_options": "BuiltinOptions",
+    "builtin_options_2": "BuiltinOptions2",
 }
 #: What `tflite` 2.18 does not have.
 NEWER = {

@@ -1,0 +1,394 @@
+"""Stage: floats -> codes, only when asked for.
+
+    code = clip(round(value / scale) + zero_point, lowest, highest)
+
+`converters.scheme` says how, `converters.rounding` computes it, `converters.blocks` cuts tensors into pieces. All of it
+is lazy: scales are found when they or their codes are first asked for, and kept until the tensor is released; codes are
+computed at each request. The same floats give the same codes at any time, whatever is asked for in which order.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import frexp, inf, log10, prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters import rounding
+from converters.blocks import Blocks, Box, Group, side_by_side
+from converters.dequantize import dequantized
+from converters.errors import Error, UsageError
+from converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from converters.rounding import Floats, Parameters
+from converters.scheme import Blocked, PerTensor, Scheme, parse_scheme
+from converters.storage import Computed, Data, Releasable
+
+__all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]
+
+_FLOATS = frozenset(np.dtype(name) for name in ("float16", "float32", "float64", "bfloat16"))
+_HELD_ELEMENTS = 1 << 21  # of a group of several boxes: up to 8 MiB of float32 are not read again for each pass
+_MOST_THREADS = 8
+_LARGEST_EXPONENT = 126
+
+#: Where operators take weights, by operator and input: the axis that their sum runs over (the next but one to last of
+#: MatMul's, say), along which blocks lie. None: the one of the last two along which the output channels do not run.
+_WEIGHTS: Mapping[tuple[str, int], int | None] = MappingProxyType(
+    {
+        ("Conv", 1): 1,  # ONNX: [O, I, H, W]
+        ("ConvTranspose", 1): 0,  # [I, O, H, W]
+        ("Gather", 0): -1,  # [rows, D]
+        ("Gemm", 1): None,  # [K, N], or [N, K]
+        ("MatMul", 1): -2,  # [K, N]
+        ("BATCH_MATMUL", 1): None,  # TFLite: [K, N], or [N, K]
+        ("CONV_2D", 1): -1,  # [O, H, W, I]
+        ("CONV_3D", 1): 3,  # [D, H, W, I, O]
+        ("DEPTHWISE_CONV_2D", 1): 2,  # [1, H, W, C]
+        ("EMBEDDING_LOOKUP", 1): -1,  # [rows, D]
+        ("FULLY_CONNECTED", 1): -1,  # [O, I]
+        ("GATHER", 0): -1,  # [rows, D]
+        ("TRANSPOSE_CONV", 1): -1,  # [O, H, W, I]
+        **{("UNIDIRECTIONAL_SEQUENCE_LSTM", i): -1 for i in (*range(1, 9), 16)},  # [cells, inputs]
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How well codes stand for the floats they were made of: the largest absolute error and the mean of the squared
+    ones, in the values' unit, and the signal-to-noise ratio, 10 * log10(sum of values ** 2 / sum of errors ** 2), in
+    decibels (infinite where nothing was lost)."""
+
+    tensor: str
+    kind: str
+    elements: int
+    max_error: float
+    squared_error: float
+    squared_values: float
+
+    @property
+    def mean_square_error(self) -> float:
+        """The sum of squared errors over the number of elements."""
+        return self.squared_error / max(1, self.elements)
+
+    @property
+    def signal_to_noise(self) -> float:
+        """In decibels."""
+        if self.squared_error == 0:
+            return inf
+        return 10 * log10(self.squared_values / self.squared_error) if self.squared_values else -inf
+
+    @classmethod
+    def total(cls, parts: Sequence[Accuracy]) -> Accuracy:
+        """That of all of them together."""
+        return cls(
+            tensor="",
+            kind="",
+            elements=sum(part.elements for part in parts),
+            max_error=max((part.max_error for part in parts), default=0.0),
+            squared_error=sum(part.squared_error for part in parts),
+            squared_values=sum(part.squared_values for part in parts),
+        )
+
+
+def quantize_model(model: Model, scheme: Scheme) -> Model:
+    """The model with its float weights quantized: tensors of the same names, shapes and uses.
+
+    Weights are tensors of float16, bfloat16, float32 or float64 with at least two axes that an operator uses as its
+    weight; all such tensors, where the source tells no uses at all. What is quantized already is left alone, unless
+    `scheme.requantize`; that is a Loss. Reads no payload. Raises UsageError when there is nothing to quantize, and
+    for an axis that a weight has not; reading the codes or parameters raises Unsupported where values are not finite.
+    """
+    known = any(tensor.uses for tensor in model.values())
+    tensors: dict[str, Tensor] = dict(model.tensors)
+    losses = list(model.losses)
+    changed = set()
+    for name, tensor in model.items():
+        if not _is_weight(tensor, scheme, known) or tensor.parameter_of in model.tensors:
+            continue
+        changed.add(name)
+        tensors[name] = quantized(tensor, scheme, model.metadata.source)
+        if tensor.quantization is not None:
+            losses.append(Loss(name, "requantized", _requantized(tensor, tensors[name])))
+    if not changed:
+        which = "float weight" if scheme.requantize else "float weight that is not quantized already"
+        more = "" if scheme.requantize else "; add ',requantize' to take those that are"
+        raise UsageError(f"quantize '{scheme}': there is no {which}{more}", path=model.metadata.source)
+    kept = {name: tensor for name, tensor in tensors.items() if tensor.parameter_of not in changed}
+    return replace(model, tensors=kept, losses=tuple(losses))
+
+
+def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None) -> Tensor:
+    """`tensor`, plain or quantized already, with codes and parameters as `scheme` wants them, computed when they are
+    read. `source` is the file that errors name. Raises UsageError for an axis that it has not."""
+    plain = dequantized(tensor, np.dtype(np.float32))
+    block_shape = _block_shape(tensor, scheme)
+    codes = QuantizedCodes(plain, scheme, block_shape, source)
+    grid = grid_shape(tensor.shape, block_shape)
+    count = prod(grid)
+    scale = Tensor(
+        f"{tensor.name}.scale",
+        grid,
+        scheme.scale_dtype,
+        Computed(count * scheme.scale_dtype.itemsize, codes.read_scale),
+    )
+    zero_point = None
+    if scheme.middle or not scheme.symmetric:
+        nbytes = packed_size(count, bits_of(scheme.dtype))
+        zero_point = Tensor(f"{tensor.name}.zero_point", grid, scheme.dtype, Computed(nbytes, codes.read_zero_point))
+    return replace(
+        tensor,
+        dtype=scheme.dtype,
+        data=codes,
+        quantization=Quantization(scale, block_shape, zero_point),
+        parameter_of=None,
+    )
+
+
+def accuracy(model: Model) -> tuple[Accuracy, ...]:
+    """Of each tensor that `quantize_model` has quantized: what was measured whenever codes were read; what was never
+    read is read for it now."""
+    return tuple(
+        tensor.data.accuracy(name) for name, tensor in model.items() if isinstance(tensor.data, QuantizedCodes)
+    )
+
+
+def _requantized(old: Tensor, new: Tensor) -> str:
+    detail = f"from {old.dtype}, {old.granularity} to {new.dtype}, {new.granularity}"
+    if any(use.activation is not None for use in old.uses):  # integer kernels add the bias before they scale
+        return f"{detail}; a quantized bias keeps its scale, which fits the weight's old one only"
+    return detail
+
+
+def _is_weight(tensor: Tensor, scheme: Scheme, uses_are_known: bool) -> bool:
+    if len(tensor.shape) < 2 or tensor.size == 0:
+        return False
+    wanted = tensor.dtype in _FLOATS if tensor.quantization is None else scheme.requantize
+    return wanted and (not uses_are_known or _weight_use(tensor) is not None)
+
+
+def _weight_use(tensor: Tensor) -> Use | None:
+    """The first use of the tensor as a weight."""
+    return next((use for use in tensor.uses if (use.operator, use.input) in _WEIGHTS), None)
+
+
+def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:
+    shape, granularity = tensor.shape, scheme.granularity
+    if isinstance(granularity, PerTensor):
+        return per_tensor(shape)
+    use = _weight_use(tensor)
+    channels = use.channel_axis if use is not None and use.channel_axis is not None else 0
+    axis = granularity.axis
+    if axis is None:
+        axis = _input_axis(use, len(shape), channels) if isinstance(granularity, Blocked) else channels
+    if not -len(shape) <= axis < len(shape):
+        raise UsageError(f"quantize '{scheme}': shape {shape} has no axis {axis}", tensor=tensor.name)
+    axis %= len(shape)
+    if isinstance(granularity, Blocked):
+        return blocked(shape, axis, min(granularity.size, shape[axis]))
+    return per_axis(shape, axis)
+
+
+def _input_axis(use: Use | None, rank: int, channels: int) -> int:
+    """The axis that the operator sums over; the last one where that is not known."""
+    axis = -1 if use is None else _WEIGHTS[use.operator, use.input]
+    if axis is None:
+        axis = -2 if channels == rank - 1 else -1
+    return axis if -rank <= axis < rank else -1
+
+
+class QuantizedCodes:
+    """The packed codes of a tensor of floats, as `Data`. Its parameters are kept from when they are first needed until
+    everything is released, what was measured of the errors for ever. `sources` are the data that it is made of."""
+
+    def __init__(self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None) -> None:
+        self.nbytes = packed_size(floats.size, bits_of(scheme.dtype))
+        self.sources = tuple(floats.stored())
+        self._floats = floats
+        self._scheme = scheme
+        self._block_shape = block_shape
+        self._source = source
+        self._fitted: dict[int, Parameters] = {}
+        self._errors: dict[int, tuple[float, float, float]] = {}
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of the packed codes."""
+        per_byte = 8 // bits_of(self._scheme.dtype)
+        first, last = start * per_byte, min(stop * per_byte, self._floats.size)
+        codes = np.empty(max(0, last - first), self._scheme.storage)
+        numbers = self._overlapping(self._starts, first, last)
+        wanted = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
+        self._quantize_all(wanted, codes, first)
+        return self._packed(codes)
+
+    def read_scale(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of the scales, flat, as the scheme's scale dtype."""
+        itemsize = self._scheme.scale_dtype.itemsize
+        scale = self._of_blocks(start // itemsize, -(-stop // itemsize), lambda parameters: parameters.scale)
+        return scale.astype(self._scheme.scale_dtype).view(np.uint8)[start % itemsize :][: stop - start]
+
+    def read_zero_point(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes [start, stop) of the zero points, packed as the codes are."""
+        bits = bits_of(self._scheme.dtype)
+        first, last = start * 8 // bits, min(stop * 8 // bits, prod(grid_shape(self._floats.shape, self._block_shape)))
+        if self._scheme.symmetric:
+            zero_point = np.full(last - first, self._scheme.middle, np.float32)
+        else:
+            zero_point = self._of_blocks(first, last, lambda parameters: parameters.zero_point)
+        return self._packed(zero_point.astype(self._scheme.storage))
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of the floats that bytes [start, stop) were made of; of the parameters as well when that is all."""
+        per_byte = 8 // bits_of(self._scheme.dtype)
+        self._release_floats(start * per_byte, stop * per_byte)
+        if start <= 0 and stop >= self.nbytes:
+            self._fitted.clear()
+
+    def accuracy(self, name: str) -> Accuracy:
+        """The error of all codes; computes those that were never read."""
+        every = ((number, box) for number, group in enumerate(self._groups) for box in group.boxes)
+        self._quantize_all([each for each in every if each[1].start not in self._errors], np.empty(0, np.int8), 0)
+        self._release_floats(0, self._floats.size)
+        errors = [self._errors[box.start] for group in self._groups for box in group.boxes]
+        return Accuracy(
+            name,
+            f"{self._scheme.dtype}, {self._scheme.granularity}",
+            self._floats.size,
+            max(largest for largest, _, _ in errors),
+            sum(squared for _, squared, _ in errors),
+            sum(squared for _, _, squared in errors),
+        )
+
+    def _packed(self, codes: NDArray[Any]) -> NDArray[np.uint8]:
+        return pack(codes, bits_of(self._scheme.dtype)) if self._scheme.dtype in SUB_BYTE else codes.view(np.uint8)
+
+    @cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        return tuple(Blocks.of(self._floats.shape, self._block_shape).groups())
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [group.start for group in self._groups]
+
+    @cached_property
+    def _first_blocks(self) -> list[int]:
+        return [group.blocks.start for group in self._groups]
+
+    def _overlapping(self, starts: Sequence[int], first: int, last: int) -> range:
+        """The numbers of the groups that have some of positions [first, last)."""
+        return range(max(0, bisect_right(starts, first) - 1), bisect_right(starts, last - 1) if last > first else 0)
+
+    def _of_blocks(self, first: int, last: int, parameter: Callable[[Parameters], Floats]) -> Floats:
+        """A parameter of blocks [first, last)."""
+        numbers = self._overlapping(self._first_blocks, first, last)
+        _in_threads(self._parameters, numbers)
+        if not numbers:
+            return np.empty(0, np.float32)
+        found = np.concatenate([parameter(self._parameters(number)) for number in numbers])
+        skipped = self._first_blocks[numbers[0]]
+        return found[first - skipped : last - skipped]
+
+    def _is_held(self, number: int) -> bool:
+        """Whether a group is small enough for all of its floats to be in memory."""
+        return self._groups[number].stop - self._groups[number].start <= _HELD_ELEMENTS
+
+    def _parameters(self, number: int, loaded: Sequence[Floats] = ()) -> Parameters:
+        """Those of a group; `loaded` are its boxes' blocks where they are here already."""
+        if number not in self._fitted:
+            group = self._groups[number]
+            held = loaded
+            if not held and self._is_held(number):
+                held = [self._load(box) for box in group.boxes]
+
+            def pieces() -> Iterator[tuple[slice, Floats]]:
+                for box, blocks in zip(group.boxes, held or map(self._load, group.boxes), strict=True):
+                    where = box.blocks
+                    yield slice(where.start - group.blocks.start, where.stop - group.blocks.start), side_by_side(blocks)
+                    if not held:
+                        self._release_floats(box.start, box.stop)
+
+            try:
+                self._fitted[number] = rounding.fit(self._scheme, pieces, group.blocks.stop - group.blocks.start)
+            except Error as error:
+                error.tensor, error.path = self._floats.name, self._source
+                raise
+            if not loaded:
+                self._release_floats(group.start, group.stop)
+        return self._fitted[number]
+
+    def _load(self, box: Box) -> Floats:
+        itemsize = self._floats.dtype.itemsize
+        return box.to_blocks(self._floats.data.read(box.start * itemsize, box.stop * itemsize).view(self._floats.dtype))
+
+    def _quantize_all(self, wanted: Sequence[tuple[int, Box]], out: NDArray[Any], first: int) -> None:
+        """Writes the codes of boxes, each with the number of its group, to where they belong in `out`, whose first code
+        is that of element `first`."""
+        by_group: dict[int, list[Box]] = {}
+        for number, box in wanted:
+            by_group.setdefault(number, []).append(box)
+        large = {number for number in by_group if not self._is_held(number)}
+        _in_threads(self._parameters, sorted(large))  # before all threads would need the same ones
+        tasks = [(number, boxes) for number, boxes in by_group.items() if number not in large]
+        tasks += [(number, [box]) for number in sorted(large) for box in by_group[number]]
+        _in_threads(lambda task: self._quantize(task[0], task[1], out, first), tasks)
+
+    def _quantize(self, number: int, boxes: Sequence[Box], out: NDArray[Any], first: int) -> None:
+        group = self._groups[number]
+        loaded: dict[Box, Floats] = {}
+        if number not in self._fitted:
+            loaded = {box: self._load(box) for box in group.boxes}
+        fitted = self._parameters(number, list(loaded.values()))
+        for box in boxes:
+            blocks = loaded[box] if box in loaded else self._load(box)
+            where = slice(box.blocks.start - group.blocks.start, box.blocks.stop - group.blocks.start)
+            parameters = fitted.of(where, blocks)
+            nearest = rounding.codes(self._scheme, blocks, parameters)
+            begin, end = max(box.start, first), min(box.stop, first + out.size)
+            if begin < end:
+                codes = box.from_blocks(nearest.astype(out.dtype))
+                out[begin - first : end - first] = codes[begin - box.start : end - box.start]
+            if box.start not in self._errors:
+                self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
+
+    def _release_floats(self, start: int, stop: int) -> None:
+        data: Data = self._floats.data
+        if isinstance(data, Releasable):
+            itemsize = self._floats.dtype.itemsize
+            data.release(start * itemsize, min(stop, self._floats.size) * itemsize)
+
+
+def _measured(blocks: Floats, decoded: Floats) -> tuple[float, float, float]:
+    """The largest error, the sum of squared errors, and that of squared values."""
+    largest, squared_error = _largest_and_sum_of_squares(np.subtract(decoded, blocks, out=decoded))
+    return largest, squared_error, _largest_and_sum_of_squares(blocks)[1]
+
+
+def _largest_and_sum_of_squares(numbers: Floats) -> tuple[float, float]:
+    """Of absolute values. They are squared in units of a power of two near the largest, so that float32 has room; NumPy
+    adds up by pairs, and unlike a dot product needs no threads of its own."""
+    largest = max(float(numbers.max()), -float(numbers.min()))
+    unit = 2.0 ** max(frexp(largest)[1], -_LARGEST_EXPONENT)
+    scaled = np.multiply(numbers, np.float32(1 / unit))
+    return largest, float(np.square(scaled, out=scaled).sum()) * unit**2
+
+
+def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None:
+    """Calls the function with each item, several at a time (NumPy computes without holding the interpreter)."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(items))
+    if threads < 2:
+        for item in items:
+            function(item)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(function, items):
+            pass

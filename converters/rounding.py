@@ -1,0 +1,151 @@
+"""The arithmetic of quantization: scales and zero points of blocks of floats, and their nearest codes.
+
+    code = clip(round(value / scale) + zero_point, lowest, highest)          ties to the even code, one float32 division
+    value = scale * (code - zero_point)                                      as converters.dequantize computes it
+
+Blocks come as float32 arrays of shape (k, b, q): b elements of k * q blocks, along axis 1. Their parameters are float32
+arrays of shape (k, 1, q) while computing, and of shape (k * q,) elsewhere; scales have been rounded to the dtype that
+they will be stored in before any code is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import Unsupported
+from converters.scheme import Scheme
+
+Floats = NDArray[np.float32]
+
+#: Gives the elements of some blocks, again at each call, in pieces: the positions of a piece's blocks among them, and
+#: their elements, or some of their elements.
+Pieces = Callable[[], Iterable[tuple[slice, Floats]]]
+
+#: What the range of min-max is multiplied by in search of the least mean square error: beyond 1 for values near both
+#: ends, far below it for long rows with outliers.
+_RATIOS = (0.14, 0.2, 0.3, 0.4, *np.linspace(0.5, 1.15, 16).tolist())
+_REFINEMENTS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parameters:
+    """The scales of blocks, and their zero points (in symmetric schemes one for all of them, broadcast)."""
+
+    scale: Floats
+    zero_point: Floats
+
+    def of(self, where: slice, blocks: Floats) -> Parameters:
+        """Those of the blocks at `where`, as they broadcast to `blocks`."""
+        shape = (blocks.shape[0], 1, blocks.shape[2])
+        return Parameters(self.scale[where].reshape(shape), self.zero_point[where].reshape(shape))
+
+
+def fit(scheme: Scheme, pieces: Pieces, count: int) -> Parameters:
+    """The parameters of `count` blocks. Raises Unsupported where values are not finite, and where scales are beyond
+    their dtype."""
+    low, high = np.zeros(count, np.float32), np.zeros(count, np.float32)
+    for where, blocks in pieces():  # zero is always within the range, so that it is always a code
+        np.minimum(low[where], blocks.min(axis=1).reshape(-1), out=low[where])
+        np.maximum(high[where], blocks.max(axis=1).reshape(-1), out=high[where])
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise Unsupported("holds NaN or infinity as float32, which has no code: leave the tensor out with --skip")
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = _of_range(scheme, low, high)
+        if not np.isfinite(found.scale).all():
+            what = f"needs a scale that {scheme.scale_dtype} cannot hold"
+            raise Unsupported(f"{what}: choose another with scale=, or leave the tensor out with --skip")
+        if scheme.scales == "mse":
+            found = _least_error(scheme, pieces, found, low, high)
+    return found
+
+
+def codes(scheme: Scheme, blocks: Floats, parameters: Parameters) -> Floats:
+    """The codes nearest to the elements of `blocks`, as whole float32 numbers; `parameters` broadcast to them."""
+    nearest = np.divide(blocks, parameters.scale)
+    np.rint(nearest, out=nearest)
+    if scheme.middle or not scheme.symmetric:
+        np.add(nearest, parameters.zero_point, out=nearest)
+    return np.clip(nearest, np.float32(scheme.lowest), np.float32(scheme.highest), out=nearest)
+
+
+def values(scheme: Scheme, nearest: Floats, parameters: Parameters) -> Floats:
+    """What codes decode to, written over them."""
+    if scheme.middle or not scheme.symmetric:
+        np.subtract(nearest, parameters.zero_point, out=nearest)
+    return np.multiply(nearest, parameters.scale, out=nearest)
+
+
+def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:
+    """The parameters for values from `low` (zero or less) to `high` (zero or more)."""
+    scale: NDArray[Any]
+    if scheme.symmetric and scheme.narrow:
+        scale = np.maximum(-low, high) / np.float32(scheme.highest - scheme.middle)
+    elif scheme.symmetric:  # the end farther from zero gets the lowest code, exactly; the scale has its sign reversed
+        scale = np.where(-low >= high, low, high) / np.float32(scheme.lowest - scheme.middle)
+    else:
+        scale = (high - low) / np.float32(scheme.highest - scheme.lowest)
+    scale = _stored(scheme, scale)
+    if scheme.symmetric:
+        return Parameters(scale, np.broadcast_to(np.float32(scheme.middle), scale.shape))
+    zero_point = np.rint(np.float32(scheme.lowest) - low / scale)
+    return Parameters(scale, np.clip(zero_point, np.float32(scheme.lowest), np.float32(scheme.highest)))
+
+
+def _stored(scheme: Scheme, scale: NDArray[Any]) -> Floats:
+    """Scales rounded to their dtype; 1 instead of 0, so that a block of zeros needs no division by zero."""
+    rounded: Floats = scale.astype(scheme.scale_dtype).astype(np.float32)
+    rounded[rounded == 0] = 1
+    return rounded
+
+
+def _least_error(scheme: Scheme, pieces: Pieces, minmax: Parameters, low: Floats, high: Floats) -> Parameters:
+    """The parameters of the least squared error among many ranges, then improved: the codes chosen, the best scale for
+    them is that of least squares. Never worse than `minmax`."""
+    candidates = [minmax, *(_of_range(scheme, low * np.float32(r), high * np.float32(r)) for r in _RATIOS)]
+    best, least = _choice(candidates, _squared_errors(scheme, pieces, candidates))
+    for _ in range(_REFINEMENTS):
+        refined = _least_squares(scheme, pieces, best)
+        (error,) = _squared_errors(scheme, pieces, [refined])
+        best, least = _choice([best, refined], np.stack([least, error]))
+    return best
+
+
+def _choice(candidates: Sequence[Parameters], errors: NDArray[np.float64]) -> tuple[Parameters, NDArray[np.float64]]:
+    """For each block the candidate of the least error, the first of equal ones, and that error."""
+    errors = np.where(np.isnan(errors), np.inf, errors)
+    best = errors.argmin(axis=0)
+    scale = np.choose(best, [candidate.scale for candidate in candidates])
+    zero_point = candidates[0].zero_point
+    if zero_point.strides != (0,):  # asymmetric
+        zero_point = np.choose(best, [candidate.zero_point for candidate in candidates])
+    return Parameters(scale, zero_point), errors.min(axis=0)
+
+
+def _squared_errors(scheme: Scheme, pieces: Pieces, candidates: Sequence[Parameters]) -> NDArray[np.float64]:
+    """The sum of squared errors of each block with each of the candidates, shape (candidates, blocks)."""
+    errors = np.zeros((len(candidates), candidates[0].scale.size))
+    for where, blocks in pieces():
+        for error, candidate in zip(errors, candidates, strict=True):
+            parameters = candidate.of(where, blocks)
+            difference = values(scheme, codes(scheme, blocks, parameters), parameters)
+            np.subtract(difference, blocks, out=difference)
+            np.square(difference, out=difference)
+            error[where] += difference.sum(axis=1).reshape(-1)
+    return errors
+
+
+def _least_squares(scheme: Scheme, pieces: Pieces, parameters: Parameters) -> Parameters:
+    """The same zero points, with the scales of the least squared error for the codes that `parameters` choose."""
+    products, squares = np.zeros(parameters.scale.size), np.zeros(parameters.scale.size)
+    for where, blocks in pieces():
+        of_piece = parameters.of(where, blocks)
+        steps = codes(scheme, blocks, of_piece) - of_piece.zero_point
+        products[where] += (steps * blocks).sum(axis=1).reshape(-1)
+        squares[where] += np.square(steps, out=steps).sum(axis=1).reshape(-1)
+    scale = np.divide(products, squares, out=parameters.scale.astype(np.float64), where=squares > 0)
+    return Parameters(_stored(scheme, scale), parameters.zero_point)

@@ -1,0 +1,199 @@
+"""How floats are to become codes: the dtype, who shares a scale, and how scales are chosen.
+
+As text, in any order: `int4,block=32,asymmetric,mse` or `int8,per-channel` or `int4,axis=0,narrow,scale=float16`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from converters.dequantize import FLOAT_DTYPES
+from converters.errors import UsageError
+from converters.packing import bits_of
+
+#: What floats can become, by name.
+CODE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        np.dtype(t).name: np.dtype(t)
+        for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
+    }
+)
+_SIGNED = frozenset(dtype for name, dtype in CODE_DTYPES.items() if name.startswith("int"))
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def __str__(self) -> str:
+        return "per-tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class PerAxis:
+    """One scale for each position along `axis`; None: along the output channels of the operator that uses it."""
+
+    axis: int | None = None
+
+    def __str__(self) -> str:
+        return "per-channel" if self.axis is None else f"axis={self.axis}"
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """One scale for each `size` elements along `axis`; None: along the inputs of the operator that uses it."""
+
+    size: int
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"block={self.size}: a block holds at least one element")
+
+    def __str__(self) -> str:
+        return f"block={self.size}" + ("" if self.axis is None else f",axis={self.axis}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How floats become codes; docs/quantize.md gives the formulas.
+
+    `narrow` leaves out the lowest code, so that the range is symmetric (-7..7 for int4) and no scale is negative.
+    `scales` are those of the smallest and the largest value ("minmax") or of the least mean square error ("mse").
+    `requantize` takes the tensors that are quantized already, too. Raises UsageError for an impossible dtype.
+    """
+
+    dtype: np.dtype[Any]
+    granularity: PerTensor | PerAxis | Blocked = PerAxis()
+    symmetric: bool = True
+    narrow: bool = False
+    scales: Literal["minmax", "mse"] = "minmax"
+    scale_dtype: np.dtype[Any] = FLOAT_DTYPES["float32"]
+    requantize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in CODE_DTYPES.values():
+            raise UsageError(f"cannot quantize to {self.dtype}: {', '.join(CODE_DTYPES)} are possible")
+        if self.scale_dtype not in FLOAT_DTYPES.values():
+            raise UsageError(f"cannot have scales of {self.scale_dtype}: {', '.join(FLOAT_DTYPES)} are possible")
+
+    def __str__(self) -> str:
+        words = [
+            self.dtype.name,
+            str(self.granularity),
+            "symmetric" if self.symmetric else "asymmetric",
+            *(["narrow"] if self.narrow else []),
+            *(["mse"] if self.scales == "mse" else []),
+            *([f"scale={self.scale_dtype}"] if self.scale_dtype != np.float32 else []),
+            *(["requantize"] if self.requantize else []),
+        ]
+        return ",".join(words)
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """The dtype of a byte for each code."""
+        return np.dtype(np.int8 if self.dtype in _SIGNED else np.uint8)
+
+    @property
+    def middle(self) -> int:
+        """The code of zero in symmetric schemes: 0 of signed codes, 8 of uint4."""
+        return 0 if self.dtype in _SIGNED else 1 << (bits_of(self.dtype) - 1)
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code in use."""
+        return self.middle - (1 << (bits_of(self.dtype) - 1)) + self.narrow
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return self.middle + (1 << (bits_of(self.dtype) - 1)) - 1
+
+
+_WORDS: Mapping[str, Callable[[Scheme], Scheme]] = MappingProxyType(
+    {
+        "per-tensor": lambda scheme: replace(scheme, granularity=PerTensor()),
+        "per-channel": lambda scheme: replace(scheme, granularity=PerAxis()),
+        "symmetric": lambda scheme: replace(scheme, symmetric=True),
+        "asymmetric": lambda scheme: replace(scheme, symmetric=False),
+        "full": lambda scheme: replace(scheme, narrow=False),
+        "narrow": lambda scheme: replace(scheme, narrow=True),
+        "minmax": lambda scheme: replace(scheme, scales="minmax"),
+        "mse": lambda scheme: replace(scheme, scales="mse"),
+        "requantize": lambda scheme: replace(scheme, requantize=True),
+    }
+)
+_EXCLUSIVE = (
+    ("per-tensor", "per-channel", "block"),
+    ("per-tensor", "axis"),
+    ("symmetric", "asymmetric"),
+    ("full", "narrow"),
+    ("minmax", "mse"),
+)
+_MOST_DIGITS = 18
+_POSSIBLE = f"{', '.join(CODE_DTYPES)}; {', '.join(_WORDS)}, block=N, axis=N, scale={'|'.join(FLOAT_DTYPES)}"
+
+
+def parse_scheme(text: str) -> Scheme:
+    """The scheme that a text like "int4,block=32,asymmetric" describes. Unless it says otherwise, scales are per
+    channel, of float32 and min-max, and unsigned codes are asymmetric. Raises UsageError with what is possible."""
+    words = _words(text)
+    dtypes = [word for word in words if word in CODE_DTYPES]
+    if len(dtypes) != 1:
+        raise _refused(text, f"one of {', '.join(CODE_DTYPES)} is needed")
+    dtype = CODE_DTYPES[dtypes[0]]
+    scheme = Scheme(dtype, symmetric=dtype in _SIGNED)
+    for word in words:
+        scheme = _WORDS.get(word, _unchanged)(scheme)
+    axis = _number(text, words, "axis")
+    block = _number(text, words, "block")
+    if block is not None:
+        scheme = replace(scheme, granularity=Blocked(block, axis))
+    elif axis is not None:
+        scheme = replace(scheme, granularity=PerAxis(axis))
+    if "scale" not in words:
+        return scheme
+    if words["scale"] not in FLOAT_DTYPES:
+        raise _refused(text, f"scale={words['scale']}: {', '.join(FLOAT_DTYPES)} are possible")
+    return replace(scheme, scale_dtype=FLOAT_DTYPES[words["scale"]])
+
+
+def _words(text: str) -> dict[str, str]:
+    """The words of a scheme, with what follows their equals sign."""
+    words: dict[str, str] = {}
+    for word in text.split(","):
+        key, equals, value = word.strip().partition("=")
+        known = key in ("block", "axis", "scale") if equals else key in _WORDS or key in CODE_DTYPES
+        if not known:
+            raise _refused(text, f"'{word.strip()}' is none of {_POSSIBLE}")
+        if key in words:
+            raise _refused(text, f"'{key}' is given twice")
+        words[key] = value
+    for group in _EXCLUSIVE:
+        both = [word for word in words if word in group]
+        if len(both) > 1:
+            raise _refused(text, f"'{both[0]}' and '{both[1]}' exclude each other")
+    return words
+
+
+def _unchanged(scheme: Scheme) -> Scheme:
+    return scheme
+
+
+def _number(text: str, words: Mapping[str, str], key: str) -> int | None:
+    if key not in words:
+        return None
+    digits = words[key].removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
+        raise _refused(text, f"{key}={words[key]}: a whole number is needed")
+    return int(words[key])
+
+
+def _refused(text: str, why: str) -> UsageError:
+    return UsageError(f"quantize '{text}': {why}")

@@ -1,0 +1,83 @@
+"""A graph that a reader of another format makes with onnx_ir -> the same kind of graph that an ONNX file has.
+
+Its weights are not in it: they stay where they are, carried along beside it until they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.ir import Model, Tensor, WeightPlace
+from converters.storage import Computed, MappedFile
+from formats.onnx.graph import CARRIED
+from formats.onnx.kept_graph import OnnxGraph
+from formats.onnx.parse import parse
+from formats.onnx.payload import Payloads
+from formats.onnx.repacking import permuted
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+
+@runtime_checkable
+class Lowerable(Protocol):
+    """A graph of another format that becomes an ONNX graph when it is asked for."""
+
+    def lowered(
+        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+    ) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
+        """The graph, and which of its initializers are the model's weights, decoded to floats."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MadeGraph:
+    """The graph, its weights as floats, and which of the model's tensors these are."""
+
+    graph: OnnxGraph
+    places: Mapping[str, WeightPlace]
+
+    def changed(self, model: Model) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The weights that are not plain numbers as they were read, by the names of their initializers: each as the
+        graph takes it, and as the model has it."""
+        for name, place in self.places.items():
+            tensor = model.get(place.tensor.name)
+            if tensor is not None and (tensor.quantization is not None or tensor.data is not place.tensor.data):
+                yield name, permuted(tensor, place.permutation), tensor
+
+
+def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Path) -> MadeGraph:
+    """Takes the weights out of a graph that was made; `path` is the source's, for messages."""
+    import onnx_ir as ir
+
+    carried: dict[int, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in made.graph.initializers.items():
+        if name not in places or value.const_value is None:
+            continue
+        tensor = carried[len(carried)] = tensors[name] = _lazy(name, value.const_value)
+        shape, dtype = ir.Shape(tensor.shape), value.const_value.dtype
+        value.const_value = ir.ExternalTensor(CARRIED, len(carried) - 1, tensor.nbytes, dtype, shape=shape, name=name)
+    content = np.frombuffer(ir.to_proto(made).SerializeToString(), np.uint8)
+    payloads = Payloads(MappedFile(path, content, None), carried)
+    parsed = parse(payloads.view, path)
+    headers = {header.name: header for header in parsed.graph.initializers if header.name in tensors}
+    return MadeGraph(OnnxGraph(parsed, payloads, tensors, headers), places)
+
+
+def _lazy(name: str, stored: onnx_ir.TensorProtocol) -> Tensor:
+    """An initializer as a plain tensor, which is computed when it is read."""
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        return np.ascontiguousarray(stored.numpy()).reshape(-1).view(np.uint8)[start:stop]
+
+    shape = tuple(int(size) for size in stored.shape.numpy())
+    dtype = np.dtype(stored.dtype.numpy())
+    return Tensor(name, shape, dtype, Computed(prod(shape) * dtype.itemsize, compute))

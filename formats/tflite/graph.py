@@ -1,0 +1,114 @@
+"""The graph of a TFLite file, for writers that can hold one: nothing of it is looked at until one asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import Tensor, WeightPlace
+from formats.tflite import schema
+from formats.tflite.options import OPTIONS, Options
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from formats.tflite.lowering.builder import Operator, TensorInfo
+    from formats.tflite.lowering.graph import Subgraph
+
+#: A tensor by subgraph and index.
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TFLiteGraph:
+    """The subgraphs of one model: `operators` are the names of its operator codes, `constants` the model's tensors by
+    subgraph and index."""
+
+    model: schema.Model
+    operators: list[str]
+    constants: Mapping[Key, Tensor]
+
+    @property
+    def signatures(self) -> Mapping[str, int]:
+        """The subgraphs by the names of the signatures that the file has."""
+        return {found.signature_key or "": found.subgraph_index for found in self.model.signature_defs}
+
+    def onnx_ir(self) -> ir.Model:
+        """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
+        return self.lowered(opset=21)[0]
+
+    def lowered(
+        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+    ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
+        """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
+        initializers are the model's weights; images channels first at its inputs and outputs if that is wanted, and
+        operators that there is no lowering for in `custom_domain`. Raises Unsupported for those without it."""
+        from formats.tflite.lowering.graph import Wishes, lowered
+
+        known = self.signatures
+        if signature and signature not in known:
+            listed = ", ".join(f"'{name}'" for name in known) or "none"
+            raise Unsupported(f"has no signature '{signature}': it has {listed}")
+        subgraphs = [self._subgraph(index, graph) for index, graph in enumerate(self.model.subgraphs)]
+        main = known[signature] if signature else 0
+        if not 0 <= main < len(subgraphs):
+            raise CorruptFile(f"has {len(subgraphs)} subgraphs, and {main} is wanted")
+        wishes = Wishes(opset, channels_first, custom_domain)
+        return lowered(subgraphs, main, wishes, self.model.description or "")
+
+    def _subgraph(self, index: int, graph: schema.SubGraph) -> Subgraph:
+        from formats.tflite.lowering.graph import Subgraph
+
+        names: set[str] = set()
+        tensors = [self._tensor((index, at), table, names) for at, table in enumerate(graph.tensors)]
+        operators = [self._operator(operator) for operator in graph.operators]
+        inputs, outputs = (
+            tuple(int(at) for at in ([] if found is None else found)) for found in (graph.inputs, graph.outputs)
+        )
+        return Subgraph(graph.name or "", tensors, operators, inputs, outputs)
+
+    def _tensor(self, key: Key, table: schema.Tensor, names: set[str]) -> TensorInfo:
+        from formats.tflite.lowering.builder import TensorInfo
+
+        name = table.name or f"tensor{key[1]}"
+        while name in names:
+            name = f"{name}_{key[1]}"
+        names.add(name)
+        shape = () if table.shape is None else tuple(int(size) for size in table.shape)
+        signature = shape if table.shape_signature is None else tuple(int(size) for size in table.shape_signature)
+        scale, zero_point = _per_tensor(table)
+        constant = self.constants.get(key)
+        return TensorInfo(name, shape, signature, _dtype(table), scale, zero_point, constant, bool(table.is_variable))
+
+    def _operator(self, operator: schema.Operator) -> Operator:
+        from formats.tflite.lowering.builder import Operator
+
+        name = self.operators[operator.opcode_index]
+        table = operator.builtin_options_2 if name == "STABLEHLO_COMPOSITE" else operator.builtin_options
+        inputs, outputs = (
+            tuple(int(at) for at in ([] if found is None else found)) for found in (operator.inputs, operator.outputs)
+        )
+        intermediates = () if operator.intermediates is None else tuple(int(at) for at in operator.intermediates)
+        custom = b"" if operator.custom_options is None else operator.custom_options.tobytes()
+        options = Options(name, table if name in OPTIONS else None)
+        return Operator(name, inputs, outputs, options, intermediates, custom)
+
+
+def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:
+    parameters = table.quantization
+    if parameters is None or parameters.details_type:
+        return None, 0
+    scale, zero_point = parameters.scale, parameters.zero_point
+    if scale is None or scale.size != 1:
+        return None, 0
+    return float(scale[0]), 0 if zero_point is None or not zero_point.size else int(zero_point[0])
+
+
+def _dtype(table: schema.Tensor) -> np.dtype[Any]:
+    """The dtype of a tensor's elements; object for strings and resources, which only pass through."""
+    kind = schema.TENSOR_TYPES[table.type] if 0 <= table.type < len(schema.TENSOR_TYPES) else ""
+    return schema.DTYPES.get(kind, np.dtype(object))

@@ -1,0 +1,381 @@
+"""One TFLite subgraph on its way into an ONNX graph: its tensors as ONNX values, and what lowering functions emit.
+
+Every tensor is computed as floats (or as the integers that it is, where it is not quantized). One that TFLite holds as
+quantized integers is rounded by QuantizeLinear and DequantizeLinear where it is made. Images stay as they are until an
+operator wants them channels first, and stay channels first for as long as operators do not mind: so hardly a Transpose
+is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from converters.errors import Unsupported
+from converters.ir import Tensor, WeightPlace
+from formats.tflite.options import Options
+
+#: Axes of channels-first images of 3, 4 and 5 axes, in terms of channels-last ones, and back.
+TO_FIRST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
+TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
+
+_QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
+_INT32 = np.dtype(np.int32)
+_ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
+
+Attribute = int | float | str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorInfo:
+    """A tensor of a subgraph: `scale` and `zero_point` where it is quantized as a whole; `constant` is the model's
+    tensor where its values are known."""
+
+    name: str
+    shape: tuple[int, ...]
+    signature: tuple[int, ...]
+    dtype: np.dtype[Any]
+    scale: float | None
+    zero_point: int
+    constant: Tensor | None
+    is_variable: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is held as integers that stand for floats, and is computed at run time."""
+        return self.scale is not None and self.dtype in _QUANTIZED and self.constant is None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operator:
+    """An operator: indices of tensors, -1 for absent ones. `intermediates` say by which scales an integer kernel rounds
+    on the way; `custom_options` are those of a custom operator, in an encoding of its own."""
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    options: Options
+    intermediates: tuple[int, ...] = ()
+    custom_options: bytes = b""
+
+    def input(self, position: int) -> int:
+        """The index of an input, -1 where it is absent."""
+        return self.inputs[position] if position < len(self.inputs) else -1
+
+
+@dataclass(slots=True)
+class Held:
+    """The ONNX values of a tensor, as far as there are any: as TFLite has it, channels first, and its integer codes."""
+
+    last: ir.Value | None = None
+    first: ir.Value | None = None
+    codes: ir.Value | None = None
+
+
+@dataclass(slots=True)
+class Builder:
+    """Collects nodes and initializers; `places` says which of the initializers are the model's weights."""
+
+    tensors: list[TensorInfo]
+    opset: int
+    names: set[str]
+    nodes: list[ir.Node] = field(default_factory=list)
+    held: dict[int, Held] = field(default_factory=dict)
+    initializers: dict[str, ir.Value] = field(default_factory=dict)
+    places: dict[str, WeightPlace] = field(default_factory=dict)
+    outer: Builder | None = None
+    shared: dict[str, ir.Value] = field(default_factory=dict)
+    variables: list[ir.Value] = field(default_factory=list)
+    assigned: dict[int, ir.Value] = field(default_factory=dict)
+    outputs: set[str] = field(default_factory=set)
+    handles: dict[int, str] = field(default_factory=dict)
+    resources: dict[str, ir.Value] = field(default_factory=dict)
+    custom_domain: str = ""
+    uses_custom: bool = False
+    run_subgraph: Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
+
+    def fresh(self, wanted: str) -> str:
+        """A name that no value has yet."""
+        name, count = wanted, 0
+        while name in self.names:
+            count += 1
+            name = f"{wanted}_{count}"
+        self.names.add(name)
+        return name
+
+    def emit(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        /,
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Adds a node and returns its first output; `name` is a wish for that one's."""
+        return self.emit_all(operator, inputs, name=name, outputs=outputs, **attributes)[0]
+
+    def emit_all(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        /,
+        *,
+        name: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """Adds a node and returns its outputs."""
+        made = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items() if value is not None]
+        node = ir.Node("", operator, inputs, made, num_outputs=outputs)
+        for value in node.outputs:
+            value.name = self.fresh(name or operator.lower())
+        node.name = node.outputs[0].name
+        self.nodes.append(node)
+        return node.outputs
+
+    def constant(self, values: Any, dtype: Any = None, name: str = "constant") -> ir.Value:
+        """A small initializer."""
+        array = np.asarray(values, dtype)
+        key = f"{name}_{array.dtype.name}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
+        known = self.root.shared.get(key) if len(key) < 200 else None
+        if known is not None:
+            return known
+        value = ir.Value(name=self.fresh(name), const_value=ir.tensor(array), type=ir.TensorType(_type_of(array.dtype)))
+        value.shape = ir.Shape(array.shape)
+        self.root.initializers[value.name or ""] = value
+        if len(key) < 200:
+            self.root.shared[key] = value
+        return value
+
+    def ints(self, values: Sequence[int]) -> ir.Value:
+        """A list of int64, for shapes, axes and the like."""
+        return self.constant(np.asarray(values, np.int64).reshape(-1), name="ints")
+
+    @property
+    def root(self) -> Builder:
+        """The builder of the whole model."""
+        return self if self.outer is None else self.outer.root
+
+    def run(self, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """Spells out a subgraph for these inputs; returns its outputs."""
+        if self.run_subgraph is None:
+            raise Unsupported(f"subgraph {index} cannot be run here")
+        return self.run_subgraph(self, index, values)
+
+    def hold(self, index: int, value: ir.Value, *, first: bool = False) -> None:
+        """What a tensor is, given as it is."""
+        self.held[index] = Held(first=value) if first else Held(last=value)
+
+    def codes(self, index: int, *, first: bool = False) -> ir.Value:
+        """The codes of a quantized tensor, as TFLite has it or channels first."""
+        held = self._held(index)
+        if held.codes is None:
+            held.codes = self.quantize(self.read(index), self.info(index), f"{self.info(index).name}_quantized")
+        is_first = held.first is not None and held.last is None  # and so are the codes
+        if is_first == first:
+            return held.codes
+        return self.emit("Transpose", [held.codes], perm=(TO_FIRST if first else TO_LAST)[len(self.info(index).shape)])
+
+    def type_of(self, index: int) -> ir.DataType:
+        """The ONNX type that a tensor's values are computed in."""
+        info = self.info(index)
+        return ir.DataType.FLOAT if info.is_quantized else _type_of(info.dtype)
+
+    def info(self, index: int) -> TensorInfo:
+        """What is known of a tensor. Raises Unsupported for an input that is needed and absent."""
+        if index < 0:
+            raise Unsupported("an operator lacks an input that it needs")
+        return self.tensors[index]
+
+    def numbers(self, index: int) -> NDArray[Any] | None:
+        """The values of a constant, as they are stored; None where they are known at run time only."""
+        info = self.info(index)
+        return None if info.constant is None else info.constant.numpy()
+
+    def list_of(self, index: int) -> list[int]:
+        """The integers of a constant. Raises Unsupported where they are known at run time only."""
+        values = self.numbers(index)
+        if values is None:
+            raise Unsupported(f"an operator takes '{self.info(index).name}', which is known at run time only")
+        return [int(value) for value in values.reshape(-1)]
+
+    def read(self, index: int) -> ir.Value:
+        """A tensor's values, as TFLite has them."""
+        held = self._held(index)
+        if held.last is None:
+            if held.first is not None:
+                rank = len(self.info(index).shape)
+                name = f"{self.info(index).name}_channels_last"
+                held.last = self.emit("Transpose", [held.first], name=name, perm=TO_LAST[rank])
+            else:
+                held.last = self.weight(index)
+        return held.last
+
+    def read_first(self, index: int) -> ir.Value:
+        """A tensor's values, channels first."""
+        held, rank = self._held(index), len(self.info(index).shape)
+        if held.first is None:
+            if held.last is None and self.info(index).constant is not None:
+                held.first = self.weight(index, TO_FIRST[rank])
+            else:
+                name = f"{self.info(index).name}_channels_first"
+                held.first = self.emit("Transpose", [self.read(index)], name=name, perm=TO_FIRST[rank])
+        return held.first
+
+    def is_first(self, index: int) -> bool:
+        """Whether a tensor is there channels first only."""
+        held = self._held(index)
+        return held.first is not None and held.last is None
+
+    def _held(self, index: int) -> Held:
+        if index not in self.held:
+            self.info(index)
+            self.held[index] = Held()
+        return self.held[index]
+
+    def weight(self, index: int, permutation: tuple[int, ...] | None = None) -> ir.Value:
+        """A constant with its axes permuted: an initializer that is the model's tensor, decoded if it is quantized.
+        Raises Unsupported for a tensor that nothing has computed."""
+        info = self.info(index)
+        if info.constant is None:
+            raise Unsupported(f"'{info.name}' is taken before anything computes it, or holds no numbers")
+        tensor, root = info.constant, self.root
+        if permutation == tuple(range(len(tensor.shape))):
+            permutation = None
+        key = f"weight {tensor.name} {permutation}"
+        if key in root.shared:
+            return root.shared[key]
+        is_float = tensor.quantization is not None
+        dtype = np.dtype(np.float32) if is_float else tensor.dtype
+        shape = tensor.shape if permutation is None else tuple(tensor.shape[axis] for axis in permutation)
+        name = root.fresh(tensor.name or "weight")
+        place = WeightPlace(tensor, permutation)
+
+        def compute() -> ir.Tensor[NDArray[Any]]:
+            values = tensor.dequantize(np.float32) if is_float else tensor.numpy()
+            return ir.Tensor(values if permutation is None else np.ascontiguousarray(values.transpose(permutation)))
+
+        lazy = ir.LazyTensor(compute, dtype=_type_of(dtype), shape=ir.Shape(shape), name=name)
+        value = ir.Value(name=name, const_value=lazy, type=ir.TensorType(_type_of(dtype)), shape=ir.Shape(shape))
+        root.initializers[name] = value
+        root.places[name] = place
+        if info.dtype != dtype and info.dtype.kind == "f":  # half floats that DEQUANTIZE widens
+            value = self.emit("Cast", [value], to=int(_type_of(info.dtype)))
+        root.shared[key] = value
+        return value
+
+    def write(self, index: int, value: ir.Value, *, first: bool = False) -> None:
+        """What a tensor is from now on, rounded to its own codes if it is quantized."""
+        info = self.info(index)
+        held = self.held[index] = Held()
+        if info.is_quantized:
+            held.codes = self.quantize(value, info, f"{info.name}_quantized")
+            value = self.dequantize(held.codes, info)
+        held.first, held.last = (value, None) if first else (None, value)
+
+    def write_codes(self, index: int, codes: ir.Value, *, first: bool = False) -> None:
+        """What a quantized tensor is from now on, given as its codes."""
+        self.hold(index, self.dequantize(codes, self.info(index)), first=first)
+        self.held[index].codes = codes
+
+    def quantize(self, value: ir.Value, info: TensorInfo, name: str) -> ir.Value:
+        """The codes of floats, by a tensor's scale and zero point."""
+        if info.dtype != _INT32:
+            return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
+        scale, zero_point = self._parameters(info)  # QuantizeLinear makes no int32
+        codes = self.emit("Cast", [self.emit("Round", [self.emit("Div", [value, scale])])], to=int(ir.DataType.INT32))
+        return self.emit("Add", [codes, zero_point], name=name)
+
+    def dequantize(self, codes: ir.Value, info: TensorInfo) -> ir.Value:
+        """The floats of codes."""
+        if info.dtype == _INT32 and info.zero_point:
+            scale, zero_point = self._parameters(info)
+            difference = self.emit("Cast", [self.emit("Sub", [codes, zero_point])], to=int(ir.DataType.FLOAT))
+            return self.emit("Mul", [difference, scale], name=info.name)
+        return self.emit("DequantizeLinear", [codes, *self._parameters(info)], name=info.name)
+
+    def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:
+        scale = self.constant(np.float32(info.scale), name="scale")
+        return scale, self.constant(np.asarray(info.zero_point, info.dtype), name="zero_point")
+
+    def rounded(self, value: ir.Value, index: int) -> ir.Value:
+        """A value rounded to the codes of a tensor, where that is quantized."""
+        if index < 0 or not self.info(index).is_quantized:
+            return value
+        info = self.info(index)
+        return self.dequantize(self.quantize(value, info, f"{info.name}_quantized"), info)
+
+    def reduced(self, operator: str, value: ir.Value, axes: Sequence[int], *, keep: bool = True) -> ir.Value:
+        """A reduction along axes, which are an input from opset 18 on."""
+        if self.opset >= 18 or operator == "ReduceSum":
+            return self.emit(operator, [value, self.ints(axes)], keepdims=int(keep))
+        return self.emit(operator, [value], axes=list(axes), keepdims=int(keep))
+
+    def variable(self, index: int) -> ir.Value:
+        """The value of a variable as it is now: at first an input that is zero unless it is given."""
+        held = self._held(index)
+        if held.last is None:
+            held.last = self.root.new_variable(self.info(index))
+        return held.last
+
+    def assign(self, index: int, value: ir.Value) -> None:
+        """What a variable is from now on."""
+        self.held[index] = Held(last=value)
+        self.root.assigned[index] = value
+
+    def new_variable(self, info: TensorInfo) -> ir.Value:
+        """An input of the graph that begins at zero."""
+        dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
+        name = self.fresh(info.name or "state")
+        zeros = ir.tensor(np.zeros(info.shape, dtype))
+        value = ir.Value(name=name, const_value=zeros, type=ir.TensorType(_type_of(dtype)), shape=ir.Shape(info.shape))
+        self.initializers[name] = value
+        self.variables.append(value)
+        return value
+
+    def inner(self) -> Builder:
+        """A builder for the body of a Scan, Loop or If: it sees what is around it."""
+        return Builder(self.tensors, self.opset, self.names, outer=self, run_subgraph=self.run_subgraph)
+
+    def argument(self, name: str, shape: Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """An input of such a body."""
+        return ir.Value(name=self.fresh(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
+        """The body that was collected."""
+        return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.fresh("body"), opset_imports={"": self.opset})
+
+    def finish(self, operator: Operator, value: ir.Value, *, first: bool = False) -> None:
+        """The operator's only result, after its fused activation."""
+        code = operator.options.integer("fused_activation")
+        self.write(operator.outputs[0], self.activated(value, code), first=first)
+
+    def activated(self, value: ir.Value, code: int) -> ir.Value:
+        """A value after a fused activation (schema.fbs, ActivationFunctionType)."""
+        if code == 0:
+            return value
+        if code == 1:
+            return self.emit("Relu", [value])
+        if code in (2, 3):
+            low, high = (-1.0, 1.0) if code == 2 else (0.0, 6.0)
+            limits = [self.constant(np.float32(limit), name="limit") for limit in (low, high)]
+            return self.emit("Clip", [value, *limits])
+        if code == 4:
+            return self.emit("Tanh", [value])
+        raise Unsupported(f"fused activation {code} is not known")
+
+
+def _type_of(dtype: np.dtype[Any]) -> ir.DataType:
+    return _ONNX_TYPES.get(dtype) or ir.DataType.from_numpy(dtype)
+
+
+#: The floats that weights are stored in where they are not quantized.
+HALF_FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))

@@ -1,0 +1,171 @@
+"""Convolutions and pooling: images go channels first, weights are permuted where they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.errors import Unsupported
+from formats.tflite.lowering.builder import Builder, Operator
+from formats.tflite.options import Options
+
+_SAME, _VALID = 0, 1
+
+
+def conv_2d(b: Builder, op: Operator) -> None:
+    """CONV_2D: weights [O, H, W, I / groups]."""
+    image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
+    groups = image[-1] // weight[-1]
+    _convolve(b, op, (0, 3, 1, 2), weight[1:3], groups, _strides(op.options), _dilations(op.options))
+
+
+def depthwise_conv_2d(b: Builder, op: Operator) -> None:
+    """DEPTHWISE_CONV_2D: weights [1, H, W, C * multiplier], the multiplier fastest."""
+    image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
+    _convolve(b, op, (3, 0, 1, 2), weight[1:3], image[-1], _strides(op.options), _dilations(op.options))
+
+
+def conv_3d(b: Builder, op: Operator) -> None:
+    """CONV_3D: weights [D, H, W, I, O]."""
+    image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
+    integer = op.options.integer
+    strides = [integer(f"stride_{axis}") for axis in "dhw"]
+    dilations = [integer(f"dilation_{axis}_factor") for axis in "dhw"]
+    _convolve(b, op, (4, 3, 0, 1, 2), weight[:3], image[-1] // weight[3], strides, dilations)
+
+
+def _convolve(
+    b: Builder,
+    op: Operator,
+    permutation: tuple[int, ...],
+    kernel: Sequence[int],
+    groups: int,
+    strides: list[int],
+    dilations: list[int],
+) -> None:
+    image = b.info(op.input(0)).shape
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(kernel),
+        "strides": strides,
+        "dilations": dilations,
+        "group": groups,
+        "pads": pads(op.options.integer("padding"), image[1:-1], kernel, strides, dilations),
+    }
+    inputs = [b.read_first(op.input(0)), kernel_value(b, op.input(1), permutation)]
+    if op.input(2) >= 0:
+        inputs.append(b.read(op.input(2)))
+    b.finish(op, b.emit("Conv", inputs, **attributes), first=True)
+
+
+def kernel_value(b: Builder, index: int, permutation: tuple[int, ...]) -> ir.Value:
+    """A weight with its axes permuted, where it is stored or, if it is computed, by a Transpose."""
+    if b.info(index).constant is not None and index not in b.held:
+        return b.weight(index, permutation)
+    return b.emit("Transpose", [b.read(index)], perm=permutation)
+
+
+def transpose_conv(b: Builder, op: Operator) -> None:
+    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias. Padding is that
+    of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
+    image, weight = b.info(op.input(2)).shape, b.info(op.input(1)).shape
+    result, strides = b.info(op.outputs[0]).shape, _strides(op.options)
+    kernel = weight[1:3]
+    before, after, more = [], [], []
+    for size, wide, window, stride in zip(image[1:3], result[1:3], kernel, strides, strict=True):
+        surplus = (size - 1) * stride + window - wide
+        total = max(surplus, 0)
+        before.append(total // 2 if op.options.integer("padding") == _SAME else 0)
+        after.append(max(surplus - before[-1], 0))
+        more.append(max(-surplus, 0))
+    attributes: dict[str, Any] = {"kernel_shape": list(kernel), "strides": strides, "pads": before + after}
+    inputs = [b.read_first(op.input(2)), kernel_value(b, op.input(1), (3, 0, 1, 2))]
+    if op.input(3) >= 0:
+        inputs.append(b.read(op.input(3)))
+    b.finish(op, b.emit("ConvTranspose", inputs, **attributes, output_padding=more), first=True)
+
+
+def average_pool_2d(b: Builder, op: Operator) -> None:
+    """AVERAGE_POOL_2D: padding does not count."""
+    b.finish(op, b.emit("AveragePool", [b.read_first(op.input(0))], **_pool(b, op), count_include_pad=0), first=True)
+
+
+def max_pool_2d(b: Builder, op: Operator) -> None:
+    """MAX_POOL_2D."""
+    b.finish(op, b.emit("MaxPool", [b.read_first(op.input(0))], **_pool(b, op)), first=True)
+
+
+def l2_pool_2d(b: Builder, op: Operator) -> None:
+    """L2_POOL_2D: the root of the mean of squares."""
+    value = b.read_first(op.input(0))
+    squares = b.emit("Mul", [value, value])
+    mean = b.emit("AveragePool", [squares], **_pool(b, op), count_include_pad=0)
+    b.finish(op, b.emit("Sqrt", [mean]), first=True)
+
+
+def _pool(b: Builder, op: Operator) -> dict[str, Any]:
+    kernel = [op.options.integer("filter_height"), op.options.integer("filter_width")]
+    strides = _strides(op.options)
+    image = b.info(op.input(0)).shape
+    padding = pads(op.options.integer("padding"), image[1:-1], kernel, strides, [1, 1])
+    return {"kernel_shape": kernel, "strides": strides, "pads": padding}
+
+
+def pads(
+    padding: int, sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> list[int]:
+    """Zeros before and after each axis (schema.fbs, Padding; lite/kernels/padding.h)."""
+    if padding == _VALID:
+        return [0] * (2 * len(sizes))
+    if padding != _SAME:
+        raise Unsupported(f"padding {padding} is not known")
+    before, after = [], []
+    for size, window, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max((-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
+        before.append(total // 2)
+        after.append(total - total // 2)
+    return before + after
+
+
+def _strides(options: Options) -> list[int]:
+    return [options.integer("stride_h"), options.integer("stride_w")]
+
+
+def _dilations(options: Options) -> list[int]:
+    return [options.integer("dilation_h_factor"), options.integer("dilation_w_factor")]
+
+
+def resize(mode: str, nearest: bool) -> Any:
+    """RESIZE_BILINEAR and RESIZE_NEAREST_NEIGHBOR: the size is the second input."""
+
+    def lower(b: Builder, op: Operator) -> None:
+        align = bool(op.options.integer("align_corners"))
+        half = bool(op.options.integer("half_pixel_centers"))
+        how = "align_corners" if align else "half_pixel" if half else "asymmetric"
+        attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": how}
+        if nearest:  # TFLite rounds halves up where corners or centres are aligned, else down
+            attributes["nearest_mode"] = "round_prefer_ceil" if align or half else "floor"
+        image, size = b.info(op.input(0)).shape, b.numbers(op.input(1))
+        if size is None:
+            wanted = b.emit("Cast", [b.read(op.input(1))], to=int(ir.DataType.INT64))
+            sizes = b.emit("Concat", [b.ints([image[0], image[3]]), wanted], axis=0)
+        else:
+            sizes = b.ints([image[0], image[3], *(int(each) for each in np.asarray(size).reshape(-1))])
+        value = b.emit("Resize", [b.read_first(op.input(0)), None, None, sizes], **attributes)
+        b.write(op.outputs[0], value, first=True)
+
+    return lower
+
+
+def depth_to_space(b: Builder, op: Operator) -> None:
+    """DEPTH_TO_SPACE: the depth is the fastest, as in ONNX's mode DCR."""
+    size = op.options.integer("block_size")
+    b.write(op.outputs[0], b.emit("DepthToSpace", [b.read_first(op.input(0))], blocksize=size, mode="DCR"), first=True)
+
+
+def space_to_depth(b: Builder, op: Operator) -> None:
+    """SPACE_TO_DEPTH."""
+    size = op.options.integer("block_size")
+    b.write(op.outputs[0], b.emit("SpaceToDepth", [b.read_first(op.input(0))], blocksize=size), first=True)

@@ -1,0 +1,53 @@
+"""Matrix products: weights stay as TFLite has them, [out, in]."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from converters.errors import Unsupported
+from formats.tflite.lowering.builder import Builder, Operator
+
+
+def fully_connected(b: Builder, op: Operator) -> None:
+    """FULLY_CONNECTED: the input is taken as rows of as many elements as a weight's row has."""
+    weight, result = b.info(op.input(1)), b.info(op.outputs[0])
+    if op.options.integer("weights_format"):
+        raise Unsupported("FULLY_CONNECTED with shuffled weights is for one kernel only: convert the model again")
+    value, shape = b.read(op.input(0)), b.info(op.input(0)).shape
+    depth = weight.shape[-1]
+    if len(shape) != 2 or shape[-1] != depth:
+        value = b.emit("Reshape", [value, b.ints([-1, depth])])
+    inputs = [value, b.read(op.input(1))]
+    if op.input(2) >= 0:
+        inputs.append(b.read(op.input(2)))
+    product = b.emit("Gemm", inputs, transB=1)
+    if len(result.shape) != 2 or result.shape[-1] != weight.shape[0]:
+        product = b.emit("Reshape", [product, b.ints(free_first(b, op.outputs[0]))])
+    b.finish(op, product)
+
+
+def batch_matmul(b: Builder, op: Operator) -> None:
+    """BATCH_MATMUL, either side transposed or not."""
+    left = _matrix(b, op.input(0), bool(op.options.integer("adj_x")))
+    right = _matrix(b, op.input(1), bool(op.options.integer("adj_y")))
+    b.write(op.outputs[0], b.emit("MatMul", [left, right]))
+
+
+def _matrix(b: Builder, index: int, transposed: bool) -> ir.Value:
+    if not transposed:
+        return b.read(index)
+    rank = len(b.info(index).shape)
+    permutation = (*range(rank - 2), rank - 1, rank - 2)
+    if b.info(index).constant is not None and index not in b.held:
+        return b.weight(index, permutation)
+    return b.emit("Transpose", [b.read(index)], perm=permutation)
+
+
+def free_first(b: Builder, index: int) -> list[int]:
+    """A tensor's shape for a Reshape; the first size that the file leaves open is worked out at run time."""
+    info = b.info(index)
+    sizes = list(info.shape)
+    open_axes = [axis for axis, size in enumerate(info.signature) if size < 0]
+    if open_axes:
+        sizes[open_axes[0]] = -1
+    return sizes

@@ -1,0 +1,195 @@
+"""A TFLite model's graph as an ONNX one, made when it is asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from converters.errors import Error, Unsupported
+from converters.ir import WeightPlace
+from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
+from formats.tflite.lowering.operators import LOWERINGS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subgraph:
+    """A subgraph as lowering sees it: tensors by index, operators in execution order."""
+
+    name: str
+    tensors: Sequence[TensorInfo]
+    operators: Sequence[Operator]
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What can be chosen: the operator set, images channels first at the graph's inputs and outputs, and the domain
+    that operators without a lowering get as they are (empty: they are refused)."""
+
+    opset: int
+    channels_first: bool = False
+    custom_domain: str = ""
+
+
+def lowered(
+    subgraphs: Sequence[Subgraph], main: int, wishes: Wishes, producer: str
+) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
+    """The subgraph `main` as an ONNX model, and which of its initializers are the model's weights. Raises Unsupported,
+    naming all of them, for operators that there is no lowering for."""
+    if not wishes.custom_domain:
+        _refuse_unknown(subgraphs, main)
+    graph, opset = subgraphs[main], wishes.opset
+    taken = {graph.tensors[index].name for index in (*graph.inputs, *graph.outputs)}
+    root = Builder(list(graph.tensors), opset, set(taken), run_subgraph=_runner(subgraphs))
+    root.custom_domain = wishes.custom_domain
+    inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
+    _run(root, graph)
+    outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
+    outputs += _states(root)
+    made = ir.Graph(
+        [*inputs, *root.variables],
+        outputs,
+        nodes=root.nodes,
+        initializers=list(root.initializers.values()),
+        name=graph.name or "main",
+        opset_imports={"": opset} | ({wishes.custom_domain: 1} if root.uses_custom else {}),
+    )
+    model = ir.Model(made, ir_version=10, producer_name="nibblecast", doc_string=producer or None)
+    if any(value.shape is None for value in outputs):  # ONNX wants a shape, if only of unknown sizes
+        from onnx_ir.passes.common import ShapeInferencePass
+
+        model = ShapeInferencePass(check_type=False, strict_mode=False)(model).model
+    return model, root.places
+
+
+def _run(b: Builder, graph: Subgraph) -> None:
+    for operator in graph.operators:
+        found = LOWERINGS.get(operator.name)
+        try:
+            (custom if found is None else found.function)(b, operator)
+        except Error as error:
+            error.tensor = error.tensor or next((b.tensors[index].name for index in operator.outputs), None)
+            raise
+
+
+def _runner(subgraphs: Sequence[Subgraph]) -> Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]]:
+    def run(caller: Builder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """Spells out a subgraph for these inputs among the caller's nodes."""
+        graph = subgraphs[index]
+        inner = Builder(list(graph.tensors), caller.opset, caller.names, nodes=caller.nodes, outer=caller)
+        inner.run_subgraph = caller.run_subgraph
+        for tensor, value in zip(graph.inputs, values, strict=True):
+            inner.hold(tensor, value)
+        _run(inner, graph)
+        return [inner.read(tensor) for tensor in graph.outputs]
+
+    return run
+
+
+def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
+    unknown: Counter[str] = Counter()
+    seen, waiting = set(), [main]
+    while waiting:
+        index = waiting.pop()
+        if index in seen:
+            continue
+        if not 0 <= index < len(subgraphs):
+            raise Unsupported(f"runs subgraph {index} of {len(subgraphs)}: the file is damaged")
+        seen.add(index)
+        for operator in subgraphs[index].operators:
+            if operator.name not in LOWERINGS:
+                unknown[operator.name] += 1
+            else:
+                waiting += [operator.options.integer(name) for name in _RUNS.get(operator.name, ())]
+    if unknown:
+        listed = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in sorted(unknown.items()))
+        raise Unsupported(
+            f"its graph has operators that do not become ONNX: {listed}; --opt graph=false writes the weights"
+        )
+
+
+_IMAGE_RANK = 4
+#: The options that name subgraphs.
+_RUNS = {
+    "CALL_ONCE": ("init_subgraph_index",),
+    "IF": ("then_subgraph_index", "else_subgraph_index"),
+    "STABLEHLO_COMPOSITE": ("decomposition_subgraph_index",),
+    "WHILE": ("cond_subgraph_index", "body_subgraph_index"),
+}
+
+
+def custom(b: Builder, op: Operator) -> None:
+    """An operator that ONNX has not, as it is: a node of the domain that the user wants, which takes and gives tensors
+    as TFLite has them (quantized ones decoded), its options in the attribute `custom_options`."""
+    b.root.uses_custom = True
+    inputs = [b.read(index) if index >= 0 else None for index in op.inputs]
+    name = op.name.removeprefix("CUSTOM:") or "custom"
+    attributes = [ir.AttrString("custom_options", op.custom_options.hex())] if op.custom_options else []
+    node = ir.Node(b.root.custom_domain, name, inputs, attributes, num_outputs=len(op.outputs))
+    b.nodes.append(node)
+    for index, value in zip(op.outputs, node.outputs, strict=True):
+        value.name = b.fresh(b.info(index).name)
+        value.type, value.shape = ir.TensorType(b.type_of(index)), _known_shape(b.info(index))
+        b.write(index, value)
+    node.name = b.fresh(name)
+
+
+def _input(b: Builder, index: int, *, channels_first: bool) -> ir.Value:
+    """A graph input: under its own name, and with the sizes that the file leaves open left open."""
+    info = b.info(index)
+    signature = info.signature if len(info.signature) == len(info.shape) else info.shape
+    sizes: list[int | str] = [
+        f"{info.name}_{axis}" if wanted < 0 else size
+        for axis, (size, wanted) in enumerate(zip(info.shape, signature, strict=True))
+    ]
+    first = channels_first and len(sizes) == _IMAGE_RANK
+    if first:
+        sizes = [sizes[axis] for axis in TO_FIRST[_IMAGE_RANK]]
+    value = ir.Value(name=info.name, type=ir.TensorType(ir.DataType.from_numpy(info.dtype)), shape=ir.Shape(sizes))
+    if info.is_quantized:
+        b.write_codes(index, value, first=first)
+    else:
+        b.hold(index, value, first=first)
+    return value
+
+
+def _output(b: Builder, index: int, *, channels_first: bool) -> ir.Value:
+    """A graph output under its own name: codes where TFLite has codes."""
+    info = b.info(index)
+    first = channels_first and len(info.shape) == _IMAGE_RANK
+    read = b.read_first if first else b.read
+    value = b.codes(index, first=first) if info.is_quantized else read(index)
+    own = value.producer() is not None and not value.is_graph_output()
+    if not own or value.name in b.outputs:
+        value = b.emit("Identity", [value])
+    value.name = info.name if info.name not in b.outputs else b.fresh(info.name)
+    b.outputs.add(value.name)
+    value.type = ir.TensorType(ir.DataType.from_numpy(info.dtype))
+    value.shape = _known_shape(info, first=first)
+    return value
+
+
+def _known_shape(info: TensorInfo, *, first: bool = False) -> ir.Shape | None:
+    """A tensor's shape, with the sizes that the file leaves open left open; None without axes, which may also mean that
+    the file does not know the shape."""
+    if not info.shape:
+        return None
+    signature = info.signature if len(info.signature) == len(info.shape) else info.shape
+    if any(size < 0 for size in signature):
+        return ir.Shape([None] * len(info.shape))
+    return ir.Shape([info.shape[axis] for axis in TO_FIRST[_IMAGE_RANK]] if first else info.shape)
+
+
+def _states(b: Builder) -> list[ir.Value]:
+    """The variables after the run, as further outputs."""
+    outputs = []
+    for index, value in b.assigned.items():
+        result = b.emit("Identity", [value], name=f"{b.info(index).name}_next")
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+        result.shape = _known_shape(b.info(index))
+        outputs.append(result)
+    return outputs

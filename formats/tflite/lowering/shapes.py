@@ -1,0 +1,353 @@
+"""Operators that move elements or look at shapes: nothing is computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from converters.errors import Unsupported
+from formats.tflite.lowering.builder import TO_FIRST, TO_LAST, Builder, Operator
+from formats.tflite.lowering.dense import free_first
+from formats.tflite.lowering.elementwise import mirrored
+
+_INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
+_FAR = (1 << 63) - 1
+
+
+def _long(b: Builder, index: int) -> ir.Value:
+    """A list of integers as int64."""
+    values = b.numbers(index)
+    return b.ints(values.reshape(-1).tolist()) if values is not None else b.emit("Cast", [b.read(index)], to=_INT64)
+
+
+def reshape(b: Builder, op: Operator) -> None:
+    """RESHAPE: to the second input, else to the option, else to the result's shape."""
+    given = op.options.integers("new_shape")
+    if op.input(1) >= 0 and b.numbers(op.input(1)) is None:
+        shape = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
+    elif op.input(1) >= 0:
+        shape = b.ints(b.list_of(op.input(1)))
+    elif given is not None and len(given) == len(b.info(op.outputs[0]).shape):
+        shape = b.ints(given)
+    else:
+        shape = b.ints(free_first(b, op.outputs[0]))
+    b.write(op.outputs[0], b.emit("Reshape", [b.read(op.input(0)), shape]))
+
+
+def squeeze(b: Builder, op: Operator) -> None:
+    """SQUEEZE: the given axes, or all of size 1."""
+    axes = op.options.integers("squeeze_dims")
+    inputs = [b.read(op.input(0))] + ([b.ints(axes)] if axes else [])
+    b.write(op.outputs[0], b.emit("Squeeze", inputs))
+
+
+def expand_dims(b: Builder, op: Operator) -> None:
+    """EXPAND_DIMS."""
+    b.write(op.outputs[0], b.emit("Unsqueeze", [b.read(op.input(0)), b.ints(b.list_of(op.input(1)))]))
+
+
+def transpose(b: Builder, op: Operator) -> None:
+    """TRANSPOSE; of an image that is channels first, only what that leaves to do."""
+    permutation = tuple(b.list_of(op.input(1)))
+    if not b.is_first(op.input(0)):
+        b.write(op.outputs[0], b.emit("Transpose", [b.read(op.input(0))], perm=permutation))
+        return
+    rank = len(permutation)
+    composed = tuple(TO_LAST[rank][axis] for axis in permutation)
+    value = b.read_first(op.input(0))
+    if composed != tuple(range(rank)):
+        value = b.emit("Transpose", [value], perm=composed)
+    b.write(op.outputs[0], value)
+
+
+def concatenation(b: Builder, op: Operator) -> None:
+    """CONCATENATION."""
+    rank = len(b.info(op.outputs[0]).shape)
+    axis = op.options.integer("axis") % max(1, rank)
+    first = rank in TO_FIRST and any(b.is_first(index) for index in op.inputs)
+    values = [b.read_first(index) if first else b.read(index) for index in op.inputs]
+    axis = TO_FIRST[rank].index(axis) if first else axis
+    b.finish(op, b.emit("Concat", values, axis=axis), first=first)
+
+
+def pack(b: Builder, op: Operator) -> None:
+    """PACK."""
+    axis = op.options.integer("axis")
+    values = [b.emit("Unsqueeze", [b.read(index), b.ints([axis])]) for index in op.inputs]
+    b.write(op.outputs[0], b.emit("Concat", values, axis=axis))
+
+
+def unpack(b: Builder, op: Operator) -> None:
+    """UNPACK."""
+    axis = op.options.integer("axis")
+    for position, index in enumerate(op.outputs):
+        at = b.constant(np.int64(position), name="position")
+        b.write(index, b.emit("Gather", [b.read(op.input(0)), at], axis=axis))
+
+
+def split(b: Builder, op: Operator) -> None:
+    """SPLIT: the axis is the first input; equal parts."""
+    axis, shape = b.list_of(op.input(0))[0], b.info(op.input(1)).shape
+    _split(b, op, op.input(1), axis, [shape[axis] // len(op.outputs)] * len(op.outputs))
+
+
+def split_v(b: Builder, op: Operator) -> None:
+    """SPLIT_V: sizes and axis are the second and third inputs; one size may be -1."""
+    axis, sizes = b.list_of(op.input(2))[0], b.list_of(op.input(1))
+    whole = b.info(op.input(0)).shape[axis]
+    rest = whole - sum(size for size in sizes if size >= 0)
+    _split(b, op, op.input(0), axis, [rest if size < 0 else size for size in sizes])
+
+
+def _split(b: Builder, op: Operator, index: int, axis: int, sizes: list[int]) -> None:
+    parts = b.emit_all("Split", [b.read(index), b.ints(sizes)], outputs=len(sizes), axis=axis)
+    for result, part in zip(op.outputs, parts, strict=True):
+        b.write(result, part)
+
+
+def gather(b: Builder, op: Operator) -> None:
+    """GATHER, along one axis or, with batch_dims, from as many leading axes one by one."""
+    axis, batch = op.options.integer("axis"), op.options.integer("batch_dims")
+    values, indices = b.read(op.input(0)), b.read(op.input(1))
+    if batch < 0:
+        batch += len(b.info(op.input(1)).shape)
+    if not batch:
+        b.write(op.outputs[0], b.emit("Gather", [values, indices], axis=axis))
+        return
+    if axis != batch:
+        raise Unsupported(f"GATHER along axis {axis} with batch_dims {batch} has no like in ONNX")
+    last = b.emit("Unsqueeze", [b.emit("Cast", [indices], to=_INT64), b.ints([-1])])
+    b.write(op.outputs[0], b.emit("GatherND", [values, last], batch_dims=batch))
+
+
+def embedding_lookup(b: Builder, op: Operator) -> None:
+    """EMBEDDING_LOOKUP: rows of the second input."""
+    b.write(op.outputs[0], b.emit("Gather", [b.read(op.input(1)), b.read(op.input(0))], axis=0))
+
+
+def gather_nd(b: Builder, op: Operator) -> None:
+    """GATHER_ND."""
+    indices = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
+    b.write(op.outputs[0], b.emit("GatherND", [b.read(op.input(0)), indices]))
+
+
+def scatter_nd(b: Builder, op: Operator) -> None:
+    """SCATTER_ND: updates that meet are added."""
+    zero = np.zeros(1, b.info(op.outputs[0]).dtype if not b.info(op.outputs[0]).is_quantized else np.float32)
+    empty = b.emit("ConstantOfShape", [_long(b, op.input(2))], value=ir.tensor(zero))
+    indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
+    b.write(op.outputs[0], b.emit("ScatterND", [empty, indices, b.read(op.input(1))], reduction="add"))
+
+
+def pad(b: Builder, op: Operator) -> None:
+    """PAD, PADV2 and MIRROR_PAD: what comes before and after each axis is the second input."""
+    first, rank = b.is_first(op.input(0)), len(b.info(op.input(0)).shape)
+    mode = mirrored(op.options.integer("mode")) if op.name == "MIRROR_PAD" else "constant"
+    value = b.read_first(op.input(0)) if first else b.read(op.input(0))
+    if b.numbers(op.input(1)) is None:
+        value, first = b.read(op.input(0)), False
+        pairs = b.emit("Transpose", [b.emit("Cast", [b.read(op.input(1))], to=_INT64)], perm=(1, 0))
+        amounts = b.emit("Reshape", [pairs, b.ints([-1])])
+    else:
+        around = np.asarray(b.list_of(op.input(1)), np.int64).reshape(rank, 2)
+        amounts = b.ints((around[list(TO_FIRST[rank])] if first else around).T.reshape(-1).tolist())
+    filling = []
+    if op.name == "PADV2":
+        filling = [b.emit("Reshape", [b.read(op.input(2)), b.ints([])])]
+    b.write(op.outputs[0], b.emit("Pad", [value, amounts, *filling], mode=mode), first=first)
+
+
+def slice_(b: Builder, op: Operator) -> None:
+    """SLICE: a size of -1 is all the rest."""
+    begin, size = b.numbers(op.input(1)), b.numbers(op.input(2))
+    rank = len(b.info(op.input(0)).shape)
+    if begin is not None and size is not None:
+        starts = b.list_of(op.input(1))
+        ends = [_FAR if n < 0 else s + n for s, n in zip(starts, b.list_of(op.input(2)), strict=True)]
+        inputs = [b.ints(starts), b.ints(ends)]
+    else:
+        start, count = _long(b, op.input(1)), _long(b, op.input(2))
+        is_rest = b.emit("Less", [count, b.ints([0] * rank)])
+        inputs = [start, b.emit("Where", [is_rest, b.ints([_FAR] * rank), b.emit("Add", [start, count])])]
+    b.write(op.outputs[0], b.emit("Slice", [b.read(op.input(0)), *inputs]))
+
+
+def strided_slice(b: Builder, op: Operator) -> None:
+    """STRIDED_SLICE with its masks, as NumPy's x[a:b:c, ..., newaxis, i]."""
+    integer = op.options.integer
+    strides = b.list_of(op.input(3))
+    masks = {name: integer(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")}
+    rank, value = len(b.info(op.input(0)).shape), b.read(op.input(0))
+    added = [k for k in range(len(strides)) if masks["new_axis"] >> k & 1]
+    ellipsis = [k for k in range(len(strides)) if masks["ellipsis"] >> k & 1]
+    axis = 0
+    shrunk: list[int] = []
+    inserted: list[int] = []
+    places: list[tuple[int, int]] = []
+    for k in range(len(strides)):
+        if k in ellipsis:
+            axis += rank - (len(strides) - len(added) - 1)
+        elif k in added:
+            inserted.append(axis - len(shrunk) + len(inserted))
+        else:
+            places.append((k, axis))
+            if masks["shrink_axis"] >> k & 1:
+                shrunk.append(axis)
+            axis += 1
+    value = _sliced(b, op, value, places, strides, masks)
+    if shrunk:
+        value = b.emit("Squeeze", [value, b.ints(shrunk)])
+    for place in inserted:
+        value = b.emit("Unsqueeze", [value, b.ints([place])])
+    b.write(op.outputs[0], value)
+
+
+def _sliced(
+    b: Builder,
+    op: Operator,
+    value: ir.Value,
+    places: list[tuple[int, int]],
+    strides: list[int],
+    masks: dict[str, int],
+) -> ir.Value:
+    """The slice along `places`: (position in begin, end and strides; axis)."""
+    wanted = [k for k, _ in places]
+    steps = [1 if masks["shrink_axis"] >> k & 1 else strides[k] for k in wanted]
+    whole_start = [-1 if step < 0 else 0 for step in steps]
+    whole_end = [-_FAR if step < 0 else _FAR for step in steps]
+    begins, ends = b.numbers(op.input(1)), b.numbers(op.input(2))
+    shrink = [bool(masks["shrink_axis"] >> k & 1) for k in wanted]
+    free_begin = [bool(masks["begin"] >> k & 1) and not one for k, one in zip(wanted, shrink, strict=True)]
+    free_end = [bool(masks["end"] >> k & 1) for k in wanted]
+    if begins is not None and ends is not None:
+        start = [w if f else int(begins[k]) for k, w, f in zip(wanted, whole_start, free_begin, strict=True)]
+        stop = [w if f else int(ends[k]) for k, w, f in zip(wanted, whole_end, free_end, strict=True)]
+        stop = [(s + 1 or _FAR) if one else e for s, e, one in zip(start, stop, shrink, strict=True)]
+        inputs = [b.ints(start), b.ints(stop)]
+    else:
+        positions = b.ints(wanted)
+        start_value = b.emit("Gather", [_long(b, op.input(1)), positions])
+        stop_value = b.emit("Gather", [_long(b, op.input(2)), positions])
+        after = b.emit("Add", [start_value, b.ints([1])])
+        is_last = b.emit("Equal", [after, b.ints([0])])
+        after = b.emit("Where", [is_last, b.ints([_FAR]), after])
+        start_value = _where(b, free_begin, whole_start, start_value)
+        stop_value = _where(b, free_end, whole_end, stop_value)
+        mask = b.constant(np.array(shrink), name="mask")
+        inputs = [start_value, b.emit("Where", [mask, after, stop_value])]
+    return b.emit("Slice", [value, *inputs, b.ints([axis for _, axis in places]), b.ints(steps)])
+
+
+def _where(b: Builder, mask: list[bool], values: list[int], others: ir.Value) -> ir.Value:
+    return b.emit("Where", [b.constant(np.array(mask), name="mask"), b.ints(values), others]) if any(mask) else others
+
+
+def tile(b: Builder, op: Operator) -> None:
+    """TILE."""
+    b.write(op.outputs[0], b.emit("Tile", [b.read(op.input(0)), _long(b, op.input(1))]))
+
+
+def broadcast_to(b: Builder, op: Operator) -> None:
+    """BROADCAST_TO."""
+    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(0)), _long(b, op.input(1))]))
+
+
+def fill(b: Builder, op: Operator) -> None:
+    """FILL: the shape is the first input."""
+    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(1)), _long(b, op.input(0))]))
+
+
+def shape_of(b: Builder, op: Operator) -> None:
+    """SHAPE."""
+    shape = b.emit("Shape", [b.read(op.input(0))])
+    b.write(op.outputs[0], b.emit("Cast", [shape], to=int(ir.DataType.from_numpy(b.info(op.outputs[0]).dtype))))
+
+
+def rank_of(b: Builder, op: Operator) -> None:
+    """RANK."""
+    b.write(op.outputs[0], b.constant(np.int32(len(b.info(op.input(0)).shape)), name="rank"))
+
+
+def range_(b: Builder, op: Operator) -> None:
+    """RANGE."""
+    ends = [b.emit("Reshape", [b.read(index), b.ints([])]) for index in op.inputs[:3]]
+    b.write(op.outputs[0], b.emit("Range", ends))
+
+
+def one_hot(b: Builder, op: Operator) -> None:
+    """ONE_HOT."""
+    on, off = (b.emit("Reshape", [b.read(op.input(position)), b.ints([1])]) for position in (2, 3))
+    values = b.emit("Concat", [off, on], axis=0)
+    depth = b.emit("Reshape", [_long(b, op.input(1)), b.ints([1])])
+    indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
+    b.write(op.outputs[0], b.emit("OneHot", [indices, depth, values], axis=op.options.integer("axis")))
+
+
+def where(b: Builder, op: Operator) -> None:
+    """WHERE: the positions of what is true, one in each row."""
+    found = b.emit("NonZero", [b.read(op.input(0))])
+    b.write(op.outputs[0], b.emit("Transpose", [found], perm=(1, 0)))
+
+
+def reverse(b: Builder, op: Operator) -> None:
+    """REVERSE_V2."""
+    axes = b.list_of(op.input(1))
+    count = len(axes)
+    inputs = [b.ints([-1] * count), b.ints([-_FAR] * count), b.ints(axes), b.ints([-1] * count)]
+    b.write(op.outputs[0], b.emit("Slice", [b.read(op.input(0)), *inputs]))
+
+
+def dynamic_update_slice(b: Builder, op: Operator) -> None:
+    """DYNAMIC_UPDATE_SLICE: the update goes where the third input says, moved inside if it would reach out."""
+    info, update = b.info(op.input(0)), b.info(op.input(1))
+    rank = len(info.shape)
+    room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
+    start = b.emit("Max", [b.emit("Min", [_long(b, op.input(2)), room]), b.ints([0] * rank)])
+    positions = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
+    indices = b.emit("Add", [b.constant(positions, name="positions"), start])
+    b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, b.read(op.input(1))]))
+
+
+def space_to_batch(b: Builder, op: Operator) -> None:
+    """SPACE_TO_BATCH_ND: pad, cut each spatial axis into blocks, and put the places in a block before the batch."""
+    blocks = b.list_of(op.input(1))
+    around = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
+    shape, count = b.info(op.input(0)).shape, len(blocks)
+    rest = len(shape) - 1 - count
+    amounts = [0, *around[:, 0].tolist(), *[0] * rest, 0, *around[:, 1].tolist(), *[0] * rest]
+    value = b.emit("Pad", [b.read(op.input(0)), b.ints(amounts)])
+    sizes = [shape[0]]
+    for size, block, (before, after) in zip(shape[1 : 1 + count], blocks, around.tolist(), strict=True):
+        sizes += [(size + before + after) // block, block]
+    value = b.emit("Reshape", [value, b.ints([*sizes, *shape[1 + count :]])])
+    inner, outer = [2 + 2 * k for k in range(count)], [1 + 2 * k for k in range(count)]
+    rest_axes = [1 + 2 * count + k for k in range(rest)]
+    value = b.emit("Transpose", [value], perm=(*inner, 0, *outer, *rest_axes))
+    b.write(op.outputs[0], b.emit("Reshape", [value, b.ints(b.info(op.outputs[0]).shape)]))
+
+
+def batch_to_space(b: Builder, op: Operator) -> None:
+    """BATCH_TO_SPACE_ND: the other way round, and then cut."""
+    blocks = b.list_of(op.input(1))
+    cut = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
+    shape, count = b.info(op.input(0)).shape, len(blocks)
+    batch = shape[0] // int(np.prod(blocks))
+    value = b.emit("Reshape", [b.read(op.input(0)), b.ints([*blocks, batch, *shape[1:]])])
+    order = [count]
+    for k in range(count):
+        order += [count + 1 + k, k]
+    rest = [2 * count + 1 + k for k in range(len(shape) - 1 - count)]
+    value = b.emit("Transpose", [value], perm=(*order, *rest))
+    spatial = [size * block for size, block in zip(shape[1 : 1 + count], blocks, strict=True)]
+    value = b.emit("Reshape", [value, b.ints([batch, *spatial, *shape[1 + count :]])])
+    ends = [size - after for size, (_, after) in zip(spatial, cut.tolist(), strict=True)]
+    axes = list(range(1, 1 + count))
+    b.write(op.outputs[0], b.emit("Slice", [value, b.ints(cut[:, 0].tolist()), b.ints(ends), b.ints(axes)]))
+
+
+def segment_sum(b: Builder, op: Operator) -> None:
+    """SEGMENT_SUM: rows of one segment are added."""
+    shape = b.info(op.outputs[0]).shape
+    empty = b.constant(np.zeros(shape, np.float32), name="zeros")
+    rows = b.emit("Unsqueeze", [b.emit("Cast", [b.read(op.input(1))], to=_INT64), b.ints([-1])])
+    b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, b.read(op.input(0))], reduction="add"))

@@ -1,0 +1,48 @@
+"""Operators that change how a tensor is stored: quantized or not, sparse or not, of another type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from formats.tflite.lowering.builder import Builder, Operator
+
+
+def unpacked(b: Builder, op: Operator) -> None:
+    """DEQUANTIZE and DENSIFY: of a constant, the same constant as floats; else what it is already."""
+    source = b.info(op.input(0))
+    if source.constant is not None and op.input(0) not in b.held:
+        result = b.info(op.outputs[0])
+        b.tensors[op.outputs[0]] = replace(result, constant=source.constant, scale=None)
+    elif b.is_first(op.input(0)):
+        b.write(op.outputs[0], b.read_first(op.input(0)), first=True)
+    else:
+        b.write(op.outputs[0], b.read(op.input(0)))
+
+
+def quantize(b: Builder, op: Operator) -> None:
+    """QUANTIZE: to the scale and zero point of the result, from floats or from other codes."""
+    first = b.is_first(op.input(0))
+    b.write(op.outputs[0], b.read_first(op.input(0)) if first else b.read(op.input(0)), first=first)
+
+
+def cast(b: Builder, op: Operator) -> None:
+    """CAST."""
+    dtype = ir.DataType.from_numpy(b.info(op.outputs[0]).dtype)
+    first = b.is_first(op.input(0))
+    value = b.read_first(op.input(0)) if first else b.read(op.input(0))
+    b.write(op.outputs[0], b.emit("Cast", [value], to=int(dtype)), first=first)
+
+
+def fake_quant(b: Builder, op: Operator) -> None:
+    """FAKE_QUANT: the grid is that of the result's own quantization, where it has one; else nothing."""
+    b.write(op.outputs[0], b.read(op.input(0)))
+
+
+def zeros_like(b: Builder, op: Operator) -> None:
+    """ZEROS_LIKE."""
+    value = b.read(op.input(0))
+    zero = np.zeros(1, np.float32 if b.info(op.input(0)).is_quantized else b.info(op.input(0)).dtype)
+    b.write(op.outputs[0], b.emit("ConstantOfShape", [b.emit("Shape", [value])], value=ir.tensor(zero)))
