@@ -57,6 +57,22 @@ def test_inspect_shows_a_table_and_json() -> None:
     assert tensor["uses"] == [{"operator": "CONV_2D", "input": 1, "channel_axis": 0}]
 
 
+def test_inspect_shows_a_graph() -> None:
+    model = FIXTURES.parent / "onnx" / "matmul_nbits_quantizer.onnx"
+    done = run("inspect", model)
+    assert re.search(r"W_Q4 +10×48 +uint4 +blockwise \(1, 32\) .* MatMulNBits", done.stdout)
+    for line in ("inputs: x float32 48×48", "outputs: y float32 48×10", "operators: MatMulNBits 1"):
+        assert line in done.stdout.splitlines()
+    assert "operator sets: ai.onnx 21, com.microsoft 1" in done.stdout
+    assert "bits per quantized weight" in done.stdout
+    document = json.loads(run("inspect", model, "--json").stdout)
+    assert document["inputs"] == [{"name": "x", "dtype": "float32", "shape": [48, 48]}]
+    assert document["outputs"] == [{"name": "y", "dtype": "float32", "shape": [48, 10]}]
+    assert document["opsets"] == {"": 21, "com.microsoft": 1}
+    # ten rows of 48 codes in four bits, and for each of 20 blocks a float32 scale and a zero point that takes a byte
+    assert document["bits_per_quantized_weight"] == 8 * (240 + 20 * 5) / 480
+
+
 def test_inspect_of_every_fixture_succeeds() -> None:
     for path in sorted(FIXTURES.glob("*.t*")):
         if path.suffix in (".tflite", ".task"):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis
+from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from converters.packing import SUB_BYTE, pack, packed_size, unpack
 from converters.storage import Computed, Data
 from formats.onnx.graph import Node, TensorHeader
@@ -33,7 +33,8 @@ _CODES: Mapping[int, np.dtype[Any]] = MappingProxyType(
 )
 _INT4S = frozenset(np.dtype(t) for t in (ml_dtypes.int4, ml_dtypes.uint4))
 _FLOAT8S = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)
-_FLOATS = frozenset(np.dtype(t) for t in (*_FLOAT8S, ml_dtypes.float4_e2m1fn))
+_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
+_FLOATS = frozenset(np.dtype(t) for t in (*_FLOAT8S, _FLOAT4))
 _MOST = 1 << 40  # of a size that an attribute gives: beyond any file, and far from overflow
 
 #: bitsandbytes' tables of FP4 and NF4 (csrc/kernels.cu of 0.49; quant_type 0 and 1).
@@ -375,6 +376,45 @@ def _float8_experts(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
     return replace(stored, quantization=Quantization(scale, block_shape))
 
 
+def _matmul_float8(node: Node, find: Find) -> Iterator[BlockWeight]:
+    """W is (N, K) of float8, blocks along K."""
+    parts = _Parts.of(node, find, 1, 2)
+    if parts is not None:
+        yield parts.weight(1, 0, partial(_float8_rows, node, parts))
+
+
+def _float8_rows(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
+    stored, block = payloads.tensor(parts.codes), node.integers.get("block_size", 128)
+    if stored.dtype not in _FLOATS or len(stored.shape) != 2 or not 0 < block < _MOST:
+        what = f"dims {stored.shape} of {stored.dtype} in blocks of {block}"
+        raise CorruptFile(f"has {what}: two axes of float8 are needed", tensor=parts.codes.name)
+    block_shape = (1, block)
+    scale = _parameter(parts.scales, "scales", parts, payloads, grid_shape(stored.shape, block_shape))
+    return replace(stored, quantization=Quantization(scale, block_shape))
+
+
+def _matmul_float4(node: Node, find: Find) -> Iterator[BlockWeight]:
+    """W is (N, K) of float4, blocks along K with float8 scales, which have one float32 scale themselves."""
+    parts = _Parts.of(node, find, 1, 2, 3)
+    if parts is not None and parts.zero_points is not None:
+        yield parts.weight(1, 0, partial(_float4_rows, node, parts, parts.zero_points))
+
+
+def _float4_rows(node: Node, parts: _Parts, second: TensorHeader, payloads: Payloads) -> Tensor:
+    block, dims = node.integers.get("block_size", 16), parts.codes.dims
+    if len(dims) != 2 or not 0 < block < _MOST:
+        message = f"has dims {dims} in blocks of {block}: (N, K / 2) are needed"
+        raise CorruptFile(message, tensor=parts.codes.name)
+    shape, block_shape = (dims[0], dims[1] * 2), (1, block)
+    stored, grid = _bytes(parts, payloads, *dims), grid_shape(shape, block_shape)
+    scale = _parameter(parts.scales, "scales", parts, payloads, grid)
+    if scale.dtype.itemsize != 1:
+        raise CorruptFile(f"has scales of {scale.dtype}: the bytes of float8 are needed", tensor=parts.codes.name)
+    outer = Quantization(_parameter(second, "second scale", parts, payloads, (1, 1)), per_tensor(grid))
+    scale = replace(scale, dtype=np.dtype(ml_dtypes.float8_e4m3fn), quantization=outer)
+    return replace(stored, shape=shape, dtype=_FLOAT4, quantization=Quantization(scale, block_shape))
+
+
 def _bits(bits: int, parts: _Parts) -> int:
     if bits not in _CODES:
         raise Unsupported(f"has codes of {bits} bits; 2, 4 and 8 are known", tensor=parts.codes.name)
@@ -401,6 +441,8 @@ _OPERATORS: Mapping[str, Callable[[Node, Find], Iterator[BlockWeight]]] = Mappin
     {
         **dict.fromkeys(_PROJECTIONS, _matmul_nbits),
         "GatherBlockQuantized": _gather_block_quantized,
+        "MatMulBlockQuantizedFp4Weight": _matmul_float4,
+        "MatMulBlockQuantizedFp8Weight": _matmul_float8,
         "MatMulBnb4": _matmul_bnb4,
         "QMoE": _qmoe,
     }

@@ -232,7 +232,9 @@ class Matcher:
             return None
         name = rounding.input(0)
         floats, scale = self.scope.headers.get(name), self.scope.header(node.input(1))
-        is_shared = any(taker is not rounding for taker in self.scope.takers[name]) or name in self.scope.graph.outputs
+        is_shared = (
+            any(taker is not rounding for taker in self.scope.takers.get(name, ())) or name in self.scope.graph.outputs
+        )
         if floats is None or scale is None or floats.data_type not in _FLOATS or is_shared:
             return None
         attributes = {"axis": 1, "block_size": 0}

@@ -151,7 +151,8 @@ class _Reading:
                     name = block.codes.name
                     found = weights.setdefault(id(block.codes), _Found(name, Stored(block.codes), None, (), block))
                     use = Use(node.op_type, block.position, block.channel_axis)
-                    weights[id(block.codes)] = replace(found, uses=(*found.uses, use))
+                    if use not in found.uses:
+                        weights[id(block.codes)] = replace(found, uses=(*found.uses, use))
                 for pattern in matcher.weights(node):
                     header = pattern.codes.header
                     if id(header) not in weights and self._understood(pattern, header.name):

@@ -132,7 +132,8 @@ def decode(view: memoryview, where: Range, schema: Schema) -> Record:
                     f"byte {place.start}: field {name} of a {schema.message} has wire type {wire_type}, not that of a "
                     f"{kind.value}: the file is damaged"
                 )
-            values.setdefault(name, []).extend(content)
+            if content:  # a packed field may hold nothing
+                values.setdefault(name, []).extend(content)
     return Record(values)
 
 

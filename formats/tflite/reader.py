@@ -15,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import MOST_DIMENSIONS, Activation, Loss, Metadata, Model, Quantization, Tensor, Use, is_integer
+from converters.ir import (
+    MOST_DIMENSIONS,
+    Activation,
+    Loss,
+    Metadata,
+    Model,
+    Port,
+    Quantization,
+    Tensor,
+    Use,
+    is_integer,
+)
 from converters.packing import SUB_BYTE
 from converters.storage import Data, FileRange, InMemory, MappedFile
 from formats.tflite import schema
@@ -62,7 +73,9 @@ class TFLiteReader:
             operators.update(file.operator_names)
         producer = next((file.model.description for file in files if file.model.description), "")
         graph = graphs[0] if len(graphs) == 1 else None
-        return Model(tensors, Metadata("tflite", producer, path, dict(operators)), graph, tuple(losses))
+        inputs, outputs = files[0].ports() if len(files) == 1 else ((), ())
+        metadata = Metadata("tflite", producer, path, dict(operators), inputs, outputs)
+        return Model(tensors, metadata, graph, tuple(losses))
 
 
 @dataclass(slots=True, eq=False)
@@ -146,6 +159,16 @@ class _ModelFile:
                     error.tensor = error.tensor or name
                     raise
         return found, losses
+
+    def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+        """The inputs and the outputs of the main subgraph."""
+        if not self.subgraphs:
+            return (), ()
+        graph, tensors = self.model.subgraphs[0], self.subgraphs[0]
+        inputs, outputs = (
+            tuple(_port(tensors[index]) for index in _indices(found)) for found in (graph.inputs, graph.outputs)
+        )
+        return inputs, outputs
 
     def tensors(self, constants: list[_Constant]) -> Iterator[tuple[Tensor, list[Loss]]]:
         """The tensors, with what reading each one lost. One that another names as its parameter is the same object
@@ -386,6 +409,16 @@ def _type_name(tensor: schema.Tensor) -> str:
     if not 0 <= tensor.type < len(schema.TENSOR_TYPES):
         raise Unsupported(f"has tensor type {tensor.type}, which this version does not know")
     return schema.TENSOR_TYPES[tensor.type]
+
+
+def _port(tensor: schema.Tensor) -> Port:
+    """What is said of an input or output; a size of -1 in its signature is open."""
+    known = 0 <= tensor.type < len(schema.TENSOR_TYPES)
+    kind = schema.TENSOR_TYPES[tensor.type] if known else ""
+    dtype = schema.DTYPES[kind].name if kind in schema.DTYPES else kind.lower()
+    sizes = tensor.shape if tensor.shape_signature is None else tensor.shape_signature
+    shape = () if sizes is None else tuple("" if size < 0 else size for size in sizes.tolist())
+    return Port(tensor.name or "", dtype, shape)
 
 
 def _shape(tensor: schema.Tensor) -> tuple[int, ...]:

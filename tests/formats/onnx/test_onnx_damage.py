@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.interfaces import Size
+from converters.storage import FileRange
 from formats.onnx.schema import TENSOR
 from formats.onnx.wire import Range, decode, encode, read_varint, signed, varint
 from formats.onnx.writer import OnnxOptions
@@ -111,6 +112,41 @@ def test_external_data_in_a_cache_of_links(tmp_path):
     (snapshot / "m.onnx_data").symlink_to("../../../blobs/22")
     with pytest.raises(CorruptFile, match="behind, a link"):
         read(snapshot / "m.onnx")
+
+
+def test_ten_gigabytes_are_opened_by_their_headers(tmp_path, monkeypatch):
+    """No byte of a payload is read; then the last ones are."""
+    rows, columns, block, count = 1 << 15, 1 << 15, 128, 20
+    nbytes = rows * columns // 2
+    nodes, initializers = [], []
+    for n in range(count):
+        shapes = [
+            (f"w{n}", TensorProto.UINT8, [rows, columns // block, block // 2], n * nbytes, "codes.bin"),
+            (f"s{n}", TensorProto.FLOAT16, [rows, columns // block], n * rows * columns // block * 2, "scales.bin"),
+        ]
+        for name, data_type, dims, offset, location in shapes:
+            tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
+            tensor.external_data.add(key="location", value=location)
+            tensor.external_data.add(key="offset", value=str(offset))
+            initializers.append(tensor)
+        attributes = {"K": columns, "N": rows, "block_size": block, "bits": 4}
+        nodes.append(
+            helper.make_node("MatMulNBits", ["x", f"w{n}", f"s{n}"], [f"y{n}"], domain="com.microsoft", **attributes)
+        )
+    for location, size in (("codes.bin", count * nbytes), ("scales.bin", count * rows * columns // block * 2)):
+        with (tmp_path / location).open("wb") as file:
+            file.truncate(size)
+            file.seek(-1, 2)
+            file.write(b"\x3c")
+    path = save(tmp_path / "m.onnx", nodes, initializers, outputs=["y0"], inputs=["x"])
+    with monkeypatch.context() as patched:
+        patched.setattr(FileRange, "read", lambda *_: pytest.fail("a payload is read"))
+        model = read(path)
+        assert sum(tensor.nbytes for tensor in model.values()) == 10 << 30
+        assert {tensor.granularity for tensor in model.values()} == {"blockwise (1, 128)"}
+    last = model[f"w{count - 1}"].rows(rows - 1, rows)
+    assert last.codes()[0, -2:].tolist() == [0xC, 3]
+    assert last.dequantize(np.float32)[0, -1] == (3 - 8) * 1.0
 
 
 def test_external_data_of_a_model_behind_a_linked_folder(tmp_path):
@@ -324,6 +360,17 @@ def test_damaged_anywhere(tmp_path_factory, changes, ours):
     (folder / "damaged.onnx").write_bytes(content)
     with suppress(Error):
         decode_all(folder / "damaged.onnx")
+
+
+@pytest.mark.parametrize("field", [2, 3, 8])
+def test_attributes_that_are_packed_and_hold_nothing(field, tmp_path):
+    """Found by the test below: an integer, or a float, as an array without any."""
+    attribute = encode_field(1, b"axis") + encode_field(field, b"")
+    node = encode_field(1, b"q") + encode_field(2, b"y") + encode_field(4, b"Relu") + encode_field(5, attribute)
+    (tmp_path / "m.onnx").write_bytes(
+        b"\x08\x0a" + encode_field(7, encode_field(1, node) + encode_field(11, b"\x0a\x01q"))
+    )
+    assert not read(tmp_path / "m.onnx")
 
 
 FIXTURES = sorted((Path(__file__).parents[3] / "fixtures" / "onnx").glob("*.onnx"))

@@ -244,6 +244,43 @@ def test_experts_of_float8(tmp_path):
     np.testing.assert_array_equal(found.dequantize(np.float32), weight.astype(np.float32) * scale[:, :1, :1])
 
 
+def test_matrices_of_small_floats(tmp_path):
+    weight = RNG.normal(size=(3, 40)).astype(ml_dtypes.float8_e4m3fn)
+    scale = RNG.uniform(1, 2, (3, 3)).astype(np.float32)
+    node = microsoft("MatMulBlockQuantizedFp8Weight", ["x", "w", "s"], block_size=16)
+    found = taken(tmp_path, node, ("w", weight), ("s", scale))["w"]
+    wide = np.repeat(scale, 16, 1)[:, :40]
+    np.testing.assert_array_equal(found.dequantize(np.float32), weight.astype(np.float32) * wide)
+
+    codes = RNG.integers(0, 16, (3, 40)).astype(np.uint8)
+    bits = RNG.integers(1, 0x7E, (3, 3)).astype(np.uint8)
+    node = microsoft("MatMulBlockQuantizedFp4Weight", ["x", "w", "s", "t"])
+    arrays = [("w", codes[:, 0::2] | codes[:, 1::2] << 4), ("s", bits), ("t", np.float32(0.125))]
+    found = taken(tmp_path, node, *((name, np.asarray(array)) for name, array in arrays))["w"]
+    assert (found.dtype.name, found.quantization.scale.dtype.name) == ("float4_e2m1fn", "float8_e4m3fn")
+    scales = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * np.float32(0.125)
+    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * np.repeat(scales, 16, 1)[:, :40]
+    np.testing.assert_array_equal(found.dequantize(np.float32), values)
+
+
+@pytest.mark.parametrize("operator", ["MatMulBlockQuantizedFp8Weight", "MatMulBlockQuantizedFp4Weight"])
+@pytest.mark.parametrize(
+    ("array", "attributes"),
+    [
+        (np.zeros((2, 3, 4), np.uint8), {}),
+        (np.zeros((2, 4), np.float32), {}),
+        (np.zeros((2, 4), np.uint8), {"block_size": -1}),
+        (np.zeros((2, 32), np.uint8), {"block_size": 4}),
+    ],
+)
+def test_matrices_of_small_floats_that_are_refused(operator, array, attributes, tmp_path):
+    arrays = [("w", array), ("s", np.ones((2, 1), np.uint8)), ("t", np.float32(1))]
+    with pytest.raises(CorruptFile, match="tensor 'w': has"):
+        taken(
+            tmp_path, microsoft(operator, ["x", "w", "s", "t"], **attributes), *((n, np.asarray(a)) for n, a in arrays)
+        )
+
+
 # Codes and their scales among an operator's inputs
 
 
@@ -355,6 +392,19 @@ def test_floats_that_others_take_as_they_are(tmp_path):
     arrays = [("w", np.ones((5, 3), np.float32)), ("s", np.ones(5, np.float32)), ("z", np.zeros(5, np.int8))]
     model = read(save(tmp_path / "m.onnx", nodes, [raw(*each) for each in arrays]))
     assert model["w"].quantization is None
+
+
+def test_floats_that_are_rounded_outside_the_graph(tmp_path):
+    """A DequantizeLinear in a body, of codes that are made around it."""
+    rounding, decoding = rounded(np.int8)
+    value = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    body = helper.make_graph([decoding], "body", [], [value])
+    branch = helper.make_node("If", ["c"], ["r"], then_branch=body, else_branch=body)
+    arrays = [("w", np.ones((5, 3), np.float32)), ("s", np.ones(5, np.float32)), ("z", np.zeros(5, np.int8))]
+    model = read(
+        save(tmp_path / "m.onnx", [rounding, branch], [raw(*each) for each in arrays], outputs=["r"], inputs=["c"])
+    )
+    assert model["w"].dtype == np.float32
 
 
 def test_codes_that_are_gathered_first(tmp_path):

@@ -137,12 +137,16 @@ def test_rows_of_odd_length_begin_in_the_middle_of_a_byte() -> None:
     assert np.array_equal(weight.codes(), np.where(nibbles > 7, nibbles - 16, nibbles))
 
 
-def test_metadata_tell_the_producer_the_source_and_the_operators() -> None:
+def test_metadata_tell_the_producer_the_source_the_operators_and_the_ports() -> None:
     path = FIXTURES / "cnn_int4_per_channel.tflite"
     metadata = converters.load(path).metadata
     assert (metadata.format, metadata.source) == ("tflite", path)
     assert metadata.producer == schema.Model.root(np.fromfile(path, np.uint8)).description
     assert metadata.operators["DEQUANTIZE"] == 3
+    assert [(port.name, port.dtype, port.shape) for port in metadata.inputs] == [
+        ("serving_default_x:0", "float32", (1, 8, 8, 3))
+    ]
+    assert [(port.dtype, port.shape) for port in metadata.outputs] == [("float32", (1, 5))]
 
 
 # ---- names ---------------------------------------------------------------------------------------
