@@ -1,22 +1,15 @@
-"""The machines that generated C is compiled for and run on, and how: one row of a table each.
-
-Where a target's tools are missing, its tests are skipped, and the reason says what to install; where
-NIBBLECAST_REQUIRE_TARGETS is set, as .ci/run does, they fail.
-"""
+"""The machines that generated C is compiled for and run on, and how: one row of a table each."""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
+from tests.tools import need, unavailable
 
 HERE = Path(__file__).parent
 FAULT = 99
@@ -171,22 +164,9 @@ TARGETS = (
 HERE_TOO = tuple(target for target in TARGETS if not target.machines or platform.machine() in target.machines)
 
 
-def need(tools: Iterable[str], packages: str) -> None:
-    """Skips the test, or in CI fails it, unless the commands are there."""
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    if missing:
-        unavailable(f"needs {', '.join(missing)}: apt-get install --no-install-recommends {packages}")
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Skips the test, or in CI fails it."""
-    if os.environ.get("NIBBLECAST_REQUIRE_TARGETS"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def need_target(target: Target, folder: Path) -> None:
-    """Likewise, unless the target's tools make a program of the least source: headers and libraries may be missing."""
+    """Skips the test, or in CI fails it, unless the target's tools make a program of the least source: headers and
+    libraries may be missing."""
     need(target.tools, target.packages)
     (folder / "least.c").write_text("int main(void)\n{\n    return 0;\n}\n", "ascii")
     for command in (

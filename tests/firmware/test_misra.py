@@ -12,7 +12,8 @@ from shutil import copy
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, need, unavailable
+from tests.firmware.targets import HERE
+from tests.tools import need, unavailable
 
 pytestmark = pytest.mark.firmware
 

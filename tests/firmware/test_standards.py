@@ -9,7 +9,8 @@ from shutil import copy
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, call, need
+from tests.firmware.targets import HERE, call
+from tests.tools import need
 
 pytestmark = pytest.mark.firmware
 
