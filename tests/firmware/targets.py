@@ -39,7 +39,8 @@ class Target:
     `port` is the part of these tests that knows the machine. `status_printed`: the exit status of `run` says nothing,
     the last line of the output does, and that goes to stderr. `fault` is the status of a program that does what it must
     not. `avr`: pointers, sizes and `int` have 16 bits, `double` 32, and what is not in PROGMEM is in a RAM of some KiB.
-    `machines`: it is there on these only.
+    `section` is where arrays go that the assembler reads from a file, where it must be told. `big_endian` and `embeds`
+    (#embed) are what they say. `machines`: it is there on these only.
     """
 
     name: str
@@ -53,6 +54,9 @@ class Target:
     status_printed: bool = False
     fault: int = FAULT
     avr: bool = False
+    section: str = ""
+    big_endian: bool = False
+    embeds: bool = False
     machines: tuple[str, ...] = ()
 
     @property
@@ -90,6 +94,7 @@ def _m55() -> Target:
         libraries="-lgcc",
         run=f"qemu-system-arm -M mps3-an547 {_SEMIHOSTING} -kernel program",
         port="port_cortex_m.c",
+        embeds=True,
     )
 
 
@@ -106,7 +111,7 @@ def _riscv(name: str, bits: int, core: str, abi: str) -> Target:
     )
 
 
-def _avr(name: str, device: str, arrays: str, link: str = "") -> Target:
+def _avr(name: str, device: str, arrays: str, link: str = "", section: str = ".progmem.data") -> Target:
     """Converted, since of an ELF file simavr loads .text and .data only."""
     return Target(
         name,
@@ -119,6 +124,7 @@ def _avr(name: str, device: str, arrays: str, link: str = "") -> Target:
         port="port_avr.c",
         status_printed=True,
         avr=True,
+        section=section,
     )
 
 
@@ -140,6 +146,7 @@ TARGETS = (
         link="powerpc-linux-gnu-gcc -static",
         run="qemu-ppc program",
         fault=-6,
+        big_endian=True,
     ),
     _cortex_m("cortex-m0", "-mcpu=cortex-m0", "microbit", _MICROBIT),
     _cortex_m("cortex-m3", "-mcpu=cortex-m3", "mps2-an385"),
@@ -158,7 +165,10 @@ TARGETS = (
         "-include avr/pgmspace.h -DNIBBLECAST_AFTER=__attribute__((section(\".far\"))) "
         "-DNIBBLECAST_READ_U8(p)=pgm_read_byte_far(0x20000UL+(uint16_t)(uintptr_t)(p))",
         "-Wl,--section-start=.far=0x20010",
+        section=".far",
     ),
+    # the same wherever arrays lie: pointers of 24 bits, in C only
+    _avr("atmega2560-memx", "atmega2560", "-DNIBBLECAST_FAR=__memx"),
 )  # fmt: skip
 
 HERE_TOO = tuple(target for target in TARGETS if not target.machines or platform.machine() in target.machines)
@@ -191,6 +201,14 @@ def compiled(target: Target, sources: Iterable[Path], folder: Path, *flags: str)
     names = [str(source) for source in sources]
     call([*target.compile.split(), *WARNINGS, f"-I{HERE}", "-I.", *flags, "-c", *names], folder)
     return [folder / f"{Path(name).stem}.o" for name in names]
+
+
+def refusal(target: Target, source: Path) -> str:
+    """What the compiler says when it refuses a source; it must refuse it."""
+    command = [*target.compile.split(), "-I.", "-c", source.name]
+    result = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert result.returncode, result.stdout + result.stderr
+    return result.stderr
 
 
 def run(target: Target, objects: Iterable[Path], folder: Path) -> tuple[int, list[str]]:
