@@ -13,6 +13,7 @@ from converters.errors import CorruptFile, Error
 from converters.packing import SUB_BYTE, pack, packed_size, unpack
 from converters.storage import MappedFile
 from formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
+from formats.cheader.c_payload import StoredData
 from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
 from formats.cheader.packings import Packing, in_other_order, row_of
 
@@ -117,7 +118,7 @@ class PackedData:
     """The canonical bytes of codes of `dtype`, narrower than a byte, and `shape`, which `stored` has in another
     packing."""
 
-    stored: ElementData
+    stored: ElementData | StoredData
     packing: Packing
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

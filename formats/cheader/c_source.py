@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from converters.errors import Unsupported
+from converters.errors import CorruptFile, Unsupported
 from converters.storage import MappedFile
-from formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, without_comments
+from formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, string_bytes, without_comments
 from formats.cheader.packings import PACKING_NAMES
 
 TABLE_TYPE = b"nibblecast_tensor"
@@ -28,19 +28,40 @@ ELEMENT_TYPES = {
 
 _DEFINE = re.compile(rb"#\s*define\s+(\w+)(?:\s+(.*))?", re.DOTALL)
 _INTERFACE = re.compile(rb"#\s*if\s+NIBBLECAST_INTERFACE\s*!=\s*(\d{1,9})\s*")
-_VALUE = re.compile(rb"[(\s]*(\w+)[)\s]*")
+_VALUE = re.compile(rb"[(\s]*(\w+|\"(?:[^\"\\]++|\\.)*+\")[)\s]*", re.DOTALL)
 _SPECIAL_IN_BODY = tuple(re.compile(re.escape(mark)) for mark in (b"/", b'"', b"'", b"{", b"#"))
-_EMBED = re.compile(rb"#\s*embed\b")
+_CONDITION = re.compile(rb"#\s*(?:if|ifdef|ifndef|elif|else|endif)\b")
+_EMBED = re.compile(rb"#\s*+embed\b")
+_EMBEDDED_BYTES = re.compile(
+    rb"#\s*+embed\s++(?P<location>\w++|\"[^\"\n]*+\")\s*+limit\s*+\(\s*+(?P<nbytes>\w++)\s*+\)"
+    rb"\s*+(?:(?:clang|gnu)\s*+::\s*+)?+offset\s*+\(\s*+(?P<offset>\w++)\s*+\)\s*+"
+)
+_INCBIN = b"NIBBLECAST_INCBIN"
+_INCBIN_MARKS = [b"(", b",", b",", b",", b",", b")"]
 _PLAIN_STRINGS = re.compile(rb'(?:\s++"[^"\n]*+"(?<!\\"))*+')
 _CLOSING = re.compile(rb"\}")
 _MOST_WORDS = 32
 _MOST_MACROS_DEEP = 8
 _LARGE = 1 << 20
+_SEVERAL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where elements lie that are not in the text: `nbytes` bytes at `offset` of the file at `location`. All as the
+    text has them: literals, or macros that stand for such. Byte `at` of `file` says so."""
+
+    location: bytes
+    offset: bytes
+    nbytes: bytes
+    file: MappedFile = field(compare=False)
+    at: int = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ArrayText:
-    """An array that is declared, and where its elements are written: bytes [start, stop) of `file`.
+    """An array that is declared, and where its elements are written: bytes [start, stop) of `file`, or a file of their
+    own (`placement`).
 
     `length` is what its brackets hold: one token, or nothing. `plain` says that there is nothing between the braces but
     literals, blanks and commas; `is_string`, that there are no braces but string literals.
@@ -54,6 +75,7 @@ class ArrayText:
     stop: int = 0
     plain: bool = True
     is_string: bool = False
+    placement: Placement | None = None
 
     @property
     def is_defined(self) -> bool:
@@ -63,12 +85,14 @@ class ArrayText:
 
 @dataclass(slots=True)
 class Declarations:
-    """All that the files hold: macros by name, arrays by name, tables of tensors, the interface that they are for."""
+    """All that the files hold: macros by name, arrays by name, tables of tensors, the interface that they are for.
+    `included` are the arrays that the assembler reads from a file, of which there are declarations only."""
 
     macros: dict[bytes, bytes] = field(default_factory=dict)
     arrays: dict[str, ArrayText] = field(default_factory=dict)
     declared: dict[str, ArrayText] = field(default_factory=dict)
     tables: dict[str, ArrayText] = field(default_factory=dict)
+    included: dict[str, Placement] = field(default_factory=dict)
     interface: int | None = None
     _ambiguous: set[bytes] = field(default_factory=set)
 
@@ -95,6 +119,20 @@ class Declarations:
         if known is not array and (array.is_defined or not self.same(known, array)):
             raise corrupt(array.file, array.start, f"{array.name} is declared a second time")
 
+    def add_included(self, name: str, placement: Placement) -> None:
+        """Takes in an array that the assembler reads from a file."""
+        if self.included.setdefault(name, placement) is not placement:
+            raise corrupt(placement.file, placement.at, f"{name} is read from a file a second time")
+
+    def array(self, name: str) -> ArrayText | None:
+        """The array of this name, if it is said where its elements are."""
+        declared, placement = self.declared.get(name), self.included.get(name)
+        if declared is None or placement is None:
+            return self.arrays.get(name)
+        if name in self.arrays:
+            raise corrupt(placement.file, placement.at, f"{name} is read from a file, and written out as well")
+        return replace(declared, placement=placement)
+
     def same(self, one: ArrayText, other: ArrayText) -> bool:
         """Whether two declarations agree."""
         return one.element_type == other.element_type and self.length_of(one) == self.length_of(other)
@@ -105,21 +143,37 @@ class Declarations:
 
     def integer(self, text: bytes, file: MappedFile, offset: int) -> int:
         """The value of a literal, or of a macro that stands for one. Raises CorruptFile for anything else."""
-        value = text
-        for _ in range(_MOST_MACROS_DEEP):
-            if (number := integer_of(value)) is not None:
-                return number
+        value = self._expanded(text)
+        number = integer_of(value)
+        if number is None:
             number = CONSTANTS.get(value)
-            if number is not None:
-                return number
-            if value not in self.macros or value in self._ambiguous:
+        if number is None:
+            raise _unknown(file, offset, text, "number")
+        return number
+
+    def string(self, text: bytes, file: MappedFile, offset: int) -> str:
+        """The text of a string literal, or of a macro that stands for one. Raises CorruptFile for anything else."""
+        value = self._expanded(text)
+        content = string_bytes(value) if len(value) > 1 and value[:1] == value[-1:] == b'"' else None
+        if content is None:
+            raise _unknown(file, offset, text, "string")
+        return content.decode("utf-8", "surrogateescape")
+
+    def _expanded(self, text: bytes) -> bytes:
+        """What a macro stands for, macros of macros included; `text` itself where it is none that is defined once."""
+        for _ in range(_MOST_MACROS_DEEP):
+            if text in CONSTANTS or text not in self.macros or text in self._ambiguous:
                 break
-            single = _VALUE.fullmatch(self.macros[value])
+            single = _VALUE.fullmatch(self.macros[text])
             if single is None:
                 break
-            value = single[1]
-        shown = text[:80].decode("ascii", "backslashreplace")
-        raise corrupt(file, offset, f"{shown} is no number, and no macro defined once that stands for one")
+            text = single[1]
+        return text
+
+
+def _unknown(file: MappedFile, offset: int, text: bytes, what: str) -> CorruptFile:
+    shown = text[:80].decode("ascii", "backslashreplace")
+    return corrupt(file, offset, f"{shown} is no {what}, and no macro defined once that stands for one")
 
 
 _KINDS = (
@@ -160,6 +214,8 @@ class _Scanner:
                 self._found.add_directive(token)
             elif token.kind == "name":
                 self._words.append(token.text)
+                if token.text == _INCBIN:
+                    self._add_included(token, tokens)
             elif mark == b"[" and self._is_declarator(before, last):
                 self._array = ArrayText(self._file, last.decode(), before, self._length(tokens), token.offset)
             elif last == b"=" and self._array is not None and (mark == b"{" or token.kind == "string"):
@@ -214,30 +270,62 @@ class _Scanner:
         if closing is None:
             raise corrupt(self._file, opening.offset, f"the elements of {array.name} do not end: the file is truncated")
         stop = closing.start()
-        plain = not any(mark.search(text, start, stop) for mark in _SPECIAL_IN_BODY)
+        plain, placement = not any(mark.search(text, start, stop) for mark in _SPECIAL_IN_BODY), None
         if not plain:
-            stop = self._matching_brace(array, start)
+            stop, placement = self._matching_brace(array, start)
         elif stop - start > _LARGE:
             self._file.range(start, stop - start).release(0, stop - start)
         self._tokens.position = stop + 1
-        return replace(array, start=start, stop=stop, plain=plain)
+        return replace(array, start=start, stop=stop, plain=plain, placement=placement)
 
-    def _matching_brace(self, array: ArrayText, start: int) -> int:
-        """Where the brace is that closes the one before `start`, comments and strings aside."""
+    def _matching_brace(self, array: ArrayText, start: int) -> tuple[int, Placement | None]:
+        """Where the brace is that closes the one before `start`, comments and strings aside; and the place in a file
+        whose bytes are all that there is between the two, whatever the #ifs around it say."""
         depth = 1
-        directives: list[bytes] = []
+        directive = b""
+        found: set[Placement | None] = set()  # None: something that is no file's bytes
         for token in Tokens(self._file, start):
-            if token.kind == "directive" and (not directives or _EMBED.match(token.text)):
-                directives = [token.text]
-            if token.kind == "mark":
+            place = None
+            if token.kind == "directive":
+                place = _embedded(self._file, token)
+                directive = token.text if _EMBED.match(token.text) or not directive else directive
+            elif token.kind == "mark":
                 depth += (token.text == b"{") - (token.text == b"}")
-            if not depth and directives:
-                line = directives[0][:80].strip().decode("ascii", "backslashreplace")
-                raise Unsupported(
-                    f"the elements of {array.name} depend on the preprocessor ({line}): only arrays that are written "
-                    "out can be read back: write it with another style",
-                    path=self._file.path,
-                )
             if not depth:
-                return token.offset
+                return token.offset, self._single(array, directive, found)
+            if len(found) < _SEVERAL and not (token.kind == "directive" and _CONDITION.match(token.text)):
+                found.add(place)
         raise corrupt(self._file, start, f"the elements of {array.name} do not end: the file is truncated")
+
+    def _single(self, array: ArrayText, directive: bytes, found: set[Placement | None]) -> Placement | None:
+        """The only thing that is between the braces of an array with preprocessor lines; None where there are none."""
+        if directive and (len(found) != 1 or None in found):
+            line = directive[:80].strip().decode("ascii", "backslashreplace")
+            raise Unsupported(
+                f"the elements of {array.name} depend on the preprocessor ({line}): only arrays that are written out, "
+                "or are bytes of one file, can be read back: write it anew",
+                path=self._file.path,
+            )
+        return found.pop() if directive else None
+
+    def _add_included(self, first: Token, tokens: Iterator[Token]) -> None:
+        """Takes in NIBBLECAST_INCBIN("name", file, "offset", "length", alignment), whose first token is `first`."""
+        given: list[Token] = []
+        for token in tokens:
+            given.append(token)
+            if token.text == b")" or len(given) == 2 * len(_INCBIN_MARKS) - 1:
+                break
+        if [token.text for token in given[0::2]] != _INCBIN_MARKS:
+            raise corrupt(self._file, first.offset, f"{_INCBIN.decode()} takes an array, a file and three numbers")
+        name, location, offset, nbytes, _ = (token.text for token in given[1::2])
+        place = Placement(location, offset.strip(b'"'), nbytes.strip(b'"'), self._file, first.offset)
+        self._found.add_included(name.strip(b'"').decode("latin-1"), place)
+        self._forget()
+
+
+def _embedded(file: MappedFile, directive: Token) -> Placement | None:
+    """What an #embed is for: so many bytes of a file, from some byte on. None for anything else."""
+    found = _EMBEDDED_BYTES.fullmatch(without_comments(directive.text))
+    if found is None:
+        return None
+    return Placement(found["location"], found["offset"], found["nbytes"], file, directive.offset)

@@ -25,6 +25,7 @@ from converters.storage import Data, InMemory, MappedFile
 from formats.cheader.arrays import granularity_of, is_signed, kind_of
 from formats.cheader.c_data import ElementData, Kept, PackedData
 from formats.cheader.c_elements import all_elements, lines_of
+from formats.cheader.c_payload import PayloadFiles, StoredData
 from formats.cheader.c_source import ELEMENT_TYPES, GRANULARITY_NAMES, KIND_NAMES, ArrayText, Declarations
 from formats.cheader.c_table import Row, rows_of
 from formats.cheader.c_tokens import corrupt
@@ -72,7 +73,7 @@ class CHeaderReader:
         not make or that contradicts itself, Unsupported for another interface or arrays that are not in the text."""
         declarations = _declarations(path)
         table = _table(path, declarations)
-        builder = _Builder(declarations, table)
+        builder = _Builder(declarations, table, PayloadFiles(declarations))
         tensors: dict[str, Tensor] = {}
         same: Counter[str] = Counter()
         for row in builder.rows():
@@ -129,6 +130,7 @@ class _Builder:
 
     declarations: Declarations
     table: ArrayText
+    payloads: PayloadFiles
     kept: Kept = field(default_factory=Kept)
 
     def rows(self) -> Iterable[Row]:
@@ -140,8 +142,14 @@ class _Builder:
             raise corrupt(self.table.file, self.table.start, f"{self.table.name}[{length}] has {len(rows)} entries")
         if len(rows) == 1 and rows[0].array("data") is None and not rows[0].number("count", self.declarations):
             rows = []
-        macro = f"{self.table.name.removesuffix('_tensors')}_TENSOR_COUNT"
-        self._agrees(macro, len(rows), self.table.start)
+        prefix = self.table.name.removesuffix("_tensors")
+        if not rows and f"{prefix}_MODEL_BYTES".encode() in self.declarations.macros:
+            raise Unsupported(
+                f"holds a model file as the array {prefix}_model, and no tensors: read that file instead, "
+                "which the comment on top names",
+                path=self.table.file.path,
+            )
+        self._agrees(f"{prefix}_TENSOR_COUNT", len(rows), self.table.start)
         return rows
 
     def tensor(self, name: str, row: Row) -> Tensor:
@@ -167,7 +175,7 @@ class _Builder:
         data = self._data(name, row, "data", nbytes, dtype)
         if data is None:
             raise CorruptFile("has no data")
-        if packing != DENSE and isinstance(data, ElementData):
+        if packing != DENSE and isinstance(data, ElementData | StoredData):
             data = PackedData(data, packing, shape, dtype)
         return Tensor(name, shape, dtype, data, self._quantization(name, row, shape, bits))
 
@@ -230,6 +238,10 @@ class _Builder:
             raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but {dtype} are needed")
         if nbytes == 0:
             return InMemory(np.zeros(0, np.uint8))
+        if array.placement is not None:
+            if element.itemsize != 1:
+                raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but its bytes lie in a file")
+            return self.payloads.data(array, array.placement, nbytes, name, limit)
         length = self.declarations.length_of(array)
         needed, possible = -(-nbytes // element.itemsize), _most_elements(array)
         if (length is not None and length < needed) or max(needed, length or 0) > possible:
@@ -242,14 +254,14 @@ class _Builder:
         return ElementData(array, nbytes, length, name, dtype, limit, lines_of(array), self.kept)
 
     def _array(self, name: str) -> ArrayText:
-        array = self.declarations.arrays.get(name)
+        array = self.declarations.array(name)
         if array is not None:
             return array
         where = self.table.file.path.name
         if name in self.declarations.declared:
             raise Unsupported(
-                f"the elements of {name} are not in {where}: only arrays that are written out can be read back: "
-                "write it with another style (not incbin)"
+                f"the elements of {name} are not in {where}: only arrays that are written out, or are bytes of one "
+                "file, can be read back: write it anew"
             )
         raise CorruptFile(f"the table names the array {name}, which is not there: the file is truncated or damaged")
 
@@ -260,7 +272,7 @@ class _Builder:
         if name is None or not rank:
             return ()
         array = self._array(name)
-        if _most_elements(array) > 1 << 16 or array.element_type != b"size_t":
+        if array.placement is not None or _most_elements(array) > 1 << 16 or array.element_type != b"size_t":
             raise CorruptFile(f"its {member} {name} is no list of {rank} sizes")
         sizes = all_elements(array)
         if sizes.size != rank or self.declarations.length_of(array) not in (None, rank):

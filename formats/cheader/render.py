@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from converters.ir import Tensor
 from formats.cheader.arrays import (
     ALIGNMENT,
@@ -216,6 +218,7 @@ class Document:
             alignment=str(self.arrangement.alignment),
             packing=_fill("check.packing") if any(entry.packing != DENSE for entry in self.entries) else "",
             section=_fill("check.section", prefix=self.prefix, section=section) if section else "",
+            double=_fill("check.double") if any(entry.tensor.dtype == np.float64 for entry in self.entries) else "",
             count=f"{len(self.entries)}u",
             flash=f"{sum(entry.nbytes for entry in self.everything)}u",
             aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",

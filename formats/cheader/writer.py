@@ -14,7 +14,7 @@ from converters.errors import RefusedLoss, UsageError
 from converters.interfaces import Capabilities, OutputFile, Size
 from converters.ir import Loss, Model, Tensor
 from formats.cheader import kernels
-from formats.cheader.arrays import BYTES, Arrangement, Array, check
+from formats.cheader.arrays import BYTES, Arrangement, Array, Style, check
 from formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
 from formats.cheader.notation import NOTATIONS
 from formats.cheader.options import CHeaderOptions
@@ -126,7 +126,7 @@ class CHeaderWriter:
         more than the budget."""
         static = options.layout == "header"
         arrangement = options.arrangement()
-        _check_target(target, static)
+        _check_target(target, static, arrangement.style)
         prefix = checked_prefix(options.prefix) if options.prefix else prefix_of(target.stem)
         only_file = options.model_array == "only"
         tensors = [] if only_file else [tensor for tensor in model.values() if not _is_parameter(tensor, model)]
@@ -192,15 +192,15 @@ def _is_parameter(tensor: Tensor, model: Mapping[str, Tensor]) -> bool:
     return owner is not None and owner.quantization is not None
 
 
-def _check_target(target: Path, static: bool) -> None:
+def _check_target(target: Path, static: bool, style: Style) -> None:
     if target.name.lower() == RUNTIME_HEADER:
         raise UsageError(f"'{target.name}' is the name of the file that all models share: choose another", path=target)
     if not static and target.suffix.lower() == ".c":
         raise UsageError("the .c file is written beside the header: name the header, weights.h say", path=target)
-    if not static and not includable(target.name):
+    if (style.in_file or not static) and not includable(target.name):
+        way_out = "" if style.in_file else ", or --opt layout=header"
         raise UsageError(
-            f"'{target.name}' is no name that every compiler can #include: "
-            "letters of ASCII are needed, or --opt layout=header",
+            f"'{target.name}' is no name that every compiler can #include: letters of ASCII are needed{way_out}",
             path=target,
         )
 

@@ -1,9 +1,14 @@
 /* Decodes every element of every tensor with nibblecast_value, and prints a line for each: its name as hexadecimal
    bytes, how many elements it has, the CRC-32 of their values, each as the bits of a float from the lowest byte to the
-   highest, and that of their codes as bytes, where codes have 2 or 4 bits: else of nothing. */
+   highest, and that of their codes as bytes, where codes have 2 or 4 bits: else of nothing. With STEP defined it is one
+   in STEP values, and one in STEP blocks of codes. */
 #include "checksums.h"
 
 #include "port.h"
+
+#ifndef STEP
+#define STEP 1u
+#endif
 
 static void write_hexadecimal(uint32_t value, unsigned int digits)
 {
@@ -45,7 +50,7 @@ static uint32_t checksum(const nibblecast_tensor *t)
 {
     uint32_t crc = 0xffffffffu;
     size_t i;
-    for (i = 0u; i < t->count; i++) {
+    for (i = 0u; i < t->count; i += STEP) {
         const uint32_t bits = bits_of(nibblecast_value(t, i));
         unsigned int shift;
         for (shift = 0u; shift < 32u; shift += 8u) {
@@ -60,7 +65,7 @@ static uint32_t checksum(const nibblecast_tensor *t)
 /* The codes of up to BLOCK elements from `start`, by the getters that a kernel would use. */
 static void unpack(const nibblecast_tensor *t, size_t start, size_t count, uint8_t *codes)
 {
-    const uint8_t *data = (const uint8_t *)t->data;
+    const NIBBLECAST_FAR void *data = t->data;
     size_t k;
     if (t->bits == 4u && t->kind == NIBBLECAST_SIGNED) {
         for (k = 0u; k < count; k++) {
@@ -89,7 +94,7 @@ static uint32_t checksum_of_codes(const nibblecast_tensor *t)
     if (t->bits > 4u || t->kind > NIBBLECAST_CODEBOOK) {
         return 0u;
     }
-    for (start = 0u; start < t->count; start += BLOCK) {
+    for (start = 0u; start < t->count; start += BLOCK * STEP) {
         const size_t left = t->count - start;
         const size_t count = (left < BLOCK) ? left : BLOCK;
         size_t k;

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
+import ml_dtypes
 import numpy as np
 
-from converters.ir import Model, Tensor, is_integer
+from converters.ir import Model, Quantization, Tensor, is_integer, per_axis
 from formats.cheader.writer import CHeaderOptions, CHeaderWriter
 from formats.tflite.reader import TFLiteReader
 from tests import zoo
@@ -25,6 +27,7 @@ SMALL = (
 #: What AVR has no room for: float64 in its `double`, a large table of tensors in its RAM.
 LARGE = ("types_zoo", "zoo")
 
+_BLOCK = 64  # of codes, in checksums.c
 _ZOO = {"schemes": zoo.schemes, "wide_codes": zoo.wide_codes, "zoo": zoo.zoo}
 
 
@@ -46,21 +49,34 @@ def _fits(tensor: Tensor) -> bool:
     return all(limits.min <= int(code) <= limits.max for code in zero_point.codes().reshape(-1))
 
 
-def write(model: Model, folder: Path, layout: str) -> list[Path]:
-    """The C files to compile, beside weights.h."""
-    plan = zoo.write(CHeaderWriter(), model, folder / "weights.h", CHeaderOptions(layout=layout))
+def large_flash() -> Model:
+    """Three int4 weights of 30000 bytes each: arrays that avr-gcc takes, and more than 64 KiB of them."""
+    rng = np.random.default_rng(0)
+    shape = (300, 200)
+    tensors = {}
+    for name in ("first", "second", "third"):
+        scale = Tensor.from_array("scale", rng.random((300, 1), np.float32))
+        codes = rng.integers(-8, 8, shape).astype(ml_dtypes.int4)
+        tensors[name] = Tensor.from_array(name, codes, Quantization(scale, per_axis(shape, 0)))
+    return Model(tensors)
+
+
+def write(model: Model, folder: Path, name: str = "weights", **options: Any) -> list[Path]:
+    """The C files to compile, beside the header of this name."""
+    plan = zoo.write(CHeaderWriter(), model, folder / f"{name}.h", CHeaderOptions(**options))
     return [file.path for file in plan.files if file.path.suffix == ".c"]
 
 
-def expected(model: Model) -> list[str]:
+def expected(model: Model, step: int = 1) -> list[str]:
     """What checksums.c prints, from the values that Python decodes."""
-    return [_line(tensor) for tensor in model.values() if tensor.parameter_of not in model]
+    return [_line(tensor, step) for tensor in model.values() if tensor.parameter_of not in model]
 
 
-def _line(tensor: Tensor) -> str:
+def _line(tensor: Tensor, step: int) -> str:
     with np.errstate(all="ignore"):  # float64 reaches beyond float32
         values = tensor.dequantize(np.float32).reshape(-1)
     values = np.where(np.isnan(values), np.float32(np.nan), values)
     name = tensor.name.encode("utf-8", "surrogatepass").partition(b"\0")[0]
     codes = tensor.codes().tobytes() if tensor.bits <= 4 and is_integer(tensor.dtype) else b""
-    return f"{name.hex()} {values.size:08x} {crc32(values.astype('<f4').tobytes()):08x} {crc32(codes):08x}"
+    blocks = b"".join(codes[start : start + _BLOCK] for start in range(0, len(codes), _BLOCK * step))
+    return f"{name.hex()} {values.size:08x} {crc32(values[::step].astype('<f4').tobytes()):08x} {crc32(blocks):08x}"

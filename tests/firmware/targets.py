@@ -1,22 +1,15 @@
-"""The machines that generated C is compiled for and run on, and how: one row of a table each.
-
-Where a target's tools are missing, its tests are skipped, and the reason says what to install; where
-NIBBLECAST_REQUIRE_TARGETS is set, as .ci/run does, they fail.
-"""
+"""The machines that generated C is compiled for and run on, and how: one row of a table each."""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
+from tests.tools import need, unavailable
 
 HERE = Path(__file__).parent
 FAULT = 99
@@ -46,7 +39,8 @@ class Target:
     `port` is the part of these tests that knows the machine. `status_printed`: the exit status of `run` says nothing,
     the last line of the output does, and that goes to stderr. `fault` is the status of a program that does what it must
     not. `avr`: pointers, sizes and `int` have 16 bits, `double` 32, and what is not in PROGMEM is in a RAM of some KiB.
-    `machines`: it is there on these only.
+    `section` is where arrays go that the assembler reads from a file, where it must be told. `big_endian` and `embeds`
+    (#embed) are what they say. `machines`: it is there on these only.
     """
 
     name: str
@@ -60,6 +54,9 @@ class Target:
     status_printed: bool = False
     fault: int = FAULT
     avr: bool = False
+    section: str = ""
+    big_endian: bool = False
+    embeds: bool = False
     machines: tuple[str, ...] = ()
 
     @property
@@ -97,6 +94,7 @@ def _m55() -> Target:
         libraries="-lgcc",
         run=f"qemu-system-arm -M mps3-an547 {_SEMIHOSTING} -kernel program",
         port="port_cortex_m.c",
+        embeds=True,
     )
 
 
@@ -113,7 +111,7 @@ def _riscv(name: str, bits: int, core: str, abi: str) -> Target:
     )
 
 
-def _avr(name: str, device: str, arrays: str, link: str = "") -> Target:
+def _avr(name: str, device: str, arrays: str, link: str = "", section: str = ".progmem.data") -> Target:
     """Converted, since of an ELF file simavr loads .text and .data only."""
     return Target(
         name,
@@ -126,6 +124,7 @@ def _avr(name: str, device: str, arrays: str, link: str = "") -> Target:
         port="port_avr.c",
         status_printed=True,
         avr=True,
+        section=section,
     )
 
 
@@ -147,6 +146,7 @@ TARGETS = (
         link="powerpc-linux-gnu-gcc -static",
         run="qemu-ppc program",
         fault=-6,
+        big_endian=True,
     ),
     _cortex_m("cortex-m0", "-mcpu=cortex-m0", "microbit", _MICROBIT),
     _cortex_m("cortex-m3", "-mcpu=cortex-m3", "mps2-an385"),
@@ -165,28 +165,18 @@ TARGETS = (
         "-include avr/pgmspace.h -DNIBBLECAST_AFTER=__attribute__((section(\".far\"))) "
         "-DNIBBLECAST_READ_U8(p)=pgm_read_byte_far(0x20000UL+(uint16_t)(uintptr_t)(p))",
         "-Wl,--section-start=.far=0x20010",
+        section=".far",
     ),
+    # the same wherever arrays lie: pointers of 24 bits, in C only
+    _avr("atmega2560-memx", "atmega2560", "-DNIBBLECAST_FAR=__memx"),
 )  # fmt: skip
 
 HERE_TOO = tuple(target for target in TARGETS if not target.machines or platform.machine() in target.machines)
 
 
-def need(tools: Iterable[str], packages: str) -> None:
-    """Skips the test, or in CI fails it, unless the commands are there."""
-    missing = [tool for tool in tools if shutil.which(tool) is None]
-    if missing:
-        unavailable(f"needs {', '.join(missing)}: apt-get install --no-install-recommends {packages}")
-
-
-def unavailable(reason: str) -> NoReturn:
-    """Skips the test, or in CI fails it."""
-    if os.environ.get("NIBBLECAST_REQUIRE_TARGETS"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def need_target(target: Target, folder: Path) -> None:
-    """Likewise, unless the target's tools make a program of the least source: headers and libraries may be missing."""
+    """Skips the test, or in CI fails it, unless the target's tools make a program of the least source: headers and
+    libraries may be missing."""
     need(target.tools, target.packages)
     (folder / "least.c").write_text("int main(void)\n{\n    return 0;\n}\n", "ascii")
     for command in (
@@ -211,6 +201,14 @@ def compiled(target: Target, sources: Iterable[Path], folder: Path, *flags: str)
     names = [str(source) for source in sources]
     call([*target.compile.split(), *WARNINGS, f"-I{HERE}", "-I.", *flags, "-c", *names], folder)
     return [folder / f"{Path(name).stem}.o" for name in names]
+
+
+def refusal(target: Target, source: Path) -> str:
+    """What the compiler says when it refuses a source; it must refuse it."""
+    command = [*target.compile.split(), "-I.", "-c", source.name]
+    result = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    assert result.returncode, result.stdout + result.stderr
+    return result.stderr
 
 
 def run(target: Target, objects: Iterable[Path], folder: Path) -> tuple[int, list[str]]:

@@ -12,7 +12,8 @@ from shutil import copy
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, need, unavailable
+from tests.firmware.targets import HERE
+from tests.tools import need, unavailable
 
 pytestmark = pytest.mark.firmware
 
@@ -44,7 +45,7 @@ def test_deviations(tmp_path):
     found = subprocess.run(["cppcheck", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     if found != VERSION:
         unavailable(f"needs {VERSION}, found {found}")
-    models.write(models.model_of("types_zoo"), tmp_path, "split")
+    models.write(models.model_of("types_zoo"), tmp_path)
     copy(HERE / "user.c", tmp_path)
     command = ["cppcheck", *OPTIONS, "weights.c", "user.c"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)

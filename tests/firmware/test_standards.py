@@ -9,7 +9,8 @@ from shutil import copy
 import pytest
 
 from tests.firmware import models
-from tests.firmware.targets import HERE, call, need
+from tests.firmware.targets import HERE, call
+from tests.tools import need
 
 pytestmark = pytest.mark.firmware
 
@@ -44,6 +45,11 @@ CASES = [
     for standard in standards
 ]
 
+#: The styles of data that any of them takes, and the commands that have #embed.
+STYLES = "words32 words64 string incbin".split()
+EMBEDDING = ("clang-19", "clang++-19")
+HOSTED = [case for case in CASES if case.values[0] in ("gcc", "g++", "clang", "clang++", *EMBEDDING)]
+
 #: Processors that only clang is asked about: other sizes of int and pointers, either order of bytes.
 PROCESSORS = (
     "thumbv6m-none-eabi armeb-none-eabi aarch64-none-elf aarch64_be-none-elf riscv32-unknown-elf riscv64-unknown-elf "
@@ -57,7 +63,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     folders = {}
     for layout in ("split", "header"):
         folders[layout] = tmp_path_factory.mktemp(layout)
-        models.write(models.model_of("types_zoo"), folders[layout], layout)
+        models.write(models.model_of("types_zoo"), folders[layout], layout=layout)
         copy(HERE / "user.c", folders[layout])
     return folders
 
@@ -72,6 +78,23 @@ def test_standard(generated, command, warnings, standard, packages, layout):
     call([*words, f"-std={standard}", "-O1", *warnings, *language, "-c", *sources], generated[layout])
 
 
+@pytest.fixture(scope="module")
+def in_styles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of every type in each style, the source files called after these."""
+    folder = tmp_path_factory.mktemp("styles")
+    for style in (*STYLES, "embed"):
+        models.write(models.model_of("types_zoo"), folder, style, style=style)
+    return folder
+
+
+@pytest.mark.parametrize(("command", "warnings", "standard", "packages"), HOSTED)
+def test_standard_of_styles(in_styles, command, warnings, standard, packages):
+    need([command], packages)
+    language = ["-x", "c++"] if "++" in command else []
+    sources = [f"{style}.c" for style in (*STYLES, *(["embed"] if command in EMBEDDING else ()))]
+    call([command, f"-std={standard}", "-O1", *warnings, *language, "-c", *sources], in_styles)
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_processor(generated, processor):
     need(["clang-19"], "clang-19")
@@ -84,6 +107,6 @@ def test_processor(generated, processor):
 def test_avr_without_progmem(tmp_path, processor):
     """Small models may lie in RAM. `int` has 16 bits here."""
     need(["avr-gcc"], "gcc-avr avr-libc")
-    models.write(models.model_of("cnn_int4_per_channel"), tmp_path, "split")
+    models.write(models.model_of("cnn_int4_per_channel"), tmp_path)
     copy(HERE / "user.c", tmp_path)
     call(["avr-gcc", f"-mmcu={processor}", "-std=c99", "-Os", *C_WARNINGS, "-c", "weights.c", "user.c"], tmp_path)

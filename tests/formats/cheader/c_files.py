@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def read(path: Path) -> Model:
     return CHeaderReader().read(path)
 
 
-def write_small(folder: Path) -> tuple[Path, Model]:
+def write_small(folder: Path, **options: Any) -> tuple[Path, Model]:
     """A header of quantized and plain tensors, with the lines of each array that there can be."""
     rng = np.random.default_rng(0)
     shape = (6, 40)
@@ -35,7 +36,7 @@ def write_small(folder: Path) -> tuple[Path, Model]:
     plain = [random_codes(name, (41,), dtype_of(name), rng) for name in ("uint8", "int8", "int16", "uint32", "int64")]
     reals = [Tensor.from_array(n, rng.normal(0, 1, (5, 9)).astype(n)) for n in ("float16", "float32", "float64")]
     model = model_of(quantized, *plain, *reals)
-    write(model, folder / "m.h")
+    write(model, folder / "m.h", **options)
     return folder / "m.h", model
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from converters.ir import Metadata, Model, Tensor
 from formats.cheader.writer import CHeaderOptions, CHeaderPlan, CHeaderWriter
 from tests import zoo
+from tests.tools import need
 
 WARNINGS = (
     "-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wcast-qual -Wcast-align -Werror".split()
@@ -30,6 +30,8 @@ MODES = {
     "clang c11": ["clang", "-std=c11", *C_WARNINGS],
     "clang++ c++17": ["clang++", "-std=c++17", *CPP_WARNINGS],
 }
+#: The packages of commands that are not called like theirs.
+PACKAGES = {"clang++": "clang", "clang++-19": "clang-19"}
 WALK = Path(__file__).parent / "walk.c"
 
 
@@ -49,10 +51,9 @@ def write(model: Model, target: Path, **options: Any) -> list[Path]:
 
 
 def compile_objects(mode: str, sources: Sequence[Path], *flags: str) -> list[Path]:
-    """Object files beside the sources, without a warning. Clang may be missing, gcc may not."""
+    """Object files beside the sources, without a warning."""
     command = MODES[mode]
-    if command[0].startswith("clang") and shutil.which(command[0]) is None:
-        pytest.skip("needs clang: apt-get install clang")
+    need(command[:1], PACKAGES.get(command[0], command[0]))
     objects = []
     for source in sources:
         objects.append(source.with_suffix(f".{mode.replace(' ', '.')}.o"))

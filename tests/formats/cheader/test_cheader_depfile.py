@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from converters.errors import Error, UsageError
 from converters.ir import Tensor
 from formats.cheader.depfile import dependency_file
 from tests.formats.cheader.c_harness import model_of, plan_of
+from tests.tools import need
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
@@ -24,6 +24,7 @@ TOOLS = {
     "make": ("Makefile", "include w.d\n%.h:\n\t@echo made\n"),
     "ninja": ("build.ninja", "rule convert\n  command = echo made; touch w.h\n  depfile = w.d\nbuild w.h: convert\n"),
 }
+PACKAGES = {"make": "make", "ninja": "ninja-build"}
 MODEL = model_of(Tensor.from_array("w", np.zeros(3, np.int8)))
 
 
@@ -42,8 +43,7 @@ def test_text():
 @pytest.mark.parametrize("tool", TOOLS)
 @pytest.mark.parametrize("name", NAMES)
 def test_inputs(tmp_path, name, tool):
-    if shutil.which(tool) is None:
-        pytest.skip(f"needs {tool}: apt-get install {tool}")
+    need([tool], PACKAGES[tool])
     output, source = tmp_path / "w.h", tmp_path / f"{name}.tflite"
     file, text = TOOLS[tool]
     (tmp_path / file).write_text(text)

@@ -17,6 +17,7 @@ import pytest
 from converters.ir import Tensor
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, write
 from tests.formats.cheader.test_cheader_kernels import weight
+from tests.tools import need
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "firmware.md").read_text("utf-8")
@@ -66,10 +67,11 @@ def test_cmsis_nn(tmp_path, mode):
     compile_objects(mode, [tmp_path / "layers.c", tmp_path / "weights.c"], "-Wno-missing-prototypes")
 
 
-@pytest.mark.parametrize(("generator", "tool"), [("Unix Makefiles", "make"), ("Ninja", "ninja")])
-def test_cmake(tmp_path, generator, tool):
-    if shutil.which("cmake") is None or shutil.which(tool) is None:
-        pytest.skip(f"needs cmake and {tool}: apt-get install cmake {tool}")
+@pytest.mark.parametrize(
+    ("generator", "tool", "package"), [("Unix Makefiles", "make", "make"), ("Ninja", "ninja", "ninja-build")]
+)
+def test_cmake(tmp_path, generator, tool, package):
+    need(["cmake", tool], f"cmake {package}")
     shutil.copy(MODEL, tmp_path / "model.tflite")
     (tmp_path / "CMakeLists.txt").write_text(snippet("cmake"))
     (tmp_path / "main.c").write_text(
@@ -110,8 +112,7 @@ def test_make(tmp_path):
 
 
 def test_arduino(tmp_path):
-    if shutil.which("avr-g++") is None:
-        pytest.skip("needs avr-gcc: apt-get install gcc-avr avr-libc")
+    need(["avr-g++"], "gcc-avr avr-libc")
     write(model_of(weight()), tmp_path / "weights.h", layout="header")
     board = "enum { OUTPUT, LOW, HIGH, LED_BUILTIN };\nvoid pinMode(int, int);\nvoid digitalWrite(int, int);\n"
     (tmp_path / "sketch.cpp").write_text(board + snippet("cpp"))

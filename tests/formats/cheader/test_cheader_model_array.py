@@ -94,6 +94,28 @@ def test_models_that_are_no_single_file(tmp_path):
         plan_of(model_of(outside, source=tmp_path / "graph"), tmp_path / "m.h", model_array="also")
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("style", ["bytes", "words64", "string", "incbin"])
+@pytest.mark.parametrize("source", ["int8", "int4"])
+def test_tflite_micro_runs_it(tmp_path, source, style):
+    """What the compiled array holds, in the interpreter of TFLite Micro, against the file itself in it."""
+    from tests.formats.cheader import tflm_oracle
+
+    rng = np.random.default_rng(0)
+    path = FIXTURE.with_name("cnn_int8_full.tflite")
+    data = rng.integers(-128, 128, (1, 8, 8, 3)).astype(np.int8)
+    if source == "int4":
+        case = tflm_oracle.random_case("CONV_2D", 4, rng, per_tensor=False)
+        path, data = tmp_path / "conv.tflite", case.data
+        path.write_bytes(tflm_oracle.model_bytes(case))
+    files = write(TFLiteReader().read(path), tmp_path / "m.h", model_array="only", style=style)
+    alignment, _, compiled = printed(tmp_path, files, "gcc c99").partition(" ")
+    assert alignment == "0"
+    of_array = tflm_oracle.run_in_tflm(bytes.fromhex(compiled), data)
+    assert of_array.tobytes() == tflm_oracle.run_in_tflm(path.read_bytes(), data).tobytes()
+    assert np.unique(of_array).size > 1
+
+
 def printed(folder, files, mode):
     program = folder / "main.c"
     program.write_text(PROGRAM)

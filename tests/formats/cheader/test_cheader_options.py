@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from tests.formats.cheader.c_harness import (
 from tests.formats.cheader.c_zoo import ZOO, dtype_of, plain_values, quantized_integers, random_codes, schemes
 from tests.formats.cheader.test_cheader_kernels import weight
 from tests.formats.cheader.test_cheader_reader import assert_read_back
+from tests.tools import need
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "tflite"
@@ -211,8 +211,7 @@ def test_biases_of_integer_kernels(tmp_path, name, bias, c_type):
 
 def messages_of_c90(folder, source):
     """What a compiler whose `long` has 32 bits says about C90."""
-    if shutil.which("arm-none-eabi-gcc") is None:
-        pytest.skip("needs arm-none-eabi-gcc: apt-get install gcc-arm-none-eabi")
+    need(["arm-none-eabi-gcc"], "gcc-arm-none-eabi")
     command = ["arm-none-eabi-gcc", "-ffreestanding", "-std=c90", *WARNINGS, *C_WARNINGS, "-I.", "-c", source]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stderr
 
@@ -299,8 +298,7 @@ def test_longest_array_counts_what_options_add(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_avr_says_which_array_is_too_long(tmp_path, layout):
-    if shutil.which("avr-gcc") is None:
-        pytest.skip("needs avr-gcc: apt-get install gcc-avr avr-libc")
+    need(["avr-gcc"], "gcc-avr avr-libc")
     for count in (32767, 32768):
         write(model_of(int8("w", count)), tmp_path / "m.h", layout=layout)
         (tmp_path / "main.c").write_text('#include "m.h"\n')
