@@ -12,7 +12,7 @@ demo: .venv/.core
 	@mkdir -p $(DEMO)
 	$(BIN)/nibblecast inspect fixtures/tflite/cnn_int4_per_channel.tflite
 	$(BIN)/nibblecast convert fixtures/tflite/cnn_int4_per_channel.tflite \
-	    $(DEMO)/weights.h $(DEMO)/weights.safetensors $(DEMO)/weights.onnx --verify
+	    $(DEMO)/weights.h $(DEMO)/weights.safetensors $(DEMO)/model.onnx --verify
 	$(CC) -std=c99 -Wall -Wextra -Wpedantic -Wconversion -Werror -c $(DEMO)/weights.c -o $(DEMO)/weights.o
 	@echo "compiled without a warning; everything lies in $(DEMO)/"
 
