@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import Tensor, WeightPlace
+from converters.ir import Tensor, WeightPlace, is_integer
+from converters.packing import bits_of
 from formats.tflite import schema
 from formats.tflite.options import OPTIONS, Options
 
@@ -105,7 +106,16 @@ def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:
     scale, zero_point = parameters.scale, parameters.zero_point
     if scale is None or scale.size != 1:
         return None, 0
-    return float(scale[0]), 0 if zero_point is None or not zero_point.size else int(zero_point[0])
+    first = 0 if zero_point is None or not zero_point.size else int(zero_point[0])
+    dtype = _dtype(table)
+    if is_integer(dtype) and dtype.itemsize * 8 == bits_of(dtype) and not _holds(dtype, first):
+        raise CorruptFile(f"has zero point {first}, which {dtype} does not hold", tensor=table.name)
+    return float(scale[0]), first
+
+
+def _holds(dtype: np.dtype[Any], value: int) -> bool:
+    limits = np.iinfo(dtype)
+    return limits.min <= value <= limits.max
 
 
 def _dtype(table: schema.Tensor) -> np.dtype[Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +28,7 @@ TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 
 
 _QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
 _INT32 = np.dtype(np.int32)
+_LARGEST_STATE = 1 << 26  # elements
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
 
 Attribute = int | float | str | Sequence[int]
@@ -335,6 +337,8 @@ class Builder:
         """An input of the graph that begins at zero."""
         dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
         name = self.fresh(info.name or "state")
+        if prod(info.shape) > _LARGEST_STATE:
+            raise Unsupported(f"is a variable of shape {info.shape}, which is larger than any state", tensor=info.name)
         zeros = ir.tensor(np.zeros(info.shape, dtype))
         value = ir.Value(name=name, const_value=zeros, type=ir.TensorType(_type_of(dtype)), shape=ir.Shape(info.shape))
         self.initializers[name] = value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from converters.errors import Error, Unsupported
+from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import WeightPlace
 from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
 from formats.tflite.lowering.operators import LOWERINGS
@@ -69,11 +69,18 @@ def lowered(
 def _run(b: Builder, graph: Subgraph) -> None:
     for operator in graph.operators:
         found = LOWERINGS.get(operator.name)
+        result = next((b.tensors[index].name for index in operator.outputs), None)
         try:
             (custom if found is None else found.function)(b, operator)
         except Error as error:
-            error.tensor = error.tensor or next((b.tensors[index].name for index in operator.outputs), None)
+            error.tensor = error.tensor or result
             raise
+        except _CONTRADICTIONS as error:
+            reason = f"{type(error).__name__}: {error}"
+            message = (
+                f"{operator.name} has inputs or options that contradict each other ({reason}): the file is damaged"
+            )
+            raise CorruptFile(message, tensor=result) from error
 
 
 def _runner(subgraphs: Sequence[Subgraph]) -> Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]]:
@@ -113,6 +120,8 @@ def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
 
 
 _IMAGE_RANK = 4
+#: What lowering functions come upon where ranks, indices or options are not what the operator's kernel would accept.
+_CONTRADICTIONS = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 #: The options that name subgraphs.
 _RUNS = {
     "CALL_ONCE": ("init_subgraph_index",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import onnx_ir as ir
 
@@ -12,6 +14,7 @@ from formats.tflite.lowering.elementwise import mirrored
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1
+_MOST_POSITIONS = 1 << 22
 
 
 def _long(b: Builder, index: int) -> ir.Value:
@@ -303,6 +306,8 @@ def dynamic_update_slice(b: Builder, op: Operator) -> None:
     rank = len(info.shape)
     room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
     start = b.emit("Max", [b.emit("Min", [_long(b, op.input(2)), room]), b.ints([0] * rank)])
+    if prod(update.shape) > _MOST_POSITIONS:
+        raise Unsupported(f"DYNAMIC_UPDATE_SLICE of {update.shape} has too many positions to list")
     positions = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
     indices = b.emit("Add", [b.constant(positions, name="positions"), start])
     b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, b.read(op.input(1))]))
@@ -348,6 +353,6 @@ def batch_to_space(b: Builder, op: Operator) -> None:
 def segment_sum(b: Builder, op: Operator) -> None:
     """SEGMENT_SUM: rows of one segment are added."""
     shape = b.info(op.outputs[0]).shape
-    empty = b.constant(np.zeros(shape, np.float32), name="zeros")
+    empty = b.emit("ConstantOfShape", [b.ints(shape)], value=ir.tensor(np.zeros(1, np.float32)))
     rows = b.emit("Unsqueeze", [b.emit("Cast", [b.read(op.input(1))], to=_INT64), b.ints([-1])])
     b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, b.read(op.input(0))], reduction="add"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -28,6 +29,7 @@ WAYS = (
     {"layout": "matmulnbits", "external_data": "64"},
 )
 WIDTH = 32
+EACH = ((ml_dtypes.int4, False), (np.uint8, True))
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,19 @@ def test_random_graphs_survive_every_way(some, way):
 def test_the_helper_makes_valid_models(tmp_path):
     layer = Layer(ml_dtypes.int4, "blocks of 16", True, "Gemm transB", True, True, True)
     onnx.checker.check_model(onnx.load(model_of(tmp_path / "a.onnx", [layer])), full_check=True)
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=str)
+def test_damaged_graphs_are_written_or_refused_in_one_line(way, tmp_path):
+    rng = np.random.default_rng(len(str(way)))
+    some = [Layer(dtype, "blocks of 16", True, "Gemm transB", constant, True, False) for dtype, constant in EACH]
+    content = model_of(tmp_path / "a.onnx", some).read_bytes()
+    for _ in range(120):
+        data = bytearray(content)
+        for _ in range(rng.integers(1, 6)):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        (tmp_path / "b.onnx").write_bytes(bytes(data))
+        try:
+            converters.convert(tmp_path / "b.onnx", tmp_path / "c.onnx", **way)
+        except converters.Error as error:
+            assert "\n" not in str(error)

@@ -181,3 +181,31 @@ def test_models_compute_what_litert_computes(name, tmp_path):
     converted(name, tmp_path)
     for output in converters.compare_outputs(FIXTURES / f"{name}.tflite", tmp_path / f"{name}.onnx", seed=1):
         assert output.relative <= 0.02 or (output.steps is not None and output.steps <= 3), output
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A copy with one to eight bytes or words changed."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 9)):
+        at = int(rng.integers(len(data)))
+        if rng.integers(2):
+            data[at] ^= 1 << int(rng.integers(8))
+        else:
+            data[at : at + 4] = int(rng.choice([0, 1, 3, 255, 65535, 2**31 - 1, 2**32 - 1])).to_bytes(4, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", ["cnn_int8_full", "lstm_while", "mlp_int16x8", "two_signatures"])
+def test_damaged_graphs_give_an_error_of_one_line_or_a_model(name, tmp_path):
+    rng = np.random.default_rng(len(name))
+    content = (FIXTURES / f"{name}.tflite").read_bytes()
+    source = tmp_path / "m.tflite"
+    refused = 0
+    for _ in range(150):
+        source.write_bytes(damaged(content, rng))
+        try:
+            converters.convert(source, tmp_path / "m.onnx")
+        except converters.Error as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
