@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, Unsupported
 from converters.ir import Activation, Tensor, Use, is_integer
 from formats.cheader.arrays import Array
 from formats.cheader.kernels import named
@@ -69,7 +69,8 @@ class FixedPoint:
         return self.result.zero_point
 
     def multipliers(self) -> NDArray[np.int32]:
-        """The multipliers, Q31: int32 of shape (count,). Raises CorruptFile for scales that are no numbers."""
+        """The multipliers, Q31: int32 of shape (count,). Raises CorruptFile for scales that are no numbers, Unsupported
+        for negative ones."""
         return self.multipliers_of(self.scale)
 
     def shifts(self) -> NDArray[np.int32]:
@@ -93,6 +94,12 @@ class FixedPoint:
             raise CorruptFile(
                 f"scale {wrong} with activations of scale {self.activation.scale} and {self.result.scale} has no "
                 "fixed-point multiplier: leave out --opt fixed-point, or the tensor with --skip",
+                tensor=self.weight,
+            )
+        if (real < 0).any():
+            raise Unsupported(
+                f"scale {weight_scale[real < 0][0]} is negative, and kernels multiply by positive numbers only: "
+                "quantize with `narrow`, or leave out --opt fixed-point",
                 tensor=self.weight,
             )
         multipliers, shifts = quantize_multiplier(real)

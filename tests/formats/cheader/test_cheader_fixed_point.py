@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import converters
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, Unsupported
 from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
 from converters.storage import Computed
 from formats.cheader.fixed_point import fixed_point, obstacle, quantize_multiplier
@@ -264,3 +264,10 @@ def assert_tflite_micro_agrees(folder, operator, bits, **kind):
     values = np.concatenate(outputs)
     limits = np.iinfo(values.dtype)
     return np.mean((values > limits.min) & (values < limits.max))
+
+
+def test_negative_scales_are_refused_with_the_way_out():
+    """Quantizing to the full range of codes makes them where the largest value is positive."""
+    found = fixed_point(weight(scales=(0.1, -0.2, 0.3, 0.4)))
+    with pytest.raises(Unsupported, match=r"tensor 'w': scale -0\.2\S* is negative, .*: quantize with `narrow`"):
+        found.multipliers()
