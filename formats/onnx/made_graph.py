@@ -31,9 +31,16 @@ class Lowerable(Protocol):
     """A graph of another format that becomes an ONNX graph when it is asked for."""
 
     def lowered(
-        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+        self,
+        *,
+        opset: int,
+        signature: str = "",
+        channels_first: bool = False,
+        custom_domain: str = "",
+        only_floats: bool = False,
     ) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
-        """The graph, and which of its initializers are the model's weights, decoded to floats."""
+        """The graph, and which of its initializers are the model's weights, decoded to floats; activations too, if only
+        floats are wanted."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from formats.tflite.lowering.builder import Operator, TensorInfo
     from formats.tflite.lowering.graph import Subgraph
 
+_FLOAT32 = np.dtype(np.float32)
+_LARGEST_METADATA = 1 << 16
 #: A tensor by subgraph and index.
 Key = tuple[int, int]
 
@@ -43,29 +46,58 @@ class TFLiteGraph:
         return self.lowered(opset=21)[0]
 
     def lowered(
-        self, *, opset: int, signature: str = "", channels_first: bool = False, custom_domain: str = ""
+        self,
+        *,
+        opset: int,
+        signature: str = "",
+        channels_first: bool = False,
+        custom_domain: str = "",
+        only_floats: bool = False,
     ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
         """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
-        initializers are the model's weights; images channels first at its inputs and outputs if that is wanted, and
-        operators that there is no lowering for in `custom_domain`. Raises Unsupported for those without it."""
+        initializers are the model's weights; images channels first at its inputs and outputs if that is wanted,
+        operators that there is no lowering for in `custom_domain`, activations that TFLite quantizes as floats. Raises
+        Unsupported for operators that there is no lowering for."""
         from formats.tflite.lowering.graph import Wishes, lowered
 
         known = self.signatures
         if signature and signature not in known:
             listed = ", ".join(f"'{name}'" for name in known) or "none"
             raise Unsupported(f"has no signature '{signature}': it has {listed}")
-        subgraphs = [self._subgraph(index, graph) for index, graph in enumerate(self.model.subgraphs)]
+        subgraphs = [self._subgraph(i, graph, only_floats) for i, graph in enumerate(self.model.subgraphs)]
         main = known[signature] if signature else 0
         if not 0 <= main < len(subgraphs):
             raise CorruptFile(f"has {len(subgraphs)} subgraphs, and {main} is wanted")
         wishes = Wishes(opset, channels_first, custom_domain)
-        return lowered(subgraphs, main, wishes, self.model.description or "")
+        model, places = lowered(subgraphs, main, wishes, self.model.description or "")
+        model.metadata_props.update(self._properties())
+        return model, places
 
-    def _subgraph(self, index: int, graph: schema.SubGraph) -> Subgraph:
+    def _properties(self) -> dict[str, str]:
+        """What the file says of itself: its signatures, with the names of their inputs and outputs, and its metadata,
+        as text or in hexadecimal."""
+        properties = {}
+        for found in self.model.signature_defs:
+            names = [table.name or "" for table in self.model.subgraphs[found.subgraph_index].tensors]
+            ports = {
+                what: {port.name or "": names[port.tensor_index] for port in each if port.tensor_index < len(names)}
+                for what, each in (("inputs", found.inputs), ("outputs", found.outputs))
+            }
+            properties[f"tflite.signature.{found.signature_key or ''}"] = json.dumps(ports)
+        buffers = self.model.buffers
+        for entry in self.model.metadata:
+            data = buffers[entry.buffer].data if entry.buffer < len(buffers) else None
+            if data is not None and data.size <= _LARGEST_METADATA:
+                properties[f"tflite.metadata.{entry.name or ''}"] = _text(data.tobytes())
+        return properties
+
+    def _subgraph(self, index: int, graph: schema.SubGraph, only_floats: bool) -> Subgraph:
         from formats.tflite.lowering.graph import Subgraph
 
         names: set[str] = set()
         tensors = [self._tensor((index, at), table, names) for at, table in enumerate(graph.tensors)]
+        if only_floats:
+            tensors = [replace(t, dtype=_FLOAT32, scale=None) if t.is_quantized else t for t in tensors]
         operators = [self._operator(operator) for operator in graph.operators]
         inputs, outputs = (
             tuple(int(at) for at in ([] if found is None else found)) for found in (graph.inputs, graph.outputs)
@@ -97,6 +129,15 @@ class TFLiteGraph:
         custom = b"" if operator.custom_options is None else operator.custom_options.tobytes()
         options = Options(name, table if name in OPTIONS else None)
         return Operator(name, inputs, outputs, options, intermediates, custom)
+
+
+def _text(data: bytes) -> str:
+    """Text, without the zeros that fill it up; other bytes in hexadecimal."""
+    try:
+        text = data.rstrip(b"\0").decode("utf-8")
+    except UnicodeDecodeError:
+        return data.hex()
+    return text if text.isprintable() else data.hex()
 
 
 def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:

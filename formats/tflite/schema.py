@@ -213,6 +213,13 @@ class SignatureDef(Table):
     subgraph_index = scalar(4, "I")
 
 
+class Metadata(Table):
+    """Bytes that the file carries under a name."""
+
+    name = string(0)
+    buffer = scalar(1, "I")
+
+
 class OperatorCode(Table):
     """A builtin operator or a custom one's name; the older field saturates at 127, so the larger of both counts."""
 
@@ -264,6 +271,7 @@ class Model(Table):
     subgraphs = tables(2, SubGraph)
     description = string(3)
     buffers = tables(4, Buffer)
+    metadata = tables(6, Metadata)
     signature_defs = tables(7, SignatureDef)
     external_buffer_groups = tables(8, ExternalBufferGroup)
     external_buffers = tables(9, ExternalBuffer)

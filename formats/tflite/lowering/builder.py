@@ -28,6 +28,7 @@ TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 
 
 _QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
 _INT32 = np.dtype(np.int32)
+_INT16_SINCE = 21
 _LARGEST_STATE = 1 << 26  # elements
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
 
@@ -290,19 +291,29 @@ class Builder:
 
     def quantize(self, value: ir.Value, info: TensorInfo, name: str) -> ir.Value:
         """The codes of floats, by a tensor's scale and zero point."""
-        if info.dtype != _INT32:
+        if self._has_linear(info):
             return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
-        scale, zero_point = self._parameters(info)  # QuantizeLinear makes no int32
-        codes = self.emit("Cast", [self.emit("Round", [self.emit("Div", [value, scale])])], to=int(ir.DataType.INT32))
-        return self.emit("Add", [codes, zero_point], name=name)
+        limits = np.iinfo(info.dtype)
+        rounded = self.emit("Round", [self.emit("Div", [value, self._parameters(info)[0]])])
+        shifted = self.emit("Add", [rounded, self.constant(np.float32(info.zero_point), name="zero_point")])
+        if info.dtype != _INT32:
+            ends = [self.constant(np.float32(limit), name="limit") for limit in (limits.min, limits.max)]
+            shifted = self.emit("Clip", [shifted, *ends])
+        return self.emit("Cast", [shifted], name=name, to=int(_type_of(info.dtype)))
 
     def dequantize(self, codes: ir.Value, info: TensorInfo) -> ir.Value:
         """The floats of codes."""
-        if info.dtype == _INT32 and info.zero_point:
-            scale, zero_point = self._parameters(info)
-            difference = self.emit("Cast", [self.emit("Sub", [codes, zero_point])], to=int(ir.DataType.FLOAT))
-            return self.emit("Mul", [difference, scale], name=info.name)
-        return self.emit("DequantizeLinear", [codes, *self._parameters(info)], name=info.name)
+        if self._has_linear(info):
+            return self.emit("DequantizeLinear", [codes, *self._parameters(info)], name=info.name)
+        numbers = self.emit("Cast", [codes], to=int(ir.DataType.FLOAT))
+        if info.zero_point:
+            numbers = self.emit("Sub", [numbers, self.constant(np.float32(info.zero_point), name="zero_point")])
+        return self.emit("Mul", [numbers, self._parameters(info)[0]], name=info.name)
+
+    def _has_linear(self, info: TensorInfo) -> bool:
+        """Whether QuantizeLinear and DequantizeLinear have the tensor's codes: int16 came late, int32 is none of
+        QuantizeLinear's."""
+        return info.dtype != _INT32 and (info.dtype.itemsize == 1 or self.opset >= _INT16_SINCE)
 
     def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:
         scale = self.constant(np.float32(info.scale), name="scale")

@@ -63,6 +63,8 @@ def lowered(
         from onnx_ir.passes.common import ShapeInferencePass
 
         model = ShapeInferencePass(check_type=False, strict_mode=False)(model).model
+        for value in model.graph.outputs:
+            value.shape = value.shape or ir.Shape(())  # what remains are scalars of loops
     return model, root.places
 
 

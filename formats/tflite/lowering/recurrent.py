@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.errors import Unsupported
+from converters.errors import CorruptFile, Unsupported
 from formats.tflite.lowering.builder import Builder, Operator
 
 _GATES = ("input", "forget", "cell", "output")
@@ -18,6 +18,9 @@ def svdf(b: Builder, op: Operator) -> None:
     [F, memory], perhaps a bias [units], the state [B, F * memory]. The state moves by one; F is units * rank."""
     feature, time, state = b.info(op.input(1)).shape, b.info(op.input(2)).shape, op.input(4)
     filters, memory, rank = feature[0], time[1], max(1, op.options.integer("rank"))
+    wanted, found = (filters * memory,), b.info(state).shape[1:]
+    if found != wanted or filters % rank:
+        raise CorruptFile(f"SVDF has a state of {found} for each batch, and {filters} filters: {wanted} is needed")
     before = b.emit("Reshape", [b.variable(state), b.ints([-1, filters, memory])])
     now = b.emit("Gemm", [b.read(op.input(0)), b.read(op.input(1))], transB=1)
     older = b.emit("Slice", [before, b.ints([1]), b.ints([memory]), b.ints([2])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_dequantizing_gives_a_plain_float_model(tmp_path):
     made = converted("cnn_int4_per_channel", tmp_path, dequantize="float32")
     assert "DequantizeLinear" not in operators(made)
     assert {i.data_type for i in made.graph.initializer} <= {TYPES.FLOAT, TYPES.INT64}
+
+
+def test_dequantizing_leaves_no_integers_between_operators_either(tmp_path):
+    made = converted("cnn_int8_full", tmp_path, dequantize="float32")
+    assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(made))
+    assert [port[1] for port in ports([*made.graph.input, *made.graph.output])] == [TYPES.FLOAT, TYPES.FLOAT]
+
+
+def test_signatures_and_metadata_are_copied(tmp_path):
+    made = converted("two_signatures", tmp_path)
+    properties = {entry.key: entry.value for entry in made.metadata_props}
+    for name in converters.load(FIXTURES / "two_signatures.tflite").graph.signatures:
+        assert set(json.loads(properties[f"tflite.signature.{name}"])) == {"inputs", "outputs"}
+    assert any(key.startswith("tflite.metadata.") for key in properties)
 
 
 def test_quantizing_on_request(tmp_path):
