@@ -126,7 +126,7 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
         signature=options.signature,
         channels_first=options.layout == "nchw",
         custom_domain=options.custom,
-        only_floats=all(tensor.quantization is None for tensor in model.values()),
+        weights=model,
     )
     made = made_graph(*lowered, model.metadata.source or target)
     changes = GraphChanges.of(made.graph, opset, options.weight_layout)

@@ -37,10 +37,10 @@ class Lowerable(Protocol):
         signature: str = "",
         channels_first: bool = False,
         custom_domain: str = "",
-        only_floats: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
-        """The graph, and which of its initializers are the model's weights, decoded to floats; activations too, if only
-        floats are wanted."""
+        """The graph, and which of its initializers are the model's weights, decoded to floats; activations are floats
+        too if `weights`, as the stages leave them, were dequantized."""
         ...
 
 

@@ -52,18 +52,20 @@ class TFLiteGraph:
         signature: str = "",
         channels_first: bool = False,
         custom_domain: str = "",
-        only_floats: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
         """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
         initializers are the model's weights; images channels first at its inputs and outputs if that is wanted,
-        operators that there is no lowering for in `custom_domain`, activations that TFLite quantizes as floats. Raises
-        Unsupported for operators that there is no lowering for."""
+        operators that there is no lowering for in `custom_domain`, activations that TFLite quantizes as floats if
+        `weights`, which is what the stages make of the model's, were all dequantized. Raises Unsupported for operators
+        that there is no lowering for."""
         from formats.tflite.lowering.graph import Wishes, lowered
 
         known = self.signatures
         if signature and signature not in known:
             listed = ", ".join(f"'{name}'" for name in known) or "none"
             raise Unsupported(f"has no signature '{signature}': it has {listed}")
+        only_floats = weights is not None and self._dequantized(weights)
         subgraphs = [self._subgraph(i, graph, only_floats) for i, graph in enumerate(self.model.subgraphs)]
         main = known[signature] if signature else 0
         if not 0 <= main < len(subgraphs):
@@ -72,6 +74,13 @@ class TFLiteGraph:
         model, places = lowered(subgraphs, main, wishes, self.model.description or "")
         model.metadata_props.update(self._properties())
         return model, places
+
+    def _dequantized(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether weights that the file quantizes are there, and none is quantized."""
+        read_quantized = {tensor.name for tensor in self.constants.values() if tensor.quantization is not None}
+        return any(name in read_quantized for name in weights) and not any(
+            tensor.quantization is not None for tensor in weights.values()
+        )
 
     def _properties(self) -> dict[str, str]:
         """What the file says of itself: its signatures, with the names of their inputs and outputs, and its metadata,
