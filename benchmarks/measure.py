@@ -1,4 +1,4 @@
-"""Timing by turns: the machine's speed drifts, so two things are compared only within one run, one after the other."""
+"""Timing by turns: the machine's speed drifts, so things are compared only within one run, one after the other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the table: what was measured, ours and the peer's figure, their ratio, and what is wanted of it."""
+    """A line of a table: what was measured, ours and the peer's figure, their ratio, and what is wanted of it."""
 
     what: str
     ours: str
     peer: str
     ratio: str
-    wanted: str
+    wanted: str = ""
 
 
 def by_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -31,6 +31,16 @@ def by_turns(first: Callable[[], object], second: Callable[[], object], rounds: 
             function()
             times.append(time.perf_counter() - start)
     return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def processes_by_turns(commands: Sequence[Sequence[str]], rounds: int) -> list[tuple[float, int]]:
+    """The median seconds and the most bytes of memory of each process, run in turn after one run each that does not
+    count."""
+    for arguments in commands:
+        seconds_and_peak(arguments)
+    runs = [[seconds_and_peak(arguments) for arguments in commands] for _ in range(rounds)]
+    each = [list(zip(*of_one, strict=True)) for of_one in zip(*runs, strict=True)]
+    return [(statistics.median(seconds), max(peaks)) for seconds, peaks in each]
 
 
 def command(arguments: Sequence[str]) -> Callable[[], None]:
