@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import c_compile, c_text, dequantize, onnx_graph, quantize, start_up
+from benchmarks import c_compile, c_text, dequantize, onnx_graph, quantize, start_up, tflite_to_onnx
 from benchmarks.measure import table
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +24,7 @@ TOPICS = {
     "dequantize": dequantize,
     "quantize": quantize,
     "onnx_graph": onnx_graph,
+    "tflite_to_onnx": tflite_to_onnx,
 }
 IN_MEMORY = ("c_text", "c_compile")
 MEMORY = Path("/dev/shm")

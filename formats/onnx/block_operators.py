@@ -298,7 +298,7 @@ def _bnb4_weight(
         packed = stored.data.read(start, stop)
         low: NDArray[np.uint8] = packed >> np.uint8(4)
         codes = low | (packed << np.uint8(4))
-        if count % 2 and stop * 2 > count:
+        if count % 2 and codes.size and stop * 2 > count:
             codes[-1] &= 0x0F
         return codes
 

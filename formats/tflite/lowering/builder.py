@@ -72,6 +72,20 @@ class Operator:
         return self.inputs[position] if position < len(self.inputs) else -1
 
 
+#: Operators whose output holds elements of their first input and nothing else.
+_MOVING = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def _reshaped_once(value: ir.Value | None, shape: ir.Value | None) -> list[ir.Value | None]:
+    """The inputs of a Reshape: of what came before another one, as the last shape is all that counts (but for zeros,
+    which stand for sizes of the input)."""
+    node = None if value is None else value.producer()
+    sizes = None if shape is None else shape.const_value
+    if node is None or node.op_type != "Reshape" or sizes is None or not sizes.numpy().all():
+        return [value, shape]
+    return [node.inputs[0], shape]
+
+
 @dataclass(slots=True)
 class Held:
     """The ONNX values of a tensor, as far as there are any: as TFLite has it, channels first, and its integer codes."""
@@ -137,6 +151,8 @@ class Builder:
     ) -> Sequence[ir.Value]:
         """Adds a node and returns its outputs."""
         made = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items() if value is not None]
+        if operator == "Reshape":
+            inputs = _reshaped_once(*inputs)
         node = ir.Node("", operator, inputs, made, num_outputs=outputs)
         for value in node.outputs:
             value.name = self.fresh(name or operator.lower())
@@ -276,13 +292,22 @@ class Builder:
         return value
 
     def write(self, index: int, value: ir.Value, *, first: bool = False) -> None:
-        """What a tensor is from now on, rounded to its own codes if it is quantized."""
+        """What a tensor is from now on, rounded to its own codes if it is quantized and not rounded so already."""
         info = self.info(index)
         held = self.held[index] = Held()
-        if info.is_quantized:
+        if info.is_quantized and not self._is_rounded(value, info):
             held.codes = self.quantize(value, info, f"{info.name}_quantized")
             value = self.dequantize(held.codes, info)
         held.first, held.last = (value, None) if first else (None, value)
+
+    def _is_rounded(self, value: ir.Value, info: TensorInfo) -> bool:
+        """Whether a value is another tensor's of the same scale and zero point, only moved."""
+        node = value.producer()
+        while node is not None and node.op_type in _MOVING and node.inputs[0] is not None:
+            node = node.inputs[0].producer()
+        if node is None or node.op_type != "DequantizeLinear" or not self._has_linear(info):
+            return False
+        return all(a is b for a, b in zip(node.inputs[1:], self._parameters(info), strict=False))
 
     def write_codes(self, index: int, codes: ir.Value, *, first: bool = False) -> None:
         """What a quantized tensor is from now on, given as its codes."""

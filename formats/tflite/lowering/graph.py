@@ -50,11 +50,12 @@ def lowered(
     _run(root, graph)
     outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
     outputs += _states(root)
+    nodes = _used(root.nodes, outputs)
     made = ir.Graph(
         [*inputs, *root.variables],
         outputs,
-        nodes=root.nodes,
-        initializers=list(root.initializers.values()),
+        nodes=nodes,
+        initializers=[value for name, value in root.initializers.items() if name in root.places or value.uses()],
         name=graph.name or "main",
         opset_imports={"": opset} | ({wishes.custom_domain: 1} if root.uses_custom else {}),
     )
@@ -66,6 +67,18 @@ def lowered(
         for value in model.graph.outputs:
             value.shape = value.shape or ir.Shape(())  # what remains are scalars of loops
     return model, root.places
+
+
+def _used(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes that something takes the output of."""
+    wanted, used = {id(value) for value in outputs}, []
+    for node in reversed(nodes):
+        if any(id(value) in wanted or value.uses() for value in node.outputs):
+            used.append(node)
+            continue
+        for position in range(len(node.inputs)):
+            node.replace_input_with(position, None)
+    return used[::-1]
 
 
 def _run(b: Builder, graph: Subgraph) -> None:

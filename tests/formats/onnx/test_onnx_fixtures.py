@@ -45,6 +45,13 @@ def test_pieces_put_together(case):
             np.testing.assert_array_equal(np.concatenate(values), tensor.dequantize(np.float32).reshape(-1))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_empty_range_of_bytes(case):
+    for tensor in converters.load(FIXTURES / f"{case}.onnx").values():
+        for stored in (tensor, *(p for _, p in (tensor.quantization.parameters() if tensor.quantization else ()))):
+            assert not stored.data.read(stored.nbytes, stored.nbytes).size
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_range_of_bytes(data):

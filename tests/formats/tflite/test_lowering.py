@@ -70,6 +70,22 @@ def test_hardly_a_transpose(name, tmp_path):
     assert operators(converted(name, tmp_path))["Transpose"] <= 2
 
 
+@pytest.mark.parametrize("name", ["cnn_int8_full", "mlp_int16x8", "lstm_while", "types_zoo"])
+def test_no_node_does_nothing(name, tmp_path):
+    graph = converted(name, tmp_path).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    taken = {value for node in graph.node for value in node.input} | {output.name for output in graph.output}
+    inner = {value for node in graph.node for a in node.attribute for n in a.g.node for value in n.input}
+    assert not [node.name for node in graph.node if not (taken | inner) & set(node.output)]
+    for node in graph.node:
+        before = makers.get(node.input[0]) if node.input else None
+        if before is None:
+            continue
+        assert (before.op_type, node.op_type) != ("Reshape", "Reshape")
+        moved = before.op_type == "Reshape" and node.op_type == "QuantizeLinear" and makers.get(before.input[0])
+        assert not (moved and moved.op_type == "DequantizeLinear" and moved.input[1:] == node.input[1:])
+
+
 def test_channels_first_at_the_ends(tmp_path):
     (last,) = ports(converted("cnn_int8_full", tmp_path).graph.input)
     made = converted("cnn_int8_full", tmp_path, layout="nchw")
