@@ -55,6 +55,7 @@ OPTIONS: Mapping[str, Mapping[str, OptionField]] = MappingProxyType(
             "CONCATENATION": "axis:i fused_activation:b",
             "CONV_2D": "padding:b stride_w:i stride_h:i fused_activation:b dilation_w_factor:i=1 dilation_h_factor:i=1",
             "CONV_3D": _CONV_3D,
+            "CONV_3D_TRANSPOSE": _CONV_3D,
             "CUMSUM": "exclusive:? reverse:?",
             "DEPTHWISE_CONV_2D": (
                 "padding:b stride_w:i stride_h:i depth_multiplier:i fused_activation:b dilation_w_factor:i=1 "

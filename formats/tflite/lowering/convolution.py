@@ -68,23 +68,48 @@ def kernel_value(b: Builder, index: int, permutation: tuple[int, ...]) -> ir.Val
 
 
 def transpose_conv(b: Builder, op: Operator) -> None:
-    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias. Padding is that
-    of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
-    image, weight = b.info(op.input(2)).shape, b.info(op.input(1)).shape
-    result, strides = b.info(op.outputs[0]).shape, _strides(op.options)
-    kernel = weight[1:3]
+    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias."""
+    weight = b.info(op.input(1)).shape
+    _convolve_transposed(b, op, (3, 0, 1, 2), weight[1:3], _strides(op.options), [1, 1])
+
+
+def conv_3d_transpose(b: Builder, op: Operator) -> None:
+    """CONV_3D_TRANSPOSE: inputs are the result's shape, weights [D, H, W, O, I], the image, perhaps a bias."""
+    weight, integer = b.info(op.input(1)).shape, op.options.integer
+    strides = [integer(f"stride_{axis}") for axis in "dhw"]
+    dilations = [integer(f"dilation_{axis}_factor") for axis in "dhw"]
+    _convolve_transposed(b, op, (4, 3, 0, 1, 2), weight[:3], strides, dilations)
+
+
+def _convolve_transposed(
+    b: Builder,
+    op: Operator,
+    permutation: tuple[int, ...],
+    kernel: Sequence[int],
+    strides: list[int],
+    dilations: list[int],
+) -> None:
+    """Padding is that of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
+    image, result = b.info(op.input(2)).shape, b.info(op.outputs[0]).shape
     before, after, more = [], [], []
-    for size, wide, window, stride in zip(image[1:3], result[1:3], kernel, strides, strict=True):
-        surplus = (size - 1) * stride + window - wide
+    axes = zip(image[1:-1], result[1:-1], kernel, strides, dilations, strict=True)
+    for size, wide, window, stride, dilation in axes:
+        surplus = (size - 1) * stride + (window - 1) * dilation + 1 - wide
         total = max(surplus, 0)
         before.append(total // 2 if op.options.integer("padding") == _SAME else 0)
         after.append(max(surplus - before[-1], 0))
         more.append(max(-surplus, 0))
-    attributes: dict[str, Any] = {"kernel_shape": list(kernel), "strides": strides, "pads": before + after}
-    inputs = [b.read_first(op.input(2)), kernel_value(b, op.input(1), (3, 0, 1, 2))]
+    attributes: dict[str, Any] = {
+        "kernel_shape": list(kernel),
+        "strides": strides,
+        "dilations": dilations,
+        "pads": before + after,
+        "output_padding": more,
+    }
+    inputs = [b.read_first(op.input(2)), kernel_value(b, op.input(1), permutation)]
     if op.input(3) >= 0:
         inputs.append(b.read(op.input(3)))
-    b.finish(op, b.emit("ConvTranspose", inputs, **attributes, output_padding=more), first=True)
+    b.finish(op, b.emit("ConvTranspose", inputs, **attributes), first=True)
 
 
 def average_pool_2d(b: Builder, op: Operator) -> None:

@@ -90,6 +90,7 @@ LOWERINGS: Mapping[str, Lowering] = _table(
     ("AVERAGE_POOL_2D", convolution.average_pool_2d, "AveragePool", ""),
     ("CONV_2D", convolution.conv_2d, "Conv", ""),
     ("CONV_3D", convolution.conv_3d, "Conv", ""),
+    ("CONV_3D_TRANSPOSE", convolution.conv_3d_transpose, "ConvTranspose", ""),
     ("DEPTHWISE_CONV_2D", convolution.depthwise_conv_2d, "Conv with groups", ""),
     ("DEPTH_TO_SPACE", convolution.depth_to_space, "DepthToSpace", ""),
     ("L2_POOL_2D", convolution.l2_pool_2d, "Mul, AveragePool, Sqrt", ""),

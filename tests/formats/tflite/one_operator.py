@@ -58,6 +58,7 @@ def options_class(operator: str) -> str:
         "CALL_ONCE": "CallOnceOptions",
         "CONV_2D": "Conv2DOptions",
         "CONV_3D": "Conv3DOptions",
+        "CONV_3D_TRANSPOSE": "Conv3DOptions",
         "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
         "L2_NORMALIZATION": "L2NormOptions",
         "L2_POOL_2D": "Pool2DOptions",

@@ -102,6 +102,15 @@ CASES = [
     ),
     *(
         Case(
+            "CONV_3D_TRANSPOSE",
+            [i(1, *size, 4), f(2, 3, 3, 4, 3), f(1, 3, 4, 4, 3), f(4)],
+            {"padding": p, "strideD": 1, "strideH": 2, "strideW": 2},
+            constant=[0, 1, 3],
+        )
+        for p, size in ((0, (3, 8, 8)), (0, (3, 7, 7)), (1, (4, 9, 9)))
+    ),
+    *(
+        Case(
             "TRANSPOSE_CONV",
             [i(1, *size, 5), f(5, 3, 3, 4), f(1, 4, 4, 4)],
             {"padding": p, "strideH": 2, "strideW": 2},
