@@ -400,7 +400,7 @@ class Graph(Protocol):
     """A model's compute graph, in ONNX's operators; its initializers are the model's tensors by name."""
 
     def onnx_ir(self) -> onnx_ir.Model:
-        """The graph with the classes of onnx_ir, which must be installed; payloads stay where they are."""
+        """The graph with the classes of onnx_ir; payloads stay where they are."""
         ...
 
 

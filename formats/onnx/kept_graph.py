@@ -48,7 +48,7 @@ class OnnxGraph:
     headers: Mapping[str, TensorHeader]
 
     def onnx_ir(self) -> onnx_ir.Model:
-        """The graph with onnx_ir's classes. Raises ImportError where onnx_ir is not installed."""
+        """The graph with onnx_ir's classes."""
         import onnx_ir
 
         return onnx_ir.load(self.payloads.file.path)

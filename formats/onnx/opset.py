@@ -51,20 +51,16 @@ def _opset_of(tensor: Tensor) -> int:
 
 
 def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
-    """The graph in another operator set. Raises UsageError where onnx is not installed, Unsupported where its version
+    """The graph in another operator set. Raises UsageError for one that is not known, Unsupported where onnx's version
     converter cannot do it."""
     if opset not in schema.IR_VERSIONS:
         known = sorted(schema.IR_VERSIONS)
         raise UsageError(f"opset {opset} cannot be written: give one from {known[0]} to {known[-1]}, or none")
-    try:
-        import onnx
-        from onnx import version_converter
-    except ImportError:
-        raise UsageError(
-            f"opset {opset} takes onnx's version converter: pip install onnx, or add --opt layout=matmulnbits"
-        ) from None
     if graph.parsed.functions:
         raise Unsupported("has functions, which onnx's version converter drops: leave out --opt opset")
+    import onnx
+    from onnx import version_converter
+
     skeleton, carried = _skeleton(graph)
     try:
         model = version_converter.convert_version(onnx.ModelProto.FromString(skeleton), opset)

@@ -11,10 +11,6 @@ from converters.errors import VerificationFailed
 def validate(path: Path, source: Path | None = None) -> Sequence[str]:
     """Has onnx check the model at `path` with shape inference; returns what a person should know of that. Raises
     VerificationFailed when onnx refuses it, unless it refuses `source`, the file that it was made of, as well."""
-    try:
-        from onnx import checker as _  # noqa: F401
-    except ImportError:
-        return (f"{path.name} was not checked by onnx.checker: pip install onnx for that",)
     reason = _refusal(path)
     if reason is None:
         return ()

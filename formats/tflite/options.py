@@ -63,6 +63,7 @@ OPTIONS: Mapping[str, Mapping[str, OptionField]] = MappingProxyType(
             ),
             "DEPTH_TO_SPACE": "block_size:i",
             "DIV": _FUSED,
+            "FAKE_QUANT": "min:f max:f num_bits:i narrow_range:?",
             "FULLY_CONNECTED": "fused_activation:b weights_format:b keep_num_dims:? asymmetric_quantize_inputs:?",
             "GATHER": "axis:i batch_dims:i",
             "GELU": "approximate:?",

@@ -191,7 +191,7 @@ def floor_div(b: Builder, op: Operator) -> None:
 def floor_mod(b: Builder, op: Operator) -> None:
     """FLOOR_MOD: the result has the sign of the divisor."""
     values, first = aligned(b, op.inputs[:2])
-    if b.info(op.input(0)).dtype.kind == "f":
+    if b.info(op.input(0)).dtype.kind == "f" or b.info(op.input(0)).is_quantized:
         quotient = b.emit("Floor", [b.emit("Div", values)])
         result = b.emit("Sub", [values[0], b.emit("Mul", [quotient, values[1]])])
     else:

@@ -167,7 +167,7 @@ LOWERINGS: Mapping[str, Lowering] = _table(
     ("CAST", storage.cast, "Cast", ""),
     ("DENSIFY", storage.unpacked, "nothing: the weights are expanded", ""),
     ("DEQUANTIZE", storage.unpacked, "DequantizeLinear, or Cast of half floats", ""),
-    ("FAKE_QUANT", storage.fake_quant, "what the result's own quantization does", ""),
+    ("FAKE_QUANT", storage.fake_quant, "Clip, Sub, Mul, Floor, Add", ""),
     ("QUANTIZE", storage.quantize, "QuantizeLinear", ""),
     ("ZEROS_LIKE", storage.zeros_like, "ConstantOfShape", ""),
 )

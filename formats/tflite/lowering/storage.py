@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -37,8 +38,23 @@ def cast(b: Builder, op: Operator) -> None:
 
 
 def fake_quant(b: Builder, op: Operator) -> None:
-    """FAKE_QUANT: the grid is that of the result's own quantization, where it has one; else nothing."""
-    b.write(op.outputs[0], b.read(op.input(0)))
+    """FAKE_QUANT (lite/kernels/internal/reference/fake_quant.h): to the nearest of 2 ** num_bits values from min to
+    max, a range that is moved so that 0 is one of them."""
+    options = op.options
+    lowest, highest = options.integer("narrow_range"), (1 << options.integer("num_bits")) - 1
+    low, high = np.float32(options.number("min")), np.float32(options.number("max"))
+    scale = (high - low) / np.float32(highest - lowest)
+    zero_point = np.floor(np.clip(lowest - low / scale, lowest, highest) + np.float32(0.5))
+    first = b.is_first(op.input(0))
+    value = b.read_first(op.input(0)) if first else b.read(op.input(0))
+
+    def number(value: float | np.floating[Any]) -> ir.Value:
+        return b.constant(np.float32(value), name="number")
+
+    start, end = (number((code - zero_point) * scale) for code in (lowest, highest))
+    above = b.emit("Sub", [b.emit("Clip", [value, start, end]), start])
+    steps = b.emit("Floor", [b.emit("Add", [b.emit("Mul", [above, number(1 / scale)]), number(0.5)])])
+    b.write(op.outputs[0], b.emit("Add", [b.emit("Mul", [steps, number(scale)]), start]), first=first)
 
 
 def zeros_like(b: Builder, op: Operator) -> None:

@@ -206,6 +206,12 @@ CASES = [
     # storage
     Case("CAST", [f(2, 3)], {"inDataType": 0, "outDataType": 2}, result=np.int32),
     Case("ZEROS_LIKE", [f(2, 3)]),
+    *(
+        Case("FAKE_QUANT", [f(4, 9)], {"min": low, "max": high, "numBits": bits})
+        for low, high in ((-1.0, 1.5), (0.0, 1.0))
+        for bits in (4, 8)
+    ),
+    *(Case(name, [f(3, 4), f(3, 4, low=0.2)]) for name in ("FLOOR_DIV", "FLOOR_MOD")),
     Case("QUANTIZE", [f(2, 3)], result=np.int8, result_quantized=(0.02, 3)),
     Case("DEQUANTIZE", [_RNG.integers(-128, 128, (2, 3)).astype(np.int8)], quantized={0: (0.02, 3)}),
 ]
