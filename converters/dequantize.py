@@ -4,6 +4,8 @@
 
 Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
 order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
+Where the quantization names another `compute_dtype`, each of the three operations is rounded to it, which is what
+PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors.
 The work is done in pieces that stay in the processor's cache.
 """
 
@@ -31,6 +33,7 @@ FLOAT_DTYPES = {
 }
 
 _FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
 _PART_ELEMENTS = 1 << 22
 _PIECE_ELEMENTS = 1 << 17  # 512 KiB of float32: inside a common second-level cache
 
@@ -100,6 +103,37 @@ def flatten_scales(model: Model) -> Model:
     return replace(model, tensors=tensors, losses=tuple(losses))
 
 
+def compute_in_float32(model: Model) -> Model:
+    """Every quantization with another `compute_dtype` as one that is computed in float32; a Loss records each whose
+    values change. Reads the scales of float64, of which most are float32 numbers: nothing changes by those."""
+    tensors, losses = dict(model.tensors), list(model.losses)
+    for name, tensor in model.items():
+        quantization = tensor.quantization
+        if quantization is None or quantization.compute_dtype == _FLOAT32:
+            continue
+        scale, offset = (_as_float32(t) for t in (quantization.scale, quantization.offset))
+        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32)
+        tensors[name] = replace(tensor, quantization=changed)
+        if quantization.compute_dtype != _FLOAT64:
+            detail = (
+                f"values are computed in float32, and not rounded to {quantization.compute_dtype} as its producer does"
+            )
+            losses.append(Loss(name, "widened", detail))
+        elif offset is not None or not _equal(scale, quantization.scale):
+            losses.append(Loss(name, "rounded", "its scales of float64, and the products with them, become float32"))
+    return replace(model, tensors=tensors, losses=tuple(losses))
+
+
+def _as_float32(parameter: Tensor | None) -> Any:
+    if parameter is None or parameter.dtype != _FLOAT64:
+        return parameter
+    return Tensor.from_array(parameter.name, parameter.dequantize(np.float32))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(np.array_equal(a.numpy(), b.numpy(), equal_nan=True))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Where:
     """Positions [start, stop) along `axis` of a tensor seen in `view_shape`, in which a block is an axis of its own."""
@@ -112,10 +146,12 @@ class _Where:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """One operation of the formula; `parameter` broadcasts to the view. An integer one is for integer codes."""
+    """One operation of the formula; `parameter` broadcasts to the view. An integer one is for integer codes. The result
+    is rounded to `rounded_to` (None: it is what `values` hold)."""
 
     operation: np.ufunc
     parameter: NDArray[Any]
+    rounded_to: np.dtype[Any] | None = None
 
     def apply(self, values: NDArray[Any], where: _Where) -> None:
         """Does it in place; `values` are the flat elements at `where`."""
@@ -129,19 +165,24 @@ class _Step:
                 parameter = parameter[(slice(None),) * axis + (slice(where.start, where.stop),)]
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32's range is infinity, as in every framework
             self.operation(view, parameter, out=view)
+            if self.rounded_to is not None and values.dtype.kind == "f":
+                values[...] = values.astype(self.rounded_to)
 
 
 def _decode(part: Tensor, out: NDArray[Any]) -> None:
     """Writes the values of `part`, flat, to `out`, in pieces that stay in the cache from unpacking to rounding."""
     steps = _steps(part)
+    if steps and steps[-1].rounded_to == out.dtype:  # as `out` does by itself
+        steps[-1] = replace(steps[-1], rounded_to=None)
     table = _table(part)
+    computed = _FLOAT64 if _compute_dtype(part) == _FLOAT64 else _FLOAT32
     view_shape = _view_shape(part) if steps else (part.size,)
     axis = next((axis for axis, size in enumerate(view_shape) if size != 1), 0)
     count, unit = (view_shape[axis], prod(view_shape[axis + 1 :])) if view_shape else (1, 1)
     piece = max(1, _PIECE_ELEMENTS // max(1, unit) // 8) * 8  # a multiple of 8 elements ends on a whole byte
     packed = part.packed()
     elements_of = _unpacker(part.dtype, min(piece, count) * unit)
-    scratch = None if out.dtype == np.float32 else np.empty(min(piece, count) * unit, np.float32)
+    scratch = None if out.dtype == computed else np.empty(min(piece, count) * unit, computed)
     for start in range(0, count, piece):
         where = _Where(view_shape, axis, start, min(count, start + piece))
         first, last = start * unit, where.stop * unit
@@ -168,7 +209,7 @@ def _unpacker(dtype: np.dtype[Any], most: int) -> Callable[[NDArray[np.uint8], i
     return lambda packed, count: unpack(packed, dtype, count, workspace)
 
 
-def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: NDArray[np.float32]) -> Sequence[_Step]:
+def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: NDArray[Any]) -> Sequence[_Step]:
     """Writes `elements` to `out`, less their zero points where those are subtracted as integers; gives the steps that
     remain."""
     if steps and steps[0].parameter.dtype.kind == "i":
@@ -176,6 +217,8 @@ def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: N
         exact = elements.astype(wanted, copy=wanted != np.int8)  # unpacked codes are no one else's
         steps[0].apply(exact, where)
         out[...] = exact
+        if steps[0].rounded_to is not None:
+            out[...] = out.astype(steps[0].rounded_to)
         return steps[1:]
     with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; signalling NaNs
         out[...] = elements
@@ -187,16 +230,33 @@ def _steps(part: Tensor) -> list[_Step]:
     quantization = part.quantization
     if quantization is None or part.size == 0:
         return []
+    dtype = quantization.compute_dtype
+    rounded_to = None if dtype in (_FLOAT32, _FLOAT64) else dtype
+
+    def step(operation: np.ufunc, parameter: NDArray[Any]) -> _Step:
+        return _Step(operation, _spread(parameter, part.shape, quantization), rounded_to)
+
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
         # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
         if zero_point.any() or part.dtype == np.uint64:
-            steps.append(_Step(np.subtract, _spread(zero_point, part.shape, quantization)))
-    steps.append(_Step(np.multiply, _spread(quantization.scale.dequantize(np.float32), part.shape, quantization)))
+            steps.append(step(np.subtract, zero_point))
+    steps.append(step(np.multiply, _parameter(quantization.scale, dtype)))
     if quantization.offset is not None:
-        steps.append(_Step(np.add, _spread(quantization.offset.dequantize(np.float32), part.shape, quantization)))
+        steps.append(step(np.add, _parameter(quantization.offset, dtype)))
     return steps
+
+
+def _compute_dtype(part: Tensor) -> np.dtype[Any]:
+    return _FLOAT32 if part.quantization is None else part.quantization.compute_dtype
+
+
+def _parameter(parameter: Tensor, compute_dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A scale or an offset as it is computed with: in float64 where all is, and there are no more than its own bits."""
+    if compute_dtype == _FLOAT64 and parameter.dtype == _FLOAT64 and parameter.quantization is None:
+        return parameter.numpy()
+    return parameter.dequantize(np.float32)
 
 
 def _zero_point(part: Tensor, zero_point: Tensor) -> NDArray[Any]:
@@ -224,8 +284,11 @@ def _table(part: Tensor) -> NDArray[np.float32] | None:
     return None
 
 
-def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray[Any]) -> None:
     """Writes the elements of `packed` to `out`; of the last byte only what still fits."""
+    if out.dtype != np.float32:
+        out[...] = table[packed].reshape(-1)[: out.size]
+        return
     per_byte = table.shape[1]
     whole = out.size // per_byte
     entry = np.dtype({1: np.uint32, 2: np.uint64, 4: np.complex128}[per_byte])

@@ -39,13 +39,15 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a writer can hold as it is; the planner compares this with the model before any payload is read."""
+    """What a writer can hold as it is; the planner compares this with the model before any payload is read.
+    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so."""
 
     dtypes: frozenset[np.dtype[Any]]
     codebook: bool = True
     offset: bool = True
     group_index: bool = True
     nested_scale: bool = True
+    compute_dtype: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,8 @@ SMALL_FLOATS = frozenset(
 #: What every NumPy can hold (2.0 went from 32 to 64).
 MOST_DIMENSIONS = 32
 _MOST_ELEMENTS = 1 << 58
+_FLOAT32 = np.dtype(np.float32)
+_COMPUTE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
 
@@ -120,7 +122,9 @@ class Quantization:
     `blocked` make the usual ones. All parameters have shape `grid_shape(shape, block_shape)` and keep the dtype they
     were stored with. `zero_point` lives in the domain of codes, `offset` in that of values; None is not zeros.
     `codebook` has shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is
-    the number of groups, and the positions of that axis find theirs by index.
+    the number of groups, and the positions of that axis find theirs by index. The result of each operation of the
+    formula is rounded to `compute_dtype`: float32, or what the producing library computes in (a checkpoint's bfloat16,
+    the float64 of PyTorch's per-channel scales).
     """
 
     scale: Tensor
@@ -129,6 +133,12 @@ class Quantization:
     offset: Tensor | None = None
     codebook: Tensor | None = None
     group_index: GroupIndex | None = None
+    compute_dtype: np.dtype[Any] = _FLOAT32
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in _COMPUTE_DTYPES:
+            names = ", ".join(dtype.name for dtype in _COMPUTE_DTYPES)
+            raise CorruptFile(f"values cannot be computed in {self.compute_dtype}: {names} are possible")
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the parameters that there are, with the name of each one's role."""

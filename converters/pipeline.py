@@ -20,7 +20,7 @@ import numpy as np
 
 from converters import plugins
 from converters.atomic import atomic_outputs
-from converters.dequantize import dequantize_model, flatten_scales
+from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
 from converters.ir import Loss, Model, Tensor
@@ -138,6 +138,8 @@ def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
     add to the command, where only a lossy one would do."""
     if not capabilities.nested_scale:
         model = flatten_scales(model)
+    if not capabilities.compute_dtype:
+        model = compute_in_float32(model)
     for tensor in model.values():
         missing = _missing(tensor, capabilities)
         if missing:

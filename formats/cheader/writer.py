@@ -118,7 +118,9 @@ class CHeaderWriter:
     """Writes .h and .c files. Codes stay packed as they are; parameters become float and int32_t."""
 
     options: ClassVar[type] = CHeaderOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(NOTATIONS), nested_scale=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        dtypes=frozenset(NOTATIONS), nested_scale=False, compute_dtype=False
+    )
 
     def plan(self, model: Model, target: Path, options: CHeaderOptions) -> CHeaderPlan:
         """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for,

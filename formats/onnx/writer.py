@@ -105,7 +105,9 @@ class OnnxWriter:
     """Writes .onnx files."""
 
     options: ClassVar[type] = OnnxOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(dtypes=frozenset(ELEMENT_TYPES), nested_scale=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        dtypes=frozenset(ELEMENT_TYPES), nested_scale=False, compute_dtype=False
+    )
 
     def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan | KeptPlan:
         """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a

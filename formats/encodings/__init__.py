@@ -1,0 +1,1 @@
+"""How quantized weights lie in a state dict, whichever container (.safetensors, .pt, .bin) holds it: a module each."""

@@ -1,0 +1,59 @@
+"""Codes that are stored in wider elements than they need: one in a byte, most often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile
+from converters.ir import Tensor
+from converters.packing import bits_of, pack, packed_size
+from converters.storage import Computed, Data
+
+#: The range of codes that each dtype holds, narrowest first.
+_RANGES: Mapping[np.dtype[Any], tuple[int, int]] = MappingProxyType(
+    {
+        np.dtype(ml_dtypes.int2): (-2, 1),
+        np.dtype(ml_dtypes.uint2): (0, 3),
+        np.dtype(ml_dtypes.int4): (-8, 7),
+        np.dtype(ml_dtypes.uint4): (0, 15),
+        np.dtype(np.int8): (-128, 127),
+        np.dtype(np.uint8): (0, 255),
+        np.dtype(np.int16): (-(1 << 15), (1 << 15) - 1),
+        np.dtype(np.uint16): (0, (1 << 16) - 1),
+        np.dtype(np.int32): (-(1 << 31), (1 << 31) - 1),
+    }
+)
+
+
+def dtype_for(lowest: int, highest: int) -> np.dtype[Any]:
+    """The narrowest dtype for codes from `lowest` to `highest` (quant_min and quant_max): int4 for -7 to 7, uint4 for 0
+    to 15. Raises CorruptFile for a range that is none, or that no dtype holds."""
+    for dtype, (low, high) in _RANGES.items():
+        if low <= lowest <= highest <= high and (low == 0) == (lowest >= 0):
+            return dtype
+    raise CorruptFile(f"has codes from {lowest} to {highest}, which is no range that can be held")
+
+
+def narrowed(codes: Tensor, dtype: np.dtype[Any]) -> Data:
+    """The elements of `codes` (any integer dtype) as the canonical bytes of `dtype`, made when they are read. Reading
+    raises CorruptFile for a code that does not fit."""
+    if codes.dtype == dtype:
+        return codes.data
+    low, high = _RANGES[dtype]
+    bits, itemsize = bits_of(dtype), codes.dtype.itemsize
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        first, last = start * 8 // bits, min(stop * 8 // bits, codes.size)
+        wide = codes.data.read(first * itemsize, last * itemsize).view(codes.dtype)
+        if wide.size and (wide.min() < low or wide.max() > high):
+            seen = int(wide.min() if wide.min() < low else wide.max())
+            raise CorruptFile(f"has the code {seen}, where {low} to {high} are possible", tensor=codes.name)
+        return pack(wide, bits) if bits < 8 else wide.astype(dtype).view(np.uint8)
+
+    return Computed(packed_size(codes.size, bits), read, (codes.data,))

@@ -1,0 +1,79 @@
+"""The ZIP archives that PyTorch writes since 1.6: records that are stored, not compressed, below one top folder.
+
+Python's zipfile reads the central directory; where a record's bytes begin is in its local header, which must say the
+same (APPNOTE 4.3.7). torch 2.13 (caffe2/serialize/inline_container.cc) stores everything and aligns it to 64 bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from converters.errors import CorruptFile, Unsupported
+from converters.storage import FileRange, MappedFile
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_LOCAL_MAGIC = b"PK\x03\x04"
+_ENCRYPTED = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Archive:
+    """The records by their names below the top folder, which is left out."""
+
+    file: MappedFile
+    entries: Mapping[str, zipfile.ZipInfo]
+
+    @classmethod
+    def open(cls, file: MappedFile) -> Archive:
+        """Reads the directory. Raises CorruptFile where it is cut off or has records that overlap or lie outside, or
+        two of one name."""
+        try:
+            with file.path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+            raise CorruptFile(f"its ZIP directory cannot be read ({error}): it is truncated or damaged") from None
+        _refuse_overlaps(entries)
+        # a file zipped by hand may have no top folder at all
+        tops = {entry.filename.partition("/")[0] for entry in entries}
+        named = {entry.filename.partition("/")[2] if len(tops) == 1 else entry.filename: entry for entry in entries}
+        if len(named) < len(entries):
+            raise CorruptFile("has two records of one name: it is damaged")
+        return cls(file, named)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def record(self, name: str) -> FileRange:
+        """Where a record's bytes lie. Raises CorruptFile when there is none, or when its own header tells otherwise
+        than the directory; Unsupported where it is compressed or encrypted."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CorruptFile(f"has no record '{name}': it is truncated, or not written by PyTorch")
+        if entry.flag_bits & _ENCRYPTED:
+            raise Unsupported(f"its record '{name}' is encrypted")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise Unsupported(
+                f"its record '{name}' is compressed, which PyTorch never does: zip it again with `zip -0`"
+            )
+        head = self.file.range(entry.header_offset, _LOCAL_HEADER.size)
+        magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(head.read(0, head.nbytes).tobytes())
+        if magic != _LOCAL_MAGIC or method != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise CorruptFile(f"its record '{name}' is not what its ZIP directory says: it is damaged")
+        return self.file.range(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length, entry.file_size)
+
+    def bytes_of(self, name: str) -> bytes:
+        """All bytes of a record."""
+        data = self.record(name)
+        return data.read(0, data.nbytes).tobytes()
+
+
+def _refuse_overlaps(entries: Sequence[zipfile.ZipInfo]) -> None:
+    end, before = 0, ""
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise CorruptFile(f"its records '{before}' and '{entry.filename}' overlap: it is damaged")
+        end = entry.header_offset + _LOCAL_HEADER.size + entry.compress_size
+        before = entry.filename
