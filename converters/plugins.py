@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from converters.errors import CorruptFile, MissingDependency, UsageError
 from converters.interfaces import Reader, Runner, Writer
+from converters.ir import Model
+from converters.options import OptionHelp, describe, parse
 
 ENTRY_POINT_GROUP = "nibblecast.formats"
 
@@ -68,6 +70,13 @@ FORMATS = (
         writer="formats.onnx.writer:OnnxWriter",
         runner="formats.onnx.runner:OnnxRuntimeRunner",
         install_runner="pip install onnxruntime",
+    ),
+    Format(
+        "pytorch",
+        "PyTorch: state dicts, checkpoints, modules, TorchScript and exported programs, none of it executed",
+        (".pt", ".pth", ".bin", ".ckpt", ".pt2", ".ptl", ".pkl"),
+        (Magic(0, b"PK\x03\x04"), Magic(0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+        reader="formats.pytorch.reader:PyTorchReader",
     ),
     Format(
         "safetensors",
@@ -177,6 +186,23 @@ def reader(format: Format) -> Reader:
     if not format.reader:
         raise UsageError(f"format '{format.name}' cannot be read: {format.description}")
     return cast("Reader", _load(format, format.reader))
+
+
+def reader_options(format: Format) -> list[OptionHelp]:
+    """The options of the format's reader; none where it has no reader, or one without options."""
+    options = getattr(reader(format), "options", None) if format.reader else None
+    return describe(options) if isinstance(options, type) else []
+
+
+def read(format: Format, path: Path, options: Mapping[str, Any]) -> Model:
+    """What the format's reader reads with these options of its own. Raises UsageError for one that it has not."""
+    reading = reader(format)
+    declared = getattr(reading, "options", None)
+    if isinstance(declared, type):
+        return cast("Any", reading).read(path, parse(declared, options, format.name))  # type: ignore[no-any-return]
+    if options:
+        raise UsageError(f"reading format '{format.name}' takes no options, but {', '.join(options)} is given")
+    return reading.read(path)
 
 
 def writer(format: Format) -> Writer:
