@@ -179,8 +179,10 @@ def _range(
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             return None, "its fake quantizer has seen no data: left as floats"
         fitting = _fitting(scales, zeros, low, high, bits)
-    if len(fitting) == 1:
-        return fitting[0], f"codes from {fitting[0][0]} to {fitting[0][1]}, which the file does not say, fit its scales"
+    if fitting and len({highest for _, highest in fitting}) == 1:
+        # -8 to 7 and -7 to 7 fit the same scales where no channel reaches further down than up: then they are the same
+        lowest, highest = min(fitting)
+        return (lowest, highest), f"codes from {lowest} to {highest}, which the file does not say, fit its scales"
     if bits is None and len(scale.shape) == 2:  # learned ranges are symmetric, and no observer has seen them
         return (-8, 7), "taken for 4 bits, symmetric, which the file does not say: --opt bits= settles it"
     if bits is None:
@@ -229,4 +231,5 @@ def _observed(
     yield scale, np.clip(lowest - np.round(below / scale), lowest, highest)
     middle = np.full_like(scale, (lowest + highest + 1) // 2 if lowest == 0 else 0)
     yield np.maximum(np.maximum(-below, above) / (steps / 2), smallest), middle
-    yield np.maximum(np.maximum(-below / (steps // 2 + 1), above / (steps // 2)), smallest), middle
+    half = steps // 2
+    yield np.maximum(np.maximum(-below / (half + 1), above / max(half, 1)) * (2 * half + 1) / steps, smallest), middle
