@@ -99,7 +99,7 @@ def _fake_quantizers(tensors: Mapping[str, Tensor]) -> Iterator[FakeQuantizer]:
 
 def _is_bookkeeping(name: str) -> bool:
     *modules, last = name.split(".")
-    return last in _BOOKKEEPING and any(module in (_OBSERVER, "weight_fake_quant") for module in modules[-2:])
+    return last in _BOOKKEEPING and any(module.startswith((_OBSERVER, "weight_fake_quant")) for module in modules[-2:])
 
 
 def _as_trained(
@@ -126,7 +126,12 @@ def _as_trained(
     scale = replace(scale, shape=grid)
     zero_point = None if zero_point is None else replace(zero_point, shape=grid)
     codes = quantized(replace(weight, name=quantizer.weight), scale, zero_point, block_shape, *limits)
-    return replace(codes, quantization=Quantization(scale, block_shape, zero_point)), losses
+    # torch computes float zero points in double (FakeQuantizePerChannelAffine's kernel: std::fmin of integers)
+    is_exact = zero_point is None or not is_float(zero_point.dtype)
+    compute_dtype = np.dtype(np.float32 if is_exact else np.float64)
+    return replace(
+        codes, quantization=Quantization(scale, block_shape, zero_point, compute_dtype=compute_dtype)
+    ), losses
 
 
 def _block_shape(
