@@ -50,7 +50,7 @@ def test_any_tensor_comes_out_as_torch_loads_it(torch: Any, data: st.DataObject,
     protocol = data.draw(st.sampled_from([2, 3, 4, 5]))
     torch.save(state, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
     model = converters.load(path)
-    loaded = torch.load(path, weights_only=True)
+    loaded = torch.load(path, weights_only=False)  # our own file; weights_only knows protocol 2 alone
     assert list(model) == list(loaded)
     for name, tensor in loaded.items():
         assert model[name].shape == tuple(tensor.shape)
