@@ -1,0 +1,141 @@
+"""A checkpoint's tensors as stored, and the float model's weights that they stand for.
+
+Which encoding a weight has is seen by its keys' suffixes and by the shapes and dtypes behind them; the configuration
+(config.json's `quantization_config`, quantize_config.json, …) is asked for what these cannot say, and must agree.
+An encoding is a module of this package that is called by its name, with
+
+    METHODS                                    the `quant_method`s of configurations that mean it
+    claims(stored: Stored) -> bool             whether the tensors of one weight are its own
+    decode(stored: Stored) -> Weight           the weight; raises CorruptFile and Unsupported
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, Protocol, cast
+
+from converters.errors import CorruptFile, Error
+from converters.ir import Loss, Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The tensors by key; `config` is the part of the configuration that is about quantization ({}: there is none)."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The configuration's name of the encoding; empty where there is none."""
+        return str(self.config.get("quant_method", ""))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """The tensors of one weight: those whose keys begin with `prefix`, by what follows it."""
+
+    prefix: str
+    checkpoint: Checkpoint
+
+    def get(self, suffix: str) -> Tensor | None:
+        """The tensor `prefix + suffix`; None where there is none."""
+        return self.checkpoint.tensors.get(self.prefix + suffix)
+
+    def __getitem__(self, suffix: str) -> Tensor:
+        """Likewise. Raises CorruptFile where there is none."""
+        tensor = self.get(suffix)
+        if tensor is None:
+            raise CorruptFile(f"has no tensor '{self.prefix}{suffix}', without which it cannot be decoded")
+        return tensor
+
+    def setting(self, name: str, kind: type, default: Any) -> Any:
+        """What the configuration has under that name. Raises CorruptFile where it is of another type."""
+        value = self.checkpoint.config.get(name, default)
+        if type(value) is not kind and value is not default:
+            raise CorruptFile(f"has '{name}': {value!r:.80} in its configuration, where {kind.__name__} is needed")
+        return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A weight of the float model, and the suffixes of the tensors that made it; other tensors stay what they are."""
+
+    tensor: Tensor
+    made_of: tuple[str, ...]
+    losses: tuple[Loss, ...] = ()
+
+
+class _Encoding(Protocol):
+    METHODS: frozenset[str]
+
+    def claims(self, stored: Stored) -> bool: ...
+
+    def decode(self, stored: Stored) -> Weight: ...
+
+
+#: The ends of keys that only encoded weights have, and the encodings that may be behind them, in the order in which
+#: they are asked.
+MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        ".qweight": ("gptq", "awq"),
+        ".weight_packed": ("compressed_tensors",),
+        ".weight_scale": ("compressed_tensors", "modelopt"),
+        ".weight.absmax": ("bitsandbytes",),
+        ".SCB": ("bitsandbytes",),
+        ".W_q": ("hqq",),
+        ".weight._data._data": ("quanto",),
+        ".weight._data": ("quanto",),
+        ".scales": ("mlx",),
+        "_blocks": ("mxfp4",),
+    }
+)
+
+
+def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Loss]]:
+    """The float model's tensors in the order of the file, and what was lost. Raises CorruptFile where tensors and
+    configuration contradict each other, Unsupported for encodings that are only known by name."""
+    weights: dict[str, tuple[str, Weight]] = {}
+    for key in checkpoint.tensors:
+        for marker, names in MARKERS.items():
+            if key.endswith(marker) and (found := _weight(Stored(key.removesuffix(marker), checkpoint), names)):
+                weights[key] = (key.removesuffix(marker), found)
+                break
+    made_of = {prefix + suffix for prefix, weight in weights.values() for suffix in weight.made_of}
+    return _in_order(checkpoint, weights, made_of)
+
+
+def _in_order(
+    checkpoint: Checkpoint, weights: Mapping[str, tuple[str, Weight]], made_of: set[str]
+) -> tuple[dict[str, Tensor], list[Loss]]:
+    tensors: dict[str, Tensor] = {}
+    losses: list[Loss] = []
+    for key, tensor in checkpoint.tensors.items():
+        if key in weights:
+            weight = weights[key][1]
+            if weight.tensor.name in tensors:
+                raise CorruptFile("is there twice: encoded and as it is", tensor=weight.tensor.name)
+            tensors[weight.tensor.name] = weight.tensor
+            losses += weight.losses
+        elif key not in made_of:
+            tensors[key] = tensor
+    return tensors, losses
+
+
+def _weight(stored: Stored, names: tuple[str, ...]) -> Weight | None:
+    method = stored.checkpoint.method
+    for name in names:
+        encoding = cast("_Encoding", import_module(f"formats.encodings.{name}"))
+        try:
+            if not encoding.claims(stored):
+                continue
+            if method and method not in encoding.METHODS:
+                raise CorruptFile(f"its tensors are {name}'s, but its configuration says quant_method '{method}'")
+            return encoding.decode(stored)
+        except Error as error:
+            error.tensor = error.tensor or f"{stored.prefix}.weight"
+            raise
+    return None

@@ -1,0 +1,76 @@
+"""What the files beside a checkpoint's tensors say about its quantization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.errors import CorruptFile
+
+_MOST_BYTES = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises CorruptFile for anything else, and for files of more than 64 MiB."""
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise CorruptFile(f"has more than {_MOST_BYTES} bytes, too many for a configuration", path=path)
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"is no JSON: {error}", path=path) from None
+    if not isinstance(document, dict):
+        raise CorruptFile("is no JSON object", path=path)
+    return document
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """The part of a folder's configuration that is about quantization, with `quant_method` telling whose it is; {} where
+    there is none.
+
+    config.json has it in `quantization_config` (transformers), `compression_config` (compressed-tensors before 0.8) or
+    `quantization` (MLX); quantize_config.json is auto-gptq's, hf_quant_config.json ModelOpt's, quanto_qmap.json
+    optimum-quanto's.
+    """
+    found: dict[str, Any] = {}
+    for name, extract in _SOURCES.items():
+        path = folder / name
+        if path.is_file() and not found:
+            found = extract(read_json(path))
+    return found
+
+
+def _of_config(document: Mapping[str, Any]) -> dict[str, Any]:
+    for key, method in (
+        ("quantization_config", ""),
+        ("compression_config", "compressed-tensors"),
+        ("quantization", "mlx"),
+    ):
+        config = document.get(key)
+        if isinstance(config, dict) and config:
+            return {**({"quant_method": method} if method else {}), **config}
+    return {}
+
+
+def _of_gptq(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quant_method": "gptq", **document}
+
+
+def _of_modelopt(document: Mapping[str, Any]) -> dict[str, Any]:
+    quantization = document.get("quantization")
+    return {**quantization, "quant_method": "modelopt"} if isinstance(quantization, dict) else {}
+
+
+def _of_quanto(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quant_method": "quanto", "modules": dict(document)}
+
+
+_SOURCES = {
+    "config.json": _of_config,
+    "hf_quant_config.json": _of_modelopt,
+    "quantize_config.json": _of_gptq,
+    "quanto_qmap.json": _of_quanto,
+}

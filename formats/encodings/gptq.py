@@ -1,0 +1,131 @@
+"""GPTQ (gptqmodel 7.7, auto-gptq 0.7): `<module>.qweight`, `.qzeros`, `.scales` and, most often, `.g_idx`.
+
+    qweight int32 (I * bits / 32, O)     word r, bits [bits * j, bits * (j + 1)): row r * (32 / bits) + j of the input
+    qzeros  int32 (G, O * bits / 32)     likewise along the outputs
+    scales  float (G, O)
+    g_idx   int32 (I)                    the group of each row of the input
+
+    weight[o, i] = scales[g_idx[i], o] * (code - zero), rounded to the dtype of the scales
+
+In `checkpoint_format` "gptq" (v1; also where there is none) the stored zero is one less: the writer subtracts 1 from
+every field of the whole word, so that a zero of 0 borrows from its neighbour; adding it back with carry undoes that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import GroupIndex, Quantization, Tensor, is_float
+from converters.packing import bits_of
+from converters.storage import InMemory
+from formats.encodings.checkpoint import Stored, Weight
+from formats.encodings.rearranged import by_rows
+
+METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
+
+_CODES = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
+#: A one in every field of a word.
+_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+_OTHER_LAYOUTS = ("marlin", "bitblas", "exl2", "exllamav2")
+_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+def claims(stored: Stored) -> bool:
+    """Whether the outputs run along the words of `qweight`, and not in them (as AWQ's do)."""
+    qweight, scales = stored.get(".qweight"), stored.get(".scales")
+    if qweight is None or scales is None or stored.get(".qzeros") is None:
+        return False
+    return len(qweight.shape) == len(scales.shape) == 2 and qweight.shape[1] == scales.shape[1]
+
+
+def decode(stored: Stored) -> Weight:
+    """The weight, of shape (O, I). Raises Unsupported for other layouts under the same name, and for 3, 5, 6 and 7
+    bits; CorruptFile where shapes, groups or configuration do not fit."""
+    qweight, qzeros, scales = stored[".qweight"], stored[".qzeros"], stored[".scales"]
+    layout = stored.setting("checkpoint_format", str, "gptq")
+    if layout in _OTHER_LAYOUTS:
+        raise Unsupported(f"is in the layout '{layout}' of GPTQ: save it in 'gptq' or 'gptq_v2' with gptqmodel")
+    if layout not in ("gptq", "gptq_v2"):
+        raise Unsupported(f"is in the layout '{layout}' of GPTQ, which is not known here")
+    if qweight.dtype != np.int32 or qzeros.dtype != np.int32 or not is_float(scales.dtype):
+        raise CorruptFile(f"has qweight of {qweight.dtype}, qzeros of {qzeros.dtype} and scales of {scales.dtype}")
+    groups, outputs = scales.shape
+    bits = _bits(stored, qzeros, groups, outputs)
+    inputs = qweight.shape[0] * 32 // bits
+    dtype = _CODES[bits]
+
+    def codes(first: int, last: int) -> NDArray[Any]:
+        words = qweight.numpy()[:, first:last]
+        return np.ascontiguousarray(words.T)
+
+    def scale_rows(first: int, last: int) -> NDArray[Any]:
+        return scales.numpy()[:, first:last].T
+
+    data = by_rows((outputs, inputs), dtype, codes, qweight.data)
+    zeros = _zeros(qzeros, bits, outputs, 0 if layout == "gptq_v2" else _ONES[bits])
+    scale = Tensor(
+        "scale", (outputs, groups), scales.dtype, by_rows((outputs, groups), scales.dtype, scale_rows, scales.data)
+    )
+    zero_point = Tensor.from_array("zero_point", np.ascontiguousarray(zeros.T).astype(dtype))
+    grouping = _grouping(stored, inputs, groups)
+    compute_dtype = scales.dtype if bits_of(scales.dtype) <= 32 else np.dtype(np.float32)
+    quantization = Quantization(
+        scale, (1, grouping.size), zero_point, group_index=grouping.index, compute_dtype=compute_dtype
+    )
+    tensor = Tensor(f"{stored.prefix}.weight", (outputs, inputs), dtype, data, quantization)
+    return Weight(tensor, _PARTS)
+
+
+def _bits(stored: Stored, qzeros: Tensor, groups: int, outputs: int) -> int:
+    """Bits of a code: what the width of the zeros says, and the configuration must, too."""
+    words = qzeros.shape[1] if len(qzeros.shape) == 2 and qzeros.shape[0] == groups else 0
+    bits = words * 32 // outputs if outputs else 0
+    told = stored.setting("bits", int, bits)
+    if bits != told:
+        raise CorruptFile(f"has zeros of shape {qzeros.shape} for {outputs} outputs: {bits} bits, not {told}")
+    if bits not in _CODES or words * 32 != bits * outputs:
+        raise Unsupported(f"has codes of {bits} bits: 2, 4 and 8 are read")
+    return bits
+
+
+def _zeros(qzeros: Tensor, bits: int, outputs: int, added: int) -> NDArray[np.uint8]:
+    """The zeros, shape (G, O); `added` is added to every word, with carry."""
+    with np.errstate(over="ignore"):
+        words = np.ascontiguousarray(qzeros.numpy()).view(np.uint32) + np.uint32(added)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    fields = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    return fields.reshape(words.shape[0], -1)[:, :outputs].astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grouping:
+    """How many inputs share a scale, or which group each has."""
+
+    size: int
+    index: GroupIndex | None = None
+
+
+def _grouping(stored: Stored, inputs: int, groups: int) -> _Grouping:
+    told = stored.setting("group_size", int, -1)
+    g_idx = stored.get(".g_idx")
+    size = told if told > 0 else max(1, inputs)
+    if g_idx is None:
+        if max(1, -(-inputs // size)) != groups:
+            raise CorruptFile(f"has {groups} groups of scales for {inputs} inputs in groups of {size}")
+        return _Grouping(size)
+    index = g_idx.numpy().reshape(-1)
+    if index.shape != (inputs,) or g_idx.dtype.kind != "i":
+        raise CorruptFile(f"has g_idx of shape {g_idx.shape} and dtype {g_idx.dtype} for {inputs} inputs")
+    if inputs and (index.min() < 0 or index.max() >= groups):
+        raise CorruptFile(f"has g_idx from {index.min()} to {index.max()} for {groups} groups")
+    for candidate in dict.fromkeys((size, -(-inputs // groups))):
+        if max(1, -(-inputs // candidate)) == groups and np.array_equal(index, np.arange(inputs) // candidate):
+            return _Grouping(candidate)
+    kept = Tensor("group_index", (inputs,), g_idx.dtype, InMemory.of(index))
+    return _Grouping(-(-inputs // groups), GroupIndex(1, kept))
