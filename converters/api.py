@@ -184,7 +184,7 @@ def _scheme(quantize: str | Scheme | None) -> Scheme | None:
 
 def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the source's reader, and those of writers."""
-    if not options or not source.is_file():
+    if not options or not source.exists():
         return {}, dict(options)
     format = plugins.detect(source)
     known = {help.name for help in plugins.reader_options(format)}

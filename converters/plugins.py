@@ -38,7 +38,8 @@ class Magic:
 class Format:
     """A format: how to recognise it, and where its code is.
 
-    `magic` are alternatives; `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and
+    `folder` is a pattern of the files that a folder has which is a model of this format (empty: none is). `magic` are
+    alternatives; `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and
     `install_runner` say what to install when the module's imports fail.
     """
 
@@ -49,6 +50,7 @@ class Format:
     reader: str = ""
     writer: str = ""
     install: str = ""
+    folder: str = ""
     runner: str = ""
     install_runner: str = ""
 
@@ -83,6 +85,7 @@ FORMATS = (
         "safetensors: packed codes with self-describing metadata, or plain floats",
         (".safetensors",),
         (Magic(8, b"{"),),
+        folder="*.safetensors",
         reader="formats.safetensors.reader:SafetensorsReader",
         writer="formats.safetensors.writer:SafetensorsWriter",
     ),
@@ -140,6 +143,8 @@ def format_named(name: str) -> Format:
 def detect(path: Path) -> Format:
     """The format of a file to read: by its content first, by its extension where several or none match.
     Raises CorruptFile when it cannot be read or nothing matches."""
+    if path.is_dir():
+        return _of_folder(path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)
@@ -160,6 +165,15 @@ def detect(path: Path) -> Format:
         f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",
         path=path,
     )
+
+
+def _of_folder(path: Path) -> Format:
+    for known in (_known_built_in, all_formats):
+        for format in known().values():
+            if format.folder and any(path.glob(format.folder)):
+                return format
+    patterns = ", ".join(format.folder for format in all_formats().values() if format.folder)
+    raise CorruptFile(f"is a folder without a model: {patterns} would be one", path=path)
 
 
 def _best_by_content(formats: Sequence[Format], head: bytes) -> list[Format]:

@@ -81,16 +81,7 @@ class _Encoding(Protocol):
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        ".qweight": ("gptq", "awq"),
-        ".weight_packed": ("compressed_tensors",),
-        ".weight_scale": ("compressed_tensors", "modelopt"),
-        ".weight.absmax": ("bitsandbytes",),
-        ".SCB": ("bitsandbytes",),
-        ".W_q": ("hqq",),
-        ".weight._data._data": ("quanto",),
-        ".weight._data": ("quanto",),
-        ".scales": ("mlx",),
-        "_blocks": ("mxfp4",),
+        ".qweight": ("gptq",),
     }
 )
 

@@ -1,24 +1,34 @@
-"""safetensors -> Model: our own `packed` layout as what it describes, anything else tensor by tensor."""
+"""safetensors -> Model: our own `packed` layout as what it describes, quantized weights by their encoding, the rest as it
+is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from converters.ir import Metadata, Model, Tensor
-from converters.storage import MappedFile
-from formats.safetensors.container import open_container
+from formats.encodings import torchao_safetensors
+from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from formats.encodings.configuration import quantization_config
 from formats.safetensors.packed_layout import METADATA_NAME, build
+from formats.safetensors.shards import open_checkpoint
 
 
 class SafetensorsReader:
-    """Reads one .safetensors file."""
+    """Reads one .safetensors file, or a checkpoint's folder of them with the configuration beside them."""
 
     def read(self, path: Path) -> Model:
-        """The tensors in the header's order, or as the `nibblecast` metadata describes them; headers only."""
-        container = open_container(MappedFile.open(path))
+        """The tensors in the header's order, as the metadata of nibblecast or torchao describe them, or as the float
+        model's weights that their encoding stands for; headers and small parameters only."""
+        container = open_checkpoint(path)
         description = container.metadata.get(METADATA_NAME)
-        if description is not None:
+        if description is not None and not path.is_dir():
             tensors = build(description, container.entries)
             return Model(tensors, Metadata("safetensors", "nibblecast", path))
         plain = {name: Tensor(name, e.shape, e.dtype, e.data) for name, e in container.entries.items()}
-        return Model(plain, Metadata("safetensors", container.metadata.get("format", ""), path))
+        if torchao_safetensors.describes(container.metadata):
+            weights, losses = torchao_safetensors.grouped(plain, container.metadata)
+            return Model(weights, Metadata("safetensors", "torchao", path), losses=losses)
+        config = quantization_config(path if path.is_dir() else path.parent)
+        decoded, found = decode_checkpoint(Checkpoint(plain, config))
+        producer = str(config.get("quant_method", "")) or container.metadata.get("format", "")
+        return Model(decoded, Metadata("safetensors", producer, path), losses=tuple(found))

@@ -21,7 +21,9 @@ def open_checkpoint(path: Path) -> Container:
         return open_container(MappedFile.open(path))
     indexes = sorted(path.glob(_INDEX))
     if len(indexes) > 1:
-        raise CorruptFile(f"has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}, …): name the files instead")
+        raise CorruptFile(
+            f"has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}, …): name the files instead"
+        )
     if indexes:
         return _indexed(path, indexes[0])
     files = sorted(path.glob(_SHARD))
