@@ -28,8 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:
-    """The part of a folder's configuration that is about quantization, `quant_method` telling whose it is; {} where there
-    is none.
+    """The part of a folder's configuration that is about quantization, with `quant_method`; {} where there is none.
 
     config.json has it in `quantization_config` (transformers), `compression_config` (compressed-tensors before 0.8) or
     `quantization` (MLX); quantize_config.json is auto-gptq's, hf_quant_config.json ModelOpt's, quanto_qmap.json

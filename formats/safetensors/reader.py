@@ -1,5 +1,4 @@
-"""safetensors -> Model: our own `packed` layout as what it describes, quantized weights by their encoding, the rest as it
-is."""
+"""safetensors -> Model: our own layout `packed` as what it describes, quantized weights by their encoding."""
 
 from __future__ import annotations
 
