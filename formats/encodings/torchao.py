@@ -3,7 +3,7 @@
 Formats: torchao 0.18 and, for AffineQuantizedTensor and what wraps it, 0.12; each function below names its class. Codes
 keep their numbers, parameters their dtypes; a weight has the shape [out, in] of the float model, whatever its layout.
 Arithmetic is that of each class's `dequantize`; where there is none (Int4Tensor, Int4TilePackedTo4dTensor,
-Int4OpaqueTensor) that of its kernel, a multiplication and an addition that are rounded once.
+Int4OpaqueTensor) that of its kernel, a multiplication and an addition that are mostly rounded once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from formats.encodings.torchao_affine import (
     tensor_core_codes,
     tinygemm,
 )
-from formats.encodings.torchao_layouts import high_nibble_first, made_by_rows, swizzled_size, transposed, unswizzled
+from formats.encodings.torchao_layouts import (
+    as_dtype,
+    high_nibble_first,
+    made_by_rows,
+    swizzled_size,
+    transposed,
+    unswizzled,
+)
 from formats.encodings.torchao_parts import Cpu, Parts, WrappedTensor
 
 __all__ = ["Cpu", "WrappedTensor", "decoded", "dynamic_activation_linear"]
@@ -147,8 +154,8 @@ def _int4_opaque(parts: Parts) -> Tensor:
     codes = cpu_codes(parts, parts.tensor("qdata"))
     scale, offset = scale_and_zero(parts, parts.tensor("scale_and_zero"), block_shape, filled=False)
     _note_activation_scale(parts)
-    # the kernel multiplies and adds with one rounding to float32; products of narrower scales are exact in that
-    compute_dtype = _FLOAT64 if scale.dtype == _FLOAT32 else _FLOAT32
+    # AVX512 and AVX2 multiply and add with one rounding to float32; products of narrower scales are exact in that
+    compute_dtype = _FLOAT64 if scale.dtype == _FLOAT32 and parts.cpu != "generic" else _FLOAT32
     return tinygemm(codes, block_shape, scale, offset, 8, compute_dtype)
 
 
@@ -162,10 +169,11 @@ def _int4_tile_packed(parts: Parts) -> Tensor:
 
 
 def _mx(parts: Parts) -> Tensor:
-    """MXTensor: float4, float6 or float8 codes, one scale that is a power of two for each block of the last axis."""
+    """MXTensor: float4 or float8 codes, one scale that is a power of two for each block of the last axis. Float4 codes
+    whose scales are called `_scale_e8m0` (up to 0.14) lie high nibble first."""
     element, stored = parts.get("elem_dtype", "_elem_dtype"), parts.tensor("qdata", "_data")
     if element in ("float4_e2m1fn_x2", "fp4_e2m1"):
-        codes = _float4_codes(parts, stored)
+        codes = _float4_codes(parts, stored, high_first=parts.get("_scale_e8m0") is not None)
     elif element in _FLOAT6S:
         raise parts.unsupported(f"of {element}: {_DEQUANTIZE}")
     elif element in ("float8_e4m3fn", "float8_e5m2") and stored.dtype.name == element:
@@ -178,8 +186,11 @@ def _mx(parts: Parts) -> Tensor:
 
 
 def _nvfp4(parts: Parts) -> Tensor:
-    """NVFP4Tensor: float4 codes, a float8 scale for each block, of which one float32 scale is perhaps the scale."""
-    codes = _float4_codes(parts, parts.tensor("qdata", "_data"))
+    """NVFP4Tensor: float4 codes, a float8 scale for each block, of which one float32 scale may be the scale. Where
+    the scales are called `_scale_e4m3` (up to 0.14) codes lie high nibble first, and everything about scales is rounded
+    to the weight's dtype."""
+    is_old = parts.get("_scale_e4m3") is not None
+    codes = _float4_codes(parts, parts.tensor("qdata", "_data"), high_first=is_old)
     block_shape = _last_axis_blocks(parts)
     scale = parts.tensor("scale", "_scale_e4m3")
     if scale.dtype != _FLOAT8_E4M3:
@@ -190,7 +201,9 @@ def _nvfp4(parts: Parts) -> Tensor:
         experts = len(outer.shape) == 3
         blocks = per_axis(scale.shape, 0) if experts else per_tensor(scale.shape)
         outer = parts.parameter("per_tensor_scale", outer, grid_shape(scale.shape, blocks))
-        scale = replace(scale, quantization=Quantization(replace(outer, name="scale"), blocks))
+        dtype = parts.compute_dtype if is_old else _FLOAT32
+        outer = as_dtype(outer, dtype) if outer.dtype != dtype else outer
+        scale = replace(scale, quantization=Quantization(replace(outer, name="scale"), blocks, compute_dtype=dtype))
     return Tensor(parts.name, parts.shape, _FLOAT4, codes.data, Quantization(scale, block_shape))
 
 
@@ -276,7 +289,7 @@ def _note_activation_scale(parts: Parts) -> None:
         parts.lose("dropped", "act_pre_scale, which its activation is multiplied by first, is not part of the weight")
 
 
-def _float4_codes(parts: Parts, stored: Tensor) -> Tensor:
+def _float4_codes(parts: Parts, stored: Tensor, *, high_first: bool) -> Tensor:
     """Float4 codes, two in a byte of uint8, or of the dtype itself."""
     if stored.dtype == _FLOAT4:
         return parts.fits("qdata", stored, parts.shape)
@@ -284,7 +297,8 @@ def _float4_codes(parts: Parts, stored: Tensor) -> Tensor:
         *outer, height, width = parts.shape
         if height != width and stored.shape == (*outer, height // 2, width):
             raise parts.unsupported("saved transposed: save it as it is quantized")
-    return bytes_of_pairs(parts, stored, _FLOAT4)
+    codes = bytes_of_pairs(parts, stored, _FLOAT4)
+    return replace(codes, data=high_nibble_first(codes.data)) if high_first else codes
 
 
 def _last_axis_blocks(parts: Parts) -> tuple[int, ...]:

@@ -166,12 +166,11 @@ def high_nibble_first(data: Data) -> Data:
 
 
 def as_dtype(parameter: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """A floating-point parameter rounded to `dtype`."""
+    """A parameter whose elements are rounded to `dtype`."""
+    columns = parameter.shape[-1] if parameter.shape else 1
 
     def rows(first: int, last: int) -> NDArray[Any]:
-        columns, itemsize = parameter.shape[-1] if parameter.shape else 1, parameter.dtype.itemsize
-        stored = parameter.data.read(first * columns * itemsize, last * columns * itemsize)
         with np.errstate(over="ignore"):
-            return stored.view(parameter.dtype).astype(dtype)
+            return parameter.numpy().reshape(-1, columns)[first:last].astype(dtype)
 
     return made_by_rows(parameter.name, parameter.shape, dtype, rows, parameter.data)
