@@ -152,14 +152,17 @@ def detect(path: Path) -> Format:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
     if not head:
         raise CorruptFile("is empty", path=path)
+    suffix = path.suffix.lower()
     for known in (_known_built_in, all_formats):
-        readable = [format for format in known().values() if format.reader]
-        by_content = _best_by_content(readable, head)
-        by_extension = [format for format in readable if path.suffix.lower() in format.extensions]
-        both = [format for format in by_content if format in by_extension]
-        for candidates in (both, by_content, by_extension):
+        by_content = _best_by_content([format for format in known().values() if format.reader], head)
+        both = [format for format in by_content if suffix in format.extensions]
+        for candidates in (both, by_content):
             if len(candidates) == 1:
                 return candidates[0]
+    # an extension like .bin says little: a plugin that knows the content goes before
+    by_extension = [f for f in all_formats().values() if f.reader and suffix in f.extensions]
+    if len(by_extension) == 1:
+        return by_extension[0]
     raise CorruptFile(
         f"begins with {head[:8]!r}, which is no format known here (nor is its extension '{path.suffix}'): "
         f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",

@@ -106,7 +106,8 @@ class _Codes:
         if np.isnan(values).any():
             raise Unsupported("holds NaN, or has scales of zero, for which there is no code", tensor=part.name)
         wide = np.float64 if bits_of(self.dtype) > 16 else np.float32  # exact for both limits
-        return np.clip(values.astype(wide), *self.limits).astype(np.int32).reshape(-1)
+        codes: NDArray[Any] = np.clip(values.astype(wide), *self.limits).astype(np.int32).reshape(-1)
+        return codes
 
 
 def _spread(parameter: NDArray[Any], shape: tuple[int, ...], quantization: Quantization) -> NDArray[Any]:

@@ -6,10 +6,14 @@ same (APPNOTE 4.3.7). torch 2.13 (caffe2/serialize/inline_container.cc) stores e
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.storage import FileRange, MappedFile
@@ -21,17 +25,19 @@ _ENCRYPTED = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Archive:
-    """The records by their names below the top folder, which is left out."""
+    """The records by their names below the top folder, which is left out. `data` is where the archive lies: a whole
+    file, or a record of another archive."""
 
-    file: MappedFile
+    data: FileRange
     entries: Mapping[str, zipfile.ZipInfo]
 
     @classmethod
-    def open(cls, file: MappedFile) -> Archive:
+    def open(cls, source: MappedFile | FileRange) -> Archive:
         """Reads the directory. Raises CorruptFile where it is cut off or has records that overlap or lie outside, or
         two of one name."""
+        data = source.range(0, source.view.size) if isinstance(source, MappedFile) else source
         try:
-            with file.path.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+            with zipfile.ZipFile(_Stream(data.read(0, data.nbytes))) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
         except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
             raise CorruptFile(f"its ZIP directory cannot be read ({error}): it is truncated or damaged") from None
@@ -41,7 +47,7 @@ class Archive:
         named = {entry.filename.partition("/")[2] if len(tops) == 1 else entry.filename: entry for entry in entries}
         if len(named) < len(entries):
             raise CorruptFile("has two records of one name: it is damaged")
-        return cls(file, named)
+        return cls(data, named)
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -58,16 +64,54 @@ class Archive:
             raise Unsupported(
                 f"its record '{name}' is compressed, which PyTorch never does: zip it again with `zip -0`"
             )
-        head = self.file.range(entry.header_offset, _LOCAL_HEADER.size)
+        head = self._range(entry.header_offset, _LOCAL_HEADER.size)
         magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(head.read(0, head.nbytes).tobytes())
         if magic != _LOCAL_MAGIC or method != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise CorruptFile(f"its record '{name}' is not what its ZIP directory says: it is damaged")
-        return self.file.range(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length, entry.file_size)
+        return self._range(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length, entry.file_size)
 
     def bytes_of(self, name: str) -> bytes:
         """All bytes of a record."""
         data = self.record(name)
         return data.read(0, data.nbytes).tobytes()
+
+    def _range(self, offset: int, nbytes: int) -> FileRange:
+        if offset + nbytes > self.data.nbytes:
+            raise CorruptFile(
+                f"has a record at bytes {offset} to {offset + nbytes} of an archive of {self.data.nbytes}: "
+                "it is truncated or damaged"
+            )
+        return self.data.file.range(self.data.offset + offset, nbytes)
+
+
+class _Stream(io.RawIOBase):
+    """Bytes as a file that can be read, without copying them all."""
+
+    def __init__(self, view: NDArray[np.uint8]) -> None:
+        self._view = view
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._view.size}[whence]
+        if start + offset < 0:
+            raise ValueError("a position before the beginning")
+        self._position = start + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        part = self._view[self._position : self._position + len(buffer)]
+        buffer[: part.size] = part.tobytes()
+        self._position += part.size
+        return part.size
 
 
 def _refuse_overlaps(entries: Sequence[zipfile.ZipInfo]) -> None:

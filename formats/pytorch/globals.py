@@ -134,8 +134,9 @@ def named_dtype(value: Any) -> TorchDtype:
     return dtype
 
 
-def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, dtype: TorchDtype | None = None) -> StridedTensor:
-    """A view of a storage, checked against it: sizes, strides and the last element."""
+def view_of(storage: Any, offset: Any, size: Any, stride: Any, dtype: TorchDtype | None = None) -> StridedTensor:
+    """A view of a storage, checked against it: sizes, strides and the last element. Raises CorruptFile where they do
+    not fit."""
     if not isinstance(storage, Storage):
         raise CorruptFile(f"has a tensor over what is no storage but {type(storage).__name__}")
     dtype = dtype or storage.dtype
@@ -157,21 +158,21 @@ def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, dtype: TorchDtyp
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StridedTensor:
-    return _rebuilt(storage, offset, size, stride)
+    return view_of(storage, offset, size, stride)
 
 
 def _rebuild_tensor_v2(
     storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None
 ) -> StridedTensor:
     _refuse_lazy_bits(metadata)
-    return _rebuilt(storage, offset, size, stride)
+    return view_of(storage, offset, size, stride)
 
 
 def _rebuild_tensor_v3(
     storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
 ) -> StridedTensor:
     _refuse_lazy_bits(metadata)
-    return _rebuilt(storage, offset, size, stride, named_dtype(dtype))
+    return view_of(storage, offset, size, stride, named_dtype(dtype))
 
 
 def _refuse_lazy_bits(metadata: Any) -> None:
@@ -181,7 +182,7 @@ def _refuse_lazy_bits(metadata: Any) -> None:
 
 
 def _rebuild_qtensor(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any) -> StridedTensor:
-    plain = _rebuilt(storage, offset, size, stride)
+    plain = view_of(storage, offset, size, stride)
     scheme, *parameters = quantizer if isinstance(quantizer, tuple) else (None,)
     name = scheme.name if isinstance(scheme, Global) else ""
     # float qparams are written under the name of the integer ones; their storages tell them apart

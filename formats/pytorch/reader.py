@@ -17,6 +17,7 @@ from formats.pytorch.archive import Archive
 from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
 from formats.pytorch.contents import Leaf, StateDict, state_dict_of
+from formats.pytorch.exported import is_exported, read_exported
 from formats.pytorch.fake_quantizers import quantize_weights
 from formats.pytorch.packed_parameters import unpack_parameters
 from formats.pytorch.tensors import tensor_of
@@ -51,6 +52,8 @@ class PyTorchReader:
         if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
             return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
         archive = Archive.open(file)
+        if is_exported(archive):
+            return _program(archive, path, options)
         found = state_dict_of(saved_value(archive))
         if _CONSTANTS not in archive:
             return _model(found, "", path, options)
@@ -61,6 +64,19 @@ class PyTorchReader:
             found.leaves |= state_dict_of(values).leaves
         found.losses.append(Loss("", "dropped", "the code of its TorchScript modules"))
         return _model(found, "TorchScript", path, options)
+
+
+def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
+    """The weights of an exported program, with what its graph says."""
+    program = read_exported(archive)
+    tensors, losses = dict(program.tensors), list(program.losses)
+    for name, value in program.wrapped.items():
+        tensors[name], more = _tensor(name, value, options)
+        losses += more
+    metadata = Metadata(
+        "pytorch", program.producer, path, program.operators, program.inputs, program.outputs, program.opsets
+    )
+    return Model(tensors, metadata, losses=tuple(losses))
 
 
 def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions) -> Model:

@@ -4,6 +4,8 @@
     per channel   the same in float64 (double scales), the product rounded once
     float qparams the same in float32 (float scales and zero points)
 
+(torch rounds codes and zero points of qint32 to float32 first: beyond 2 ** 24 its values are less exact than these.)
+
 torch 2.13, aten/src/ATen/native/quantized/AffineQuantizer.cpp.
 """
 
@@ -51,7 +53,7 @@ def row_major(name: str, value: StridedTensor) -> Data:
     stored = value.storage.range()
     if count == 0:
         return InMemory(np.zeros(0, np.uint8))
-    if _is_contiguous(value.shape, value.strides):
+    if is_row_major(value.shape, value.strides):
         return stored.file.range(stored.offset + value.offset * itemsize, count * itemsize)
     if count * itemsize > max(_MOST_REPEATED_BYTES, stored.file.view.size):
         raise Unsupported(
@@ -107,7 +109,7 @@ def _along(axis: int, shape: tuple[int, ...], role: str, values: Any, name: str)
 def _nibbles(name: str, value: StridedTensor) -> Tensor:
     """quint4x2 and float4_e2m1fn_x2: bytes of two elements, low nibble first, over the flattened tensor."""
     count = prod(value.shape)
-    if not _is_contiguous(value.shape, value.strides) or value.offset:
+    if not is_row_major(value.shape, value.strides) or value.offset:
         raise Unsupported(f"is a view of packed {value.dtype.name}: save it after clone()", tensor=name)
     stored = value.storage.range()
     if value.quantizer is None:
@@ -132,7 +134,8 @@ def _without_last_nibble(data: Data) -> Data:
     return Computed(data.nbytes, read, (data,))
 
 
-def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+def is_row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether elements of those strides lie in row-major order, without gaps."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != step:

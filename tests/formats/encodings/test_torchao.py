@@ -338,3 +338,15 @@ def test_hostile_metadata_are_errors(value: Any, role: str) -> None:
         model[name].dequantize()
     except Error as error:
         assert "\n" not in str(error)
+
+
+def test_tensors_that_wrap_themselves_are_an_error() -> None:
+    endless = SubclassTensor("LinearActivationQuantizedTensor", (1, 1), "float32", {})
+    endless.attributes["original_weight_tensor"] = endless
+    with pytest.raises(CorruptFile, match="tensor 'w': wraps tensors more than 8 deep"):
+        wrapped("w", endless)
+
+
+def test_attributes_that_are_no_attributes_are_harmless() -> None:
+    made = wrapped("w", SubclassTensor("Int8Tensor", (1, 1), "float32", {"kwargs": {}, 3: [[1], {}], "bytes": b"x"}))
+    assert made.attributes == {"kwargs": "dict", "3": ("list", "dict"), "bytes": "bytes"}

@@ -70,7 +70,7 @@ def test_any_quantized_tensor_decodes_as_torch_decodes_it(
     x = torch.randn(shape) * 10
     dtype = getattr(torch, data.draw(st.sampled_from(["qint8", "quint8", "qint32"])))
     zeros = st.integers(-100, 100) if dtype != torch.quint8 else st.integers(0, 255)
-    scale = st.floats(1e-6, 10)
+    scale = st.floats(1e-5, 10)  # so that codes stay below 2 ** 24, from where on torch rounds them first
     if data.draw(st.booleans()):
         tensor = torch.quantize_per_tensor(x, data.draw(scale), data.draw(zeros), dtype)
     else:

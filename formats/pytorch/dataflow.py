@@ -1,0 +1,341 @@
+"""From a program and its stored tensors to weights: which tensors are codes, what decodes them, and what uses them.
+
+Values are followed from stored tensors through operators that only pass on, reorder or reshape elements; a weight is
+what a dequantizing operator makes of such a value, in the shape that it has there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from converters.errors import Error
+from converters.ir import Activation, Tensor, Use, is_float, is_integer
+from formats.encodings.codes import dtype_for
+from formats.pytorch.program import Node, Program, Ref
+from formats.pytorch.quantize_operators import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    QUANTIZE,
+    Call,
+    NotStored,
+    codes_of,
+    decoded,
+    rounded,
+)
+from formats.pytorch.tensors import is_row_major, tensor_of
+from formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype
+
+_PASSING = frozenset(
+    {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}
+)
+_CASTING = frozenset(
+    {
+        *("aten.to", "aten._to_copy", "aten.type_as", "prims.convert_element_type"),
+        "quantized_decomposed.convert_element_type",
+    }
+)
+_REORDERING = frozenset({"aten.permute", "aten.t", "aten.transpose"})
+_RESHAPING = frozenset(
+    {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unsqueeze", "aten.squeeze"}
+)
+_INNER = "export.access_subclass_inner_tensor"
+
+#: The axis of a weight along which output channels run, by operator and input.
+_CHANNEL_AXES: Mapping[tuple[str, str], int] = {
+    **{(f"aten.conv{n}d", name): 0 for n in (1, 2, 3) for name in ("weight", "bias")},
+    **{(f"aten.conv_transpose{n}d", name): axis for n in (1, 2, 3) for name, axis in (("weight", 1), ("bias", 0))},
+    ("aten.convolution", "weight"): 0,
+    ("aten.linear", "weight"): 0,
+    ("aten.linear", "bias"): 0,
+    ("aten.addmm", "mat2"): -1,
+    ("aten.mm", "mat2"): -1,
+    ("aten.matmul", "other"): -1,
+    ("aten.bmm", "mat2"): -1,
+}
+#: What a module calls the inputs of operators that have other names for them.
+_PARAMETER_NAMES = {
+    ("aten.addmm", "mat2"): "weight",
+    ("aten.addmm", "self"): "bias",
+    ("aten.mm", "mat2"): "weight",
+    ("aten.matmul", "other"): "weight",
+}
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """A stored tensor, `stored` its name there, or what a program decodes it to. `users` are the names that it has in
+    the modules that use it: `head.0.weight`."""
+
+    stored: str
+    tensor: Tensor
+    uses: list[Use] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flow:
+    """What was found: the decoded weights; stored tensors that are used as they are; those that are decoded, or are
+    parameters of weights; those that are dequantized by what is computed when the program runs."""
+
+    weights: tuple[Weight, ...]
+    plain: Mapping[str, Weight]
+    consumed: frozenset[str]
+    unresolved: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Value:
+    """A value of the graph: a view of a stored tensor, codes computed of one (`codes`), or a decoded weight. `axes` are
+    the axes of the weight in the order in which the value has them, None after reshaping; `parts` are the names of all
+    that codes are computed of."""
+
+    stored: str
+    key: tuple[Any, ...]
+    axes: tuple[int, ...] | None
+    view: StridedTensor | None = None
+    codes: Tensor | None = None
+    weight: Weight | None = None
+    parts: frozenset[str] = frozenset()
+
+
+def flow_of(program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor]) -> Flow:
+    """Follows the stored tensors through the program. Raises CorruptFile and Unsupported, with the tensor's name, for
+    parameters that do not fit."""
+    return _Follower(program, tensors).flow()
+
+
+class _Follower:
+    def __init__(self, program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor]) -> None:
+        self.program = program
+        self.values: dict[str, _Value] = {}
+        self.views: dict[str, StridedTensor] = {}
+        self.wrapping: dict[str, tuple[str, SubclassTensor]] = {}
+        self.weights: dict[tuple[Any, ...], Weight] = {}
+        self.plain: dict[str, Weight] = {}
+        self.consumed: set[str] = set()
+        self.unresolved: dict[str, str] = {}
+        self.activations, self.results = _activations(program)
+        self.whole = {name: value for name, value in tensors.items() if isinstance(value, StridedTensor)}
+        for value, name in program.stored.items():
+            stored = tensors.get(name)
+            if isinstance(stored, StridedTensor):
+                self._set(value, _viewed(name, stored, tuple(range(len(stored.shape)))))
+            elif stored is not None:
+                self.wrapping[value] = (name, stored)
+
+    def flow(self) -> Flow:
+        """Goes through all nodes, in their order."""
+        for node in self.program.nodes:
+            if node.operator == _INNER:
+                self._unwrap(node)
+            elif not self._pass(node) and not self._compute(node):
+                self._use(node)
+        for name in self.program.results:  # what is returned as it is stored, is used as well
+            value = self.values.get(name)
+            if value is not None:
+                self._user(value)
+        return Flow(tuple(self.weights.values()), self.plain, frozenset(self.consumed), self.unresolved)
+
+    def _set(self, name: str, value: _Value) -> None:
+        self.values[name] = value
+        if value.view is not None:
+            self.views[name] = value.view
+
+    def _unwrap(self, node: Node) -> None:
+        source = node.argument("src_subclass_tensor")
+        name, tensor = self.wrapping.get(source.name if isinstance(source, Ref) else "", ("", None))
+        inner = None if tensor is None else tensor.attributes.get(node.argument("attr"))
+        if isinstance(inner, StridedTensor) and node.outputs:
+            self._set(node.outputs[0], _viewed(name, inner, tuple(range(len(inner.shape)))))
+        elif isinstance(inner, SubclassTensor) and node.outputs:
+            self.wrapping[node.outputs[0]] = (name, inner)
+
+    def _source(self, node: Node) -> _Value | None:
+        first = node.inputs[0][1] if node.inputs else None
+        return self.values.get(first.name) if isinstance(first, Ref) and node.outputs else None
+
+    def _pass(self, node: Node) -> bool:
+        """Whether the node only passes a value on."""
+        source = self._source(node)
+        if source is None:
+            return False
+        followed: _Value | None = None
+        if node.operator in _PASSING or (node.operator in _CASTING and _keeps(node, source)):
+            followed = source
+        elif node.operator in _REORDERING:
+            followed = _reordered(node, source)
+        elif node.operator in _RESHAPING and (node.overload != "dtype"):
+            followed = self._reshaped(node, source)
+        if followed is not None:
+            self._set(node.outputs[0], followed)
+        return followed is not None
+
+    def _reshaped(self, node: Node, source: _Value) -> _Value | None:
+        found = self.program.types.get(node.outputs[0])
+        shape = tuple(size for size in found.shape if isinstance(size, int)) if found is not None else ()
+        if found is None or len(shape) != len(found.shape):
+            return None
+        if source.weight is not None:
+            return replace(source, axes=None)
+        view = source.view
+        if view is None or prod(shape) != prod(view.shape) or not is_row_major(view.shape, view.strides):
+            return None
+        return _viewed(source.stored, replace(view, shape=shape, strides=_row_major_strides(shape)), None)
+
+    def _compute(self, node: Node) -> bool:
+        """Whether the node quantizes or dequantizes what is stored."""
+        source = self._source(node)
+        if source is None or source.weight is not None:
+            return False
+        try:
+            made = self._made(node, source)
+        except NotStored:
+            if node.operator in DEQUANTIZE and source.view is not None and is_integer(source.view.dtype.numpy):
+                self.unresolved[source.stored] = node.operator
+            return False
+        except Error as error:
+            error.tensor = source.stored
+            raise
+        if made is None:
+            return False
+        self._set(node.outputs[0], made)
+        return True
+
+    def _made(self, node: Node, source: _Value) -> _Value | None:
+        call = Call(node, self.views)
+        key = (node.operator, node.overload, source.key, *(self._identity(value) for _, value in node.inputs[1:]))
+        parts = source.parts | {self.values[name].stored for _, _, name in node.references() if name in self.views}
+        stored = None if source.view is None else tensor_of(source.stored, source.view)
+        given = source.codes if stored is None else stored
+        if given is None:
+            return None
+        weight = self.weights.get(key)
+        if is_float(given.dtype):
+            if node.operator in QUANTIZE:
+                codes = codes_of(call, QUANTIZE[node.operator], given)
+                return _Value(source.stored, key, None, codes=codes, parts=parts)
+            if node.operator not in FAKE_QUANTIZE:
+                return None
+            weight = weight or Weight(source.stored, rounded(call, FAKE_QUANTIZE[node.operator], given))
+        elif is_integer(given.dtype) and node.operator in DEQUANTIZE:
+            weight = weight or Weight(source.stored, decoded(call, DEQUANTIZE[node.operator], given))
+        else:
+            return None
+        self.weights[key] = weight
+        self.consumed |= parts
+        return _Value(source.stored, key, tuple(range(len(weight.tensor.shape))), weight=weight)
+
+    def _identity(self, value: Any) -> Any:
+        found = self.values.get(value.name) if isinstance(value, Ref) else None
+        return found.key if found is not None else value
+
+    def _use(self, node: Node) -> None:
+        for position, name, reference in node.references():
+            value = self.values.get(reference)
+            weight = None if value is None else self._user(value)
+            if value is None or weight is None:
+                continue
+            activation = result = None
+            if position > 0 and node.outputs:
+                first = node.inputs[0][1]
+                activation = self.activations.get(first.name) if isinstance(first, Ref) else None
+                result = self.results.get(node.outputs[0])
+            weight.uses.append(Use(node.operator, position, _channel_axis(node, name, value), activation, result))
+            parameter = _PARAMETER_NAMES.get((node.operator, name), name)
+            if parameter in ("weight", "bias"):
+                weight.users.append(f"{node.module}.{parameter}" if node.module else parameter)
+
+    def _user(self, value: _Value) -> Weight | None:
+        """The weight that a value is, or else the stored tensor that it is a view of; None where that wraps others."""
+        if value.weight is not None:
+            return value.weight
+        whole = self.whole.get(value.stored)
+        if whole is not None and value.stored not in self.plain:
+            self.plain[value.stored] = Weight(value.stored, tensor_of(value.stored, whole))
+        return self.plain.get(value.stored)
+
+
+def _viewed(name: str, view: StridedTensor, axes: tuple[int, ...] | None) -> _Value:
+    return _Value(name, (name, id(view.storage), view.offset, view.shape, view.strides), axes, view)
+
+
+def _keeps(node: Node, source: _Value) -> bool:
+    """Whether a cast changes nothing that matters here: elements of a stored tensor, that is."""
+    if source.view is None:
+        return source.weight is not None
+    dtype = node.argument("dtype")
+    return node.operator != "aten.type_as" and (dtype is None or dtype == source.view.dtype)
+
+
+def _reordered(node: Node, source: _Value) -> _Value | None:
+    if source.codes is not None:
+        return None
+    rank = len(source.weight.tensor.shape if source.weight is not None else source.view.shape if source.view else ())
+    order = list(range(rank))
+    if node.operator == "aten.permute":
+        given = node.argument("dims")
+        axes = [axis % rank for axis in given if type(axis) is int] if isinstance(given, tuple) and rank else []
+        if sorted(axes) != order:
+            return None
+        order = axes
+    else:
+        a, b = (0, -1) if node.operator == "aten.t" else (node.argument("dim0"), node.argument("dim1"))
+        if type(a) is not int or type(b) is not int or not (-rank <= a < rank and -rank <= b < rank):
+            return None
+        order[a], order[b] = order[b], order[a]
+    axes_left = None if source.axes is None else tuple(source.axes[axis] for axis in order)
+    if source.view is None:
+        return replace(source, axes=axes_left)
+    shape, strides = (tuple(values[axis] for axis in order) for values in (source.view.shape, source.view.strides))
+    return _viewed(source.stored, replace(source.view, shape=shape, strides=strides), axes_left)
+
+
+def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _channel_axis(node: Node, name: str, value: _Value) -> int | None:
+    axis = _CHANNEL_AXES.get((node.operator, name))
+    if node.operator == "aten.convolution" and node.argument("transposed") is True:
+        axis = 1
+    if axis is None or value.axes is None or not -len(value.axes) <= axis < len(value.axes):
+        return None
+    return value.axes[axis]
+
+
+def _activation(program: Program, node: Node) -> Activation | None:
+    """The quantized tensor that a quantize_per_tensor node gives, where its parameters and its shape are known."""
+    scale, zero_point, *limits = (node.argument(name) for name in ("scale", "zero_point", "quant_min", "quant_max"))
+    found = program.types.get(node.outputs[0]) if node.outputs else None
+    shape = tuple(size for size in found.shape if isinstance(size, int)) if found is not None else ()
+    if found is None or len(shape) != len(found.shape) or not isinstance(node.argument("dtype"), TorchDtype):
+        return None
+    if type(scale) is not float or any(type(v) is not int for v in (zero_point, *limits)) or limits[0] > limits[1]:
+        return None
+    held = node.argument("dtype").numpy
+    if held.kind not in "iu" or not np.iinfo(held).min <= limits[0] <= limits[1] <= np.iinfo(held).max:
+        return None
+    return Activation(dtype_for(*limits), shape, scale, zero_point)
+
+
+def _activations(program: Program) -> tuple[dict[str, Activation], dict[str, Activation]]:
+    """Activations by the values that they are dequantized to, and by those that they are quantized from."""
+    given: dict[str, Activation] = {}
+    taken: dict[str, Activation] = {}
+    codes: dict[str, Activation] = {}
+    for node in program.nodes:
+        first = node.inputs[0][1] if node.inputs else None
+        if not isinstance(first, Ref) or not node.outputs:
+            continue
+        if node.operator == "quantized_decomposed.quantize_per_tensor":
+            found = _activation(program, node)
+            if found is not None:
+                codes[node.outputs[0]] = taken[first.name] = found
+        elif node.operator == "quantized_decomposed.dequantize_per_tensor" and first.name in codes:
+            given[node.outputs[0]] = codes[first.name]
+    return given, taken

@@ -1,0 +1,123 @@
+"""Exported programs (.pt2, of torch.export) -> tensors, read without PyTorch: a graph of JSON and raw storages.
+
+Weights that the program dequantizes, or quantizes and dequantizes, come as codes with their parameters, under the name
+that the float model has for them. `formats.pytorch.program`, `.payloads`, `.dataflow` and `.quantize_operators` say
+what is read how.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from converters.ir import Loss, Port, Tensor, is_float
+from formats.pytorch.archive import Archive
+from formats.pytorch.dataflow import Flow, Weight, flow_of
+from formats.pytorch.payloads import Payloads, is_exported, payloads
+from formats.pytorch.program import Program, program_of
+from formats.pytorch.tensors import tensor_of
+from formats.pytorch.values import StridedTensor, SubclassTensor
+
+__all__ = ["Exported", "is_exported", "read_exported"]
+
+#: What folding and lifting call their constants, whatever they were before.
+_NAMELESS = re.compile(r"(?:.*\.)?(?:_frozen_param|_?lifted_tensor_|_(?:lifted_)?tensor_constant|_param_constant)\d+")
+_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exported:
+    """What an archive holds. `wrapped` are tensors of classes that wrap others, which the program does not take apart
+    in a way that is known here; the rest is as `converters.ir.Metadata` has it."""
+
+    tensors: Mapping[str, Tensor]
+    wrapped: Mapping[str, SubclassTensor] = field(default_factory=dict)
+    losses: tuple[Loss, ...] = ()
+    producer: str = ""
+    operators: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    opsets: Mapping[str, int] = field(default_factory=dict)
+
+
+def read_exported(archive: Archive) -> Exported:
+    """The tensors of all programs of an archive, headers only. Raises CorruptFile where it is damaged, Unsupported for
+    what is valid and not handled: AOTInductor's packages, sparse tensors, dtypes that are not known."""
+    tensors: dict[str, Tensor] = {}
+    wrapped: dict[str, SubclassTensor] = {}
+    losses: list[Loss] = []
+    operators: dict[str, int] = {}
+    programs: list[Program] = []
+    found = list(payloads(archive))
+    for payload in found:
+        program = program_of(payload.program)
+        prefix = f"{payload.model}/" if len(found) > 1 else ""
+        flow = flow_of(program, payload.tensors)
+        for name, tensor in _named(payload, flow):
+            tensors[prefix + name] = replace(tensor, name=prefix + name)
+        wrapped |= {prefix + name: value for name, value in _wrapped(payload, flow)}
+        losses += [replace(loss, tensor=prefix + loss.tensor) for loss in (*payload.losses, *_losses(flow))]
+        for operator, count in program.operators().items():
+            operators[operator] = operators.get(operator, 0) + count
+        programs.append(program)
+    first = programs[0]
+    return Exported(
+        tensors, wrapped, tuple(losses), first.producer, operators, first.inputs, first.outputs, first.opsets
+    )
+
+
+def _losses(flow: Flow) -> Iterator[Loss]:
+    for name, operator in flow.unresolved.items():
+        yield Loss(name, "reinterpreted", f"{operator} gets its scale when the program runs: these are plain codes")
+
+
+def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:
+    for name, value in payload.tensors.items():
+        if isinstance(value, SubclassTensor) and name not in flow.consumed:
+            yield name, value
+
+
+def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor]]:
+    """All tensors by name, in the order of the state dict; a weight is where the float that it replaces was."""
+    stored = {name: value for name, value in payload.tensors.items() if isinstance(value, StridedTensor)}
+    plain = {name for name in stored if name in flow.plain or name not in flow.consumed}
+    unused = {name for name in plain if name not in flow.plain and is_float(stored[name].dtype.numpy)}
+    taken = plain - unused
+    weights: dict[str, Weight] = {}
+    places: dict[str, list[str]] = {}
+    for weight in flow.weights:
+        own = next(name for name in _candidates(weight, stored, unused) if name not in taken)
+        taken.add(own)
+        weights[own] = weight
+        places.setdefault(own if own in unused else weight.stored, []).append(own)
+    for name in payload.tensors:
+        for own in places.get(name, ()):
+            yield own, replace(weights[own].tensor, uses=tuple(weights[own].uses))
+        if name in flow.plain and name in plain:
+            yield name, replace(flow.plain[name].tensor, uses=tuple(flow.plain[name].uses))
+        elif name in plain and name not in weights:
+            yield name, tensor_of(name, stored[name])
+
+
+def _candidates(weight: Weight, stored: Mapping[str, StridedTensor], unused: set[str]) -> Iterator[str]:
+    """Names for a weight, the best one first, without an end."""
+    shape = weight.tensor.shape
+    parametrized = _PARAMETRIZED.fullmatch(weight.stored)
+    if parametrized:
+        yield f"{parametrized[1]}.{parametrized[2]}" if parametrized[1] else parametrized[2]
+    elif not _NAMELESS.fullmatch(weight.stored):
+        yield weight.stored
+    else:
+        # folding leaves the float weight behind, under its name
+        originals = [name for name in stored if name in unused and stored[name].shape == shape]
+        users = [name for name in weight.users if name in originals or name not in stored]
+        yield from users
+        if len(originals) == 1:
+            yield originals[0]
+    yield from weight.users
+    yield weight.stored
+    number = 1
+    while True:
+        yield f"{weight.stored}:{number}"
+        number += 1

@@ -1,0 +1,128 @@
+"""The tensors of .pt2 archives, as they are stored: raw storages that a JSON document describes, or pickles.
+
+    torch >= 2.9    data/weights/MODEL_weights_config.json and a record for each storage; data/constants likewise
+    torch 2.8       data/weights/MODEL.pt and data/constants/MODEL.pt, archives of torch.save
+    torch <= 2.7    serialized_state_dict.pt and serialized_constants.pt, the same (torch 2.1 calls them .json)
+
+torch 2.13, torch/export/pt2_archive/_package.py and torch/export/__init__.py (load). Tensors of classes that wrap
+others, and whole archives, are pickles; like all pickles here they are read without being executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from converters.errors import CorruptFile, Error, Unsupported
+from converters.ir import Loss
+from formats.pytorch.archive import Archive
+from formats.pytorch.containers import ZIP_MAGIC, saved_value
+from formats.pytorch.globals import view_of
+from formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
+from formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
+
+_STRIDED = 7  # schema.Layout
+_OLD_PROGRAM = "serialized_exported_program.json"
+_MODELS, _JSON = "models/", ".json"
+_AOTINDUCTOR = "data/aotinductor/"
+
+
+@dataclass(slots=True, eq=False)
+class Payloads:
+    """One program of an archive: its JSON, and its tensors by their names in the state dict or among the constants."""
+
+    model: str
+    program: bytes
+    tensors: dict[str, StridedTensor | SubclassTensor] = field(default_factory=dict)
+    losses: list[Loss] = field(default_factory=list)
+
+
+def is_exported(archive: Archive) -> bool:
+    """Whether torch.export (or AOTInductor) made the archive."""
+    return "archive_format" in archive or _OLD_PROGRAM in archive
+
+
+def payloads(archive: Archive) -> Iterator[Payloads]:
+    """The programs of an archive. Raises CorruptFile for damage, Unsupported where there is only machine code."""
+    if _OLD_PROGRAM in archive:
+        found = Payloads("", archive.bytes_of(_OLD_PROGRAM))
+        for name in ("serialized_state_dict", "serialized_constants"):
+            _read_pickles(
+                found, archive, next((n for n in (f"{name}.pt", f"{name}.json") if n in archive), f"{name}.pt")
+            )
+        yield found
+        return
+    models = [name[len(_MODELS) : -len(_JSON)] for name in archive.entries if name.startswith(_MODELS)]
+    models = [model for model in models if f"{_MODELS}{model}{_JSON}" in archive]
+    if not models:
+        if any(name.startswith(_AOTINDUCTOR) for name in archive.entries):
+            raise Unsupported(
+                "is a package of AOTInductor, which has machine code instead of a program: "
+                "save the exported program itself with torch.export.save"
+            )
+        raise CorruptFile("has no program below models/: it is truncated, or not written by torch.export.save")
+    for model in models:
+        found = Payloads(model, archive.bytes_of(f"{_MODELS}{model}{_JSON}"))
+        for kind in ("weights", "constants"):
+            folder = f"data/{kind}/"
+            if f"{folder}{model}.pt" in archive:
+                _read_pickles(found, archive, f"{folder}{model}.pt")
+            else:
+                _read_storages(found, archive, folder, f"{folder}{model}_{kind}_config.json")
+        yield found
+
+
+def _read_storages(found: Payloads, archive: Archive, folder: str, config: str) -> None:
+    document = entries(parsed(archive.bytes_of(config)), config)
+    for name, value in entries(document.get("config"), "config").items():
+        meta = entries(value, name)
+        path = text_of(meta.get("path_name"), "path_name")
+        if "/" in path or ".." in path:
+            raise CorruptFile(f"has a tensor in the record {path!r:.80}, which is no plain name", tensor=name)
+        try:
+            if meta.get("tensor_meta") is None:
+                found.losses.append(Loss(name, "dropped", f"an object of TorchScript or Python ('{path}'), no tensor"))
+            elif meta.get("use_pickle"):
+                found.tensors[name] = _pickled(archive, folder + path)
+            else:
+                found.tensors[name] = _strided(archive, folder + path, entries(meta["tensor_meta"], "tensor_meta"))
+        except Error as error:
+            error.tensor = error.tensor or name
+            raise
+
+
+def _strided(archive: Archive, record: str, meta: dict[str, Any]) -> StridedTensor:
+    if meta.get("layout") != _STRIDED:
+        raise Unsupported(f"is sparse (layout {meta.get('layout')!r:.20}): only dense tensors are read")
+    data, dtype = archive.record(record), dtype_of(meta.get("dtype"))
+    shape, strides = (fixed_sizes(meta.get(key), key) for key in ("sizes", "strides"))
+    if data.nbytes == 0 and 0 not in shape:
+        raise Unsupported("has no elements in the file: the program was exported with fake tensors")
+    storage = Storage(record, None, data.nbytes, data)
+    return view_of(storage, fixed_size(meta.get("storage_offset"), "storage_offset"), shape, strides, dtype)
+
+
+def _pickled(archive: Archive, record: str) -> StridedTensor | SubclassTensor:
+    value = saved_value(Archive.open(archive.record(record)))
+    if not is_tensor(value):
+        raise Unsupported(f"is no tensor but {type(value).__name__} in the pickle '{record}'")
+    return value
+
+
+def _read_pickles(found: Payloads, archive: Archive, record: str) -> None:
+    data = archive.record(record)
+    if data.nbytes == 0:  # no constants
+        return
+    if data.read(0, len(ZIP_MAGIC)).tobytes() != ZIP_MAGIC:
+        raise Unsupported(f"its record '{record}' is no archive of torch.save: load the program and save it again")
+    values = saved_value(Archive.open(data))
+    if not isinstance(values, dict):
+        raise CorruptFile(f"its record '{record}' has no tensors by name, but {type(values).__name__}")
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise CorruptFile(f"its record '{record}' has a tensor named {name!r:.40}: it is damaged")
+        if is_tensor(value):
+            found.tensors[name] = value
+        else:
+            found.losses.append(Loss(name, "dropped", f"an object of {type(value).__name__}, no tensor"))

@@ -1,0 +1,289 @@
+"""The graph of an exported program, as its JSON has it: which values are stored tensors, and what is done with them.
+
+torch 2.13, torch/_export/serde/schema.py (ExportedProgram, 8.20), and the same file of torch 2.1 for signatures that
+are dictionaries. Everything that is read here is checked for its type; graphs below operators (of torch.cond, say) are
+counted and not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from converters.errors import CorruptFile, Unsupported
+from converters.ir import Port
+from formats.pytorch.dtypes import DTYPES
+from formats.pytorch.values import TorchDtype
+
+#: schema.ScalarType
+_SCALAR_TYPES: Mapping[int, str] = {
+    **dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "complex32"), 1)),
+    **dict(enumerate(("complex64", "complex128", "bool", "bfloat16"), 10)),
+    **dict(enumerate(("uint16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"), 28)),
+    **dict(enumerate(("float8_e8m0fnu", "uint32", "uint64"), 33)),
+}
+_SYMBOL = re.compile(r"(?:Symbol\('(\w+)'[^()]*\))|(\w+)")
+_LARGEST_SIZE = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A value of the graph, by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """What is known of a tensor without its elements; sizes that are open are names, or empty."""
+
+    dtype: TorchDtype | None
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One call of an operator: "aten.conv2d", "input" for its overload. Inputs are named as in its schema: numbers,
+    texts, dtypes, tuples of these, None, `Ref`s; what else there is, is absent. `module` is the path of the module that
+    called it."""
+
+    operator: str
+    overload: str
+    inputs: tuple[tuple[str, Any], ...]
+    outputs: tuple[str, ...]
+    module: str
+    inner: tuple[str, ...] = ()
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        """The input of that name."""
+        return next((value for key, value in self.inputs if key == name), default)
+
+    def references(self) -> Iterator[tuple[int, str, str]]:
+        """Position, name and value of each input that is a value of the graph, or has some."""
+        for position, (name, value) in enumerate(self.inputs):
+            for reference in value if isinstance(value, tuple) else (value,):
+                if isinstance(reference, Ref):
+                    yield position, name, reference.name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A graph: `stored` gives the stored tensor's name for each value that is one, `results` are the values that come
+    out, state that is changed included."""
+
+    nodes: tuple[Node, ...]
+    stored: Mapping[str, str]
+    types: Mapping[str, TensorType]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    results: frozenset[str]
+    producer: str
+    opsets: Mapping[str, int] = field(default_factory=dict)
+
+    def operators(self) -> Mapping[str, int]:
+        """How often each operator is called, in graphs below operators too."""
+        counts: dict[str, int] = {}
+        for node in self.nodes:
+            for operator in (node.operator, *node.inner):
+                counts[operator] = counts.get(operator, 0) + 1
+        return counts
+
+
+def program_of(text: bytes) -> Program:
+    """The program of a JSON document. Raises CorruptFile where it is damaged."""
+    document = entries(parsed(text), "its program")
+    module = entries(document.get("graph_module"), "graph_module")
+    graph = entries(module.get("graph"), "graph")
+    types = {name: _type(value) for name, value in entries(graph.get("tensor_values"), "tensor_values").items()}
+    stored, inputs, outputs, results = _signature(entries(module.get("signature"), "signature"))
+    nodes = tuple(_node(value) for value in items(graph.get("nodes"), "nodes"))
+    opsets = {
+        name: count(value, "opset") for name, value in entries(document.get("opset_version", {}), "opsets").items()
+    }
+    version = document.get("torch_version", "")
+    return Program(
+        nodes,
+        stored,
+        types,
+        tuple(_port(name, types) for name in inputs),
+        tuple(_port(name, types) for name in outputs),
+        results,
+        f"torch {text_of(version, 'torch_version')}".strip(),
+        opsets,
+    )
+
+
+def parsed(text: bytes) -> Any:
+    """The JSON document. Raises CorruptFile where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"has a record that is no JSON ({error!s:.80}): it is damaged") from None
+
+
+def entries(value: Any, what: str) -> dict[str, Any]:
+    """`value`, which must be an object of JSON."""
+    if not isinstance(value, dict):
+        raise CorruptFile(f"has no object for {what}, but {value!r:.60}: it is damaged")
+    return value
+
+
+def items(value: Any, what: str) -> list[Any]:
+    """`value`, which must be an array of JSON."""
+    if not isinstance(value, list):
+        raise CorruptFile(f"has no array for {what}, but {value!r:.60}: it is damaged")
+    return value
+
+
+def text_of(value: Any, what: str) -> str:
+    """`value`, which must be a string."""
+    if not isinstance(value, str):
+        raise CorruptFile(f"has no text for {what}, but {value!r:.60}: it is damaged")
+    return value
+
+
+def count(value: Any, what: str) -> int:
+    """`value`, which must be an integer that is not negative."""
+    if type(value) is not int or not 0 <= value < _LARGEST_SIZE:
+        raise CorruptFile(f"has no count for {what}, but {value!r:.60}: it is damaged")
+    return value
+
+
+def dtype_of(value: Any) -> TorchDtype:
+    """What a number of schema.ScalarType stands for. Raises Unsupported where it is not known here."""
+    name = _SCALAR_TYPES.get(value, "") if type(value) is int else ""
+    if name not in DTYPES:
+        raise Unsupported(f"has a tensor of ScalarType {value!r:.20} {name}, which is not known here")
+    return DTYPES[name]
+
+
+def fixed_sizes(value: Any, what: str) -> tuple[int, ...]:
+    """Sizes or strides of a stored tensor, none of which may be open."""
+    return tuple(fixed_size(size, what) for size in items(value, what))
+
+
+def fixed_size(value: Any, what: str) -> int:
+    """A number that is no expression."""
+    return count(entries(value, what).get("as_int"), what)
+
+
+def _type(value: Any) -> TensorType:
+    meta = entries(value, "tensor_values")
+    meta = entries(meta.get("meta", meta), "tensor_values")  # torch 2.1 wraps it once more
+    kind = meta.get("dtype")
+    name = _SCALAR_TYPES.get(kind, "") if type(kind) is int else ""
+    return TensorType(DTYPES.get(name), tuple(_size(size) for size in items(meta.get("sizes"), "sizes")))
+
+
+def _size(value: Any) -> int | str:
+    size = entries(value, "sizes")
+    if "as_int" in size:
+        return count(size["as_int"], "sizes")
+    found = _SYMBOL.fullmatch(text_of(entries(size.get("as_expr"), "sizes").get("expr_str"), "sizes"))
+    return (found[1] or found[2]) if found else ""
+
+
+def _port(name: str, types: Mapping[str, TensorType]) -> Port:
+    found = types.get(name)
+    return Port(name, "", None) if found is None else Port(name, found.dtype.name if found.dtype else "", found.shape)
+
+
+def _node(value: Any) -> Node:
+    node = entries(value, "nodes")
+    target = text_of(node.get("target"), "target").removeprefix("torch.ops.")
+    namespace, _, rest = target.partition(".")
+    name, _, overload = rest.partition(".")
+    inner: list[str] = []
+    inputs = []
+    for given in items(node.get("inputs"), "inputs"):
+        argument = entries(given, "inputs")
+        inputs.append((text_of(argument.get("name", ""), "name"), _argument(argument.get("arg"), inner)))
+    outputs = [name for output in items(node.get("outputs"), "outputs") for name in _names(_argument(output, inner))]
+    stack = text_of(entries(node.get("metadata", {}), "metadata").get("nn_module_stack", ""), "nn_module_stack")
+    # each module is key, path, type
+    path = [*stack.rpartition(";")[2].split(","), "", ""][1]
+    return Node(
+        f"{namespace}.{name}" if name else namespace, overload, tuple(inputs), tuple(outputs), path, tuple(inner)
+    )
+
+
+def _argument(value: Any, inner: list[str]) -> Any:
+    """The value of schema.Argument, a union of one key; operators of graphs in it are added to `inner`."""
+    union = entries(value, "arg")
+    if len(union) != 1:
+        raise CorruptFile(f"has an argument of {len(union)} kinds: it is damaged")
+    ((kind, content),) = union.items()
+    if kind in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
+        return _reference(content, inner)
+    if kind in ("as_int", "as_float", "as_bool", "as_string"):
+        return content if isinstance(content, int | float | str) else None
+    if kind in ("as_ints", "as_floats", "as_bools", "as_strings"):
+        return tuple(v for v in items(content, kind) if isinstance(v, int | float | str))
+    if kind in ("as_tensors", "as_sym_ints", "as_sym_floats", "as_sym_bools", "as_optional_tensors"):
+        return tuple(_reference(v, inner) for v in items(content, kind))
+    if kind == "as_nested_tensors":
+        return tuple(_reference(v, inner) for row in items(content, kind) for v in items(row, kind))
+    if kind == "as_scalar_type":
+        return DTYPES.get(_SCALAR_TYPES.get(content, "")) if type(content) is int else None
+    if kind == "as_string_to_argument":
+        found = [_argument(v, inner) for v in entries(content, kind).values()]
+        return tuple(Ref(name) for v in found for name in _names(v))
+    if kind == "as_graph":
+        graph = entries(entries(content, kind).get("graph"), kind)
+        for node in (_node(value) for value in items(graph.get("nodes"), "nodes")):
+            inner += [node.operator, *node.inner]
+    return None
+
+
+def _reference(value: Any, inner: list[str]) -> Any:
+    """A name, or one of the two unions that are a name or a value: {"as_tensor": …} and {"as_name": …}."""
+    content = entries(value, "argument")
+    if "name" in content:
+        return Ref(text_of(content["name"], "name"))
+    if "as_name" in content:
+        return Ref(text_of(content["as_name"], "as_name"))
+    if "as_tensor" in content:
+        return Ref(text_of(entries(content["as_tensor"], "as_tensor").get("name"), "name"))
+    return _argument(content, inner)
+
+
+def _names(value: Any) -> list[str]:
+    return [v.name for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Ref)]
+
+
+def _signature(signature: dict[str, Any]) -> tuple[dict[str, str], list[str], list[str], frozenset[str]]:
+    """Stored tensors by value; the user's inputs and outputs; all results."""
+    stored: dict[str, str] = {}
+    if "inputs_to_parameters" in signature:  # torch 2.1
+        for key in ("inputs_to_parameters", "inputs_to_buffers"):
+            stored |= {k: text_of(v, key) for k, v in entries(signature.get(key), key).items()}
+        inputs, outputs = (
+            [text_of(v, key) for v in items(signature.get(key), key)] for key in ("user_inputs", "user_outputs")
+        )
+        changed = entries(signature.get("buffers_to_mutate", {}), "buffers_to_mutate")
+        return stored, inputs, outputs, frozenset((*outputs, *changed))
+    inputs = []
+    for value in items(signature.get("input_specs"), "input_specs"):
+        for kind, spec in entries(value, "input_specs").items():
+            content = entries(spec, kind)
+            names = _spec_names(content)
+            if kind in ("parameter", "buffer", "tensor_constant"):
+                stored |= dict.fromkeys(names, text_of(content.get(f"{kind}_name"), kind))
+            elif kind == "user_input":
+                inputs += names
+    outputs, results = [], []
+    for value in items(signature.get("output_specs"), "output_specs"):
+        for kind, spec in entries(value, "output_specs").items():
+            names = _spec_names(entries(spec, kind))
+            results += names
+            if kind in ("user_output", "loss_output"):
+                outputs += names
+    return stored, inputs, outputs, frozenset(results)
+
+
+def _spec_names(spec: dict[str, Any]) -> list[str]:
+    argument = entries(spec.get("arg", {}), "arg")
+    return _names(_reference(argument, [])) if argument and "as_graph" not in argument else []
