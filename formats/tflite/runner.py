@@ -13,17 +13,21 @@ from converters.errors import Unsupported
 from converters.interfaces import RunPort
 from formats.tflite.reader import TFLiteReader
 
+_WRONG_REFERENCES = frozenset({"LOCAL_RESPONSE_NORMALIZATION", "SUM"})
+
 
 class LiteRTRunner:
     """A model in LiteRT's interpreter with the reference kernels, by which others are judged; with the default ones
-    where weights are in blocks, which the reference kernels of LiteRT 2.3 take for zeros."""
+    where those of LiteRT 2.3 are wrong: they take weights in blocks for zeros, leave a channel out in
+    LOCAL_RESPONSE_NORMALIZATION, and give a SUM of integers as its zero point."""
 
     def __init__(self, path: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        tensors = TFLiteReader().read(path).values()
-        in_blocks = any(tensor.granularity.startswith("blockwise") for tensor in tensors)
-        resolver = OpResolverType.AUTO if in_blocks else OpResolverType.BUILTIN_REF
+        model = TFLiteReader().read(path)
+        in_blocks = any(tensor.granularity.startswith("blockwise") for tensor in model.values())
+        is_wrong = in_blocks or not _WRONG_REFERENCES.isdisjoint(getattr(model.graph, "operators", ()))
+        resolver = OpResolverType.AUTO if is_wrong else OpResolverType.BUILTIN_REF
         try:
             self._interpreter = Interpreter(str(path), experimental_op_resolver_type=resolver)
             self._interpreter.allocate_tensors()
