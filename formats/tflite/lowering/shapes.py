@@ -402,8 +402,13 @@ def batch_to_space(b: Builder, op: Operator) -> None:
 
 
 def segment_sum(b: Builder, op: Operator) -> None:
-    """SEGMENT_SUM: rows of one segment are added."""
-    shape = b.info(op.outputs[0]).shape
-    empty = b.emit("ConstantOfShape", [b.ints(shape)], value=ir.tensor(np.zeros(1, np.float32)))
-    rows = b.emit("Unsqueeze", [b.emit("Cast", [b.read(op.input(1))], to=_INT64), b.ints([-1])])
-    b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, b.read(op.input(0))], reduction="add"))
+    """SEGMENT_SUM: rows of one segment are added; segments are in order, so that the last one says how many there are
+    (the file often does not)."""
+    value, ids = b.read(op.input(0)), b.emit("Cast", [b.read(op.input(1))], to=_INT64)
+    last = b.emit("Slice", [ids, b.ints([-1]), b.ints([_FAR])])
+    rest = b.emit("Slice", [b.emit("Shape", [value]), b.ints([1]), b.ints([_FAR])])
+    shape = b.emit("Concat", [b.emit("Add", [last, b.ints([1])]), rest], axis=0)
+    dtype = np.float32 if b.info(op.input(0)).is_quantized else b.info(op.input(0)).dtype
+    empty = b.emit("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, dtype)))
+    rows = b.emit("Unsqueeze", [ids, b.ints([-1])])
+    b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, value], reduction="add"))

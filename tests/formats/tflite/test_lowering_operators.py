@@ -217,6 +217,7 @@ CASES = [
     Case("SPACE_TO_BATCH_ND", [f(1, 4, 5, 2), i(2, 3), np.array([[0, 0], [0, 1]], np.int32)], constant=[1, 2]),
     Case("BATCH_TO_SPACE_ND", [f(6, 2, 2, 2), i(2, 3), np.array([[0, 0], [0, 1]], np.int32)], constant=[1, 2]),
     Case("SEGMENT_SUM", [f(4, 3), i(0, 0, 1, 2)], constant=[1]),
+    Case("SEGMENT_SUM", [f(4, 3), i(0, 1, 1, 2)]),
     Case("TOPK_V2", [f(2, 6), np.array(3, np.int32)], constant=[1], results=2, second_result=np.int32),
     # positions
     *(
