@@ -344,14 +344,22 @@ def reverse(b: Builder, op: Operator) -> None:
 def dynamic_update_slice(b: Builder, op: Operator) -> None:
     """DYNAMIC_UPDATE_SLICE: the update goes where the third input says, moved inside if it would reach out."""
     info, update = b.info(op.input(0)), b.info(op.input(1))
-    rank = len(info.shape)
-    room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
-    start = b.emit("Max", [b.emit("Min", [long_list(b, op.input(2)), room]), b.ints([0] * rank)])
-    if prod(update.shape) > _MOST_POSITIONS:
+    rank, values = len(info.shape), b.read(op.input(1))
+    if info.is_open or update.is_open:
+        size = b.emit("Shape", [values])
+        room = b.emit("Sub", [b.emit("Shape", [b.read(op.input(0))]), size])
+        ones = b.emit("Expand", [b.constant(np.ones((), np.bool_), name="true"), size])
+        positions = b.emit("Transpose", [b.emit("NonZero", [ones])], perm=(1, 0))
+        values = b.emit("Reshape", [values, b.ints([-1])])
+    elif prod(update.shape) > _MOST_POSITIONS:
         raise Unsupported(f"DYNAMIC_UPDATE_SLICE of {update.shape} has too many positions to list")
-    positions = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
-    indices = b.emit("Add", [b.constant(positions, name="positions"), start])
-    b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, b.read(op.input(1))]))
+    else:
+        room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
+        listed = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
+        positions = b.constant(listed, name="positions")
+    start = b.emit("Max", [b.emit("Min", [long_list(b, op.input(2)), room]), b.ints([0] * rank)])
+    indices = b.emit("Add", [positions, start])
+    b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, values]))
 
 
 def space_to_batch(b: Builder, op: Operator) -> None:
