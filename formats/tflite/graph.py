@@ -56,7 +56,7 @@ class TFLiteGraph:
 
     def onnx_ir(self) -> ir.Model:
         """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
-        return self.lowered(opset=21)[0]
+        return self.lowered(opset=self.preferred_opset)[0]
 
     def lowered(
         self,
