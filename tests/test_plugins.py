@@ -156,7 +156,7 @@ def test_an_unknown_file_says_what_it_begins_with(tmp_path: Path) -> None:
         converters.load(path)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("missing.tflite", "No such file"), (".", "Is a directory")])
+@pytest.mark.parametrize(("name", "reason"), [("missing.tflite", "No such file"), (".", "folder without a model")])
 def test_what_cannot_be_opened_is_said(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(CorruptFile, match=reason):
         converters.load(tmp_path / name)

@@ -82,6 +82,7 @@ class _Encoding(Protocol):
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         ".qweight": ("gptq",),
+        ".zeros": ("dynamic_activation_linear",),
     }
 )
 

@@ -24,6 +24,7 @@ from formats.pytorch.archive import Archive
 from formats.pytorch.containers import saved_value
 from formats.pytorch.values import SubclassTensor
 from formats.pytorch.wrapped import wrapped
+from tests.formats.encodings.checkpoints import write_file
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "torchao"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.pt"))
@@ -350,3 +351,16 @@ def test_tensors_that_wrap_themselves_are_an_error() -> None:
 def test_attributes_that_are_no_attributes_are_harmless() -> None:
     made = wrapped("w", SubclassTensor("Int8Tensor", (1, 1), "float32", {"kwargs": {}, 3: [[1], {}], "bytes": b"x"}))
     assert made.attributes == {"kwargs": "dict", "3": ("list", "dict"), "bytes": "bytes"}
+
+
+def test_the_linear_of_the_first_qat_flow_is_recognised_by_its_keys(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(-8, 8, (6, 64)).astype(np.int8)
+    scales, zeros = random.random((6, 2)).astype(np.float32), random.integers(-3, 3, (6, 2)).astype(np.float32)
+    tensors = {"fc.weight": codes, "fc.scales": scales, "fc.zeros": zeros, "other.weight": codes}
+    model = converters.load(write_file(tmp_path / "m.safetensors", tensors))
+    assert set(model) == {"other.weight", "fc.weight"}
+    values = (codes.astype(np.float32) - zeros.repeat(32, 1)) * scales.repeat(32, 1)
+    np.testing.assert_array_equal(model["fc.weight"].codes(), codes)
+    np.testing.assert_array_equal(model["fc.weight"].dequantize(), values)
+    assert model["other.weight"].quantization is None

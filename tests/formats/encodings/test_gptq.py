@@ -1,0 +1,190 @@
+"""GPTQ, against a packer that puts one code after the other in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import converters
+from converters.errors import CorruptFile, Error, Unsupported
+from tests.formats.encodings.checkpoints import write_folder
+
+
+@dataclass
+class Layer:
+    """A linear layer: codes (O, I), zeros (O, G), scales (O, G), the group of each input."""
+
+    codes: NDArray[np.int64]
+    zeros: NDArray[np.int64]
+    scales: NDArray[Any]
+    groups: NDArray[np.int32]
+    bits: int
+
+    def values(self) -> NDArray[np.float32]:
+        """What gptqmodel decodes: one rounding to the dtype of the scales."""
+        difference = self.codes - self.zeros[:, self.groups]
+        exact = difference.astype(np.float32) * self.scales[:, self.groups].astype(np.float32)
+        return exact.astype(self.scales.dtype).astype(np.float32)
+
+
+def packed(fields: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
+    """Fields (R * 32 / bits, C) as words (R, C), the first field lowest."""
+    per_word = 32 // bits
+    words = np.zeros((fields.shape[0] // per_word, fields.shape[1]), np.uint64)
+    for row in range(fields.shape[0]):
+        words[row // per_word] |= fields[row].astype(np.uint64) << np.uint64(bits * (row % per_word))
+    return words.astype(np.uint32).view(np.int32)
+
+
+def stored(layer: Layer, *, version: int, with_groups: bool, name: str = "model.fc") -> dict[str, NDArray[Any]]:
+    qzeros = packed(layer.zeros, layer.bits).T
+    if version == 1:  # the writer subtracts one from every field of a word, with borrow
+        one = sum(1 << shift for shift in range(0, 32, layer.bits))
+        qzeros = ((qzeros.view(np.uint32).astype(np.int64) - one) % (1 << 32)).astype(np.uint32).view(np.int32)
+    tensors: dict[str, NDArray[Any]] = {
+        f"{name}.qweight": packed(layer.codes.T, layer.bits),
+        f"{name}.qzeros": np.ascontiguousarray(qzeros),
+        f"{name}.scales": np.ascontiguousarray(layer.scales.T),
+    }
+    if with_groups:
+        tensors[f"{name}.g_idx"] = layer.groups
+    return tensors | {f"{name}.bias": np.arange(layer.codes.shape[0], dtype=np.float16)}
+
+
+def random_layer(seed: int, bits: int, outputs: int, inputs: int, size: int, *, shuffled: bool) -> Layer:
+    random = np.random.default_rng(seed)
+    count = -(-inputs // size)
+    groups = (np.arange(inputs) // size).astype(np.int32)
+    if shuffled:
+        random.shuffle(groups)
+    return Layer(
+        random.integers(0, 1 << bits, (outputs, inputs)),
+        random.integers(0, 1 << bits, (outputs, count)),
+        (random.random((outputs, count)) / 50 + 0.001).astype(np.float16),
+        groups,
+        bits,
+    )
+
+
+def configuration(layer: Layer, size: int, version: int, **more: Any) -> dict[str, Any]:
+    layout = "gptq" if version == 1 else "gptq_v2"
+    return {
+        "quantization_config": {
+            "quant_method": "gptq",
+            "bits": layer.bits,
+            "group_size": size,
+            "checkpoint_format": layout,
+            **more,
+        }
+    }
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bits=st.sampled_from([2, 4, 8]),
+    outputs=st.integers(1, 3),
+    inputs=st.integers(1, 6),
+    size=st.sampled_from([16, 32, 64]),
+    version=st.sampled_from([1, 2]),
+    shuffled=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_code_and_value_comes_out(
+    seed: int, bits: int, outputs: int, inputs: int, size: int, version: int, shuffled: bool, tmp_path_factory: Any
+) -> None:
+    layer = random_layer(seed, bits, outputs * 32 // bits, inputs * 16, size, shuffled=shuffled)
+    folder = Path(tmp_path_factory.getbasetemp()) / "gptq"
+    tensors = stored(layer, version=version, with_groups=shuffled or seed % 2 == 0)
+    model = converters.load(write_folder(folder, tensors, config=configuration(layer, size, version)))
+    assert list(model) == ["model.fc.weight", "model.fc.bias"]
+    weight = model["model.fc.weight"]
+    np.testing.assert_array_equal(weight.codes(), layer.codes)
+    np.testing.assert_array_equal(weight.dequantize(np.float32), layer.values())
+    np.testing.assert_array_equal(weight.dequantize(np.float16).astype(np.float32), layer.values())
+
+
+def test_a_zero_of_zero_borrows_from_its_neighbour_and_gets_it_back(tmp_path: Path) -> None:
+    layer = random_layer(1, 4, 16, 32, 32, shuffled=False)
+    layer.zeros[:] = np.arange(16)[:, None] % 3
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
+    )
+    weight = converters.load(folder)["model.fc.weight"]
+    assert weight.quantization is not None
+    assert weight.quantization.zero_point is not None
+    np.testing.assert_array_equal(weight.quantization.zero_point.codes(), layer.zeros)
+
+
+def test_rows_in_groups_need_no_index(tmp_path: Path) -> None:
+    layer = random_layer(2, 4, 16, 64, 32, shuffled=False)
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=2, with_groups=True), config=configuration(layer, 32, 2)
+    )
+    assert converters.load(folder)["model.fc.weight"].granularity == "blockwise (1, 32)"
+
+
+def test_pieces_are_as_the_whole(tmp_path: Path) -> None:
+    layer = random_layer(3, 4, 64, 128, 32, shuffled=False)
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=2, with_groups=False), config=configuration(layer, 32, 2)
+    )
+    weight = converters.load(folder)["model.fc.weight"]
+    pieces = [part.dequantize(np.float32) for part in weight.parts(500)]
+    assert len(pieces) > 3
+    np.testing.assert_array_equal(np.concatenate(pieces), layer.values())
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    layer = random_layer(4, 4, 16, 32, 32, shuffled=True)
+    tensors = stored(layer, version=2, with_groups=True)
+    folder = write_folder(tmp_path / "m", tensors, shards=3, config=configuration(layer, 32, 2))
+    np.testing.assert_array_equal(converters.load(folder)["model.fc.weight"].dequantize(), layer.values())
+
+
+def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
+    layer = random_layer(5, 4, 16, 64, 32, shuffled=True)
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
+    )
+    target = tmp_path / "w.safetensors"
+    conversion = converters.convert(folder, target, verify=True)
+    comparison = conversion.verified[target]
+    assert comparison is not None
+    assert comparison.equal
+
+
+@pytest.mark.parametrize(
+    ("changed", "config", "error", "message"),
+    [
+        ({}, {"checkpoint_format": "marlin"}, Unsupported, "marlin"),
+        ({}, {"bits": 8}, CorruptFile, "4 bits, not 8"),
+        ({}, {"bits": "4"}, CorruptFile, "int is needed"),
+        ({}, {"quant_method": "awq"}, CorruptFile, "quant_method 'awq'"),
+        ({"g_idx": np.full(32, 7, np.int32)}, {}, CorruptFile, "g_idx from 7 to 7 for 1 groups"),
+        ({"g_idx": np.zeros(31, np.int32)}, {}, CorruptFile, "g_idx of shape"),
+        ({"qzeros": np.zeros((1, 2), np.int64)}, {}, CorruptFile, "qzeros of int64"),
+        ({"qzeros": np.zeros((3, 2), np.int32)}, {}, Error, "zeros of shape"),
+        ({"g_idx": None}, {"group_size": 16}, CorruptFile, "1 groups of scales for 32 inputs"),
+    ],
+)
+def test_contradictions_are_errors(
+    changed: dict[str, Any], config: dict[str, Any], error: type[Error], message: str, tmp_path: Path
+) -> None:
+    layer = random_layer(6, 4, 16, 32, 32, shuffled=False)
+    tensors = stored(layer, version=1, with_groups=True)
+    for name, array in changed.items():
+        key = f"model.fc.{name}"
+        if array is None:
+            del tensors[key]
+        else:
+            tensors[key] = array
+    folder = write_folder(tmp_path / "m", tensors, config=configuration(layer, 32, 1, **config))
+    with pytest.raises(error, match=message):
+        converters.load(folder)
