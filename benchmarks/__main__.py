@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import c_compile, c_text, dequantize, onnx_graph, quantize, start_up, tflite_to_onnx
+from benchmarks import c_compile, c_text, dequantize, onnx_graph, pytorch, quantize, start_up, tflite_to_onnx
 from benchmarks.measure import table
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,7 @@ TOPICS = {
     "quantize": quantize,
     "onnx_graph": onnx_graph,
     "tflite_to_onnx": tflite_to_onnx,
+    "pytorch": pytorch,
 }
 IN_MEMORY = ("c_text", "c_compile")
 MEMORY = Path("/dev/shm")

@@ -43,10 +43,10 @@ class Conversion:
     verified: Mapping[Path, Comparison | None] = field(default_factory=dict)
 
 
-def load(path: AnyPath) -> Model:
-    """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for.
-    Raises converters.Error with one line that says what is wrong with the file."""
-    return pipeline.read(Path(path))
+def load(path: AnyPath, **options: Any) -> Model:
+    """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for. `options` are the
+    reader's own. Raises converters.Error with one line that says what is wrong with the file."""
+    return pipeline.read(Path(path), options)
 
 
 def save(
@@ -76,11 +76,12 @@ def convert(
     `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
     plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only` and `skip` are shell patterns
     of tensor names; `verify` re-opens what was written and compares every value, where its format can be read;
-    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; other keyword arguments are the writers' own
-    options. Raises converters.Error.
+    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; other keyword arguments are the reader's and
+    the writers' own options. Raises converters.Error.
     """
+    read_with, write_with = _divided(options, Path(source))
     return _convert(
-        load(source),
+        load(source, **read_with),
         [Path(target) for target in targets],
         to=to,
         dequantize=None if dequantize is None else np.dtype(dequantize),
@@ -91,13 +92,18 @@ def convert(
         fail_on_loss=fail_on_loss,
         dry_run=dry_run,
         progress=progress,
-        options=options,
+        options=write_with,
     )
 
 
-def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None) -> Comparison:
-    """Compares two models or files, code for code where both are quantized, value for value otherwise."""
-    first, second = (model if isinstance(model, Model) else load(model) for model in (a, b))
+def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None, **options: Any) -> Comparison:
+    """Compares two models or files, code for code where both are quantized, value for value otherwise. `options` are
+    the readers' own, each for the files whose format has it."""
+    paths = [Path(path) for path in (a, b) if not isinstance(path, Model)]
+    read_with = {path: _divided(options, path)[0] for path in paths}
+    if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
+        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+    first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
 
 
@@ -174,6 +180,17 @@ def _scheme(quantize: str | Scheme | None) -> Scheme | None:
     from converters.scheme import parse_scheme
 
     return parse_scheme(quantize)
+
+
+def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the source's reader, and those of writers."""
+    if not options or not source.is_file():
+        return {}, dict(options)
+    format = plugins.detect(source)
+    known = {help.name for help in plugins.reader_options(format)}
+    names = {key: key.removeprefix(f"{format.name}.") for key in options}
+    read_with = {name: options[key] for key, name in names.items() if name.replace("_", "-") in known}
+    return read_with, {key: options[key] for key, name in names.items() if name not in read_with}
 
 
 def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:

@@ -61,7 +61,11 @@ class OutputFile:
 
 
 class Reader(Protocol):
-    """Reads one format. Constructed without arguments."""
+    """Reads one format. Constructed without arguments.
+
+    One that takes options, for what files may not say, has a class attribute `options`, a frozen dataclass of `option`
+    fields that all have defaults, and a `read` with an instance of it as its second argument.
+    """
 
     def read(self, path: Path) -> Model:
         """The model in `path`, headers only; raises converters.errors.Error for whatever is wrong with the file."""

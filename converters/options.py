@@ -43,6 +43,8 @@ def describe(options: type) -> list[OptionHelp]:
 def parse(options: type, given: Mapping[str, Any], format_name: str) -> Any:
     """An instance of the dataclass `options`. Values may be text or of the right type already; names may have hyphens.
     Raises UsageError, with what is possible, for an unknown name or an impossible value."""
+    if not given:  # most runs, and evaluating annotations takes a while
+        return options()
     hints = get_type_hints(options)
     known = {_spelled(field): field for field in fields(options)}
     values: dict[str, Any] = {}

@@ -61,11 +61,11 @@ class PlannedOutput:
         return tuple(dict.fromkeys((*self.expected.losses, *self.plan.losses)))
 
 
-def read(path: Path) -> Model:
-    """The model in a file, headers only; the format by content, then by extension."""
+def read(path: Path, options: Mapping[str, Any] | None = None) -> Model:
+    """The model in a file, headers only; the format by content, then by extension. `options` are the reader's own."""
     try:
         format = plugins.detect(path)
-        return plugins.reader(format).read(path)
+        return plugins.read(format, path, options or {})
     except Error as error:
         error.path = error.path or path
         raise

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from converters.errors import CorruptFile, MissingDependency, UsageError
 from converters.interfaces import Reader, Runner, Writer
+from converters.ir import Model
+from converters.options import OptionHelp, describe, parse
 
 ENTRY_POINT_GROUP = "nibblecast.formats"
 
@@ -68,6 +70,13 @@ FORMATS = (
         writer="formats.onnx.writer:OnnxWriter",
         runner="formats.onnx.runner:OnnxRuntimeRunner",
         install_runner="pip install onnxruntime",
+    ),
+    Format(
+        "pytorch",
+        "PyTorch: state dicts, checkpoints, modules, TorchScript and exported programs, none of it executed",
+        (".pt", ".pth", ".bin", ".ckpt", ".pt2", ".ptl", ".pkl"),
+        (Magic(0, b"PK\x03\x04"), Magic(0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+        reader="formats.pytorch.reader:PyTorchReader",
     ),
     Format(
         "safetensors",
@@ -138,14 +147,17 @@ def detect(path: Path) -> Format:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
     if not head:
         raise CorruptFile("is empty", path=path)
+    suffix = path.suffix.lower()
     for known in (_known_built_in, all_formats):
-        readable = [format for format in known().values() if format.reader]
-        by_content = _best_by_content(readable, head)
-        by_extension = [format for format in readable if path.suffix.lower() in format.extensions]
-        both = [format for format in by_content if format in by_extension]
-        for candidates in (both, by_content, by_extension):
+        by_content = _best_by_content([format for format in known().values() if format.reader], head)
+        both = [format for format in by_content if suffix in format.extensions]
+        for candidates in (both, by_content):
             if len(candidates) == 1:
                 return candidates[0]
+    # an extension like .bin says little: a plugin that knows the content goes before
+    by_extension = [f for f in all_formats().values() if f.reader and suffix in f.extensions]
+    if len(by_extension) == 1:
+        return by_extension[0]
     raise CorruptFile(
         f"begins with {head[:8]!r}, which is no format known here (nor is its extension '{path.suffix}'): "
         f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",
@@ -177,6 +189,23 @@ def reader(format: Format) -> Reader:
     if not format.reader:
         raise UsageError(f"format '{format.name}' cannot be read: {format.description}")
     return cast("Reader", _load(format, format.reader))
+
+
+def reader_options(format: Format) -> list[OptionHelp]:
+    """The options of the format's reader; none where it has no reader, or one without options."""
+    options = getattr(reader(format), "options", None) if format.reader else None
+    return describe(options) if isinstance(options, type) else []
+
+
+def read(format: Format, path: Path, options: Mapping[str, Any]) -> Model:
+    """What the format's reader reads with these options of its own. Raises UsageError for one that it has not."""
+    reading = reader(format)
+    declared = getattr(reading, "options", None)
+    if isinstance(declared, type):
+        return cast("Any", reading).read(path, parse(declared, options, format.name))  # type: ignore[no-any-return]
+    if options:
+        raise UsageError(f"reading format '{format.name}' takes no options, but {', '.join(options)} is given")
+    return reading.read(path)
 
 
 def writer(format: Format) -> Writer:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Source = Annotated[Path, typer.Argument(help="The model file to read.", show_default=False)]
+ReaderOptions = Annotated[list[str] | None, typer.Option("--opt", help="key=value: an option of the reader.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 

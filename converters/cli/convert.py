@@ -44,7 +44,7 @@ def convert(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
-    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the writer.")] = None,
+    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reader or the writer.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="256K, say: write nothing if arrays would take more flash (exit 5).")
     ] = None,

@@ -33,10 +33,11 @@ def _document(format: plugins.Format, *, with_options: bool) -> dict[str, Any]:
         "reads": bool(format.reader),
         "writes": bool(format.writer),
     }
-    if with_options and format.writer:
+    if with_options:
+        written = describe(plugins.writer(format).options) if format.writer else []
         document["options"] = [
             {"name": o.name, "values": o.values, "default": o.default, "help": o.help}
-            for o in describe(plugins.writer(format).options)
+            for o in (*plugins.reader_options(format), *written)
         ]
     return document
 

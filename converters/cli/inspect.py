@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from converters import api
-from converters.cli.arguments import Json, Source, human_bytes, print_json, table_console
+from converters.cli.arguments import Json, ReaderOptions, Source, human_bytes, key_values, print_json, table_console
 from converters.errors import printable
 from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use
 
 _READ_BYTES = 1 << 16
 
 
-def inspect(source: Source, json: Json = False) -> None:
+def inspect(source: Source, opt: ReaderOptions = None, json: Json = False) -> None:
     """List a model's tensors: shape, dtype, granularity of quantization, bits per weight, bytes."""
-    model = api.load(source)
+    model = api.load(source, **key_values(opt or ()))
     if json:
         print_json(_document(model))
     else:

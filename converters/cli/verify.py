@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, print_json, progress_bar, table_console
+from converters.cli.arguments import Json, ReaderOptions, key_values, print_json, progress_bar, table_console
 from converters.comparison import Comparison
 from converters.errors import ExitCode, printable
 from converters.running import OutputDifference
@@ -28,6 +28,7 @@ def verify(
     tolerance: Annotated[
         float, typer.Option(help="For --run: how far outputs may be apart, in terms of the largest value.")
     ] = 0.02,
+    opt: ReaderOptions = None,
     json: Json = False,
 ) -> None:
     """Compare two models: code for code where both are quantized, value for value otherwise. Exit 6 when different."""
@@ -35,7 +36,7 @@ def verify(
         _compare_outputs(a, b, given, seed, tolerance, json)
         return
     with progress_bar("verify", quiet=json) as progress:
-        comparison = api.verify(a, b, progress=progress)
+        comparison = api.verify(a, b, progress=progress, **key_values(opt or ()))
     if json:
         _print_json(comparison)
     else:

@@ -120,7 +120,7 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
     opset = options.opset or max(
         (schema.ELEMENT_TYPES[t.dtype].opset for t in model.values() if t.quantization), default=0
     )
-    opset = max(opset, schema.DEFAULT_OPSET) if options.opset is None else opset
+    opset = max(opset, source.preferred_opset) if options.opset is None else opset
     lowered = source.lowered(
         opset=opset,
         signature=options.signature,

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 class Lowerable(Protocol):
     """A graph of another format that becomes an ONNX graph when it is asked for."""
 
+    @property
+    def preferred_opset(self) -> int:
+        """The operator set that it is made in unless the weights or the user want another."""
+        ...
+
     def lowered(
         self,
         *,

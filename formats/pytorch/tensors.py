@@ -4,6 +4,8 @@
     per channel   the same in float64 (double scales), the product rounded once
     float qparams the same in float32 (float scales and zero points)
 
+(torch rounds codes and zero points of qint32 to float32 first: beyond 2 ** 24 its values are less exact than these.)
+
 torch 2.13, aten/src/ATen/native/quantized/AffineQuantizer.cpp.
 """
 

@@ -26,7 +26,7 @@ _STOP = ord(".")
 
 
 class Unpickler:
-    """Unpickles one value from `data`, beginning at `position`; afterwards `position` is behind it.
+    """Unpickles values from `data`, one after the other, beginning at `position`, which is behind each afterwards.
 
     `load` raises CorruptFile where the pickle is damaged or names what it must not, Unsupported for extension codes.
     """
@@ -39,14 +39,19 @@ class Unpickler:
         self._memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The value."""
+        """The value of the next pickle."""
+        self._stack, self._memo = [], {}
         try:
-            while (opcode := self._take(1)[0]) != _STOP:
-                operation = self._OPERATIONS.get(opcode)
+            operations, data = self._OPERATIONS, self._data
+            while True:
+                opcode = data[self.position]
+                self.position += 1
+                if opcode == _STOP:
+                    return self._pop()
+                operation = operations.get(opcode)
                 if operation is None:
                     raise CorruptFile(f"its pickle has the unknown opcode {opcode:#04x} at byte {self.position - 1}")
                 operation(self)
-            return self._pop()
         except (IndexError, ValueError, TypeError, KeyError, OverflowError, RecursionError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise CorruptFile(f"its pickle is damaged before byte {self.position} ({reason})") from None
@@ -72,8 +77,8 @@ class Unpickler:
             end += _LINE_BYTES
         raise CorruptFile(f"its pickle has a line at byte {self.position} that does not end")
 
-    def _number(self, format: str) -> int:
-        return int(struct.unpack("<" + format, self._take(struct.calcsize("<" + format)))[0])
+    def _number(self, nbytes: int, *, signed: bool = False) -> int:
+        return int.from_bytes(self._take(nbytes), "little", signed=signed)
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -235,37 +240,37 @@ class Unpickler:
             "L": _decimal_integer,
             "F": lambda self: self._push(float(self._line())),
             "G": lambda self: self._push(struct.unpack(">d", self._take(8))[0]),
-            "J": lambda self: self._push(self._number("i")),
-            "K": lambda self: self._push(self._number("B")),
-            "M": lambda self: self._push(self._number("H")),
-            "\x8a": lambda self: self._integer(self._number("B")),
-            "\x8b": lambda self: self._integer(self._number("i")),
+            "J": lambda self: self._push(self._number(4, signed=True)),
+            "K": lambda self: self._push(self._number(1)),
+            "M": lambda self: self._push(self._number(2)),
+            "\x8a": lambda self: self._integer(self._number(1)),
+            "\x8b": lambda self: self._integer(self._number(4, signed=True)),
             "N": lambda self: self._push(None),
             "\x88": lambda self: self._push(True),
             "\x89": lambda self: self._push(False),
             # texts and bytes
             "S": _quoted,
-            "T": lambda self: self._push(str(self._take(self._number("i")), "latin-1")),
-            "U": lambda self: self._push(str(self._take(self._number("B")), "latin-1")),
+            "T": lambda self: self._push(str(self._take(self._number(4, signed=True)), "latin-1")),
+            "U": lambda self: self._push(str(self._take(self._number(1)), "latin-1")),
             "V": lambda self: self._push(self._line().decode("raw_unicode_escape")),
-            "X": lambda self: self._text(self._number("I")),
-            "\x8c": lambda self: self._text(self._number("B")),
-            "\x8d": lambda self: self._text(self._number("Q")),
-            "B": lambda self: self._bytes(self._number("I")),
-            "C": lambda self: self._bytes(self._number("B")),
-            "\x8e": lambda self: self._bytes(self._number("Q")),
-            "\x96": lambda self: self._push(bytearray(self._take(self._number("Q")))),
+            "X": lambda self: self._text(self._number(4)),
+            "\x8c": lambda self: self._text(self._number(1)),
+            "\x8d": lambda self: self._text(self._number(8)),
+            "B": lambda self: self._bytes(self._number(4)),
+            "C": lambda self: self._bytes(self._number(1)),
+            "\x8e": lambda self: self._bytes(self._number(8)),
+            "\x96": lambda self: self._push(bytearray(self._take(self._number(8)))),
             # the stack and the memo
             "(": lambda self: self._push(_MARK),
             "0": lambda self: self._stack.pop() and None,
             "1": lambda self: self._pop_to_mark() and None,
             "2": lambda self: self._push(self._top()),
             "g": lambda self: self._get(int(self._line())),
-            "h": lambda self: self._get(self._number("B")),
-            "j": lambda self: self._get(self._number("I")),
+            "h": lambda self: self._get(self._number(1)),
+            "j": lambda self: self._get(self._number(4)),
             "p": lambda self: self._put(int(self._line())),
-            "q": lambda self: self._put(self._number("B")),
-            "r": lambda self: self._put(self._number("I")),
+            "q": lambda self: self._put(self._number(1)),
+            "r": lambda self: self._put(self._number(4)),
             "\x94": lambda self: self._put(len(self._memo)),
             # containers
             "]": lambda self: self._push([]),

@@ -41,9 +41,22 @@ class TFLiteGraph:
         """The subgraphs by the names of the signatures that the file has."""
         return {found.signature_key or "": found.subgraph_index for found in self.model.signature_defs}
 
+    @property
+    def preferred_opset(self) -> int:
+        """21, which has int16 codes. 20 where activations are int8 and none int16: onnxruntime 1.32 on x86-64 makes a
+        model of opset 21 invalid while it optimizes it, where int8 activations are reshaped, transposed or cut."""
+        codes = {
+            _dtype(table)
+            for at, graph in enumerate(self.model.subgraphs)
+            for index, table in enumerate(graph.tensors)
+            if table.quantization is not None and table.quantization.scale is not None
+            if (at, index) not in self.constants
+        }
+        return 20 if np.dtype(np.int8) in codes and np.dtype(np.int16) not in codes else 21
+
     def onnx_ir(self) -> ir.Model:
         """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
-        return self.lowered(opset=21)[0]
+        return self.lowered(opset=self.preferred_opset)[0]
 
     def lowered(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from formats.tflite.flatbuffer import Table
 
 @dataclass(frozen=True, slots=True)
 class OptionField:
-    """A field: its slot, its `struct` format ("[i" is a vector of int32), and its default."""
+    """A field: its slot, its `struct` format ("[i" and "[f" are vectors of 32 bits), and its default."""
 
     slot: int
     format: str
@@ -50,6 +51,7 @@ OPTIONS: Mapping[str, Mapping[str, OptionField]] = MappingProxyType(
             "ARG_MIN": "output_type:b",
             "AVERAGE_POOL_2D": _POOL,
             "BATCH_MATMUL": "adj_x:? adj_y:? asymmetric_quantize_inputs:?",
+            "BUCKETIZE": "boundaries:[f",
             "CALL_ONCE": "init_subgraph_index:i",
             "CAST": "in_data_type:b out_data_type:b",
             "CONCATENATION": "axis:i fused_activation:b",
@@ -87,6 +89,7 @@ OPTIONS: Mapping[str, Mapping[str, OptionField]] = MappingProxyType(
             "RESHAPE": "new_shape:[i",
             "RESIZE_BILINEAR": "- - align_corners:? half_pixel_centers:?",
             "RESIZE_NEAREST_NEIGHBOR": "align_corners:? half_pixel_centers:?",
+            "REVERSE_SEQUENCE": "seq_dim:i batch_dim:i",
             "SHAPE": "out_type:b",
             "SOFTMAX": "beta:f",
             "SPACE_TO_DEPTH": "block_size:i",
@@ -125,13 +128,22 @@ class Options:
 
     def integers(self, name: str) -> list[int] | None:
         """A vector of integers; None when it is absent."""
+        values = self._vector(name, "<i4")
+        return None if values is None else [int(value) for value in values]
+
+    def numbers(self, name: str) -> list[float]:
+        """A vector of floats, empty when it is absent."""
+        values = self._vector(name, "<f4")
+        return [] if values is None else [float(value) for value in values]
+
+    def _vector(self, name: str, dtype: str) -> NDArray[Any] | None:
         position = self._position(name)
         if self.table is None or position is None:
             return None
         buffer = self.table.flatbuffer
-        values: NDArray[np.int32] = buffer.array(buffer.follow(position), np.dtype("<i4"))
+        values: NDArray[Any] = buffer.array(buffer.follow(position), np.dtype(dtype))
         buffer.spend(values.nbytes)
-        return [int(value) for value in values]
+        return values
 
     def text(self, name: str) -> str:
         """A string, empty when it is absent."""

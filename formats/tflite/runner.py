@@ -13,22 +13,30 @@ from converters.errors import Unsupported
 from converters.interfaces import RunPort
 from formats.tflite.reader import TFLiteReader
 
+_WRONG_REFERENCES = frozenset({"LOCAL_RESPONSE_NORMALIZATION", "SUM"})
+_NO_KERNEL = "Didn't find op"
+
 
 class LiteRTRunner:
     """A model in LiteRT's interpreter with the reference kernels, by which others are judged; with the default ones
-    where weights are in blocks, which the reference kernels of LiteRT 2.3 take for zeros."""
+    where those of LiteRT 2.3 are wrong: they take weights in blocks for zeros, leave a channel out in
+    LOCAL_RESPONSE_NORMALIZATION, and give a SUM of integers as its zero point; or where there are none, as of CEIL."""
 
     def __init__(self, path: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        tensors = TFLiteReader().read(path).values()
-        in_blocks = any(tensor.granularity.startswith("blockwise") for tensor in tensors)
-        resolver = OpResolverType.AUTO if in_blocks else OpResolverType.BUILTIN_REF
-        try:
-            self._interpreter = Interpreter(str(path), experimental_op_resolver_type=resolver)
-            self._interpreter.allocate_tensors()
-        except (RuntimeError, ValueError) as error:
-            raise Unsupported(f"LiteRT does not run it: {_line(error)}", path=path) from error
+        model = TFLiteReader().read(path)
+        in_blocks = any(tensor.granularity.startswith("blockwise") for tensor in model.values())
+        is_wrong = in_blocks or not _WRONG_REFERENCES.isdisjoint(getattr(model.graph, "operators", ()))
+        default, reference = OpResolverType.AUTO, OpResolverType.BUILTIN_REF
+        for resolver in (default,) if is_wrong else (reference, default):
+            try:
+                self._interpreter = Interpreter(str(path), experimental_op_resolver_type=resolver)
+                self._interpreter.allocate_tensors()
+                break
+            except (RuntimeError, ValueError) as error:
+                if resolver is default or _NO_KERNEL not in str(error):
+                    raise Unsupported(f"LiteRT does not run it: {_line(error)}", path=path) from error
         self._path = path
 
     @property

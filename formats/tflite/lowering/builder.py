@@ -50,6 +50,11 @@ class TensorInfo:
     is_variable: bool = False
 
     @property
+    def is_open(self) -> bool:
+        """Whether the file leaves a size open."""
+        return any(size < 0 for size in self.signature)
+
+    @property
     def is_quantized(self) -> bool:
         """Whether it is held as integers that stand for floats, and is computed at run time."""
         return self.scale is not None and self.dtype in _QUANTIZED and self.constant is None

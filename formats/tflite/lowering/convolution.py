@@ -46,13 +46,12 @@ def _convolve(
     strides: list[int],
     dilations: list[int],
 ) -> None:
-    image = b.info(op.input(0)).shape
     attributes: dict[str, Any] = {
         "kernel_shape": list(kernel),
         "strides": strides,
         "dilations": dilations,
         "group": groups,
-        "pads": pads(op.options.integer("padding"), image[1:-1], kernel, strides, dilations),
+        **padding(b, op, kernel, strides, dilations),
     }
     inputs = [b.read_first(op.input(0)), kernel_value(b, op.input(1), permutation)]
     if op.input(2) >= 0:
@@ -92,11 +91,16 @@ def _convolve_transposed(
     """Padding is that of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
     image, result = b.info(op.input(2)).shape, b.info(op.outputs[0]).shape
     before, after, more = [], [], []
+    is_same = op.options.integer("padding") == _SAME
+    is_open = any(size < 0 for size in b.info(op.input(2)).signature[1:-1])
     axes = zip(image[1:-1], result[1:-1], kernel, strides, dilations, strict=True)
     for size, wide, window, stride, dilation in axes:
         surplus = (size - 1) * stride + (window - 1) * dilation + 1 - wide
+        if is_open:  # the result's size is what Keras asks for
+            surplus = (window - 1) * dilation + 1 - stride
+            surplus = surplus if is_same else min(surplus, 0)
         total = max(surplus, 0)
-        before.append(total // 2 if op.options.integer("padding") == _SAME else 0)
+        before.append(total // 2 if is_same else 0)
         after.append(max(surplus - before[-1], 0))
         more.append(max(-surplus, 0))
     attributes: dict[str, Any] = {
@@ -133,9 +137,19 @@ def l2_pool_2d(b: Builder, op: Operator) -> None:
 def _pool(b: Builder, op: Operator) -> dict[str, Any]:
     kernel = [op.options.integer("filter_height"), op.options.integer("filter_width")]
     strides = _strides(op.options)
-    image = b.info(op.input(0)).shape
-    padding = pads(op.options.integer("padding"), image[1:-1], kernel, strides, [1, 1])
-    return {"kernel_shape": kernel, "strides": strides, "pads": padding}
+    return {"kernel_shape": kernel, "strides": strides, **padding(b, op, kernel, strides, [1, 1])}
+
+
+def padding(
+    b: Builder, op: Operator, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> dict[str, Any]:
+    """The attributes that say how an image is padded. Of sizes that the file leaves open the runtime works it out,
+    unless it is the same for all."""
+    image, how = b.info(op.input(0)), op.options.integer("padding")
+    is_open = any(size < 0 for size in image.signature[1:-1])
+    if how == _SAME and is_open and any(stride > 1 for stride in strides):
+        return {"auto_pad": "SAME_UPPER"}
+    return {"pads": pads(how, image.shape[1:-1], kernel, strides, dilations)}
 
 
 def pads(
@@ -172,13 +186,15 @@ def resize(mode: str, nearest: bool) -> Any:
         attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": how}
         if nearest:  # TFLite rounds halves up where corners or centres are aligned, else down
             attributes["nearest_mode"] = "round_prefer_ceil" if align or half else "floor"
-        image, size = b.info(op.input(0)).shape, b.numbers(op.input(1))
-        if size is None:
-            wanted = b.emit("Cast", [b.read(op.input(1))], to=int(ir.DataType.INT64))
-            sizes = b.emit("Concat", [b.ints([image[0], image[3]]), wanted], axis=0)
-        else:
-            sizes = b.ints([image[0], image[3], *(int(each) for each in np.asarray(size).reshape(-1))])
-        value = b.emit("Resize", [b.read_first(op.input(0)), None, None, sizes], **attributes)
+        image, value, size = b.info(op.input(0)), b.read_first(op.input(0)), b.numbers(op.input(1))
+        sizes = [] if size is None else [int(each) for each in np.asarray(size).reshape(-1)]
+        if sizes and not image.is_open:
+            wanted = b.ints([image.shape[0], image.shape[3], *sizes])
+        else:  # batch and channels keep their sizes
+            kept = b.emit("Slice", [b.emit("Shape", [value]), b.ints([0]), b.ints([2])])
+            given = b.ints(sizes) if sizes else b.emit("Cast", [b.read(op.input(1))], to=int(ir.DataType.INT64))
+            wanted = b.emit("Concat", [kept, given], axis=0)
+        value = b.emit("Resize", [value, None, None, wanted], **attributes)
         b.write(op.outputs[0], value, first=True)
 
     return lower

@@ -22,7 +22,12 @@ def fully_connected(b: Builder, op: Operator) -> None:
         inputs.append(b.read(op.input(2)))
     product = b.emit("Gemm", inputs, transB=1)
     if len(result.shape) != 2 or result.shape[-1] != weight.shape[0]:
-        product = b.emit("Reshape", [product, b.ints(free_first(b, op.outputs[0]))])
+        if sum(size < 0 for size in result.signature) > 1 and len(shape) == len(result.shape):
+            leading = b.emit("Slice", [b.emit("Shape", [b.read(op.input(0))]), b.ints([0]), b.ints([-1])])
+            sizes = b.emit("Concat", [leading, b.ints([weight.shape[0]])], axis=0)
+        else:
+            sizes = b.ints(free_first(b, op.outputs[0]))
+        product = b.emit("Reshape", [product, sizes])
     b.finish(op, product)
 
 

@@ -28,6 +28,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
                 "random numbers, which no two runtimes draw alike",
             ),
             ("RFFT2D REAL IMAG COMPLEX_ABS", "complex numbers, which hardly an ONNX operator takes"),
+            ("BITCAST", "in ONNX since opset 26 only"),
             ("CALL DELEGATE PLACEHOLDER_FOR_GREATER_OP_CODES", "not found in files"),
             ("CUSTOM", "known to its author only: --opt custom=DOMAIN writes it as it is"),
         )

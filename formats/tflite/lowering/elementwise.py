@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from converters.errors import Unsupported
 from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator
 
 Lowering = Callable[[Builder, Operator], None]
@@ -199,6 +198,24 @@ def floor_mod(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
+def right_shift(b: Builder, op: Operator) -> None:
+    """RIGHT_SHIFT by at most all bits but one; of signed integers, which BitShift does not take, it is the division by
+    a power of two towards minus infinity."""
+    (value, amount), first = aligned(b, op.inputs[:2])
+    dtype, kind = b.info(op.input(0)).dtype, int(b.type_of(op.input(0)))
+    long = int(ir.DataType.INT64)
+    limits = [b.constant(np.int64(limit), name="limit") for limit in (0, 8 * dtype.itemsize - 1)]
+    amount = b.emit("Clip", [b.emit("Cast", [amount], to=long), *limits])
+    if dtype.kind == "u":
+        result = b.emit("BitShift", [value, b.emit("Cast", [amount], to=kind)], direction="RIGHT")
+    else:
+        value = b.emit("Cast", [value], to=long)
+        power = b.emit("Pow", [b.constant(np.int64(2), name="two"), amount])
+        rest = b.emit("Mod", [value, power])
+        result = b.emit("Cast", [b.emit("Div", [b.emit("Sub", [value, rest]), power])], to=kind)
+    b.write(op.outputs[0], result, first=first)
+
+
 def select(b: Builder, op: Operator) -> None:
     """SELECT and SELECT_V2; the former's condition may have one value for each row."""
     condition, shape = b.info(op.input(0)).shape, b.info(op.input(1)).shape
@@ -224,13 +241,6 @@ def local_response_normalization(b: Builder, op: Operator) -> None:
     alpha, beta, bias = (options.number(name) for name in ("alpha", "beta", "bias"))
     value = b.emit("LRN", [b.read_first(op.input(0))], size=window, bias=bias, alpha=alpha * window, beta=beta)
     b.write(op.outputs[0], value, first=True)
-
-
-def mirrored(mode: int) -> str:
-    """ONNX's mode of a MIRROR_PAD (schema.fbs, MirrorPadMode). Raises Unsupported for the one that it lacks."""
-    if mode != 0:
-        raise Unsupported("MIRROR_PAD in mode SYMMETRIC has no like in ONNX")
-    return "reflect"
 
 
 def arc_tangent_2(b: Builder, op: Operator) -> None:

@@ -48,6 +48,7 @@ def lowered(
     root.custom_domain = wishes.custom_domain
     inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
     _run(root, graph)
+    root.outputs.update(value.name or "" for value in inputs)  # one that is an output as well gets another name there
     outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
     outputs += _states(root)
     nodes = _used(root.nodes, outputs)

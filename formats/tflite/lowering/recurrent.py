@@ -98,6 +98,8 @@ class _Cell:
 
     def _gate(self, b: Builder, name: str, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> ir.Value:
         of_x = b.emit("Gemm", [x, self.input[name]], transB=1)
+        if name in self.normalization:  # an integer kernel saturates each part for itself
+            of_x = b.rounded(of_x, self.grids.get(name, -1))
         total = b.emit("Add", [of_x, b.emit("Gemm", [hidden, self.recurrent[name]], transB=1)])
         if name in self.peephole:
             total = b.emit("Add", [total, b.emit("Mul", [cell, self.peephole[name]])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 
 import numpy as np
@@ -10,14 +11,13 @@ import onnx_ir as ir
 from converters.errors import Unsupported
 from formats.tflite.lowering.builder import TO_FIRST, TO_LAST, Builder, Operator
 from formats.tflite.lowering.dense import free_first
-from formats.tflite.lowering.elementwise import mirrored
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1
 _MOST_POSITIONS = 1 << 22
 
 
-def _long(b: Builder, index: int) -> ir.Value:
+def long_list(b: Builder, index: int) -> ir.Value:
     """A list of integers as int64."""
     values = b.numbers(index)
     return b.ints(values.reshape(-1).tolist()) if values is not None else b.emit("Cast", [b.read(index)], to=_INT64)
@@ -117,10 +117,23 @@ def gather(b: Builder, op: Operator) -> None:
     if not batch:
         b.write(op.outputs[0], b.emit("Gather", [values, indices], axis=axis))
         return
-    if axis != batch:
-        raise Unsupported(f"GATHER along axis {axis} with batch_dims {batch} has no like in ONNX")
+    rank, others = len(b.info(op.input(0)).shape), len(b.info(op.input(1)).shape) - batch
+    axis %= rank
+    if axis != batch:  # GatherND takes along the axis behind those of the batch
+        values = b.emit("Transpose", [values], perm=_moved(rank, axis, batch))
     last = b.emit("Unsqueeze", [b.emit("Cast", [indices], to=_INT64), b.ints([-1])])
-    b.write(op.outputs[0], b.emit("GatherND", [values, last], batch_dims=batch))
+    result = b.emit("GatherND", [values, last], batch_dims=batch)
+    if axis != batch:
+        between = range(batch + others, batch + others + axis - batch)
+        picked, rest = range(batch, batch + others), range(axis + others, rank - 1 + others)
+        result = b.emit("Transpose", [result], perm=(*range(batch), *between, *picked, *rest))
+    b.write(op.outputs[0], result)
+
+
+def _moved(rank: int, axis: int, to: int) -> tuple[int, ...]:
+    """The axes, with one of them moved to another place."""
+    axes = [each for each in range(rank) if each != axis]
+    return (*axes[:to], axis, *axes[to:])
 
 
 def embedding_lookup(b: Builder, op: Operator) -> None:
@@ -137,15 +150,33 @@ def gather_nd(b: Builder, op: Operator) -> None:
 def scatter_nd(b: Builder, op: Operator) -> None:
     """SCATTER_ND: updates that meet are added."""
     zero = np.zeros(1, b.info(op.outputs[0]).dtype if not b.info(op.outputs[0]).is_quantized else np.float32)
-    empty = b.emit("ConstantOfShape", [_long(b, op.input(2))], value=ir.tensor(zero))
+    empty = b.emit("ConstantOfShape", [long_list(b, op.input(2))], value=ir.tensor(zero))
     indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
     b.write(op.outputs[0], b.emit("ScatterND", [empty, indices, b.read(op.input(1))], reduction="add"))
 
 
+def mirror_pad(b: Builder, op: Operator) -> None:
+    """MIRROR_PAD (schema.fbs, MirrorPadMode): SYMMETRIC, which repeats the edge and ONNX has not, is a Gather along
+    each axis that grows."""
+    if op.options.integer("mode") == 0:
+        pad(b, op)
+        return
+    info, first, rank = b.info(op.input(0)), b.is_first(op.input(0)), len(b.info(op.input(0)).shape)
+    value = b.read_first(op.input(0)) if first else b.read(op.input(0))
+    for axis, (before, after) in enumerate(np.asarray(b.list_of(op.input(1))).reshape(rank, 2).tolist()):
+        if info.signature[axis] < 0 and before + after:
+            raise Unsupported("MIRROR_PAD in mode SYMMETRIC of an axis whose size is open has no like in ONNX")
+        if before + after:
+            places = np.pad(np.arange(info.shape[axis], dtype=np.int64), (before, after), "symmetric")
+            at = TO_FIRST[rank].index(axis) if first else axis
+            value = b.emit("Gather", [value, b.ints(places.tolist())], axis=at)
+    b.write(op.outputs[0], value, first=first)
+
+
 def pad(b: Builder, op: Operator) -> None:
-    """PAD, PADV2 and MIRROR_PAD: what comes before and after each axis is the second input."""
+    """PAD, PADV2 and MIRROR_PAD in mode REFLECT: what comes before and after each axis is the second input."""
     first, rank = b.is_first(op.input(0)), len(b.info(op.input(0)).shape)
-    mode = mirrored(op.options.integer("mode")) if op.name == "MIRROR_PAD" else "constant"
+    mode = "reflect" if op.name == "MIRROR_PAD" else "constant"
     value = b.read_first(op.input(0)) if first else b.read(op.input(0))
     if b.numbers(op.input(1)) is None:
         value, first = b.read(op.input(0)), False
@@ -169,7 +200,7 @@ def slice_(b: Builder, op: Operator) -> None:
         ends = [_FAR if n < 0 else s + n for s, n in zip(starts, b.list_of(op.input(2)), strict=True)]
         inputs = [b.ints(starts), b.ints(ends)]
     else:
-        start, count = _long(b, op.input(1)), _long(b, op.input(2))
+        start, count = long_list(b, op.input(1)), long_list(b, op.input(2))
         is_rest = b.emit("Less", [count, b.ints([0] * rank)])
         inputs = [start, b.emit("Where", [is_rest, b.ints([_FAR] * rank), b.emit("Add", [start, count])])]
     b.write(op.outputs[0], b.emit("Slice", [b.read(op.input(0)), *inputs]))
@@ -225,12 +256,18 @@ def _sliced(
     if begins is not None and ends is not None:
         start = [w if f else int(begins[k]) for k, w, f in zip(wanted, whole_start, free_begin, strict=True)]
         stop = [w if f else int(ends[k]) for k, w, f in zip(wanted, whole_end, free_end, strict=True)]
+        if op.options.integer("offset"):  # ends are counted from where the slice begins
+            sizes = [b.info(op.input(0)).shape[axis] for _, axis in places]
+            start = [s % size if s < 0 else s for s, size in zip(start, sizes, strict=True)]
+            stop = [e if f else s + e for s, e, f in zip(start, stop, free_end, strict=True)]
         stop = [(s + 1 or _FAR) if one else e for s, e, one in zip(start, stop, shrink, strict=True)]
         inputs = [b.ints(start), b.ints(stop)]
     else:
         positions = b.ints(wanted)
-        start_value = b.emit("Gather", [_long(b, op.input(1)), positions])
-        stop_value = b.emit("Gather", [_long(b, op.input(2)), positions])
+        start_value = b.emit("Gather", [long_list(b, op.input(1)), positions])
+        stop_value = b.emit("Gather", [long_list(b, op.input(2)), positions])
+        if op.options.integer("offset"):
+            stop_value = b.emit("Add", [start_value, stop_value])
         after = b.emit("Add", [start_value, b.ints([1])])
         is_last = b.emit("Equal", [after, b.ints([0])])
         after = b.emit("Where", [is_last, b.ints([_FAR]), after])
@@ -247,17 +284,17 @@ def _where(b: Builder, mask: list[bool], values: list[int], others: ir.Value) ->
 
 def tile(b: Builder, op: Operator) -> None:
     """TILE."""
-    b.write(op.outputs[0], b.emit("Tile", [b.read(op.input(0)), _long(b, op.input(1))]))
+    b.write(op.outputs[0], b.emit("Tile", [b.read(op.input(0)), long_list(b, op.input(1))]))
 
 
 def broadcast_to(b: Builder, op: Operator) -> None:
     """BROADCAST_TO."""
-    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(0)), _long(b, op.input(1))]))
+    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(0)), long_list(b, op.input(1))]))
 
 
 def fill(b: Builder, op: Operator) -> None:
     """FILL: the shape is the first input."""
-    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(1)), _long(b, op.input(0))]))
+    b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(1)), long_list(b, op.input(0))]))
 
 
 def shape_of(b: Builder, op: Operator) -> None:
@@ -281,8 +318,12 @@ def one_hot(b: Builder, op: Operator) -> None:
     """ONE_HOT."""
     on, off = (b.emit("Reshape", [b.read(op.input(position)), b.ints([1])]) for position in (2, 3))
     values = b.emit("Concat", [off, on], axis=0)
-    depth = b.emit("Reshape", [_long(b, op.input(1)), b.ints([1])])
+    depth = b.emit("Reshape", [long_list(b, op.input(1)), b.ints([1])])
     indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
+    if not b.info(op.input(0)).shape:  # ONNX wants an axis
+        made = b.emit("OneHot", [b.emit("Reshape", [indices, b.ints([1])]), depth, values], axis=-1)
+        b.write(op.outputs[0], b.emit("Squeeze", [made, b.ints([0])]))
+        return
     b.write(op.outputs[0], b.emit("OneHot", [indices, depth, values], axis=op.options.integer("axis")))
 
 
@@ -303,14 +344,22 @@ def reverse(b: Builder, op: Operator) -> None:
 def dynamic_update_slice(b: Builder, op: Operator) -> None:
     """DYNAMIC_UPDATE_SLICE: the update goes where the third input says, moved inside if it would reach out."""
     info, update = b.info(op.input(0)), b.info(op.input(1))
-    rank = len(info.shape)
-    room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
-    start = b.emit("Max", [b.emit("Min", [_long(b, op.input(2)), room]), b.ints([0] * rank)])
-    if prod(update.shape) > _MOST_POSITIONS:
+    rank, values = len(info.shape), b.read(op.input(1))
+    if info.is_open or update.is_open:
+        size = b.emit("Shape", [values])
+        room = b.emit("Sub", [b.emit("Shape", [b.read(op.input(0))]), size])
+        ones = b.emit("Expand", [b.constant(np.ones((), np.bool_), name="true"), size])
+        positions = b.emit("Transpose", [b.emit("NonZero", [ones])], perm=(1, 0))
+        values = b.emit("Reshape", [values, b.ints([-1])])
+    elif prod(update.shape) > _MOST_POSITIONS:
         raise Unsupported(f"DYNAMIC_UPDATE_SLICE of {update.shape} has too many positions to list")
-    positions = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
-    indices = b.emit("Add", [b.constant(positions, name="positions"), start])
-    b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, b.read(op.input(1))]))
+    else:
+        room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
+        listed = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
+        positions = b.constant(listed, name="positions")
+    start = b.emit("Max", [b.emit("Min", [long_list(b, op.input(2)), room]), b.ints([0] * rank)])
+    indices = b.emit("Add", [positions, start])
+    b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, values]))
 
 
 def space_to_batch(b: Builder, op: Operator) -> None:
@@ -321,14 +370,23 @@ def space_to_batch(b: Builder, op: Operator) -> None:
     rest = len(shape) - 1 - count
     amounts = [0, *around[:, 0].tolist(), *[0] * rest, 0, *around[:, 1].tolist(), *[0] * rest]
     value = b.emit("Pad", [b.read(op.input(0)), b.ints(amounts)])
-    sizes = [shape[0]]
+    _refuse_open(b, op, range(1, 1 + count))
+    sizes = [-1 if b.info(op.input(0)).is_open else shape[0]]
     for size, block, (before, after) in zip(shape[1 : 1 + count], blocks, around.tolist(), strict=True):
         sizes += [(size + before + after) // block, block]
     value = b.emit("Reshape", [value, b.ints([*sizes, *shape[1 + count :]])])
     inner, outer = [2 + 2 * k for k in range(count)], [1 + 2 * k for k in range(count)]
     rest_axes = [1 + 2 * count + k for k in range(rest)]
     value = b.emit("Transpose", [value], perm=(*inner, 0, *outer, *rest_axes))
-    b.write(op.outputs[0], b.emit("Reshape", [value, b.ints(b.info(op.outputs[0]).shape)]))
+    made = b.info(op.outputs[0])
+    b.write(op.outputs[0], b.emit("Reshape", [value, b.ints([-1 if made.is_open else made.shape[0], *made.shape[1:]])]))
+
+
+def _refuse_open(b: Builder, op: Operator, axes: Iterable[int]) -> None:
+    """Raises Unsupported where the file leaves sizes open that have to be known."""
+    info = b.info(op.input(0))
+    if info.is_open and any(info.signature[axis] < 0 for axis in axes):
+        raise Unsupported(f"{op.name} of an image whose sizes are open: convert the model with fixed ones")
 
 
 def batch_to_space(b: Builder, op: Operator) -> None:
@@ -336,7 +394,8 @@ def batch_to_space(b: Builder, op: Operator) -> None:
     blocks = b.list_of(op.input(1))
     cut = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
     shape, count = b.info(op.input(0)).shape, len(blocks)
-    batch = shape[0] // int(np.prod(blocks))
+    _refuse_open(b, op, range(1, 1 + count))
+    batch = -1 if b.info(op.input(0)).is_open else shape[0] // int(np.prod(blocks))
     value = b.emit("Reshape", [b.read(op.input(0)), b.ints([*blocks, batch, *shape[1:]])])
     order = [count]
     for k in range(count):
@@ -351,8 +410,13 @@ def batch_to_space(b: Builder, op: Operator) -> None:
 
 
 def segment_sum(b: Builder, op: Operator) -> None:
-    """SEGMENT_SUM: rows of one segment are added."""
-    shape = b.info(op.outputs[0]).shape
-    empty = b.emit("ConstantOfShape", [b.ints(shape)], value=ir.tensor(np.zeros(1, np.float32)))
-    rows = b.emit("Unsqueeze", [b.emit("Cast", [b.read(op.input(1))], to=_INT64), b.ints([-1])])
-    b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, b.read(op.input(0))], reduction="add"))
+    """SEGMENT_SUM: rows of one segment are added; segments are in order, so that the last one says how many there are
+    (the file often does not)."""
+    value, ids = b.read(op.input(0)), b.emit("Cast", [b.read(op.input(1))], to=_INT64)
+    last = b.emit("Slice", [ids, b.ints([-1]), b.ints([_FAR])])
+    rest = b.emit("Slice", [b.emit("Shape", [value]), b.ints([1]), b.ints([_FAR])])
+    shape = b.emit("Concat", [b.emit("Add", [last, b.ints([1])]), rest], axis=0)
+    dtype = np.float32 if b.info(op.input(0)).is_quantized else b.info(op.input(0)).dtype
+    empty = b.emit("ConstantOfShape", [shape], value=ir.tensor(np.zeros(1, dtype)))
+    rows = b.emit("Unsqueeze", [ids, b.ints([-1])])
+    b.write(op.outputs[0], b.emit("ScatterND", [empty, rows, value], reduction="add"))

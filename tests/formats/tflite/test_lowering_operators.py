@@ -168,12 +168,14 @@ CASES = [
     Case("SPLIT_V", [f(2, 6), i(1, -1, 3), np.array(1, np.int32)], {"numSplits": 3}, constant=[1, 2], results=3),
     Case("GATHER", [f(4, 3), i(2, 0)], {"axis": 0}),
     Case("GATHER", [f(2, 4, 3), np.array([[1, 0], [3, 3]], np.int32)], {"axis": 1, "batchDims": 1}),
+    Case("GATHER", [f(2, 3, 4, 2), np.array([[1, 0, 3], [3, 3, 2]], np.int32)], {"axis": 2, "batchDims": 1}),
     Case("GATHER_ND", [f(2, 3, 4), np.array([[0, 1], [1, 2]], np.int32)]),
     Case("EMBEDDING_LOOKUP", [i(2, 0, 1), f(4, 3)], constant=[1]),
     Case("SCATTER_ND", [np.array([[1], [1], [3]], np.int32), f(3, 2), i(5, 2)], constant=[2]),
     Case("PAD", [f(1, 2, 3, 2), np.array([[0, 0], [1, 2], [0, 1], [0, 0]], np.int32)], constant=[1]),
     Case("PADV2", [f(2, 3), np.array([[1, 0], [0, 2]], np.int32), np.array(7, np.float32)], constant=[1, 2]),
     Case("MIRROR_PAD", [f(3, 4), np.array([[1, 2], [2, 1]], np.int32)], {"mode": 0}, constant=[1]),
+    Case("MIRROR_PAD", [f(3, 4), np.array([[1, 3], [4, 1]], np.int32)], {"mode": 1}, constant=[1]),
     Case("SLICE", [f(3, 4, 5), i(1, 0, 2), i(2, -1, 1)], constant=[1, 2]),
     *(
         Case("STRIDED_SLICE", [f(3, 4, 5), i(*a), i(*z), i(*s)], masks, constant=[1, 2, 3])
@@ -184,6 +186,13 @@ CASES = [
             ((-1, 0, -1), (0, 4, 0), (1, 1, 1), {"shrinkAxisMask": 5}),
             ((0, 0), (1, 2), (1, 1), {"ellipsisMask": 1}),
         )
+    ),
+    Case(
+        "STRIDED_SLICE",
+        [f(3, 4, 5), i(0, 1, -4), i(2, 2, 3), i(1, 1, 1)],
+        {"offset": True},
+        constant=[1, 2, 3],
+        version=8,
     ),
     Case("TILE", [f(2, 3), i(2, 3)]),
     Case("BROADCAST_TO", [f(3, 1), i(2, 3, 4)], constant=[1], version=2),
@@ -196,13 +205,57 @@ CASES = [
         {"axis": -1},
         constant=[1, 2, 3],
     ),
+    Case(
+        "ONE_HOT",
+        [scalar(2), scalar(4), np.array(2, np.float32), np.array(-1, np.float32)],
+        {"axis": -1},
+        constant=[1, 2, 3],
+    ),
     Case("WHERE", [np.array([[True, False], [True, True]])], result=np.int64),
     Case("REVERSE_V2", [f(2, 3), i(1)], constant=[1]),
     Case("DYNAMIC_UPDATE_SLICE", [f(4, 5), f(2, 2), i(1, 4)]),
     Case("SPACE_TO_BATCH_ND", [f(1, 4, 5, 2), i(2, 3), np.array([[0, 0], [0, 1]], np.int32)], constant=[1, 2]),
     Case("BATCH_TO_SPACE_ND", [f(6, 2, 2, 2), i(2, 3), np.array([[0, 0], [0, 1]], np.int32)], constant=[1, 2]),
     Case("SEGMENT_SUM", [f(4, 3), i(0, 0, 1, 2)], constant=[1]),
+    Case("SEGMENT_SUM", [f(4, 3), i(0, 1, 1, 2)]),
     Case("TOPK_V2", [f(2, 6), np.array(3, np.int32)], constant=[1], results=2, second_result=np.int32),
+    # positions
+    *(
+        Case(f"UNSORTED_SEGMENT_{name}", [f(5, 3), i(2, 0, 2, -1, 1), scalar(4)], constant=[2])
+        for name in ("SUM", "MAX", "MIN", "PROD")
+    ),
+    Case("MATRIX_DIAG", [f(2, 3)]),
+    *(Case("MATRIX_SET_DIAG", [f(2, *size), f(2, 3)]) for size in ((3, 3), (3, 5), (4, 3))),
+    Case("BROADCAST_ARGS", [i(3, 1), i(2, 1, 4)], result=np.int32),
+    *(
+        Case("REVERSE_SEQUENCE", [f(3, 4, 3), i(2, 3, 1)], {"seqDim": time, "batchDim": batch})
+        for time, batch in ((1, 0), (1, 2), (0, 2))
+    ),
+    Case(
+        "SPARSE_TO_DENSE",
+        [np.array([[0, 1], [2, 0]], np.int32), i(3, 4), f(2), np.array(0.5, np.float32)],
+        constant=[1],
+    ),
+    Case("SPARSE_TO_DENSE", [i(1, 3), i(5), np.array(2, np.float32), np.array(0.5, np.float32)], constant=[1]),
+    Case("UNIQUE", [i(3, 1, 3, 3, 0)], {"idxOutType": 2}, result=np.int32, results=2, second_result=np.int32),
+    Case(
+        "NON_MAX_SUPPRESSION_V4",
+        [
+            np.array([[0, 0, 1, 1], [0, 0.1, 1, 1.1], [2, 2, 3, 3], [5, 5, 4, 4]], np.float32),
+            np.array([0.5, 0.9, 0.7, 0.05], np.float32),
+            scalar(3),
+            np.array(0.5, np.float32),
+            np.array(0.1, np.float32),
+        ],
+        constant=[2, 3, 4],
+        result=np.int32,
+        results=2,
+        second_result=np.int32,
+    ),
+    Case("BUCKETIZE", [np.array([-3, -1, 0.5, 2, 9], np.float32)], {"boundaries": [-1.0, 2.0, 5.0]}, result=np.int32),
+    Case("BITWISE_XOR", [i(5, -3, 9), i(3, 7, -1)], result=np.int32),
+    Case("RIGHT_SHIFT", [i(-9, 9, -1, 1 << 30), i(1, 2, 40, 3)], result=np.int32),
+    Case("RIGHT_SHIFT", [np.array([200, 7], np.uint8), np.array([3, 1], np.uint8)], result=np.uint8),
     # storage
     Case("CAST", [f(2, 3)], {"inDataType": 0, "outDataType": 2}, result=np.int32),
     Case("ZEROS_LIKE", [f(2, 3)]),

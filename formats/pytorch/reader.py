@@ -1,0 +1,112 @@
+"""PyTorch files -> Model: what was saved in them as a flat state dict, headers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from converters.errors import CorruptFile, Error
+from converters.interfaces import option
+from converters.ir import Loss, Metadata, Model, Tensor
+from converters.storage import MappedFile
+from formats.pytorch.archive import Archive
+from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
+from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
+from formats.pytorch.contents import Leaf, StateDict, state_dict_of
+from formats.pytorch.exported import is_exported, read_exported
+from formats.pytorch.fake_quantizers import quantize_weights
+from formats.pytorch.packed_parameters import unpack_parameters
+from formats.pytorch.tensors import tensor_of
+from formats.pytorch.values import StridedTensor, SubclassTensor
+
+_CONSTANTS = "constants.pkl"
+_NOT_FOLDED = "its scale was trained with the batch norm folded into it: --opt fold-batch-norm=true does that"
+
+
+@dataclass(frozen=True, slots=True)
+class PyTorchOptions:
+    """What the file may not say."""
+
+    bits: int | None = option(
+        None, "bits of weights that were trained with fake quantization, where the file lacks them"
+    )
+    fold_batch_norm: bool = option(False, "multiply the batch norm of QAT's ConvBn modules into the weight before it")
+    int4_cpu_layout: Literal["avx512", "avx2", "generic"] = option(
+        "avx512", "the kind of CPU on which torchao packed int4 weights for CPUs, which no file records"
+    )
+
+
+class PyTorchReader:
+    """Reads .pt, .pth, .bin, .ckpt and .pt2 files."""
+
+    options: ClassVar[type] = PyTorchOptions
+
+    def read(self, path: Path, options: PyTorchOptions = PyTorchOptions()) -> Model:
+        """The tensors as the float model's state dict names them. Raises CorruptFile for damage and for pickles that
+        name what they must not, Unsupported for what is valid but not handled."""
+        file = MappedFile.open(path)
+        if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
+            return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
+        archive = Archive.open(file)
+        if is_exported(archive):
+            return _program(archive, path, options)
+        found = state_dict_of(saved_value(archive))
+        if _CONSTANTS not in archive:
+            return _model(found, "", path, options)
+        # what torch.jit.freeze has taken for constants, as the code calls it
+        constants = saved_value(archive, _CONSTANTS, "constants/")
+        if isinstance(constants, tuple):
+            values = {f"CONSTANTS.c{number}": value for number, value in enumerate(constants)}
+            found.leaves |= state_dict_of(values).leaves
+        found.losses.append(Loss("", "dropped", "the code of its TorchScript modules"))
+        return _model(found, "TorchScript", path, options)
+
+
+def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
+    """The weights of an exported program, with what its graph says."""
+    program = read_exported(archive)
+    tensors, losses = dict(program.tensors), list(program.losses)
+    for name, value in program.wrapped.items():
+        tensors[name], more = _tensor(name, value, options)
+        losses += more
+    metadata = Metadata(
+        "pytorch", program.producer, path, program.operators, program.inputs, program.outputs, program.opsets
+    )
+    return Model(tensors, metadata, losses=tuple(losses))
+
+
+def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions) -> Model:
+    unpack_parameters(found)
+    losses = found.losses
+    tensors = {}
+    for name, leaf in found.leaves.items():
+        tensors[name], more = _tensor(name, leaf, options)
+        losses += more
+    if options.fold_batch_norm:
+        tensors, more = fold_batch_norms(tensors, found.settings)
+        losses += more
+    else:
+        losses += [Loss(f"{m}.weight", "reinterpreted", _NOT_FOLDED) for m in batch_norm_modules(tensors)]
+    tensors, more = quantize_weights(tensors, found.settings, options.bits)
+    return Model(tensors, Metadata("pytorch", producer, path), losses=(*losses, *more))
+
+
+def _tensor(name: str, leaf: Leaf, options: PyTorchOptions) -> tuple[Tensor, Sequence[Loss]]:
+    try:
+        if isinstance(leaf, SubclassTensor):
+            from formats.encodings.torchao import decoded  # only files that have such tensors need it
+            from formats.pytorch.wrapped import wrapped
+
+            return decoded(name, wrapped(name, leaf), cpu=options.int4_cpu_layout)
+        if isinstance(leaf, StridedTensor):
+            return tensor_of(name, leaf), ()
+        if isinstance(leaf, np.ndarray):
+            return Tensor.from_array(name, leaf), ()
+    except Error as error:
+        error.tensor = error.tensor or name
+        raise
+    raise CorruptFile(f"is no tensor but {type(leaf).__name__}", tensor=name)

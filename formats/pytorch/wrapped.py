@@ -1,0 +1,39 @@
+"""Tensors of classes that wrap others, out of a pickle, as torchao's encodings take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.errors import CorruptFile
+from formats.encodings.torchao_parts import WrappedTensor
+from formats.pytorch.tensors import tensor_of
+from formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor
+
+_DEEPEST = 8  # nested attributes: a weight in a wrapper, codes in an implementation, planes in these
+
+
+def wrapped(name: str, value: SubclassTensor, depth: int = 0) -> WrappedTensor:
+    """The tensor `name` with its attributes: tensors as tensors, dtypes by name, enumerations by value. Raises
+    CorruptFile for attributes that are no attributes, and for a tensor inside a tensor inside a tensor without end."""
+    if depth > _DEEPEST:
+        raise CorruptFile(f"wraps tensors more than {_DEEPEST} deep: it is damaged", tensor=name)
+    attributes = {str(role): _attribute(name, item, depth + 1) for role, item in value.attributes.items()}
+    return WrappedTensor(value.class_name, value.shape, value.dtype, attributes)
+
+
+def _attribute(name: str, value: Any, depth: int) -> Any:
+    if isinstance(value, StridedTensor):
+        return tensor_of(name, value)
+    if isinstance(value, SubclassTensor):
+        return wrapped(name, value, depth)
+    if isinstance(value, tuple | list):
+        # of numbers and dtypes: a tensor in a tuple is none of torchao's attributes
+        return tuple(item.name if isinstance(item, Global) else _number(item) for item in value)
+    if isinstance(value, Record) and len(value.arguments) == 1:
+        return _number(value.arguments[0])
+    return value.name if isinstance(value, Global) else _number(value)
+
+
+def _number(value: Any) -> Any:
+    """A number, a text or None; the name of its type for anything else, which nothing is decoded by."""
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
