@@ -79,10 +79,12 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """What was found: the decoded weights; stored tensors that are used as they are; those that are decoded, or are
-    parameters of weights; those that are dequantized by what is computed when the program runs."""
+    """What was found: the decoded weights, and the values of the program that they are; stored tensors that are used as
+    they are; those that are decoded, or are parameters of weights; those that are dequantized by what is computed when
+    the program runs."""
 
     weights: tuple[Weight, ...]
+    decoded: Mapping[str, Weight]
     plain: Mapping[str, Weight]
     consumed: frozenset[str]
     unresolved: Mapping[str, str]
@@ -116,6 +118,7 @@ class _Follower:
         self.views: dict[str, StridedTensor] = {}
         self.wrapping: dict[str, tuple[str, SubclassTensor]] = {}
         self.weights: dict[tuple[Any, ...], Weight] = {}
+        self.decoded: dict[str, Weight] = {}
         self.plain: dict[str, Weight] = {}
         self.consumed: set[str] = set()
         self.unresolved: dict[str, str] = {}
@@ -139,7 +142,7 @@ class _Follower:
             value = self.values.get(name)
             if value is not None:
                 self._user(value)
-        return Flow(tuple(self.weights.values()), self.plain, frozenset(self.consumed), self.unresolved)
+        return Flow(tuple(self.weights.values()), self.decoded, self.plain, frozenset(self.consumed), self.unresolved)
 
     def _set(self, name: str, value: _Value) -> None:
         self.values[name] = value
@@ -226,7 +229,7 @@ class _Follower:
             weight = weight or Weight(source.stored, decoded(call, DEQUANTIZE[node.operator], given))
         else:
             return None
-        self.weights[key] = weight
+        self.weights[key] = self.decoded[node.outputs[0]] = weight
         self.consumed |= parts
         return _Value(source.stored, key, tuple(range(len(weight.tensor.shape))), weight=weight)
 

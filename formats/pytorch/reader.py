@@ -76,7 +76,7 @@ def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
     metadata = Metadata(
         "pytorch", program.producer, path, program.operators, program.inputs, program.outputs, program.opsets
     )
-    return Model(tensors, metadata, losses=tuple(losses))
+    return Model(tensors, metadata, program.graph, losses=tuple(losses))
 
 
 def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions) -> Model:
