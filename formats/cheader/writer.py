@@ -167,7 +167,8 @@ def _depfile(name: str) -> Path:
 
 
 def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:
-    """The rule for all outputs but the one that other models share: ninja wants each from one command only."""
+    """The rule for all outputs but the one that other models share: ninja stops at an output that its build statement
+    does not declare, and two statements cannot declare the same."""
     from formats.cheader.depfile import dependency_file
     from formats.cheader.sources import source_files
 
