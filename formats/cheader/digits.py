@@ -86,7 +86,7 @@ def right_aligned(numbers: NDArray[Any], negative: NDArray[np.bool_], width: int
     """Unsigned integers as decimals, with a minus sign where they are `negative`, that end after `width` of `length`
     characters: shape (n, length)."""
     count, leading = divmod(width, 4)
-    text = np.empty(numbers.size, record_type({"leading": (0, "u4"), **group_layout(leading, count)}, length))
+    text = np.empty(numbers.size, _integer(width, length))
     first, *others = groups(numbers, count)
     if leading:  # the zeros that follow are written over
         text["leading"] = np.take(_four_digits(), first * first.dtype.type(10 ** (4 - leading)))
@@ -99,6 +99,12 @@ def right_aligned(numbers: NDArray[Any], negative: NDArray[np.bool_], width: int
     rows = digits + negative.view(np.uint8) * np.uint8(width + 1)
     characters -= np.take(_zeros_at_front(width, length), rows).view(np.uint8).reshape(characters.shape)
     return characters
+
+
+@cache
+def _integer(width: int, length: int) -> np.dtype[Any]:
+    count, leading = divmod(width, 4)
+    return record_type({"leading": (0, "u4"), **group_layout(leading, count)}, length)
 
 
 @cache
