@@ -80,8 +80,8 @@ class Weight:
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
     """What was found: the decoded weights, and the values of the program that they are; stored tensors that are used as
-    they are; those that are decoded, or are parameters of weights; those that are dequantized by what is computed when
-    the program runs."""
+    they are; those that are decoded, or are parameters of weights; those that are decoded in a way that is not
+    followed, with the reason."""
 
     weights: tuple[Weight, ...]
     decoded: Mapping[str, Weight]
@@ -199,7 +199,7 @@ class _Follower:
             made = self._made(node, source)
         except NotStored:
             if node.operator in DEQUANTIZE and source.view is not None and is_integer(source.view.dtype.numpy):
-                self.unresolved[source.stored] = node.operator
+                self.unresolved[source.stored] = f"{node.operator} gets its scale when the program runs"
             return False
         except Error as error:
             error.tensor = source.stored
@@ -243,6 +243,8 @@ class _Follower:
             weight = None if value is None else self._user(value)
             if value is None or weight is None:
                 continue
+            if node.operator in _CASTING and value.view is not None and _looks_like_codes(value.view):
+                self.unresolved[value.stored] = "the program decodes it by arithmetic of its own (run_decompositions)"
             activation = result = None
             if position > 0 and node.outputs:
                 first = node.inputs[0][1]
@@ -273,6 +275,10 @@ def _keeps(node: Node, source: _Value) -> bool:
         return source.weight is not None
     dtype = node.argument("dtype")
     return node.operator != "aten.type_as" and (dtype is None or dtype == source.view.dtype)
+
+
+def _looks_like_codes(view: StridedTensor) -> bool:
+    return view.dtype.numpy.itemsize == 1 and is_integer(view.dtype.numpy) and len(view.shape) > 1
 
 
 def _reordered(node: Node, source: _Value) -> _Value | None:

@@ -93,8 +93,8 @@ def _graph(
 
 
 def _losses(flow: Flow) -> Iterator[Loss]:
-    for name, operator in flow.unresolved.items():
-        yield Loss(name, "reinterpreted", f"{operator} gets its scale when the program runs: these are plain codes")
+    for name, reason in flow.unresolved.items():
+        yield Loss(name, "reinterpreted", f"{reason}: these are plain codes")
 
 
 def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:

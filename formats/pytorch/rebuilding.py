@@ -79,6 +79,7 @@ class _Builder:
     values: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     dims: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> Rebuilt:
         torch = self.torch
@@ -99,6 +100,7 @@ class _Builder:
                     examples.append(self._weight(tensor))
                     shapes.append(None)
                 self.values[name] = weights[id(tensor)][1]
+        self.state = {name: tensor.name for name, tensor in self.tensors.items()}
         for name in needed & self.tensors.keys():
             self._round(name)
         for node in nodes:
@@ -180,6 +182,7 @@ class _Builder:
             self.values[_first(node)] = self.graph.call_function(function, tuple(self._positional(node)))
             return
         overload = self._overload(node)
+        self._refuse_changes(node, overload)
         arguments, keywords = self._arguments(node, overload)
         made = self.graph.call_function(overload, tuple(arguments), keywords)
         returns = overload._schema.returns  # noqa: SLF001
@@ -189,6 +192,18 @@ class _Builder:
         for position, name in enumerate(node.outputs):
             if name:
                 self.values[name] = self.graph.call_function(operator.getitem, (made, position))
+
+    def _refuse_changes(self, node: Node, overload: Any) -> None:
+        """Raises Unsupported where the node writes to a stored tensor, or to a view of one."""
+        schema = overload._schema  # noqa: SLF001
+        for argument in schema.arguments:
+            value = node.argument(argument.name)
+            name = self.state.get(value.name) if isinstance(value, Ref) else None
+            if name is None or argument.alias_info is None:
+                continue
+            if argument.alias_info.is_write:
+                raise Unsupported(f"is changed as the program runs, which an ONNX graph cannot: {_ALONE}", tensor=name)
+            self.state |= dict.fromkeys(node.outputs, name)
 
     def _overload(self, node: Node) -> Any:
         namespace, _, name = node.operator.partition(".")
