@@ -15,12 +15,10 @@ from converters.ir import Loss, Port, Tensor, is_float
 from formats.pytorch.archive import Archive
 from formats.pytorch.dataflow import Flow, Weight, flow_of
 from formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
-from formats.pytorch.payloads import Payloads, is_exported, payloads
+from formats.pytorch.payloads import Payloads, payloads
 from formats.pytorch.program import Program, program_of
 from formats.pytorch.tensors import tensor_of
 from formats.pytorch.values import StridedTensor, SubclassTensor
-
-__all__ = ["Exported", "is_exported", "read_exported"]
 
 #: What folding and lifting call their constants, whatever they were before.
 _NAMELESS = re.compile(r"(?:.*\.)?(?:_frozen_param|_?lifted_tensor_|_(?:lifted_)?tensor_constant|_param_constant)\d+")
