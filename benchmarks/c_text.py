@@ -1,4 +1,4 @@
-"""How fast C is written, and how much memory that takes, in each style of data."""
+"""How fast C is written, and how much memory that takes, in each style of data and for each kind of number."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from benchmarks.measure import Row, processes_by_turns, seconds_and_peak
 from converters.ir import Model, Quantization, Tensor
 
 STYLES = ("bytes", "words32", "words64", "string", "incbin")
+NUMBERS = ("int32", "int64", "float32", "float64")
 _MIB = 1 << 20
 
 
 def rows(folder: Path) -> list[Row]:
-    """64 MiB of codes against `xxd -i` of as many bytes, whole processes, in megabytes that are written in a second:
-    text, and for incbin the .bin file."""
+    """64 MiB of codes, and of numbers, against `xxd -i` of as many bytes, whole processes, in megabytes that are
+    written in a second: text, and for incbin the .bin file."""
     if shutil.which("xxd") is None:
         return [Row("C text against `xxd -i`", "", "xxd is not installed", "")]
     (folder / "payload.bin").write_bytes(np.random.default_rng(0).bytes(64 * _MIB))
     _save_model(folder, 64 * _MIB)
+    _save_numbers(folder, 64 * _MIB)
     xxd = ["xxd", "-i", str(folder / "payload.bin"), str(folder / "xxd.h")]
-    *ours, (peer, _) = processes_by_turns([*(_conversion(folder, style) for style in STYLES), xxd], rounds=5)
+    conversions = [_conversion(folder, style) for style in STYLES]
+    conversions += [_conversion(folder, "bytes", source=kind, target=kind) for kind in NUMBERS]
+    *ours, (peer, _) = processes_by_turns([*conversions, xxd], rounds=5)
     peer_speed = (folder / "xxd.h").stat().st_size / peer / 1e6
     found = []
-    for style, (seconds, _) in zip(STYLES, ours, strict=True):
-        speed = sum(file.stat().st_size for file in folder.glob(f"{style}.*")) / seconds / 1e6
-        wanted = "at least 4" if style == "bytes" else ""
-        what = f"C text: 64 MiB of codes, style {style}, against `xxd -i`"
+    for name, (seconds, _) in zip((*STYLES, *NUMBERS), ours, strict=True):
+        speed = sum(file.stat().st_size for file in folder.glob(f"{name}.[hcb]*")) / seconds / 1e6
+        wanted = "at least 4" if name == "bytes" else ""
+        what = f"C text: 64 MiB of {f'codes, style {name}' if name in STYLES else name}, against `xxd -i`"
         found.append(Row(what, f"{speed:.0f} MB/s", f"{peer_speed:.0f} MB/s", f"{speed / peer_speed:.1f}", wanted))
     return [*found, _memory(folder)]
 
@@ -55,6 +59,18 @@ def _save_model(folder: Path, nbytes: int) -> None:
     converters.save(Model({"weights": weights}), folder / "weights.safetensors")
 
 
-def _conversion(folder: Path, style: str) -> list[str]:
-    source, target = folder / "weights.safetensors", folder / f"{style}.h"
-    return [sys.executable, "-m", "converters", "convert", str(source), str(target), "--opt", f"style={style}"]
+def _save_numbers(folder: Path, nbytes: int) -> None:
+    """One tensor of each kind that takes so many bytes: integers of all bits, floats as weights have them."""
+    rng = np.random.default_rng(0)
+    for kind in NUMBERS:
+        dtype = np.dtype(kind)
+        if dtype.kind == "i":
+            numbers = np.frombuffer(rng.bytes(nbytes), dtype)
+        else:
+            numbers = rng.normal(0, 0.05, nbytes // dtype.itemsize).astype(dtype)
+        converters.save(Model({"weights": Tensor.from_array("weights", numbers)}), folder / f"{kind}.safetensors")
+
+
+def _conversion(folder: Path, style: str, source: str = "weights", target: str = "") -> list[str]:
+    model, header = folder / f"{source}.safetensors", folder / f"{target or style}.h"
+    return [sys.executable, "-m", "converters", "convert", str(model), str(header), "--opt", f"style={style}"]

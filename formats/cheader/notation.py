@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.packing import SUB_BYTE
-from formats.cheader import floats
+from formats.cheader import digits, doubles, floats
 
 _MANY = 1 << 16
 
@@ -28,7 +28,8 @@ class Notation:
 
     `c_type` is the array's element type, `dtype` the same for NumPy; a literal and its comma take `width` characters,
     right-aligned, and `per_line` of them make a line between `before` and `after`. `encode` turns elements of shape
-    (n,) and `dtype` into ASCII, uint8 of shape (n, width).
+    (n,) and `dtype` into ASCII, uint8 of shape (n, width); it is fastest with `at_once` of them, or with as many as
+    there are.
     """
 
     c_type: str
@@ -38,6 +39,7 @@ class Notation:
     encode: Callable[[NDArray[Any]], NDArray[np.uint8]]
     before: bytes = b"    "
     after: bytes = b"\n"
+    at_once: int = 1 << 20
 
     @property
     def nbytes(self) -> int:
@@ -73,22 +75,13 @@ def _look_up(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
     return literals.view(np.uint8).reshape(elements.size, -1)
 
 
-#: What `%` makes of values that C has no literals for, and what stands for them in C at the same width.
-_SPECIAL = (
-    (b"-2147483648,", b"  INT32_MIN,"),
-    (b"-9223372036854775808,", b"           INT64_MIN,"),
-    (b"            nan,", b" " + floats.NAN + b","),
-    (b"           -inf,", b"-" + floats.INFINITY + b","),
-    (b"            inf,", b" " + floats.INFINITY + b","),
-)
-
-
-def _format(format: str, elements: NDArray[Any]) -> NDArray[np.uint8]:
-    text = (((format + ",") * elements.size) % tuple(elements.tolist())).encode()
-    for spelled, special in _SPECIAL:
-        if spelled in text:
-            text = text.replace(spelled, special)
-    return np.frombuffer(text, np.uint8).reshape(elements.size, -1)
+def _signed(least: bytes, elements: NDArray[Any]) -> NDArray[np.uint8]:
+    """Decimals of signed integers; `least` is what C calls the least one."""
+    magnitudes = np.abs(elements).view(f"u{elements.dtype.itemsize}")
+    literals = digits.right_aligned(magnitudes, elements < 0, len(least) - 1, len(least))
+    literals[:, -1] = digits.COMMA
+    literals[elements == np.iinfo(elements.dtype).min] = np.frombuffer(least, np.uint8)
+    return literals
 
 
 def _halves(start: bytes, elements: NDArray[Any]) -> NDArray[np.uint8]:
@@ -130,8 +123,8 @@ def _by_digits(c_type: str, dtype: type[np.generic], per_line: int) -> Notation:
     return Notation(c_type, np.dtype(dtype), 2 * np.dtype(dtype).itemsize + 4, per_line, _hexadecimal)
 
 
-def _by_format(c_type: str, dtype: type[np.generic], format: str, per_line: int) -> Notation:
-    return Notation(c_type, np.dtype(dtype), len(format % 0) + 1, per_line, partial(_format, format))
+def _by_decimals(c_type: str, dtype: type[np.generic], least: bytes, per_line: int) -> Notation:
+    return Notation(c_type, np.dtype(dtype), len(least), per_line, partial(_signed, least), at_once=digits.AT_ONCE)
 
 
 UINT8 = by_table("uint8_t", np.uint8, "0x%02x,", 16)
@@ -139,11 +132,11 @@ INT8 = by_table("int8_t", np.int8, "%4d,", 16)
 UINT16 = by_table("uint16_t", np.uint16, "0x%04x,", 12)
 INT16 = by_table("int16_t", np.int16, "%6d,", 12)
 UINT32 = _by_digits("uint32_t", np.uint32, 8)
-INT32 = _by_format("int32_t", np.int32, "%11d", 8)
+INT32 = _by_decimals("int32_t", np.int32, b"  INT32_MIN,", 8)
 UINT64 = _by_digits("uint64_t", np.uint64, 4)
-INT64 = _by_format("int64_t", np.int64, "%20d", 4)
-FLOAT32 = Notation("float", np.dtype(np.float32), floats.WIDTH, 6, floats.literals)
-FLOAT64 = _by_format("double", np.float64, "%24r", 4)
+INT64 = _by_decimals("int64_t", np.int64, b"           INT64_MIN,", 4)
+FLOAT32 = Notation("float", np.dtype(np.float32), floats.WIDTH, 6, floats.literals, at_once=digits.AT_ONCE)
+FLOAT64 = Notation("double", np.dtype(np.float64), doubles.WIDTH, 4, doubles.literals, at_once=digits.AT_ONCE)
 
 #: The notations of 64-bit integers in C90, which has no literals for them.
 WITHOUT_LONG_LITERALS: Mapping[np.dtype[Any], Notation] = MappingProxyType(

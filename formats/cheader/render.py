@@ -39,6 +39,7 @@ _FIXED_POINT = ("multiplier", "shift", "MULTIPLIER_COUNT", "INPUT_OFFSET", "OUTP
 
 
 _LONGEST_AVR = (1 << 15) - 1
+_AVR_POINTERS_REACH = 1 << 16
 
 #: C knows no empty arrays: the one element of an array that would be empty, and the one row of such a table.
 PLACEHOLDER = "    0\n"
@@ -211,6 +212,8 @@ class Document:
 
     def _check(self) -> str:
         section = self.arrangement.section
+        flash = sum(entry.nbytes for entry in self.everything)
+        too_far = {"prefix": self.prefix, "nbytes": str(flash), "reach": str(_AVR_POINTERS_REACH)}
         return _fill(
             "check",
             interface=str(INTERFACE),
@@ -219,8 +222,9 @@ class Document:
             packing=_fill("check.packing") if any(entry.packing != DENSE for entry in self.entries) else "",
             section=_fill("check.section", prefix=self.prefix, section=section) if section else "",
             double=_fill("check.double") if any(entry.tensor.dtype == np.float64 for entry in self.entries) else "",
+            far=_fill("check.avr", **too_far) if flash > _AVR_POINTERS_REACH else "",
             count=f"{len(self.entries)}u",
-            flash=f"{sum(entry.nbytes for entry in self.everything)}u",
+            flash=f"{flash}u",
             aligned_flash=f"{sum(entry.aligned_nbytes for entry in self.everything)}u",
         )
 

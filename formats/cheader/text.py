@@ -6,6 +6,7 @@ in which indents and line ends stay, and the size of the text is known before an
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from formats.cheader.notation import Notation
 
 _CHUNK_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 24
 
 
 def text_size(notation: Notation, count: int) -> int:
@@ -26,9 +28,10 @@ class InitialiserText:
     """Writes `count` elements to `stream` as they come, `notation.per_line` to a line. `finish` ends the last line."""
 
     def __init__(self, stream: BinaryIO, notation: Notation, count: int) -> None:
+        _keep_freed_memory()
         self._stream = stream
         self._notation = notation
-        self._lines_per_chunk = min(count, _CHUNK_BYTES // notation.width) // notation.per_line + 1
+        self._lines_per_chunk = min(count, notation.at_once, _CHUNK_BYTES // notation.width) // notation.per_line + 1
         self._lines = _blank_lines(notation, self._lines_per_chunk)
         self._begun = np.empty(0, notation.dtype)  # the elements of a line that is not full yet
 
@@ -54,6 +57,14 @@ class InitialiserText:
         start, width = len(self._notation.before), self._notation.per_line * self._notation.width
         lines[:, start : start + width] = self._notation.encode(elements).reshape(len(lines), width)
         self._stream.write(lines.data)
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Has glibc keep what is freed from now on for the next arrays, as it does with pieces of up to the size of the
+    largest that was freed: every page that it gives back is cleared by the system when the next chunk asks for it,
+    which takes longer than the arithmetic. Nothing is touched here."""
+    np.empty(_KEPT_BYTES, np.uint8)
 
 
 def _blank_lines(notation: Notation, count: int) -> NDArray[np.uint8]:

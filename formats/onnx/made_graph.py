@@ -49,6 +49,16 @@ class Lowerable(Protocol):
         ...
 
 
+@runtime_checkable
+class Missing(Protocol):
+    """In the place of a graph that could be had."""
+
+    @property
+    def missing(self) -> str:
+        """What to do about it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class MadeGraph:
     """The graph, its weights as floats, and which of the model's tensors these are."""

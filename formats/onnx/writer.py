@@ -20,7 +20,7 @@ from formats.onnx import schema
 from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
 from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
 from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
-from formats.onnx.made_graph import Lowerable
+from formats.onnx.made_graph import Lowerable, Missing
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
     Layout,
@@ -174,7 +174,8 @@ def _graph_losses(model: Model) -> list[Loss]:
     operators = sum(model.metadata.operators.values())
     if not operators and model.graph is None:
         return []
-    return [Loss("", "dropped", f"the graph of {operators} operators: the ONNX file has the weights only")]
+    reason = f" ({model.graph.missing})" if isinstance(model.graph, Missing) else ""
+    return [Loss("", "dropped", f"the graph of {operators} operators: the ONNX file has the weights only{reason}")]
 
 
 def _location(target: Path, external_from: int | None) -> str:

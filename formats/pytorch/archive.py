@@ -21,6 +21,8 @@ from converters.storage import FileRange, MappedFile
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
 _ENCRYPTED = 1
+#: What torch.export wrote its programs to before torch 2.8.
+OLD_PROGRAM = "serialized_exported_program.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +53,11 @@ class Archive:
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether torch.export (or AOTInductor) made the archive: it holds a program, and no pickle at its top."""
+        return "archive_format" in self or OLD_PROGRAM in self
 
     def record(self, name: str) -> FileRange:
         """Where a record's bytes lie. Raises CorruptFile when there is none, or when its own header tells otherwise

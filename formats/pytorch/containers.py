@@ -17,6 +17,7 @@ from formats.pytorch.values import Global, Storage, TorchDtype
 
 ZIP_MAGIC = b"PK\x03\x04"
 
+_PROTOCOL = b"\x80"  # the opcode with which all pickles of PyTorch begin
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _TAR_MAGIC = (257, b"ustar")
@@ -47,6 +48,8 @@ def legacy_value(file: MappedFile) -> Any:
     """What a file of the sequence of pickles holds: magic, protocol, system, the value, storage keys, then for each key
     the count of elements (int64) and the elements (torch/serialization.py, _legacy_load)."""
     refuse_tar(file)
+    if file.view[:1].tobytes() != _PROTOCOL:
+        raise CorruptFile(f"begins with {file.view[:8].tobytes()!r}: it is no file of PyTorch")
     data = memoryview(file.view)  # type: ignore[arg-type]
     storages: dict[str, Storage] = {}
 

@@ -79,10 +79,12 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """What was found: the decoded weights; stored tensors that are used as they are; those that are decoded, or are
-    parameters of weights; those that are dequantized by what is computed when the program runs."""
+    """What was found: the decoded weights, and the values of the program that they are; stored tensors that are used as
+    they are; those that are decoded, or are parameters of weights; those that are decoded in a way that is not
+    followed, with the reason."""
 
     weights: tuple[Weight, ...]
+    decoded: Mapping[str, Weight]
     plain: Mapping[str, Weight]
     consumed: frozenset[str]
     unresolved: Mapping[str, str]
@@ -116,6 +118,7 @@ class _Follower:
         self.views: dict[str, StridedTensor] = {}
         self.wrapping: dict[str, tuple[str, SubclassTensor]] = {}
         self.weights: dict[tuple[Any, ...], Weight] = {}
+        self.decoded: dict[str, Weight] = {}
         self.plain: dict[str, Weight] = {}
         self.consumed: set[str] = set()
         self.unresolved: dict[str, str] = {}
@@ -139,7 +142,7 @@ class _Follower:
             value = self.values.get(name)
             if value is not None:
                 self._user(value)
-        return Flow(tuple(self.weights.values()), self.plain, frozenset(self.consumed), self.unresolved)
+        return Flow(tuple(self.weights.values()), self.decoded, self.plain, frozenset(self.consumed), self.unresolved)
 
     def _set(self, name: str, value: _Value) -> None:
         self.values[name] = value
@@ -196,7 +199,7 @@ class _Follower:
             made = self._made(node, source)
         except NotStored:
             if node.operator in DEQUANTIZE and source.view is not None and is_integer(source.view.dtype.numpy):
-                self.unresolved[source.stored] = node.operator
+                self.unresolved[source.stored] = f"{node.operator} gets its scale when the program runs"
             return False
         except Error as error:
             error.tensor = source.stored
@@ -226,7 +229,7 @@ class _Follower:
             weight = weight or Weight(source.stored, decoded(call, DEQUANTIZE[node.operator], given))
         else:
             return None
-        self.weights[key] = weight
+        self.weights[key] = self.decoded[node.outputs[0]] = weight
         self.consumed |= parts
         return _Value(source.stored, key, tuple(range(len(weight.tensor.shape))), weight=weight)
 
@@ -240,6 +243,8 @@ class _Follower:
             weight = None if value is None else self._user(value)
             if value is None or weight is None:
                 continue
+            if node.operator in _CASTING and value.view is not None and _looks_like_codes(value.view):
+                self.unresolved[value.stored] = "the program decodes it by arithmetic of its own (run_decompositions)"
             activation = result = None
             if position > 0 and node.outputs:
                 first = node.inputs[0][1]
@@ -270,6 +275,10 @@ def _keeps(node: Node, source: _Value) -> bool:
         return source.weight is not None
     dtype = node.argument("dtype")
     return node.operator != "aten.type_as" and (dtype is None or dtype == source.view.dtype)
+
+
+def _looks_like_codes(view: StridedTensor) -> bool:
+    return view.dtype.numpy.itemsize == 1 and is_integer(view.dtype.numpy) and len(view.shape) > 1
 
 
 def _reordered(node: Node, source: _Value) -> _Value | None:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from converters.ir import Loss, Port, Tensor, is_float
 from formats.pytorch.archive import Archive
 from formats.pytorch.dataflow import Flow, Weight, flow_of
-from formats.pytorch.payloads import Payloads, is_exported, payloads
+from formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
+from formats.pytorch.payloads import Payloads, payloads
 from formats.pytorch.program import Program, program_of
 from formats.pytorch.tensors import tensor_of
 from formats.pytorch.values import StridedTensor, SubclassTensor
-
-__all__ = ["Exported", "is_exported", "read_exported"]
 
 #: What folding and lifting call their constants, whatever they were before.
 _NAMELESS = re.compile(r"(?:.*\.)?(?:_frozen_param|_?lifted_tensor_|_(?:lifted_)?tensor_constant|_param_constant)\d+")
@@ -29,7 +28,8 @@ _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.(\w+)\.original\d*")
 @dataclass(frozen=True, slots=True, eq=False)
 class Exported:
     """What an archive holds. `wrapped` are tensors of classes that wrap others, which the program does not take apart
-    in a way that is known here; the rest is as `converters.ir.Metadata` has it."""
+    in a way that is known here; `graph` is there where the archive has one program; the rest is as
+    `converters.ir.Metadata` has it."""
 
     tensors: Mapping[str, Tensor]
     wrapped: Mapping[str, SubclassTensor] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Exported:
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     opsets: Mapping[str, int] = field(default_factory=dict)
+    graph: ExportedGraph | MissingGraph | None = None
 
 
 def read_exported(archive: Archive) -> Exported:
@@ -49,13 +50,18 @@ def read_exported(archive: Archive) -> Exported:
     losses: list[Loss] = []
     operators: dict[str, int] = {}
     programs: list[Program] = []
+    graph: ExportedGraph | MissingGraph | None = None
     found = list(payloads(archive))
     for payload in found:
         program = program_of(payload.program)
         prefix = f"{payload.model}/" if len(found) > 1 else ""
         flow = flow_of(program, payload.tensors)
-        for name, tensor in _named(payload, flow):
+        decoded: dict[int, Tensor] = {}
+        for name, tensor, weight in _named(payload, flow):
             tensors[prefix + name] = replace(tensor, name=prefix + name)
+            if weight is not None:
+                decoded[id(weight)] = tensors[prefix + name]
+        graph = _graph(program, payload, flow, decoded) if len(found) == 1 else None
         wrapped |= {prefix + name: value for name, value in _wrapped(payload, flow)}
         losses += [replace(loss, tensor=prefix + loss.tensor) for loss in (*payload.losses, *_losses(flow))]
         for operator, count in program.operators().items():
@@ -63,13 +69,30 @@ def read_exported(archive: Archive) -> Exported:
         programs.append(program)
     first = programs[0]
     return Exported(
-        tensors, wrapped, tuple(losses), first.producer, operators, first.inputs, first.outputs, first.opsets
+        tensors, wrapped, tuple(losses), first.producer, operators, first.inputs, first.outputs, first.opsets, graph
     )
 
 
+def _graph(
+    program: Program, payload: Payloads, flow: Flow, tensors: Mapping[int, Tensor]
+) -> ExportedGraph | MissingGraph:
+    """The graph, with the tensors of the model by the identity of their weights."""
+    if not is_torch_installed():
+        return MissingGraph()
+    weights = {value: tensors[id(weight)] for value, weight in flow.decoded.items()}
+    others: dict[str, Tensor] = {}
+    for value, name in program.stored.items():
+        stored = payload.tensors.get(name)
+        if name in flow.plain:
+            weights[value] = tensors[id(flow.plain[name])]
+        elif isinstance(stored, StridedTensor):
+            others[value] = tensor_of(name, stored)
+    return ExportedGraph(program, weights, others)
+
+
 def _losses(flow: Flow) -> Iterator[Loss]:
-    for name, operator in flow.unresolved.items():
-        yield Loss(name, "reinterpreted", f"{operator} gets its scale when the program runs: these are plain codes")
+    for name, reason in flow.unresolved.items():
+        yield Loss(name, "reinterpreted", f"{reason}: these are plain codes")
 
 
 def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:
@@ -78,8 +101,9 @@ def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTenso
             yield name, value
 
 
-def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor]]:
-    """All tensors by name, in the order of the state dict; a weight is where the float that it replaces was."""
+def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor, Weight | None]]:
+    """All tensors by name, with the weights that they are, in the order of the state dict; a weight is where the float
+    that it replaces was."""
     stored = {name: value for name, value in payload.tensors.items() if isinstance(value, StridedTensor)}
     plain = {name for name in stored if name in flow.plain or name not in flow.consumed}
     unused = {name for name in plain if name not in flow.plain and is_float(stored[name].dtype.numpy)}
@@ -93,11 +117,11 @@ def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor]]:
         places.setdefault(own if own in unused else weight.stored, []).append(own)
     for name in payload.tensors:
         for own in places.get(name, ()):
-            yield own, replace(weights[own].tensor, uses=tuple(weights[own].uses))
+            yield own, replace(weights[own].tensor, uses=tuple(weights[own].uses)), weights[own]
         if name in flow.plain and name in plain:
-            yield name, replace(flow.plain[name].tensor, uses=tuple(flow.plain[name].uses))
+            yield name, replace(flow.plain[name].tensor, uses=tuple(flow.plain[name].uses)), flow.plain[name]
         elif name in plain and name not in weights:
-            yield name, tensor_of(name, stored[name])
+            yield name, tensor_of(name, stored[name]), None
 
 
 def _candidates(weight: Weight, stored: Mapping[str, StridedTensor], unused: set[str]) -> Iterator[str]:

@@ -16,14 +16,13 @@ from typing import Any
 
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import Loss
-from formats.pytorch.archive import Archive
+from formats.pytorch.archive import OLD_PROGRAM, Archive
 from formats.pytorch.containers import ZIP_MAGIC, saved_value
 from formats.pytorch.globals import view_of
 from formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
 from formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
 
 _STRIDED = 7  # schema.Layout
-_OLD_PROGRAM = "serialized_exported_program.json"
 _MODELS, _JSON = "models/", ".json"
 _AOTINDUCTOR = "data/aotinductor/"
 
@@ -38,15 +37,10 @@ class Payloads:
     losses: list[Loss] = field(default_factory=list)
 
 
-def is_exported(archive: Archive) -> bool:
-    """Whether torch.export (or AOTInductor) made the archive."""
-    return "archive_format" in archive or _OLD_PROGRAM in archive
-
-
 def payloads(archive: Archive) -> Iterator[Payloads]:
     """The programs of an archive. Raises CorruptFile for damage, Unsupported where there is only machine code."""
-    if _OLD_PROGRAM in archive:
-        found = Payloads("", archive.bytes_of(_OLD_PROGRAM))
+    if OLD_PROGRAM in archive:
+        found = Payloads("", archive.bytes_of(OLD_PROGRAM))
         for name in ("serialized_state_dict", "serialized_constants"):
             _read_pickles(
                 found, archive, next((n for n in (f"{name}.pt", f"{name}.json") if n in archive), f"{name}.pt")

@@ -8,6 +8,7 @@ counted and not followed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,13 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
+class Opaque:
+    """An input of a kind that means nothing here."""
+
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
 class TensorType:
     """What is known of a tensor without its elements; sizes that are open are names, or empty."""
 
@@ -47,8 +55,8 @@ class TensorType:
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One call of an operator: "aten.conv2d", "input" for its overload. Inputs are named as in its schema: numbers,
-    texts, dtypes, tuples of these, None, `Ref`s; what else there is, is absent. `module` is the path of the module that
-    called it."""
+    texts, dtypes, tuples of these, None (devices and memory layouts too), `Ref`s, or `Opaque`. Outputs that nothing is
+    called are empty. `module` is the path of the module that called it."""
 
     operator: str
     overload: str
@@ -72,7 +80,7 @@ class Node:
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
     """A graph: `stored` gives the stored tensor's name for each value that is one, `results` are the values that come
-    out, state that is changed included."""
+    out, state that is changed included, `ranges` the least and the largest value of the names in shapes."""
 
     nodes: tuple[Node, ...]
     stored: Mapping[str, str]
@@ -82,6 +90,7 @@ class Program:
     results: frozenset[str]
     producer: str
     opsets: Mapping[str, int] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
     def operators(self) -> Mapping[str, int]:
         """How often each operator is called, in graphs below operators too."""
@@ -113,6 +122,7 @@ def program_of(text: bytes) -> Program:
         results,
         f"torch {text_of(version, 'torch_version')}".strip(),
         opsets,
+        _ranges(document.get("range_constraints", {})),
     )
 
 
@@ -201,7 +211,10 @@ def _node(value: Any) -> Node:
     for given in items(node.get("inputs"), "inputs"):
         argument = entries(given, "inputs")
         inputs.append((text_of(argument.get("name", ""), "name"), _argument(argument.get("arg"), inner)))
-    outputs = [name for output in items(node.get("outputs"), "outputs") for name in _names(_argument(output, inner))]
+    outputs: list[str] = []
+    for output in items(node.get("outputs"), "outputs"):
+        found = _argument(output, inner)
+        outputs += [v.name if isinstance(v, Ref) else "" for v in (found if isinstance(found, tuple) else (found,))]
     stack = text_of(entries(node.get("metadata", {}), "metadata").get("nn_module_stack", ""), "nn_module_stack")
     # each module is key, path, type
     path = [*stack.rpartition(";")[2].split(","), "", ""][1]
@@ -218,24 +231,52 @@ def _argument(value: Any, inner: list[str]) -> Any:
     ((kind, content),) = union.items()
     if kind in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
         return _reference(content, inner)
-    if kind in ("as_int", "as_float", "as_bool", "as_string"):
-        return content if isinstance(content, int | float | str) else None
-    if kind in ("as_ints", "as_floats", "as_bools", "as_strings"):
-        return tuple(v for v in items(content, kind) if isinstance(v, int | float | str))
+    if kind in ("as_int", "as_bool", "as_string"):
+        return content if isinstance(content, int | str) else Opaque(kind)
+    if kind == "as_float":
+        return _float(content)
+    if kind in ("as_ints", "as_bools", "as_strings"):
+        return tuple(v if isinstance(v, int | str) else Opaque(kind) for v in items(content, kind))
+    if kind == "as_floats":
+        return tuple(_float(v) for v in items(content, kind))
     if kind in ("as_tensors", "as_sym_ints", "as_sym_floats", "as_sym_bools", "as_optional_tensors"):
         return tuple(_reference(v, inner) for v in items(content, kind))
-    if kind == "as_nested_tensors":
-        return tuple(_reference(v, inner) for row in items(content, kind) for v in items(row, kind))
     if kind == "as_scalar_type":
-        return DTYPES.get(_SCALAR_TYPES.get(content, "")) if type(content) is int else None
+        name = _SCALAR_TYPES.get(content, "") if type(content) is int else ""
+        return DTYPES.get(name, Opaque(kind))
+    if kind in ("as_none", "as_device", "as_layout", "as_memory_format"):
+        return None
+    return (*_inner_references(kind, content, inner), Opaque(kind))
+
+
+def _inner_references(kind: str, content: Any, inner: list[str]) -> list[Ref]:
+    """The values in an argument whose structure is of no use here."""
+    if kind == "as_nested_tensors":
+        found = [_reference(v, inner) for row in items(content, kind) for v in items(row, kind)]
+        return [v for v in found if isinstance(v, Ref)]
     if kind == "as_string_to_argument":
-        found = [_argument(v, inner) for v in entries(content, kind).values()]
-        return tuple(Ref(name) for v in found for name in _names(v))
+        return [Ref(name) for v in entries(content, kind).values() for name in _names(_argument(v, inner))]
     if kind == "as_graph":
         graph = entries(entries(content, kind).get("graph"), kind)
         for node in (_node(value) for value in items(graph.get("nodes"), "nodes")):
             inner += [node.operator, *node.inner]
-    return None
+    return []
+
+
+def _float(value: Any) -> Any:
+    """A number; JSON's texts for those that it has not."""
+    if isinstance(value, str):
+        return {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}.get(value, Opaque("as_float"))
+    return value if isinstance(value, int | float) else Opaque("as_float")
+
+
+def _ranges(value: Any) -> dict[str, tuple[int, int | None]]:
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for name, found in entries(value, "range_constraints").items():
+        limits = found if isinstance(found, dict) else {}
+        low, high = limits.get("min_val"), limits.get("max_val")
+        ranges[name] = (low if type(low) is int else 0, high if type(high) is int else None)
+    return ranges
 
 
 def _reference(value: Any, inner: list[str]) -> Any:

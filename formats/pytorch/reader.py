@@ -17,7 +17,6 @@ from formats.pytorch.archive import Archive
 from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
 from formats.pytorch.contents import Leaf, StateDict, state_dict_of
-from formats.pytorch.exported import is_exported, read_exported
 from formats.pytorch.fake_quantizers import quantize_weights
 from formats.pytorch.packed_parameters import unpack_parameters
 from formats.pytorch.tensors import tensor_of
@@ -52,7 +51,7 @@ class PyTorchReader:
         if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
             return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
         archive = Archive.open(file)
-        if is_exported(archive):
+        if archive.is_exported:
             return _program(archive, path, options)
         found = state_dict_of(saved_value(archive))
         if _CONSTANTS not in archive:
@@ -68,6 +67,8 @@ class PyTorchReader:
 
 def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
     """The weights of an exported program, with what its graph says."""
+    from formats.pytorch.exported import read_exported  # a state dict needs none of it
+
     program = read_exported(archive)
     tensors, losses = dict(program.tensors), list(program.losses)
     for name, value in program.wrapped.items():
@@ -76,7 +77,7 @@ def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
     metadata = Metadata(
         "pytorch", program.producer, path, program.operators, program.inputs, program.outputs, program.opsets
     )
-    return Model(tensors, metadata, losses=tuple(losses))
+    return Model(tensors, metadata, program.graph, losses=tuple(losses))
 
 
 def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions) -> Model:

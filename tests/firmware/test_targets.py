@@ -104,6 +104,18 @@ def test_avr_refuses_float64(tmp_path, layout):
     assert "double has fewer than 64 bits here" in refusal(target, tmp_path / "main.c")
 
 
+@pytest.mark.parametrize("layout", ["split", "header"])
+def test_avr_refuses_more_than_its_pointers_reach(tmp_path, layout):
+    target = target_of("atmega2560")
+    need_target(target, tmp_path)
+    models.write(models.large_flash(), tmp_path, layout=layout)
+    source = tmp_path / "main.c"
+    source.write_text('#include "weights.h"\n', "ascii")
+    assert "weights has 93600 bytes of arrays, of which pointers of 16 bits reach 65536" in refusal(target, source)
+    source.write_text('#define NIBBLECAST_FAR\n#include "weights.h"\n', "ascii")  # the linker leaves enough out
+    compiled(target, [source], tmp_path, "-Wno-unused-const-variable")
+
+
 def test_more_than_64_kib_of_flash(tmp_path, common):
     target, step = target_of("atmega2560-memx"), 499
     objects = common(target, "port.c", target.port)

@@ -14,7 +14,8 @@
  *     NIBBLECAST_ALIGN       alignment of data in bytes, whatever models were written with
  *     NIBBLECAST_BEFORE      anything that goes before the definition of an array, such as _Pragma("location=...")
  *     NIBBLECAST_AFTER       anything that goes after the declarator: PROGMEM, or __attribute__((section(".qspi")))
- *     NIBBLECAST_FAR         the memory that arrays are in, where that is part of a pointer's type: __memx for avr-gcc
+ *     NIBBLECAST_FAR         the memory that arrays are in, where that is part of a pointer's type: __memx for avr-gcc.
+ *                            Where it is not defined, models above 64 KiB are an #error on AVR
  *     NIBBLECAST_READ_U8(p)  how a byte of an array is read; pgm_read_byte(p) where AFTER is PROGMEM
  *     NIBBLECAST_DENSE_ONLY  makes nibblecast_code and nibblecast_value smaller, for programs without other packings
  *     NIBBLECAST_INLINE      "static inline" in this compiler's words
@@ -100,6 +101,7 @@
 
 #ifndef NIBBLECAST_FAR
 #define NIBBLECAST_FAR
+#define NIBBLECAST_NEAR
 #endif
 
 #ifndef NIBBLECAST_READ_U8

@@ -44,6 +44,11 @@ def random_codes(
     return Tensor(name, shape, dtype, InMemory(data), Quantization(**quantized) if quantized else None)
 
 
+def int8(name: str, count: int) -> Tensor:
+    """Plain values of one axis, others for every name and every count."""
+    return Tensor.from_array(name, np.random.default_rng([count, *name.encode()]).integers(-128, 128, count, np.int8))
+
+
 def floats(shape: tuple[int, ...], rng: np.random.Generator, dtype: Any = np.float32) -> Tensor:
     return Tensor.from_array("parameter", (rng.normal(0, 0.05, shape)).astype(dtype))
 

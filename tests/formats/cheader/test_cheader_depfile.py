@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from formats.cheader.depfile import dependency_file
 from tests.formats.cheader.c_harness import model_of, plan_of
 from tests.tools import need
 
-FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
+ROOT = Path(__file__).parents[3]
+FIXTURES = ROOT / "fixtures" / "tflite"
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
 NAMES = ["plain", "with space", "two  spaces", "a#b", "$HOME", "$$", "back\\slash", "back\\ space", "end\\", "c:d"]
 NAMES += ["[a]", "schön", "~tilde", "(x)", "x,y", "-w", "!"]
@@ -99,6 +103,45 @@ def test_what_it_names(tmp_path, options, names):
     assert convert(tmp_path, **options) == ([str(tmp_path / name) for name in names], [str(INT4)])
     shared = set() if len(names) == 1 else {"nibblecast.h"}  # which is that of other models, too
     assert {path.name for path in tmp_path.iterdir()} == {*names, "w.d"} | shared
+
+
+#: Each model's rule declares that model's files. A depfile that named nibblecast.h would stop ninja: "depfile mentions
+#: 'nibblecast.h' as an output, but no such output was declared"; declared in both rules: "multiple rules generate" it.
+TWO_MODELS = {
+    "make": (
+        "Makefile",
+        "all: a.h b.h\n%.h:\n\t@echo made $*\n\t@$(CONVERT) $*.tflite $*.h --opt depfile=$*.d >/dev/null\n"
+        "a.h: a.tflite\nb.h: b.tflite\n-include a.d b.d\n",
+    ),
+    "ninja": (
+        "build.ninja",
+        "rule convert\n  command = echo made $name; $$CONVERT $name.tflite $name.h --opt depfile=$name.d >/dev/null\n"
+        "  depfile = $name.d\n"
+        "build a.h a.c: convert\n  name = a\nbuild b.h b.c: convert\n  name = b\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", TWO_MODELS)
+def test_two_models_share_a_runtime_header(tmp_path, monkeypatch, tool):
+    need([tool], PACKAGES[tool])
+    monkeypatch.setenv("CONVERT", f"{sys.executable} -m converters convert")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    file, text = TWO_MODELS[tool]
+    (tmp_path / file).write_text(text)
+    for name in ("a", "b"):
+        shutil.copy(INT4, tmp_path / f"{name}.tflite")
+
+    def made():
+        done = subprocess.run([tool], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.findall("^made (.)$", done.stdout, re.MULTILINE)
+
+    assert sorted(made()) == ["a", "b"]
+    assert (tmp_path / "nibblecast.h").exists()
+    assert made() == []
+    os.utime(tmp_path / "b.tflite", (5_000_000_000, 5_000_000_000))
+    assert made() == ["b"]
 
 
 def test_files_that_hold_data(tmp_path):

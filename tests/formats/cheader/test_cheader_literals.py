@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats.cheader import floats, notation
+from formats.cheader import doubles, floats, notation
 from formats.cheader.notation import NOTATIONS
 from formats.cheader.text import InitialiserText, text_size
 
@@ -51,6 +51,20 @@ def test_integers(dtype):
     assert [value_of(literal, dtype) for literal in literals] == elements.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_signed_integers_are_decimals(dtype):
+    info = np.iinfo(dtype)
+    rng = np.random.default_rng(0)
+    elements = rng.integers(info.min, info.max, 20000, dtype, endpoint=True) >> rng.integers(0, info.bits, 20000, dtype)
+    powers = [10**power for power in range(len(str(info.max)))]
+    near = [sign * power + step for sign in (1, -1) for power in powers for step in (-1, 0, 1)]
+    elements = np.concatenate([elements, np.array([info.min + 1, info.max, *near], dtype)])
+    elements = elements[elements != info.min]
+    spelling = NOTATIONS[np.dtype(dtype)]
+    expected = "".join(f"{element:{spelling.width - 1}}," for element in elements.tolist())
+    assert spelling.encode(elements).tobytes() == expected.encode()
+
+
 @given(st.lists(st.floats(width=32), min_size=1))
 def test_float32(values):
     elements = np.array(values, np.float32)
@@ -73,12 +87,18 @@ def test_float32_bits_of_every_kind():
     assert all(literal.endswith("f") and "." in literal for literal in literals)
     for literal, element in zip(literals, elements, strict=True):
         digits = len(literal.lstrip("-").split("e")[0].replace(".", "").rstrip("0"))
+        assert digits == 1 or literal == f"{element:.{digits - 1}e}f"  # rounded from the element itself
         shortest = np.format_float_scientific(element, unique=True)
         if digits != len(shortest.lstrip("-").split("e")[0].replace(".", "").rstrip("0")):
             # numpy also takes decimals halfway between two floats and, beside powers of two, other than the nearest
             neighbours = (np.nextafter(element, direction) for direction in np.array([-np.inf, np.inf], np.float32))
             halfway = {float(element) + float(neighbour) for neighbour in neighbours}
             assert 2 * float(shortest) in halfway or np.frexp(abs(element))[0] == 0.5
+
+
+def test_float32_halfway_between_two_decimals_is_rounded_once():
+    """It is 9.33932665000000843e-20: of 9 digits 9.33932665e-20, which would be rounded to the even ...66."""
+    assert literals_of(notation.FLOAT32, np.array([9.33932665e-20], np.float32)) == ["9.3393267e-20f"]
 
 
 def test_float32_forms():
@@ -96,6 +116,57 @@ def test_float64(values):
     for literal, element in zip(literals_of(notation.FLOAT64, elements), elements, strict=True):
         value = value_of(literal, np.float64)
         assert value.tobytes() == element.tobytes() or np.isnan([value, element]).all()
+
+
+def as_repr(elements):
+    return "".join(f"{element!r:>{doubles.WIDTH - 1}}," for element in elements.tolist()).encode()
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
+def test_float64_is_repr(values):
+    elements = np.array(values, np.float64)
+    assert doubles.literals(elements).tobytes() == as_repr(elements)
+
+
+def test_float64_of_every_kind_is_repr():
+    rng = np.random.default_rng(0)
+    count = 20000
+    short = rng.integers(1, 10 ** rng.integers(1, 17, count)), rng.integers(-323, 292, count)
+    edges = [2.0**exponent for exponent in range(-1074, 1024)] + [
+        float(f"1e{exponent}") for exponent in range(-324, 309)
+    ]
+    edges += [
+        float(f"{digits}e{exponent}") for digits in ("5", "9.5", "9.99999999999999") for exponent in range(-20, 25)
+    ]
+    edges += [0.0, np.finfo(np.float64).max]
+    elements = np.concatenate(
+        [
+            rng.integers(0, 1 << 64, count, np.uint64).view(np.float64),
+            rng.integers(0, 1 << 52, 100, np.uint64).view(np.float64),
+            rng.normal(0, 0.05, count),
+            rng.normal(0, 0.05, count).astype(np.float32),
+            rng.integers(0, 1 << 63, count).astype(np.float64),
+            (rng.integers(-99, 99, count) + (1 << rng.integers(45, 62, count))).astype(np.float64),
+            np.ldexp(rng.integers(0, 1 << 54, count).astype(np.float64), rng.integers(-60, 1, count)),
+            np.array([float(f"{digits}e{exponent}") for digits, exponent in zip(*short, strict=True)]),
+            edges,
+            np.nextafter(edges, 0),
+            np.nextafter(edges[:-1], np.inf),
+        ]
+    )
+    elements = elements[np.isfinite(elements)]
+    for signed in (elements, -elements):
+        assert doubles.literals(signed).tobytes() == as_repr(signed)
+        for one in signed[:: elements.size // 50]:
+            assert doubles.literals(np.array([one])).tobytes() == as_repr(np.array([one]))
+
+
+def test_float64_forms():
+    elements = np.array([0, -0.0, 1, 1e15, 1e16, 1e-4, -1e-5, 1.5e-5, 1e-100, 123.456, np.nan, np.inf, -np.inf])
+    assert literals_of(notation.FLOAT64, elements) == [
+        "0.0", "-0.0", "1.0", "1000000000000000.0", "1e+16", "0.0001", "-1e-05", "1.5e-05", "1e-100", "123.456",
+        "NIBBLECAST_NAN", "NIBBLECAST_INF", "-NIBBLECAST_INF",
+    ]  # fmt: skip
 
 
 def test_packed_and_small_elements_are_unsigned():

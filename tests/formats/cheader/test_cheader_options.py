@@ -30,7 +30,7 @@ from tests.formats.cheader.c_harness import (
     walked,
     write,
 )
-from tests.formats.cheader.c_zoo import ZOO, dtype_of, plain_values, quantized_integers, random_codes, schemes
+from tests.formats.cheader.c_zoo import ZOO, dtype_of, int8, plain_values, quantized_integers, random_codes, schemes
 from tests.formats.cheader.test_cheader_kernels import weight
 from tests.formats.cheader.test_cheader_reader import assert_read_back
 from tests.tools import need
@@ -38,10 +38,6 @@ from tests.tools import need
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "tflite"
 RNG = np.random.default_rng(0)
-
-
-def int8(name, count):
-    return Tensor.from_array(name, RNG.integers(-128, 128, count, np.int8))
 
 
 ODD_BYTES = model_of(*(int8(name, 3) for name in "abcdefgh"), Tensor.from_array("wide", np.arange(3, dtype=np.int64)))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from converters.errors import UsageError
-from converters.ir import Tensor
 from tests.formats.cheader.c_harness import (
     MODES,
     assert_same_values,
@@ -19,15 +18,11 @@ from tests.formats.cheader.c_harness import (
     walked,
     write,
 )
-from tests.formats.cheader.c_zoo import ZOO, dtype_of, odd_shapes, random_codes
+from tests.formats.cheader.c_zoo import ZOO, dtype_of, int8, odd_shapes, random_codes
 
 RNG = np.random.default_rng(0)
 TEXT_STYLES = ("words32", "words64", "string")
 MEGABYTE = 1 << 20
-
-
-def int8(name, count):
-    return Tensor.from_array(name, RNG.integers(-128, 128, count, np.int8))
 
 
 def all_kinds():
