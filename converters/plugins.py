@@ -64,6 +64,13 @@ FORMATS = (
         writer="formats.cheader.writer:CHeaderWriter",
     ),
     Format(
+        "gguf",
+        "GGUF: the weights of llama.cpp and ggml, without the metadata",
+        (".gguf",),
+        (Magic(0, b"GGUF"),),
+        reader="formats.gguf.reader:GGUFReader",
+    ),
+    Format(
         "onnx",
         "ONNX: weights as initializers behind DequantizeLinear",
         (".onnx",),

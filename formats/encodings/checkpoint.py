@@ -11,7 +11,7 @@ An encoding is a module of this package that is called by its name, with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
@@ -23,10 +23,14 @@ from converters.ir import Loss, Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The tensors by key; `config` is the part of the configuration that is about quantization ({}: there is none)."""
+    """The tensors by key; `config` is the part of the configuration that is about quantization ({}: there is none),
+    `architecture` the model's own (config.json). `values` are what a pickled state dict has by key beside tensors:
+    numbers, texts, tuples of numbers, names of dtypes."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -40,6 +44,11 @@ class Stored:
 
     prefix: str
     checkpoint: Checkpoint
+
+    @property
+    def name(self) -> str:
+        """The weight's name: the prefix, where it is a key itself, or else that of a module."""
+        return self.prefix if self.prefix in self.checkpoint.tensors else f"{self.prefix}.weight"
 
     def get(self, suffix: str) -> Tensor | None:
         """The tensor `prefix + suffix`; None where there is none."""
@@ -81,10 +90,20 @@ class _Encoding(Protocol):
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        ".W_q": ("hqq",),
+        ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
+        ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),
         ".qweight": ("gptq",),
         ".zeros": ("dynamic_activation_linear",),
+        ".weight._data": ("quanto",),
+        ".weight._data._data": ("quanto",),
     }
 )
+
+
+def is_encoded(keys: Iterable[str]) -> bool:
+    """Whether any of these keys is one that only encoded weights have."""
+    return any(key.endswith(tuple(MARKERS)) for key in keys)
 
 
 def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Loss]]:
@@ -128,6 +147,6 @@ def _weight(stored: Stored, names: tuple[str, ...]) -> Weight | None:
                 raise CorruptFile(f"its tensors are {name}'s, but its configuration says quant_method '{method}'")
             return encoding.decode(stored)
         except Error as error:
-            error.tensor = error.tensor or f"{stored.prefix}.weight"
+            error.tensor = error.tensor or stored.name
             raise
     return None

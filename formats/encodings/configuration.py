@@ -42,6 +42,12 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def model_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, which has the sizes of a model's layers; {} where there is none."""
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def _of_config(document: Mapping[str, Any]) -> dict[str, Any]:
     for key, method in (
         ("quantization_config", ""),

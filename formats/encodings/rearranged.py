@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.packing import bits_of, packed_size
+from converters.ir import Tensor
+from converters.packing import bits_of, pack, packed_size
 from converters.storage import Computed, Data
 
 
@@ -36,3 +37,35 @@ def by_rows(
         return taken[start - skipped : stop - skipped]
 
     return Computed(nbytes, read, sources)
+
+
+def swapped_nibbles(data: Data, count: int) -> Data:
+    """The canonical bytes of `count` elements of 4 bits of which the first is in the high nibble."""
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        stored = data.read(start, stop)
+        swapped: NDArray[np.uint8] = (stored >> np.uint8(4)) | (stored << np.uint8(4))
+        if count % 2 and swapped.size and stop * 2 > count:  # what is in the last nibble is no element
+            swapped[-1] &= np.uint8(0x0F)
+        return swapped
+
+    return Computed(packed_size(count, 4), read, (data,))
+
+
+def fields(words: Tensor, rows: int, bits: int, dtype: np.dtype[Any], *, highest_first: bool) -> Data:
+    """The canonical bytes of codes of `bits` bits that lie in the fields of unsigned `words`, shape (p, columns): the
+    first p rows of the codes in the first field, the next p in the next one, up to `rows`."""
+    packed_rows, columns = words.shape[0], prod(words.shape[1:])
+    per_word = words.dtype.itemsize * 8 // bits
+    positions = np.arange(per_word) * bits
+    shifts = (positions[::-1] if highest_first else positions).astype(words.dtype)
+    mask = words.dtype.type((1 << bits) - 1)
+
+    def codes(first: int, last: int) -> NDArray[Any]:
+        row = np.arange(first, last)
+        stored = words.numpy().reshape(packed_rows, columns)[row % packed_rows]
+        found = (stored >> shifts[row // packed_rows][:, None]) & mask
+        return pack(found, bits_of(dtype)) if bits_of(dtype) < 8 else found.astype(dtype)
+
+    step = 8 // gcd(8, columns * bits_of(dtype)) if columns else 1
+    return by_rows((rows, columns), dtype, codes, words.data, step=step)

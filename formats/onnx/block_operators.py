@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd, prod
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,8 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from converters.packing import SUB_BYTE, pack, packed_size, unpack
 from converters.storage import Computed, Data
+from formats.encodings.flat_blocks import flat_blocks
+from formats.encodings.rearranged import swapped_nibbles
 from formats.onnx.graph import Node, TensorHeader
 from formats.onnx.payload import Payloads
 
@@ -290,44 +292,14 @@ def _matmul_bnb4(node: Node, find: Find) -> Iterator[BlockWeight]:
 def _bnb4_weight(
     parts: _Parts, payloads: Payloads, shape: tuple[int, int], block: int, table: tuple[float, ...]
 ) -> Tensor:
-    count, columns = prod(shape), shape[1]
+    count = prod(shape)
     stored = _bytes(parts, payloads, 1, packed_size(count, 4))
     absmax = _parameter(parts.scales, "absmax", parts, payloads, (-(-count // block),))
 
-    def swapped(start: int, stop: int) -> NDArray[np.uint8]:
-        packed = stored.data.read(start, stop)
-        low: NDArray[np.uint8] = packed >> np.uint8(4)
-        codes = low | (packed << np.uint8(4))
-        if count % 2 and codes.size and stop * 2 > count:
-            codes[-1] &= 0x0F
-        return codes
-
-    if block % columns == 0:
-        block_shape = (block // columns, columns)
-        scale = replace(absmax, shape=grid_shape(shape, block_shape))
-    else:
-        # blocks that end within a row are cut where rows end: all have one size then, and share their scale
-        block_shape = (1, gcd(block, columns))
-        scale = _repeated(absmax, grid_shape(shape, block_shape), block // block_shape[1])
+    blocks = flat_blocks(shape, block)
     codebook = Tensor.from_array("codebook", np.array(table, np.float32))
-    quantization = Quantization(scale, block_shape, codebook=codebook)
-    return Tensor(parts.codes.name, shape, _CODES[4], Computed(stored.nbytes, swapped, (stored.data,)), quantization)
-
-
-def _repeated(scale: Tensor, grid: tuple[int, ...], times: int) -> Tensor:
-    """Each scale so many times in a row, as far as the grid goes."""
-    if times == 1:
-        return replace(scale, shape=grid)
-    itemsize = scale.dtype.itemsize
-
-    def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        begin, end = start // itemsize, -(-stop // itemsize)
-        first, last = begin // times, -(-end // times)
-        values = scale.data.read(first * itemsize, last * itemsize).reshape(-1, itemsize)
-        wanted = values[np.arange(begin, end) // times - first].reshape(-1)
-        return wanted[start - begin * itemsize : stop - begin * itemsize]
-
-    return replace(scale, shape=grid, data=Computed(prod(grid) * itemsize, compute, (scale.data,)))
+    quantization = Quantization(blocks.spread(absmax), blocks.block_shape, codebook=codebook)
+    return Tensor(parts.codes.name, shape, _CODES[4], swapped_nibbles(stored.data, count), quantization)
 
 
 def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from converters.errors import CorruptFile
-from converters.ir import Loss
-from formats.pytorch.values import Record, StridedTensor, SubclassTensor, is_tensor
+from converters.ir import MOST_DIMENSIONS, Loss
+from formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor, is_tensor
 
 #: Under which keys checkpoints keep the model, the most specific first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "net", "generator", "params", "weights")
@@ -30,11 +30,13 @@ Leaf = StridedTensor | SubclassTensor | Record | np.ndarray | tuple[Any, ...]
 class StateDict:
     """`leaves` are tensors, NumPy arrays, and packed parameters (tuples, or records of script objects) by name;
     `settings` the plain attributes of modules, by the modules' names, for files that hold whole modules; `classes`
-    their classes' names."""
+    their classes' names; `values` what else dictionaries hold by name: numbers, texts, tuples of numbers (sizes), the
+    names of dtypes."""
 
     leaves: dict[str, Leaf] = field(default_factory=dict)
     settings: dict[str, Mapping[Any, Any]] = field(default_factory=dict)
     classes: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
 
 
@@ -98,6 +100,7 @@ def _strip(found: StateDict, prefix: str) -> None:
         found.leaves = {name.removeprefix(prefix): leaf for name, leaf in found.leaves.items()}
         found.settings = {name.removeprefix(prefix): each for name, each in found.settings.items()}
         found.classes = {name.removeprefix(prefix): each for name, each in found.classes.items()}
+        found.values = {name.removeprefix(prefix): each for name, each in found.values.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +118,11 @@ class _Walk:
         if is_tensor(value) or isinstance(value, np.ndarray) or _is_packed(value):
             self.found.leaves[name] = value
         elif isinstance(value, dict):
+            self.found.values |= {
+                f"{name}.{key}" if name else key: _plain(each)
+                for key, each in value.items()
+                if isinstance(key, str) and _is_plain(each)
+            }
             self._visit_all(value, name, depth)
         elif isinstance(value, list | tuple):
             self._visit_all(dict(enumerate(value)), name, depth)
@@ -138,6 +146,16 @@ class _Walk:
         self.found.settings[name] = record.attributes()
         self.found.classes[name] = str(record.made_by)
         self._visit_all(parts, name, depth)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return len(value) <= MOST_DIMENSIONS and all(type(size) is int for size in value)
+    return isinstance(value, str | int | float) or (isinstance(value, Global) and value.module == "torch")
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Global) else value
 
 
 def _is_packed(value: Any) -> bool:

@@ -13,6 +13,8 @@ from converters.errors import CorruptFile, Error
 from converters.interfaces import option
 from converters.ir import Loss, Metadata, Model, Tensor
 from converters.storage import MappedFile
+from formats.encodings.checkpoint import Checkpoint, decode_checkpoint, is_encoded
+from formats.encodings.configuration import model_config, quantization_config
 from formats.pytorch.archive import Archive
 from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
@@ -87,6 +89,12 @@ def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions)
     for name, leaf in found.leaves.items():
         tensors[name], more = _tensor(name, leaf, options)
         losses += more
+    if is_encoded(tensors):
+        folder = path.parent
+        checkpoint = Checkpoint(tensors, quantization_config(folder), model_config(folder), found.values)
+        tensors, more = decode_checkpoint(checkpoint)
+        losses += more
+        producer = producer or checkpoint.method
     if options.fold_batch_norm:
         tensors, more = fold_batch_norms(tensors, found.settings)
         losses += more

@@ -7,7 +7,7 @@ from pathlib import Path
 from converters.ir import Metadata, Model, Tensor
 from formats.encodings import torchao_safetensors
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
-from formats.encodings.configuration import quantization_config
+from formats.encodings.configuration import model_config, quantization_config
 from formats.safetensors.packed_layout import METADATA_NAME, build
 from formats.safetensors.shards import open_checkpoint
 
@@ -27,7 +27,8 @@ class SafetensorsReader:
         if torchao_safetensors.describes(container.metadata):
             weights, losses = torchao_safetensors.grouped(plain, container.metadata)
             return Model(weights, Metadata("safetensors", "torchao", path), losses=losses)
-        config = quantization_config(path if path.is_dir() else path.parent)
-        decoded, found = decode_checkpoint(Checkpoint(plain, config))
+        folder = path if path.is_dir() else path.parent
+        config = quantization_config(folder)
+        decoded, found = decode_checkpoint(Checkpoint(plain, config, model_config(folder)))
         producer = str(config.get("quant_method", "")) or container.metadata.get("format", "")
         return Model(decoded, Metadata("safetensors", producer, path), losses=tuple(found))

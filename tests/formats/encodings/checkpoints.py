@@ -1,4 +1,4 @@
-"""Writes checkpoint folders for the tests: tensors by key, and the files beside them."""
+"""Checkpoints with their truth, and small ones made for a test."""
 
 from __future__ import annotations
 
@@ -8,11 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
+import converters
 from formats.safetensors.container import DTYPES
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "checkpoints"
+
+
+def cases(prefix: str) -> list[Path]:
+    return sorted(FIXTURES.glob(f"{prefix}_*"))
+
+
+def loaded(case: Path) -> converters.Model:
+    pickled = case / "model.pt"
+    return converters.load(pickled if pickled.exists() else case)
+
+
+def check(case: Path) -> converters.Model:
+    """Every value and code of the truth, and no tensor beside the float model's."""
+    model = loaded(case)
+    with np.load(case / "truth.npz") as truth:
+        names = {key.partition("/")[2] for key in truth.files}
+        for key in truth.files:
+            kind, _, name = key.partition("/")
+            got = model[name].codes() if kind == "c" else model[name].dequantize(np.float32)
+            np.testing.assert_array_equal(got, truth[key], err_msg=key)
+            assert got.shape == truth[key].shape, key
+    assert all(name in names or name.endswith(".bias") for name in model), list(model)
+    return model
 
 
 def write_file(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> Path:
@@ -52,3 +78,15 @@ def write_folder(
     index = {"metadata": {}, "weight_map": {key: weight_map[key] for key in keys}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def refused(folder: Path, message: str) -> None:
+    """It is refused in one line that says so, when it is loaded or when it is read."""
+    with pytest.raises(converters.Error, match=message) as caught:
+        _read_all(folder)
+    assert "\n" not in str(caught.value)
+
+
+def _read_all(folder: Path) -> None:
+    for tensor in converters.load(folder).values():
+        tensor.dequantize(np.float32)

@@ -1,0 +1,362 @@
+"""ggml's blocks as codes and their parameters.
+
+A block is some elements along the innermost axis: their codes, d (float16, most often), and what else the type has.
+Codes with an excess are the signed numbers that they mean: 8 of Q4_0's 16 codes is int4's 0.
+
+    Q4_0, Q5_0, Q8_0          d * q                        Q4_1, Q5_1    d * q + m
+    Q2_K, Q4_K, Q5_K          (d * sc) * q - (dmin * m)    sc and m: small integers, one for a sub-block of 16 or 32
+    Q3_K, Q6_K                (d * sc) * q                 IQ4_XS        (d * sc) * table[q]
+    IQ4_NL                    d * table[q]                 TQ1_0, TQ2_0  d * (q - 1), q base 3 or of 2 bits
+    MXFP4                     2 ** (e - 127) * E2M1(q)     NVFP4         UE4M3(d) * E2M1(q), d of 16 elements
+
+Each operation is rounded to float32. gguf 0.19, quants.py; ggml, ggml-quants.c (dequantize_row_*). They differ from
+this in codes that no quantizer of theirs makes: MXFP4's exponent 255 is 2 ** 128 there and NaN here, as in OCP's
+specification, and the fourth bit of float4 alone is 0 there and -0 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import CorruptFile
+from converters.ir import Quantization, Tensor, blocked
+from converters.packing import pack
+from converters.storage import Data
+from formats.encodings.rearranged import by_rows
+
+_Bytes = NDArray[np.uint8]
+_Take = Callable[[_Bytes], NDArray[Any]]
+
+_INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)
+_INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
+_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_EXPONENT8 = np.dtype(ml_dtypes.float8_e8m0fnu)
+_FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_UE4M3_ZERO = 0x7F
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """The data of a tensor whose last axis is stored in blocks of `elements` elements and `nbytes` bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    elements: int
+    nbytes: int
+    data: Data
+
+    def part(
+        self, role: str, dtype: np.dtype[Any], count: int, take: _Take, quantization: Quantization | None = None
+    ) -> Tensor:
+        """What `take` gets from blocks of shape (n, nbytes): `count` elements of each, of any shape, as canonical
+        bytes."""
+        shape = (*self.shape[:-1], self.shape[-1] // self.elements * count)
+
+        def rows(first: int, last: int) -> NDArray[Any]:
+            stored = self.data.read(first * self.nbytes, last * self.nbytes)
+            return take(stored.reshape(-1, self.nbytes))
+
+        data = by_rows((prod(self.shape) // self.elements, count), dtype, rows, self.data)
+        return Tensor(role, shape, dtype, data, quantization)
+
+    def quantized(
+        self,
+        dtype: np.dtype[Any],
+        take: _Take,
+        scale: Tensor,
+        *,
+        zero_point: Tensor | None = None,
+        offset: Tensor | None = None,
+        codebook: Tensor | None = None,
+    ) -> Tensor:
+        """The tensor itself: its codes and their parameters, of which there are as many as scales."""
+        block_shape = blocked(self.shape, len(self.shape) - 1, self.shape[-1] // scale.shape[-1])
+        quantization = Quantization(scale, block_shape, zero_point, offset, codebook)
+        return self.part(self.name, dtype, self.elements, take, quantization)
+
+    def nested(self, role: str, dtype: np.dtype[Any], count: int, take: _Take, scale: Tensor) -> Tensor:
+        """`count` parameters of each block, as small integers whose scale is the block's."""
+        shape = (*self.shape[:-1], self.shape[-1] // self.elements * count)
+        return self.part(role, dtype, count, take, Quantization(scale, blocked(shape, len(shape) - 1, count)))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """A type of blocks: their size in elements and in bytes, and what makes a tensor of them."""
+
+    name: str
+    elements: int
+    nbytes: int
+    tensor: Callable[[Blocks], Tensor]
+
+
+def _field(start: int, stop: int) -> _Take:
+    return lambda blocks: blocks[:, start:stop]
+
+
+def _negated(start: int) -> _Take:
+    """A float16 with the other sign."""
+    return lambda blocks: blocks[:, start : start + 2] ^ np.array([0x00, 0x80], np.uint8)
+
+
+def _halves(stored: _Bytes, half: int) -> _Bytes:
+    """Canonical bytes of nibbles that lie in groups of `half` bytes: first all the low ones, then all the high ones."""
+    groups = stored.reshape(-1, half)
+    even, odd = groups[:, 0::2], groups[:, 1::2]
+    packed = np.empty((groups.shape[0], 2, half // 2), np.uint8)
+    packed[:, 0] = (even & 0x0F) | (odd << 4)
+    packed[:, 1] = (even >> 4) | (odd & 0xF0)
+    return packed
+
+
+def _fields(stored: _Bytes, group: int, bits: int) -> _Bytes:
+    """Fields of `bits` bits that lie in groups of `group` bytes, all the lowest of a group first: (n, elements)."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    fields = (stored.reshape(stored.shape[0], -1, 1, group) >> shifts) & np.uint8((1 << bits) - 1)
+    return fields.reshape(stored.shape[0], -1)
+
+
+def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
+    return codes.view(np.int8) - np.int8(excess)
+
+
+def _q4_0(blocks: Blocks) -> Tensor:
+    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(_INT4, lambda b: _halves(b[:, 2:], 16) ^ np.uint8(0x88), scale)
+
+
+def _q4_1(blocks: Blocks) -> Tensor:
+    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 4:], 16), scale, offset=offset)
+
+
+def _five_bits(high: _Bytes, low: _Bytes) -> _Bytes:
+    """Codes of 32 elements: the fifth bits as a bit stream, the others in halves."""
+    fifth = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
+    return _fields(low, 16, 4) | (fifth << np.uint8(4))
+
+
+def _q5_0(blocks: Blocks) -> Tensor:
+    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(_INT8, lambda b: _signed(16, _five_bits(b[:, 2:6], b[:, 6:])), scale)
+
+
+def _q5_1(blocks: Blocks) -> Tensor:
+    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
+    return blocks.quantized(_UINT8, lambda b: _five_bits(b[:, 4:8], b[:, 8:]), scale, offset=offset)
+
+
+def _q8_0(blocks: Blocks) -> Tensor:
+    return blocks.quantized(_INT8, _field(2, 34), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
+
+
+def _q8_k(blocks: Blocks) -> Tensor:
+    """The sums of 16 codes each that follow are for dot products only."""
+    return blocks.quantized(_INT8, _field(4, 260), blocks.part("scale", _FLOAT32, 1, _field(0, 4)))
+
+
+def _with_minima(
+    blocks: Blocks, dtype: np.dtype[Any], codes: _Take, at: int, count: int, scales: _Take, minima: _Take
+) -> Tensor:
+    """`count` scales and minima of a block, whose own scales d and dmin lie at byte `at`."""
+    d = blocks.part("scale", _FLOAT16, 1, _field(at, at + 2))
+    minus_dmin = blocks.part("scale", _FLOAT16, 1, _negated(at + 2))
+    scale = blocks.nested("scale", _UINT8, count, scales, d)
+    offset = blocks.nested("offset", _UINT8, count, minima, minus_dmin)
+    return blocks.quantized(dtype, codes, scale, offset=offset)
+
+
+def _q2_k(blocks: Blocks) -> Tensor:
+    return _with_minima(
+        blocks,
+        _UINT2,
+        lambda b: pack(_fields(b[:, 16:80], 32, 2), 2),
+        80,
+        16,
+        lambda b: b[:, :16] & np.uint8(0x0F),
+        lambda b: b[:, :16] >> np.uint8(4),
+    )
+
+
+def _six_bits(stored: _Bytes, low: int, nibble: int) -> _Bytes:
+    """The 8 scales or minima of Q4_K and Q5_K: four in the low 6 bits of bytes from `low` on, whose other bits are the
+    high ones of the next four; their low ones are a nibble of bytes 8 to 11."""
+    whole = stored[:, low : low + 4]
+    rest = ((stored[:, 8:12] >> np.uint8(nibble)) & np.uint8(0x0F)) | ((whole >> np.uint8(2)) & np.uint8(0x30))
+    return np.concatenate([whole & np.uint8(0x3F), rest], axis=1)
+
+
+def _q4_k(blocks: Blocks) -> Tensor:
+    return _with_minima(
+        blocks,
+        _UINT4,
+        lambda b: _halves(b[:, 16:], 32),
+        0,
+        8,
+        lambda b: _six_bits(b[:, 4:16], 0, 0),
+        lambda b: _six_bits(b[:, 4:16], 4, 4),
+    )
+
+
+def _q5_k(blocks: Blocks) -> Tensor:
+    return _with_minima(
+        blocks,
+        _UINT8,
+        lambda b: _fields(b[:, 48:], 32, 4) | (_fields(b[:, 16:48], 32, 1) << np.uint8(4)),
+        0,
+        8,
+        lambda b: _six_bits(b[:, 4:16], 0, 0),
+        lambda b: _six_bits(b[:, 4:16], 4, 4),
+    )
+
+
+def _q3_k(blocks: Blocks) -> Tensor:
+    """The bit that is apart says that 4 is not to be subtracted."""
+
+    def codes(stored: _Bytes) -> _Bytes:
+        return pack(_signed(4, _fields(stored[:, 32:96], 32, 2) | (_fields(stored[:, :32], 32, 1) << np.uint8(2))), 4)
+
+    def scales(stored: _Bytes) -> NDArray[np.int8]:
+        low, high = _fields(stored[:, 96:104], 8, 4), _fields(stored[:, 104:108], 4, 2)
+        return _signed(32, low | (high << np.uint8(4)))
+
+    d = blocks.part("scale", _FLOAT16, 1, _field(108, 110))
+    return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
+
+
+def _q6_k(blocks: Blocks) -> Tensor:
+    def codes(stored: _Bytes) -> NDArray[np.int8]:
+        return _signed(32, _fields(stored[:, :128], 64, 4) | (_fields(stored[:, 128:192], 32, 2) << np.uint8(4)))
+
+    d = blocks.part("scale", _FLOAT16, 1, _field(208, 210))
+    return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
+
+
+def _iq4_codebook() -> Tensor:
+    return Tensor.from_array("codebook", np.array(_IQ4_VALUES, np.float32))
+
+
+def _iq4_nl(blocks: Blocks) -> Tensor:
+    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=_iq4_codebook())
+
+
+def _iq4_xs(blocks: Blocks) -> Tensor:
+    def scales(stored: _Bytes) -> NDArray[np.int8]:
+        low, high = _fields(stored[:, 4:8], 1, 4), _fields(stored[:, 2:4], 1, 2)
+        return _signed(32, low | (high << np.uint8(4)))
+
+    d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
+    scale = blocks.nested("scale", _INT8, 8, scales, d)
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=_iq4_codebook())
+
+
+def _tq1_0(blocks: Blocks) -> Tensor:
+    """A byte is a fraction of 256; its digits to the base of 3 are the codes, the first one first."""
+
+    def digits(stored: _Bytes, count: int) -> NDArray[np.uint16]:
+        shifted = stored[:, None, :] * (3 ** np.arange(count)).astype(np.uint8)[:, None]
+        return (shifted.astype(np.uint16) * np.uint16(3) >> np.uint16(8)).reshape(stored.shape[0], -1)
+
+    def codes(stored: _Bytes) -> _Bytes:
+        parts = (digits(stored[:, :32], 5), digits(stored[:, 32:48], 5), digits(stored[:, 48:52], 4))
+        return pack(_signed(1, np.concatenate(parts, axis=1).astype(np.uint8)), 2)
+
+    return blocks.quantized(_INT2, codes, blocks.part("scale", _FLOAT16, 1, _field(52, 54)))
+
+
+def _tq2_0(blocks: Blocks) -> Tensor:
+    """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
+    scale = blocks.part("scale", _FLOAT16, 1, _field(64, 66))
+    zero_point = blocks.part("zero_point", _UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
+    return blocks.quantized(_UINT2, lambda b: pack(_fields(b[:, :64], 32, 2), 2), scale, zero_point=zero_point)
+
+
+def _mxfp4(blocks: Blocks) -> Tensor:
+    return blocks.quantized(_FLOAT4, lambda b: _halves(b[:, 1:], 16), blocks.part("scale", _EXPONENT8, 1, _field(0, 1)))
+
+
+def _nvfp4(blocks: Blocks) -> Tensor:
+    """float8_e4m3fn without its sign, and 0x7F is 0 instead of NaN."""
+
+    def scales(stored: _Bytes) -> _Bytes:
+        scale = stored[:, :4]
+        if (scale == 0xFF).any():
+            raise CorruptFile("has the scale 0xFF, which is no unsigned E4M3 number", tensor=blocks.name)
+        return np.where(scale == _UE4M3_ZERO, np.uint8(0), scale & np.uint8(0x7F))
+
+    return blocks.quantized(_FLOAT4, lambda b: _halves(b[:, 4:], 8), blocks.part("scale", _FLOAT8, 4, scales))
+
+
+#: The types that are read, by their number (ggml.h, enum ggml_type).
+BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
+    {
+        2: BlockType("Q4_0", 32, 18, _q4_0),
+        3: BlockType("Q4_1", 32, 20, _q4_1),
+        6: BlockType("Q5_0", 32, 22, _q5_0),
+        7: BlockType("Q5_1", 32, 24, _q5_1),
+        8: BlockType("Q8_0", 32, 34, _q8_0),
+        10: BlockType("Q2_K", 256, 84, _q2_k),
+        11: BlockType("Q3_K", 256, 110, _q3_k),
+        12: BlockType("Q4_K", 256, 144, _q4_k),
+        13: BlockType("Q5_K", 256, 176, _q5_k),
+        14: BlockType("Q6_K", 256, 210, _q6_k),
+        15: BlockType("Q8_K", 256, 292, _q8_k),
+        20: BlockType("IQ4_NL", 32, 18, _iq4_nl),
+        23: BlockType("IQ4_XS", 256, 136, _iq4_xs),
+        34: BlockType("TQ1_0", 256, 54, _tq1_0),
+        35: BlockType("TQ2_0", 256, 66, _tq2_0),
+        39: BlockType("MXFP4", 32, 17, _mxfp4),
+        40: BlockType("NVFP4", 64, 36, _nvfp4),
+    }
+)
+
+PLAIN_TYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
+    {
+        0: _FLOAT32,
+        1: _FLOAT16,
+        24: _INT8,
+        25: np.dtype(np.int16),
+        26: np.dtype(np.int32),
+        27: np.dtype(np.int64),
+        28: np.dtype(np.float64),
+        30: np.dtype(ml_dtypes.bfloat16),
+    }
+)
+
+#: Types that are known by name only: lattices (IQ1 to IQ3), those that exist while llama.cpp runs, and former ones.
+OTHER_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        4: "Q4_2",
+        5: "Q4_3",
+        9: "Q8_1",
+        16: "IQ2_XXS",
+        17: "IQ2_XS",
+        18: "IQ3_XXS",
+        19: "IQ1_S",
+        21: "IQ3_S",
+        22: "IQ2_S",
+        29: "IQ1_M",
+        31: "Q4_0_4_4",
+        32: "Q4_0_4_8",
+        33: "Q4_0_8_8",
+        36: "IQ4_NL_4_4",
+        37: "IQ4_NL_4_8",
+        38: "IQ4_NL_8_8",
+        41: "Q1_0",
+    }
+)

@@ -1,0 +1,201 @@
+"""A GGUF file's header: what there is, and where. Nothing is allocated before the file is known to hold it.
+
+    magic "GGUF", version u32, number of tensors u64, number of key-values u64
+    key-value     key string, type u32, value          string: length u64, bytes; array: type u32, count u64, elements
+    tensor        name string, axes u32, sizes u64 (the innermost first), type u32, offset u64 from where the data begin
+    data          from the next multiple of general.alignment (32 where there is none) on
+
+Version 3, little-endian; version 2 is the same. ggml, docs/gguf.md; checked with gguf 0.19.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from converters.errors import CorruptFile, Unsupported
+from converters.storage import FileRange, MappedFile
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT = "general.alignment"
+_DEFAULT_ALIGNMENT = 32
+_MOST_NESTED = 8
+
+_STRING, _ARRAY = 8, 9
+#: struct's formats for the types of values that have a size of their own.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LAYOUTS = {kind: struct.Struct(f"<{kind}") for kind in _NUMBERS.values()}
+_NAMES = {
+    0: "uint8",
+    1: "int8",
+    2: "uint16",
+    3: "int16",
+    4: "uint32",
+    5: "int32",
+    6: "float32",
+    7: "bool",
+    8: "string",
+    9: "array",
+    10: "uint64",
+    11: "int64",
+    12: "float64",
+}
+#: The fewest bytes that an element of an array, a key-value and a tensor can take.
+_LEAST = {_STRING: 8, _ARRAY: 12}
+_LEAST_KEY_VALUE = 8 + 4 + 1
+_LEAST_TENSOR = 8 + 4 + 4 + 8
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of the metadata: its type's name, and a number, a bool or a str; of an array, the number of elements."""
+
+    kind: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as the header has it: `shape` has the innermost axis last; `offset` counts from where the data begin."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Container:
+    """The key-values and the tensors of a file, in its order; `data_offset` is where the data begin."""
+
+    file: MappedFile
+    metadata: dict[str, Value]
+    tensors: dict[str, TensorInfo]
+    alignment: int
+    data_offset: int
+
+    def data_of(self, tensor: TensorInfo, nbytes: int) -> FileRange:
+        """The bytes of a tensor that takes so many. Raises CorruptFile where they do not lie in the file."""
+        if tensor.offset % self.alignment:
+            raise CorruptFile(
+                f"has its data at offset {tensor.offset}, which is no multiple of the alignment {self.alignment}",
+                tensor=tensor.name,
+            )
+        try:
+            return self.file.range(self.data_offset + tensor.offset, nbytes)
+        except CorruptFile as error:
+            error.tensor = tensor.name
+            raise
+
+
+def open_container(file: MappedFile) -> Container:
+    """Reads the header. Raises CorruptFile for damage, Unsupported for big-endian files and other versions."""
+    cursor = _Cursor(file)
+    if cursor.take(4) != MAGIC:
+        raise CorruptFile(f"begins with {file.view[:4].tobytes()!r}, not with {MAGIC!r}")
+    version = cursor.number("I")
+    if version not in _VERSIONS:
+        if version & 0xFFFF == 0 and version:
+            raise Unsupported("is big-endian: convert it with gguf's gguf-convert-endian")
+        raise Unsupported(f"is GGUF version {version}: 2 and 3 are read")
+    tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
+    cursor.expect(tensor_count * _LEAST_TENSOR + value_count * _LEAST_KEY_VALUE, "tensors and key-values")
+    metadata: dict[str, Value] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        if key in metadata:
+            raise CorruptFile(f"has the key '{key}' twice")
+        metadata[key] = cursor.value()
+    tensors: dict[str, TensorInfo] = {}
+    for _ in range(tensor_count):
+        info = cursor.tensor()
+        if info.name in tensors:
+            raise CorruptFile("is there twice", tensor=info.name)
+        tensors[info.name] = info
+    alignment = _alignment(metadata)
+    return Container(file, metadata, tensors, alignment, -(-cursor.position // alignment) * alignment)
+
+
+def _alignment(metadata: dict[str, Value]) -> int:
+    found = metadata.get(_ALIGNMENT, Value("uint32", _DEFAULT_ALIGNMENT))
+    alignment = found.value
+    if found.kind != "uint32" or alignment == 0 or alignment & (alignment - 1):
+        raise CorruptFile(f"has the {_ALIGNMENT} {found.value!r:.40} ({found.kind}): a power of two is needed")
+    return int(alignment)
+
+
+class _Cursor:
+    """A place in the file that moves on with what is read."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self._bytes = file.view
+        self.position = 0
+
+    def expect(self, nbytes: int, what: str) -> None:
+        """Raises CorruptFile unless so many bytes follow."""
+        left = self._bytes.size - self.position
+        if nbytes > left:
+            raise CorruptFile(
+                f"has {what} of {nbytes} bytes at byte {self.position}, where the file ends after {left}: "
+                "it is truncated or damaged"
+            )
+
+    def take(self, nbytes: int) -> bytes:
+        """The next bytes."""
+        self.expect(nbytes, "a field")
+        self.position += nbytes
+        return self._bytes[self.position - nbytes : self.position].tobytes()
+
+    def number(self, kind: str) -> Any:
+        """The next number, of struct's format `kind`."""
+        layout = _LAYOUTS[kind]
+        return layout.unpack(self.take(layout.size))[0]
+
+    def string(self) -> str:
+        """The next string."""
+        taken = self.take(self.number("Q"))
+        try:
+            return taken.decode()
+        except UnicodeDecodeError as error:
+            raise CorruptFile(f"has the string {taken[:40]!r}, which is no UTF-8: {error.reason}") from None
+
+    def value(self) -> Value:
+        """The next value, its type before it."""
+        kind = self.number("I")
+        if kind in _NUMBERS:
+            return Value(_NAMES[kind], self.number(_NUMBERS[kind]))
+        if kind == _STRING:
+            return Value(_NAMES[kind], self.string())
+        if kind == _ARRAY:
+            return Value(_NAMES[kind], self._skip_array(0))
+        raise CorruptFile(f"has a value of type {kind} at byte {self.position}: types 0 to 12 are known")
+
+    def _skip_array(self, depth: int) -> int:
+        kind, count = self.number("I"), self.number("Q")
+        if depth > _MOST_NESTED:
+            raise CorruptFile(f"nests arrays more than {_MOST_NESTED} deep")
+        if kind in _NUMBERS:
+            nbytes = count * _LAYOUTS[_NUMBERS[kind]].size
+            self.expect(nbytes, "an array")
+            self.position += nbytes
+            return int(count)
+        if kind not in _LEAST:
+            raise CorruptFile(f"has an array of type {kind} at byte {self.position}: types 0 to 12 are known")
+        self.expect(count * _LEAST[kind], "an array")
+        for _ in range(count):
+            if kind == _ARRAY:
+                self._skip_array(depth + 1)
+            else:
+                nbytes = self.number("Q")
+                self.expect(nbytes, "a string")
+                self.position += nbytes
+        return int(count)
+
+    def tensor(self) -> TensorInfo:
+        """The next tensor's entry."""
+        name, axes = self.string(), self.number("I")
+        self.expect(axes * 8, f"the sizes of {axes} axes")
+        sizes = struct.unpack(f"<{axes}Q", self.take(axes * 8))
+        return TensorInfo(name, tuple(reversed(sizes)), self.number("I"), self.number("Q"))
