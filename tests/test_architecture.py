@@ -119,3 +119,11 @@ def test_no_file_is_long() -> None:
     for package in ("converters", "formats", "tests", "benchmarks", "fixtures"):
         for path in (ROOT / package).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 560, path
+
+
+def test_no_file_has_what_a_merge_left_in_it() -> None:
+    marks = ("<<<<<<< ", ">>>>>>> ")
+    for path in ROOT.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        if not hidden and "build" not in path.parts and path.suffix in (".md", ".py", ".toml", ".template"):
+            assert not [line for line in path.read_text("utf-8").splitlines() if line.startswith(marks)], path
