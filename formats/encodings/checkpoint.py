@@ -116,7 +116,11 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
                 weights[key] = (key.removesuffix(marker), found)
                 break
     made_of = {prefix + suffix for prefix, weight in weights.values() for suffix in weight.made_of}
-    return _in_order(checkpoint, weights, made_of)
+    tensors, losses = _in_order(checkpoint, weights, made_of)
+    if checkpoint.method and not weights:
+        detail = f"nothing of quant_method '{checkpoint.method}' was recognised: tensors are as they are stored"
+        losses.append(Loss("", "reinterpreted", detail))
+    return tensors, losses
 
 
 def _in_order(

@@ -71,3 +71,9 @@ def test_the_folder_is_no_output(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", TENSORS)
     with pytest.raises(Error, match="input as well as an output"):
         converters.convert(folder, folder / "model.safetensors")
+
+
+def test_an_encoding_that_is_not_known_is_said(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "m", TENSORS, config={"quantization_config": {"quant_method": "strange"}})
+    (loss,) = converters.load(folder).losses
+    assert "nothing of quant_method 'strange' was recognised" in str(loss)
