@@ -91,16 +91,29 @@ def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
 
 
 def flatten_scales(model: Model) -> Model:
-    """Every second-level scale multiplied out to one float32 scale: the decoded values stay the same bit for bit,
-    because decoding computes exactly this scale first. A Loss records each."""
+    """Every parameter that is quantized itself (a second-level scale, the minima of GGUF's K-quants) multiplied out to
+    float32: the decoded values stay the same bit for bit, because decoding computes exactly this first. A Loss records
+    each."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
-        if quantization is not None and quantization.scale.quantization is not None:
-            scale = dequantized(quantization.scale, _FLOAT32)
-            tensors[name] = replace(tensor, quantization=replace(quantization, scale=scale))
-            losses.append(Loss(name, "widened", "its second-level scale is multiplied out to one float32 scale"))
+        if quantization is None:
+            continue
+        parameters = (quantization.scale, quantization.zero_point, quantization.offset)
+        names = ("scale", "zero point", "offset")
+        nested = [what for what, p in zip(names, parameters, strict=True) if p is not None and p.quantization]
+        if nested:
+            scale, zero_point, offset = (_flat(parameter) for parameter in parameters)
+            flat = replace(quantization, scale=scale or quantization.scale, zero_point=zero_point, offset=offset)
+            tensors[name] = replace(tensor, quantization=flat)
+            losses.append(
+                Loss(name, "widened", f"its second-level {' and '.join(nested)} is multiplied out to float32")
+            )
     return replace(model, tensors=tensors, losses=tuple(losses))
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else dequantized(parameter, _FLOAT32)
 
 
 def compute_in_float32(model: Model) -> Model:
