@@ -1,11 +1,11 @@
 """The tensors of .pt2 archives, as they are stored: raw storages that a JSON document describes, or pickles.
 
-    torch >= 2.9    data/weights/MODEL_weights_config.json and a record for each storage; data/constants likewise
-    torch 2.8       data/weights/MODEL.pt and data/constants/MODEL.pt, archives of torch.save
-    torch <= 2.7    serialized_state_dict.pt and serialized_constants.pt, the same (torch 2.1 calls them .json)
+    now             data/weights/MODEL_weights_config.json and a record for each storage; data/constants likewise
+    before          data/weights/MODEL.pt and data/constants/MODEL.pt, archives of torch.save (from torch 2.8 on)
+    torch <= 2.7    serialized_state_dict.pt and serialized_constants.pt, the same (the oldest call them .json)
 
-torch 2.13, torch/export/pt2_archive/_package.py and torch/export/__init__.py (load). Tensors of classes that wrap
-others, and whole archives, are pickles; like all pickles here they are read without being executed.
+torch 2.13, which reads all of these: torch/export/pt2_archive/_package.py and torch/export/__init__.py (load).
+Tensors of classes that wrap others, and whole archives, are pickles; they are read without being executed, as all are.
 """
 
 from __future__ import annotations

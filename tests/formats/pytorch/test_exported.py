@@ -37,6 +37,7 @@ QUANTIZED = {
     "tied": {},
     "tied_quantized": {"_frozen_param0": ml_dtypes.int4},
     "torchao_bfloat16": {"0.weight": ml_dtypes.int4},
+    "torchao_decomposed": {},
     "torchao_groups": {"0.weight": ml_dtypes.int4, "2.weight": ml_dtypes.int2},
     "torchao_subclass": {"0.weight": ml_dtypes.int4},
     "transposed_int2": {"up.weight": ml_dtypes.int2},
@@ -66,7 +67,7 @@ def test_weights_are_what_torch_decodes(name):
         np.testing.assert_array_equal(tensor.dequantize().view(np.uint32), values.view(np.uint32))
         if f"codes/{key}" in truth:
             np.testing.assert_array_equal(tensor.codes(), truth[f"codes/{key}"])
-    assert not found.losses
+    assert not found.losses or name == "torchao_decomposed"
     assert not found.wrapped
 
 
@@ -82,6 +83,13 @@ def test_only_the_model_is_left(name):
         "head.2.bias",
     ]
     assert all(tensor.name == key for key, tensor in found.tensors.items())
+
+
+def test_weights_that_the_program_decodes_by_arithmetic_are_said():
+    found = opened("torchao_decomposed")
+    assert found.tensors["0.parametrizations.weight.original0"].dtype == np.int8
+    said = {loss.tensor: loss.kind for loss in found.losses}
+    assert said["0.parametrizations.weight.original0"] == "reinterpreted"
 
 
 def test_metadata():
