@@ -91,16 +91,30 @@ def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
 
 
 def flatten_scales(model: Model) -> Model:
-    """Every second-level scale multiplied out to one float32 scale: the decoded values stay the same bit for bit,
-    because decoding computes exactly this scale first. A Loss records each."""
+    """Every parameter that has a second-level scale multiplied out to float32: the decoded values stay the same bit for
+    bit, because decoding computes exactly these numbers first. A Loss records each."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
-        if quantization is not None and quantization.scale.quantization is not None:
-            scale = dequantized(quantization.scale, _FLOAT32)
-            tensors[name] = replace(tensor, quantization=replace(quantization, scale=scale))
-            losses.append(Loss(name, "widened", "its second-level scale is multiplied out to one float32 scale"))
+        if quantization is None:
+            continue
+        roles = [role for role, parameter in quantization.parameters() if parameter.quantization is not None]
+        if not roles:
+            continue
+        flat = replace(
+            quantization,
+            scale=_flattened(quantization.scale),
+            zero_point=quantization.zero_point and _flattened(quantization.zero_point),
+            offset=quantization.offset and _flattened(quantization.offset),
+        )
+        tensors[name] = replace(tensor, quantization=flat)
+        details = (f"the second-level scale of its {role} is multiplied out to float32" for role in roles)
+        losses += [Loss(name, "widened", detail) for detail in details]
     return replace(model, tensors=tensors, losses=tuple(losses))
+
+
+def _flattened(parameter: Tensor) -> Tensor:
+    return parameter if parameter.quantization is None else dequantized(parameter, _FLOAT32)
 
 
 def compute_in_float32(model: Model) -> Model:

@@ -163,7 +163,9 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path, name: str, reason: str) -
 
 
 def test_an_unknown_format_or_extension_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no format 'tf': known are cheader, gguf, onnx, pytorch, safetensors, tflite"):
+    with pytest.raises(
+        UsageError, match="there is no format 'tf': known are cheader, gguf, onnx, pytorch, safetensors, tflite"
+    ):
         plugins.format_named("tf")
     with pytest.raises(UsageError, match=r"extension '.xyz' does not tell one format to write: .*--to NAME"):
         plugins.format_of_target(tmp_path / "a.xyz")
