@@ -92,8 +92,13 @@ def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
         return _differences(a, b, "values", _plain_view(a, b))
     differences = _differences(a, b, "codes", _codes_view(a, b))
     same_blocks = a.quantization.block_shape == b.quantization.block_shape
-    same_arithmetic = a.quantization.compute_dtype == b.quantization.compute_dtype
-    if a.dtype == b.dtype and same_blocks and same_arithmetic and _same_roles(a.quantization, b.quantization):
+    arithmetic = [(q.compute_dtype, q.factor) for q in (a.quantization, b.quantization)]
+    if (
+        a.dtype == b.dtype
+        and same_blocks
+        and arithmetic[0] == arithmetic[1]
+        and _same_roles(a.quantization, b.quantization)
+    ):
         # values follow from codes and parameters, which also tell apart what no value shows (a block of zeros, say)
         return differences + _parameter_differences(a.name, a.quantization, b.quantization)
     return differences + _differences(a, b, "values", _values)

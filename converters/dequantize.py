@@ -1,10 +1,10 @@
 """Stage: codes -> floats.
 
-    value = scale * (code - zero_point) + offset
+    value = (scale * (code - zero_point) + offset) * factor
 
 Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
 order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
-Where the quantization names another `compute_dtype`, each of the three operations is rounded to it, which is what
+Where the quantization names another `compute_dtype`, each of the operations is rounded to it, which is what
 PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors.
 The work is done in pieces that stay in the processor's cache.
 """
@@ -91,29 +91,48 @@ def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
 
 
 def flatten_scales(model: Model) -> Model:
-    """Every parameter that is quantized itself (a second-level scale, the minima of GGUF's K-quants) multiplied out to
-    float32: the decoded values stay the same bit for bit, because decoding computes exactly this first. A Loss records
-    each."""
+    """Every parameter that has a second-level scale multiplied out to float32: the decoded values stay the same bit for
+    bit, because decoding computes exactly these numbers first. A Loss records each."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
         if quantization is None:
             continue
-        parameters = (quantization.scale, quantization.zero_point, quantization.offset)
-        names = ("scale", "zero point", "offset")
-        nested = [what for what, p in zip(names, parameters, strict=True) if p is not None and p.quantization]
-        if nested:
-            scale, zero_point, offset = (_flat(parameter) for parameter in parameters)
-            flat = replace(quantization, scale=scale or quantization.scale, zero_point=zero_point, offset=offset)
-            tensors[name] = replace(tensor, quantization=flat)
-            losses.append(
-                Loss(name, "widened", f"its second-level {' and '.join(nested)} is multiplied out to float32")
-            )
+        roles = [role for role, parameter in quantization.parameters() if parameter.quantization is not None]
+        if not roles:
+            continue
+        flat = replace(
+            quantization,
+            scale=_flattened(quantization.scale),
+            zero_point=quantization.zero_point and _flattened(quantization.zero_point),
+            offset=quantization.offset and _flattened(quantization.offset),
+        )
+        tensors[name] = replace(tensor, quantization=flat)
+        details = (f"the second-level scale of its {role} is multiplied out to float32" for role in roles)
+        losses += [Loss(name, "widened", detail) for detail in details]
     return replace(model, tensors=tensors, losses=tuple(losses))
 
 
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else dequantized(parameter, _FLOAT32)
+def fold_factors(model: Model) -> Model:
+    """Every factor multiplied into the scales and the offsets; a Loss records each, for values round differently."""
+    tensors, losses = dict(model.tensors), list(model.losses)
+    for name, tensor in model.items():
+        quantization = tensor.quantization
+        if quantization is None or quantization.factor == 1:
+            continue
+        factor = np.float32(quantization.factor)
+        scale, offset = (
+            parameter and Tensor.from_array(parameter.name, parameter.dequantize(np.float32) * factor)
+            for parameter in (quantization.scale, quantization.offset)
+        )
+        folded = replace(quantization, scale=scale or quantization.scale, offset=offset, factor=1.0)
+        tensors[name] = replace(tensor, quantization=folded)
+        losses.append(Loss(name, "rounded", f"the factor {factor!s} of its values is multiplied into its scales"))
+    return replace(model, tensors=tensors, losses=tuple(losses))
+
+
+def _flattened(parameter: Tensor) -> Tensor:
+    return parameter if parameter.quantization is None else dequantized(parameter, _FLOAT32)
 
 
 def compute_in_float32(model: Model) -> Model:
@@ -258,6 +277,9 @@ def _steps(part: Tensor) -> list[_Step]:
     steps.append(step(np.multiply, _parameter(quantization.scale, dtype)))
     if quantization.offset is not None:
         steps.append(step(np.add, _parameter(quantization.offset, dtype)))
+    if quantization.factor != 1:
+        factor = np.full((1,) * len(_view_shape(part)), quantization.factor, np.float32)
+        steps.append(_Step(np.multiply, factor, rounded_to))
     return steps
 
 

@@ -40,7 +40,8 @@ class NoOptions:
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a writer can hold as it is; the planner compares this with the model before any payload is read.
-    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so."""
+    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so.
+    `factor`: whether it multiplies by one at the end."""
 
     dtypes: frozenset[np.dtype[Any]]
     codebook: bool = True
@@ -48,6 +49,7 @@ class Capabilities:
     group_index: bool = True
     nested_scale: bool = True
     compute_dtype: bool = True
+    factor: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The intermediate representation: every format is read into it and written from it.
 
-    value = scale * (code - zero_point) + offset        per block; code -> codebook[code] first where there is one
+    value = (scale * (code - zero_point) + offset) * factor     per block; code -> codebook[code] first, if there is one
 
 A `Model` maps names to `Tensor`s. A `Tensor` is canonical packed bytes (`converters.packing`), fetched only when asked
 for, and perhaps a `Quantization`. Parameters are tensors too, so that they are lazy as well and may themselves be
@@ -46,6 +46,7 @@ SMALL_FLOATS = frozenset(
 MOST_DIMENSIONS = 32
 _MOST_ELEMENTS = 1 << 58
 _FLOAT32 = np.dtype(np.float32)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _COMPUTE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
@@ -124,7 +125,8 @@ class Quantization:
     `codebook` has shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is
     the number of groups, and the positions of that axis find theirs by index. The result of each operation of the
     formula is rounded to `compute_dtype`: float32, or what the producing library computes in (a checkpoint's bfloat16,
-    the float64 of PyTorch's per-channel scales).
+    the float64 of PyTorch's per-channel scales). `factor`, a float32, is multiplied last (LLM.int8()'s 1 / 127); 1 is
+    no operation.
     """
 
     scale: Tensor
@@ -134,11 +136,14 @@ class Quantization:
     codebook: Tensor | None = None
     group_index: GroupIndex | None = None
     compute_dtype: np.dtype[Any] = _FLOAT32
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in _COMPUTE_DTYPES:
             names = ", ".join(dtype.name for dtype in _COMPUTE_DTYPES)
             raise CorruptFile(f"values cannot be computed in {self.compute_dtype}: {names} are possible")
+        if not abs(self.factor) <= _LARGEST_FLOAT32:
+            raise CorruptFile(f"values cannot be multiplied by {self.factor}: a finite float32 is needed")
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the parameters that there are, with the name of each one's role."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from converters import plugins
 from converters.atomic import atomic_outputs
-from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales
+from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
 from converters.ir import Loss, Model, Tensor
@@ -136,6 +136,8 @@ def plan(
 def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
     """The model as a writer can hold it, after the lossless stages that this takes. Raises Unsupported, with what to
     add to the command, where only a lossy one would do."""
+    if not capabilities.factor:
+        model = fold_factors(model)
     if not capabilities.nested_scale:
         model = flatten_scales(model)
     if not capabilities.compute_dtype:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters import dequantize as stage
-from converters.errors import Unsupported, UsageError
+from converters.errors import CorruptFile, Unsupported, UsageError
 from converters.ir import (
     GroupIndex,
     Model,
@@ -262,3 +262,22 @@ def test_dequantize_model_leaves_out_what_was_only_a_parameter() -> None:
     assert model["w"].quantization is None
     assert model["b"].dtype == np.float32
     assert model["w"].numpy().tolist() == [1, 2]
+
+
+def test_a_factor_is_multiplied_last_and_folds_into_scales() -> None:
+    factor, codes = float(np.float32(1 / 127)), np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
+    scale = Tensor.from_array("scale", np.array([[0.37], [1.9]], np.float32))
+    tensor = Tensor.from_array("w", codes, Quantization(scale, (1, 128), factor=factor))
+    expected = codes.astype(np.float32) * scale.numpy() * np.float32(factor)
+    np.testing.assert_array_equal(tensor.dequantize(np.float32), expected)
+    folded = stage.fold_factors(Model({"w": tensor}))
+    assert [loss.kind for loss in folded.losses] == ["rounded"]
+    np.testing.assert_array_equal(
+        folded["w"].dequantize(np.float32), codes.astype(np.float32) * (scale.numpy() * np.float32(factor))
+    )
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e39])
+def test_a_factor_that_is_no_float32_is_refused(factor: float) -> None:
+    with pytest.raises(CorruptFile, match="finite float32"):
+        Quantization(Tensor.from_array("scale", np.ones((1,), np.float32)), (4,), factor=factor)

@@ -90,6 +90,7 @@ class _Encoding(Protocol):
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        ".SCB": ("bitsandbytes_int8",),
         ".W_q": ("hqq",),
         ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
         ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),

@@ -6,7 +6,7 @@
     USE = [OPERATOR, INPUT, AXIS] or [OPERATOR, INPUT, AXIS, ACTIVATION, RESULT], these two being null or
           ["int8", SHAPE, SCALE, ZERO_POINT]
     QUANTIZATION = {"block_shape": [..], "scale": TENSOR, "zero_point": TENSOR, "offset": TENSOR, "codebook": TENSOR,
-                    "group_index": TENSOR, "group_axis": N, "compute_dtype": "bfloat16"}
+                    "group_index": TENSOR, "group_axis": N, "compute_dtype": "bfloat16", "factor": X}
 
 KEY is the key of the stored bytes. Dtypes that the container lacks (int4, int2, …) are stored as U8 of shape [bytes] in
 the IR's canonical order: row-major, low bits first. Everything optional is absent when there is none. A scale may have
@@ -77,6 +77,8 @@ def _described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
             description["quantization"]["group_axis"] = quantization.group_index.axis
         if quantization.compute_dtype != np.float32:
             description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
+        if quantization.factor != 1:
+            description["quantization"]["factor"] = quantization.factor
     if tensor.uses:
         description["uses"] = [_described_use(use) for use in tensor.uses]
     if tensor.parameter_of is not None:
@@ -147,6 +149,7 @@ def _built_quantization(
         codebook=parameters.get("codebook"),
         group_index=group_index,
         compute_dtype=_DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
+        factor=float(description.get("factor", 1)),
     )
 
 

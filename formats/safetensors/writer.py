@@ -37,7 +37,9 @@ class SafetensorsWriter:
     """Writes one .safetensors file; lossless for everything that the IR holds."""
 
     options: ClassVar[type] = SafetensorsOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(frozenset({*_KINDS, *SUB_BYTE, np.dtype(np.complex128)}))
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({*_KINDS, *SUB_BYTE, np.dtype(np.complex128)}), factor=True
+    )
 
     def plan(self, model: Model, target: Path, options: SafetensorsOptions) -> _SafetensorsPlan:
         """Lays out the file. Raises Unsupported when its header would pass the container's limit."""

@@ -34,14 +34,12 @@ def tensors(state: Any = STATE, **changed: np.ndarray | None) -> dict[str, np.nd
     }
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in checkpoints.cases("bitsandbytes") if "int8" not in c.name], ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", checkpoints.cases("bitsandbytes"), ids=lambda case: case.name)
 def test_values_and_codes_are_those_of_bitsandbytes(case: Path) -> None:
     checkpoints.check(case)
 
 
-@pytest.mark.parametrize("case", checkpoints.cases("bitsandbytes_nf4"), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", checkpoints.cases("bitsandbytes"), ids=lambda case: case.name)
 def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> None:
     target = tmp_path / "weights.safetensors"
     comparison = converters.convert(case, target, verify=True).verified[target]
@@ -123,3 +121,41 @@ def test_two_states_are_refused(tmp_path: Path) -> None:
 def test_a_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
     damaged = tensors() | {"fc.weight.quant_state.bitsandbytes__nf4": np.zeros(4, np.uint8)}
     checkpoints.refused(checkpoints.write_folder(tmp_path, damaged), "no JSON")
+
+
+INT8 = {
+    "fc.weight": np.arange(-6, 6, dtype=np.int8).reshape(3, 4),
+    "fc.SCB": np.array([1, 2, 3], np.float32),
+    "fc.weight_format": np.zeros((), np.uint8),
+}
+
+
+def test_int8_has_its_magnitudes_as_scales_and_one_factor(tmp_path: Path) -> None:
+    model = converters.load(checkpoints.write_folder(tmp_path, INT8))
+    assert list(model) == ["fc.weight"]
+    quantization = model["fc.weight"].quantization
+    assert quantization is not None
+    assert quantization.scale.numpy().reshape(-1).tolist() == [1, 2, 3]
+    assert quantization.factor == np.float32(1 / 127)
+
+
+def test_a_factor_that_a_format_lacks_is_folded_into_the_scales(tmp_path: Path) -> None:
+    target = tmp_path / "weights.onnx"
+    conversion = converters.convert(checkpoints.FIXTURES / "bitsandbytes_int8", target, verify=True)
+    comparison = conversion.verified[target]
+    assert comparison is not None
+    assert comparison.equal
+    assert any(loss.kind == "rounded" for loss in conversion.losses)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"fc.weight": np.zeros((3, 4), np.uint8)}, "matrix of int8"),
+        ({"fc.SCB": np.zeros(4, np.float32)}, "SCB of 4"),
+        ({"fc.SCB": np.zeros(3, np.float16)}, "float16 for 3 rows"),
+        ({"fc.weight_format": np.ones((), np.uint8)}, "order of a GPU"),
+    ],
+)
+def test_int8_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    checkpoints.refused(checkpoints.write_folder(tmp_path, INT8 | changed), message)

@@ -80,11 +80,10 @@ def test_metadata_that_is_not_kept_is_a_loss() -> None:
     assert "llama.context_length" in model.losses[0].detail
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".h"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".h", ".onnx"])
 def test_it_converts(suffix: str, tmp_path: Path) -> None:
     target = tmp_path / f"weights{suffix}"
-    only = "Q[48]_0" if suffix == ".h" else "*"
-    comparison = converters.convert(FIXTURE, target, only=[only], verify=True).verified[target]
+    comparison = converters.convert(FIXTURE, target, skip=["F64", "I[0-9]*"], verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
 
