@@ -81,7 +81,12 @@ class _Encoding(Protocol):
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        ".qweight": ("gptq",),
+        ".qweight": ("awq", "gptq"),
+        ".weight_packed": ("compressed_tensors",),
+        ".weight_scale": ("compressed_tensors", "modelopt"),
+        ".scales": ("mlx",),
+        "_blocks": ("mxfp4",),
+        ".bitmask": ("compressed_tensors",),
     }
 )
 
@@ -90,12 +95,15 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
     """The float model's tensors in the order of the file, and what was lost. Raises CorruptFile where tensors and
     configuration contradict each other, Unsupported for encodings that are only known by name."""
     weights: dict[str, tuple[str, Weight]] = {}
+    made_of: set[str] = set()
     for key in checkpoint.tensors:
         for marker, names in MARKERS.items():
-            if key.endswith(marker) and (found := _weight(Stored(key.removesuffix(marker), checkpoint), names)):
-                weights[key] = (key.removesuffix(marker), found)
+            prefix = key.removesuffix(marker)
+            # an encoding may have several markers, of which one is enough
+            if prefix != key and key not in made_of and (found := _weight(Stored(prefix, checkpoint), names)):
+                weights[key] = (prefix, found)
+                made_of |= {prefix + suffix for suffix in found.made_of}
                 break
-    made_of = {prefix + suffix for prefix, weight in weights.values() for suffix in weight.made_of}
     return _in_order(checkpoint, weights, made_of)
 
 
