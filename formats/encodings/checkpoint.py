@@ -92,12 +92,16 @@ MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         ".SCB": ("bitsandbytes_int8",),
         ".W_q": ("hqq",),
+        ".bitmask": ("compressed_tensors",),
         ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
         ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),
-        ".qweight": ("gptq",),
-        ".zeros": ("dynamic_activation_linear",),
+        ".qweight": ("gptq", "awq"),
+        ".scales": ("mlx", "dynamic_activation_linear"),
         ".weight._data": ("quanto",),
         ".weight._data._data": ("quanto",),
+        ".weight_packed": ("compressed_tensors",),
+        ".weight_scale": ("compressed_tensors", "modelopt"),
+        "_blocks": ("mxfp4",),
     }
 )
 
@@ -111,12 +115,15 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
     """The float model's tensors in the order of the file, and what was lost. Raises CorruptFile where tensors and
     configuration contradict each other, Unsupported for encodings that are only known by name."""
     weights: dict[str, tuple[str, Weight]] = {}
+    made_of: set[str] = set()
     for key in checkpoint.tensors:
         for marker, names in MARKERS.items():
-            if key.endswith(marker) and (found := _weight(Stored(key.removesuffix(marker), checkpoint), names)):
-                weights[key] = (key.removesuffix(marker), found)
+            prefix = key.removesuffix(marker)
+            # an encoding may have several markers, of which one is enough
+            if prefix != key and key not in made_of and (found := _weight(Stored(prefix, checkpoint), names)):
+                weights[key] = (prefix, found)
+                made_of |= {prefix + suffix for suffix in found.made_of}
                 break
-    made_of = {prefix + suffix for prefix, weight in weights.values() for suffix in weight.made_of}
     tensors, losses = _in_order(checkpoint, weights, made_of)
     if checkpoint.method and not weights:
         detail = f"nothing of quant_method '{checkpoint.method}' was recognised: tensors are as they are stored"

@@ -1,0 +1,117 @@
+"""What the configuration of compressed-tensors says about weights (0.20, quantization/quant_args.py, quant_config.py).
+
+`config_groups` have one scheme each, for the modules that its targets name by class, by name or by regular expression.
+Classes are not in a checkpoint's tensors, and a file's regular expressions are not run: a weight's scheme is the one
+that its tensors fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from converters.errors import CorruptFile
+from converters.ir import blocked, grid_shape, per_tensor
+from formats.encodings.checkpoint import Stored
+
+#: Layouts that are known by name only.
+UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"))
+#: Names that say nothing about the layout of one weight.
+_ANY = frozenset(("", "mixed-precision"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How some weights are quantized: bits of a code, "int" or "float", "tensor", "channel", "group", "tensor_group" or
+    "block", inputs in a group, rows and columns of a block, and the name of the layout (empty: any)."""
+
+    bits: int
+    kind: str
+    strategy: str
+    group: int
+    block: tuple[int, int]
+    layout: str
+
+    def block_shape(self, shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The block shape of a weight of `shape` whose scales have shape `scales`; None where it is not of this
+        scheme."""
+        if self.strategy == "tensor":
+            return per_tensor(shape) if all(size == 1 for size in scales) else None
+        if self.strategy == "channel":
+            blocks = blocked(shape, len(shape) - 1, max(1, shape[-1]))
+        elif self.strategy in ("group", "tensor_group") and self.group > 0:
+            blocks = blocked(shape, len(shape) - 1, self.group)
+        elif self.strategy == "block" and min(self.block) > 0:
+            blocks = (*(1,) * (len(shape) - 2), *self.block)
+        else:
+            return None
+        grid = grid_shape(shape, blocks)
+        return blocks if scales in (grid, grid[:-1] if grid[-1] == 1 else grid) else None
+
+
+def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
+    """The schemes of the configuration that are of one of `layouts`; empty where there is no configuration. Raises
+    CorruptFile where it has some, but none of these, or means that the weight is not quantized."""
+    config = stored.checkpoint.config
+    groups = config.get("config_groups")
+    if groups is None:
+        return ()
+    ignored = config.get("ignore")
+    if isinstance(ignored, list) and stored.prefix in ignored:
+        raise CorruptFile("is among those that its configuration ignores, but has quantized tensors")
+    if not isinstance(groups, dict):
+        raise CorruptFile(f"has config_groups that are no object in its configuration: {groups!r:.80}")
+    default = config.get("format")
+    found = [_scheme(name, group, default) for name, group in groups.items()]
+    weights = [scheme for scheme in found if scheme is not None]
+    fitting = tuple(scheme for scheme in weights if scheme.layout in layouts or scheme.layout in _ANY)
+    if not fitting:
+        told = ", ".join(sorted({scheme.layout for scheme in weights})) or "none"
+        raise CorruptFile(f"has tensors of {' or '.join(sorted(layouts))}, but its configuration says {told}")
+    return fitting
+
+
+def layout_names(stored: Stored) -> frozenset[str]:
+    """All names of layouts in the configuration."""
+    config = stored.checkpoint.config
+    groups = config.get("config_groups")
+    values = [
+        config.get("format"),
+        *(_of(group, "format") for group in (groups if isinstance(groups, dict) else {}).values()),
+    ]
+    return frozenset(value for value in values if isinstance(value, str))
+
+
+def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
+    """The scheme of a group; None where it is about activations only."""
+    weights = _of(group, "weights")
+    if weights is None:
+        return None
+    if not isinstance(weights, Mapping):
+        raise CorruptFile(f"has weights in '{name}' of its configuration that are no object: {weights!r:.80}")
+    layout = _of(group, "format") or default or ""
+    bits, kind = _of(weights, "num_bits", 8), _of(weights, "type", "int")
+    size, block = _of(weights, "group_size"), _of(weights, "block_structure")
+    strategy = _of(weights, "strategy") or _implied_strategy(size)
+    sizes = block if isinstance(block, list) and len(block) == 2 else [0, 0]
+    if isinstance(block, str):  # "128x128", before 0.10
+        sizes = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in block.split("x", 1)]
+    counts = [bits, -1 if size is None else size, *sizes]
+    if not all(type(count) is int for count in counts) or len(counts) != 4 or not 1 <= bits <= 32:
+        raise CorruptFile(f"has numbers in '{name}' of its configuration that are none: {weights!r:.160}")
+    if not all(isinstance(text, str) for text in (layout, kind, strategy)):
+        raise CorruptFile(f"has names in '{name}' of its configuration that are none: {weights!r:.160}")
+    return Scheme(bits, kind.lower(), strategy.lower(), counts[1], (counts[2], counts[3]), layout)
+
+
+def _implied_strategy(size: Any) -> str:
+    """Where the strategy is left out: groups of that size, or all inputs of a channel for -1."""
+    if size is None:
+        return "tensor"
+    return "channel" if size == -1 else "group"
+
+
+def _of(value: Any, key: str, default: Any = None) -> Any:
+    found = value.get(key) if isinstance(value, Mapping) else None
+    return default if found is None else found
