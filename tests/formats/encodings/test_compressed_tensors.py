@@ -189,6 +189,7 @@ def test_weights_that_are_floats_beside_their_scales_stay_as_they_are():
         ("weight_scale", np.ones((6, 4), np.float64), "float64"),
         ("weight_zero_point", np.ones((2, 4), np.int32), "(2, 4)"),
         ("weight_zero_point", np.ones((6, 3), np.int8), "(6, 3)"),
+        ("weight_zero_point", np.ones((6, 4), np.uint32), "uint32"),
         ("weight_g_idx", np.full(64, 4, np.int32), "4 groups"),
         ("weight_g_idx", np.zeros(63, np.int32), "(63,)"),
         ("weight_g_idx", np.zeros(64, np.float32), "float32"),
