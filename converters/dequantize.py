@@ -250,7 +250,8 @@ def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: N
         steps[0].apply(exact, where)
         out[...] = exact
         if steps[0].rounded_to is not None:
-            out[...] = out.astype(steps[0].rounded_to)
+            with np.errstate(over="ignore"):
+                out[...] = out.astype(steps[0].rounded_to)
         return steps[1:]
     with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; signalling NaNs
         out[...] = elements

@@ -136,15 +136,17 @@ def _in_order(
 ) -> tuple[dict[str, Tensor], list[Loss]]:
     tensors: dict[str, Tensor] = {}
     losses: list[Loss] = []
-    for key, tensor in checkpoint.tensors.items():
+    for key, stored in checkpoint.tensors.items():
+        name, tensor = key, stored
         if key in weights:
-            weight = weights[key][1]
-            if weight.tensor.name in tensors:
-                raise CorruptFile("is there twice: encoded and as it is", tensor=weight.tensor.name)
-            tensors[weight.tensor.name] = weight.tensor
-            losses += weight.losses
-        elif key not in made_of:
-            tensors[key] = tensor
+            tensor = weights[key][1].tensor
+            name = tensor.name
+            losses += weights[key][1].losses
+        elif key in made_of:
+            continue
+        if name in tensors:
+            raise CorruptFile("is there twice: encoded and as it is", tensor=name)
+        tensors[name] = tensor
     return tensors, losses
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_float, is_integer, per_tensor
+from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_tensor
 from formats.encodings.bit_fields import across_rows, along_rows, words_for
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.codes import dtype_for, narrowed
@@ -34,6 +34,7 @@ from formats.encodings.compressed_tensors_scheme import UNREAD, Scheme, layout_n
 from formats.encodings.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
+    FLOATS,
     exponents,
     float_scales,
     group_index,
@@ -48,6 +49,8 @@ METHODS = frozenset(("compressed-tensors", "sparseml", "fp8", "fbgemm_fp8"))
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _INTEGERS = frozenset(np.dtype(t) for t in (np.int8, np.int16, np.int32))
 _FLOATS8 = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
+#: int8 like the codes; float8 weights once had zeros of float8.
+_ZERO_POINTS = _INTEGERS | _FLOATS8 | FLOATS
 _PARTS = tuple(
     f".weight{part}" for part in ("_packed", "", "_scale", "_zero_point", "_shape", "_g_idx", "_global_scale")
 )
@@ -223,7 +226,7 @@ def _zero_point(stored: Stored, grid: tuple[int, ...], packing: tuple[int, bool]
         if zero_point.shape != shape:
             raise CorruptFile(f"has weight_zero_point of shape {zero_point.shape}, where {shape} is needed")
         return across_rows("zero_point", zero_point, grid, bits, dense=dense)
-    if prod(zero_point.shape) != prod(grid) or not (is_integer(zero_point.dtype) or is_float(zero_point.dtype)):
+    if prod(zero_point.shape) != prod(grid) or zero_point.dtype not in _ZERO_POINTS:
         raise CorruptFile(f"has weight_zero_point of {zero_point.dtype} and shape {zero_point.shape} for {grid}")
     return replace(zero_point, name="zero_point", shape=grid)
 

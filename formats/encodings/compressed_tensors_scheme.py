@@ -1,8 +1,8 @@
 """What the configuration of compressed-tensors says about weights (0.20, quantization/quant_args.py, quant_config.py).
 
-`config_groups` have one scheme each, for the modules that its targets name by class, by name or by regular expression.
-Classes are not in a checkpoint's tensors, and a file's regular expressions are not run: a weight's scheme is the one
-that its tensors fit.
+`config_groups` have one scheme each, for the modules that its targets name by name, by class or by regular expression.
+Classes are not in a checkpoint's tensors, and a file's regular expressions are not run: where no target is the weight's
+name, its scheme is the one that its tensors fit.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Scheme:
             blocks = (*(1,) * (len(shape) - 2), *self.block)
         else:
             return None
+        blocks = tuple(min(block, max(1, size)) for block, size in zip(blocks, shape, strict=True))
         grid = grid_shape(shape, blocks)
         return blocks if scales in (grid, grid[:-1] if grid[-1] == 1 else grid) else None
 
@@ -63,7 +64,8 @@ def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
     if not isinstance(groups, dict):
         raise CorruptFile(f"has config_groups that are no object in its configuration: {groups!r:.80}")
     default = config.get("format")
-    found = [_scheme(name, group, default) for name, group in groups.items()]
+    named = {name: group for name, group in groups.items() if _targets(group, stored.prefix)}
+    found = [_scheme(name, group, default) for name, group in (named or groups).items()]
     weights = [scheme for scheme in found if scheme is not None]
     fitting = tuple(scheme for scheme in weights if scheme.layout in layouts or scheme.layout in _ANY)
     if not fitting:
@@ -81,6 +83,11 @@ def layout_names(stored: Stored) -> frozenset[str]:
         *(_of(group, "format") for group in (groups if isinstance(groups, dict) else {}).values()),
     ]
     return frozenset(value for value in values if isinstance(value, str))
+
+
+def _targets(group: Any, prefix: str) -> bool:
+    targets = _of(group, "targets")
+    return isinstance(targets, list) and prefix in targets
 
 
 def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
