@@ -31,8 +31,8 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     """The part of a folder's configuration that is about quantization, with `quant_method`; {} where there is none.
 
     config.json has it in `quantization_config` (transformers), `compression_config` (compressed-tensors before 0.8) or
-    `quantization` (MLX); quantize_config.json is auto-gptq's, hf_quant_config.json ModelOpt's, quanto_qmap.json
-    optimum-quanto's.
+    `quantization` (MLX); quantize_config.json is auto-gptq's, quant_config.json autoawq's (which has `w_bit` and
+    `q_group_size` there), hf_quant_config.json ModelOpt's, quanto_qmap.json optimum-quanto's.
     """
     found: dict[str, Any] = {}
     for name, extract in _SOURCES.items():
@@ -64,6 +64,11 @@ def _of_gptq(document: Mapping[str, Any]) -> dict[str, Any]:
     return {"quant_method": "gptq", **document}
 
 
+def _of_awq(document: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"w_bit": "bits", "q_group_size": "group_size"}
+    return {"quant_method": "awq", **{names.get(key, key): value for key, value in document.items()}}
+
+
 def _of_modelopt(document: Mapping[str, Any]) -> dict[str, Any]:
     quantization = document.get("quantization")
     return {**quantization, "quant_method": "modelopt"} if isinstance(quantization, dict) else {}
@@ -77,5 +82,6 @@ _SOURCES = {
     "config.json": _of_config,
     "hf_quant_config.json": _of_modelopt,
     "quantize_config.json": _of_gptq,
+    "quant_config.json": _of_awq,
     "quanto_qmap.json": _of_quanto,
 }

@@ -13,7 +13,7 @@ every field of the whole word, so that a zero of 0 borrows from its neighbour; a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, is_float
 from converters.packing import bits_of
-from converters.storage import InMemory
 from formats.encodings.checkpoint import Stored, Weight
+from formats.encodings.parameters import group_index, kept_index
 from formats.encodings.rearranged import by_rows
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
@@ -119,13 +119,8 @@ def _grouping(stored: Stored, inputs: int, groups: int) -> _Grouping:
         if max(1, -(-inputs // size)) != groups:
             raise CorruptFile(f"has {groups} groups of scales for {inputs} inputs in groups of {size}")
         return _Grouping(size)
-    index = g_idx.numpy().reshape(-1)
-    if index.shape != (inputs,) or g_idx.dtype.kind != "i":
-        raise CorruptFile(f"has g_idx of shape {g_idx.shape} and dtype {g_idx.dtype} for {inputs} inputs")
-    if inputs and (index.min() < 0 or index.max() >= groups):
-        raise CorruptFile(f"has g_idx from {index.min()} to {index.max()} for {groups} groups")
+    index = group_index(replace(g_idx, shape=(g_idx.size,)), inputs, groups)
     for candidate in dict.fromkeys((size, -(-inputs // groups))):
         if max(1, -(-inputs // candidate)) == groups and np.array_equal(index, np.arange(inputs) // candidate):
             return _Grouping(candidate)
-    kept = Tensor("group_index", (inputs,), g_idx.dtype, InMemory.of(index))
-    return _Grouping(-(-inputs // groups), GroupIndex(1, kept))
+    return _Grouping(-(-inputs // groups), kept_index(index, 1))

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import CorruptFile, Unsupported
+from formats.encodings.configuration import quantization_config
 from tests.formats.encodings.checkpoints_in_memory import decoded, refused
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
@@ -113,3 +114,11 @@ def test_missing_zeros_and_contradicting_configurations_are_refused():
     refused(arrays, CONFIG | {"group_size": "16"}, "'16'")
     refused(arrays, {"quant_method": "gptq"}, "awq", "gptq")
     refused(arrays | {"m.weight": np.zeros((2, 2), np.float32)}, CONFIG, "twice")
+
+
+def test_the_configuration_that_autoawq_once_wrote(tmp_path):
+    text = '{"zero_point": true, "q_group_size": 16, "w_bit": 4, "version": "GEMV"}'
+    (tmp_path / "quant_config.json").write_text(text)
+    config = quantization_config(tmp_path)
+    assert (config["quant_method"], config["bits"], config["group_size"]) == ("awq", 4, 16)
+    refused(checkpoint()[0], config, "'gemv'", kind=Unsupported)
