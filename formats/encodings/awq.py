@@ -21,7 +21,7 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import Quantization, Tensor
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import float_scales, group_size
-from formats.encodings.torchao_layouts import made_by_rows, transposed
+from formats.encodings.rearranged import made_by_rows, transposed
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
 

@@ -16,8 +16,7 @@ from converters.ir import Tensor
 from converters.packing import bits_of
 from converters.storage import Computed, Data
 from formats.encodings.codes import dtype_for
-from formats.encodings.rearranged import by_rows
-from formats.encodings.torchao_layouts import made_by_rows
+from formats.encodings.rearranged import by_rows, made_by_rows
 
 _WORD_BITS = 32
 

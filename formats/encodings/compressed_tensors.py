@@ -41,7 +41,7 @@ from formats.encodings.parameters import (
     kept_index,
     small_floats,
 )
-from formats.encodings.torchao_layouts import made_by_rows
+from formats.encodings.rearranged import made_by_rows
 
 #: `fp8` and `fbgemm_fp8` have the tensors of float-quantized, and are read as that.
 METHODS = frozenset(("compressed-tensors", "sparseml", "fp8", "fbgemm_fp8"))
@@ -128,12 +128,16 @@ def _shape(stored: Stored, packed: Tensor) -> tuple[int, ...]:
 
 
 def _widths(stored: Stored, candidates: Iterable[Scheme], words: int, columns: int) -> set[tuple[int, bool]]:
-    """The numbers of bits, with whether codes cross words, by which so many words are so many columns."""
+    """The numbers of bits, with whether codes cross words, by which so many words are so many columns. Packed zero
+    points, which run along the rows, may cross words where codes cannot."""
+    zero_point = stored.get(".weight_zero_point")
+    is_packed = zero_point is not None and zero_point.dtype == np.int32
+    longest = max(columns, stored[".weight_packed"].shape[-2]) if is_packed else columns
     told = {scheme.bits for scheme in candidates if scheme.kind == "int"} or set(range(1, 9))
     found = set()
     for bits in told & set(range(1, 9)):
         fits = {dense for dense in (True, False) if words_for(columns, bits, dense=dense) == words}
-        if 32 % bits == 0 or columns <= 32 // bits:
+        if 32 % bits == 0 or longest <= 32 // bits:
             fits &= {True}  # nothing could cross a word
         if len(fits) == 2:
             fits = {_version(stored) >= _DENSE_SINCE}

@@ -25,7 +25,7 @@ from converters.ir import GroupIndex, Quantization, Tensor, is_float
 from converters.packing import bits_of
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import group_index, kept_index
-from formats.encodings.rearranged import by_rows
+from formats.encodings.rearranged import by_rows, transposed
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
@@ -64,14 +64,9 @@ def decode(stored: Stored) -> Weight:
         words = qweight.numpy()[:, first:last]
         return np.ascontiguousarray(words.T)
 
-    def scale_rows(first: int, last: int) -> NDArray[Any]:
-        return scales.numpy()[:, first:last].T
-
     data = by_rows((outputs, inputs), dtype, codes, qweight.data)
     zeros = _zeros(qzeros, bits, outputs, 0 if layout == "gptq_v2" else _ONES[bits])
-    scale = Tensor(
-        "scale", (outputs, groups), scales.dtype, by_rows((outputs, groups), scales.dtype, scale_rows, scales.data)
-    )
+    scale = transposed("scale", scales, (outputs, groups))
     zero_point = Tensor.from_array("zero_point", np.ascontiguousarray(zeros.T).astype(dtype))
     grouping = _grouping(stored, inputs, groups)
     compute_dtype = scales.dtype if bits_of(scales.dtype) <= 32 else np.dtype(np.float32)
@@ -100,7 +95,7 @@ def _zeros(qzeros: Tensor, bits: int, outputs: int, added: int) -> NDArray[np.ui
         words = np.ascontiguousarray(qzeros.numpy()).view(np.uint32) + np.uint32(added)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     fields = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-    return fields.reshape(words.shape[0], -1)[:, :outputs].astype(np.uint8)
+    return fields.reshape(words.shape[0], words.shape[1] * shifts.size)[:, :outputs].astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +115,7 @@ def _grouping(stored: Stored, inputs: int, groups: int) -> _Grouping:
             raise CorruptFile(f"has {groups} groups of scales for {inputs} inputs in groups of {size}")
         return _Grouping(size)
     index = group_index(replace(g_idx, shape=(g_idx.size,)), inputs, groups)
-    for candidate in dict.fromkeys((size, -(-inputs // groups))):
+    for candidate in dict.fromkeys((size, max(1, -(-inputs // max(1, groups))))):
         if max(1, -(-inputs // candidate)) == groups and np.array_equal(index, np.arange(inputs) // candidate):
             return _Grouping(candidate)
-    return _Grouping(-(-inputs // groups), kept_index(index, 1))
+    return _Grouping(max(1, -(-inputs // max(1, groups))), kept_index(index, 1))

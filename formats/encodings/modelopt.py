@@ -27,7 +27,7 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, group_size, small_floats
-from formats.encodings.torchao_layouts import made_by_rows
+from formats.encodings.rearranged import made_by_rows
 
 METHODS = frozenset(("modelopt", "modelopt_fp4", "modelopt_mixed"))
 
@@ -143,7 +143,8 @@ def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
         return blocked(shape, len(shape) - 1, max(1, shape[-1]))
     if len(shape) > 2 and sizes == shape[:1]:
         return per_axis(shape, 0)
-    if len(shape) == len(sizes) == 2 and all(size % count == 0 for size, count in zip(shape, sizes, strict=True)):
+    fits = len(shape) == len(sizes) == 2 and 0 not in sizes
+    if fits and all(size % count == 0 for size, count in zip(shape, sizes, strict=True)):
         blocks = tuple(size // count for size, count in zip(shape, sizes, strict=True))
         if len(set(blocks)) == 1:
             return blocks

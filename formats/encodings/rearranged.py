@@ -10,8 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.packing import bits_of, pack, packed_size
-from converters.storage import Computed, Data
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from converters.storage import Computed, Data, InMemory
+
+#: Gives rows [first, last) of a tensor, all its axes but the last taken as one: shape (last - first, columns), elements
+#: of dtypes narrower than a byte one in each.
+Rows = Callable[[int, int], NDArray[Any]]
 
 
 def by_rows(
@@ -37,6 +41,41 @@ def by_rows(
         return taken[start - skipped : stop - skipped]
 
     return Computed(nbytes, read, sources)
+
+
+def made_by_rows(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows, *sources: Data) -> Tensor:
+    """A tensor whose rows are made when they are read, from `sources`."""
+    count, bits = prod(shape), bits_of(dtype)
+    if not count:
+        return Tensor(name, shape, dtype, InMemory(np.zeros(0, np.uint8)))
+    columns = shape[-1] if shape else 1
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        begin, end = start * 8 // bits, min(count, stop * 8 // bits)
+        first, last = begin // columns, -(-end // columns)
+        elements = rows(first, last).reshape(-1)[begin - first * columns : end - first * columns]
+        return pack(elements, bits) if dtype in SUB_BYTE else np.ascontiguousarray(elements).view(np.uint8)
+
+    return Tensor(name, shape, dtype, Computed(packed_size(count, bits), compute, sources))
+
+
+def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | None = None) -> Tensor:
+    """Parameters of shape `grid`, (..., rows, groups), of those stored as (..., groups, rows), or as `plane` of the
+    last axis of (..., groups, rows, 2). There may be more stored groups and rows, which fill up."""
+    height, columns = grid[-2:]
+
+    def rows(first: int, last: int) -> NDArray[Any]:
+        array = stored.numpy() if plane is None else stored.numpy()[..., plane]
+        array = array.reshape(-1, *array.shape[-2:])
+        start, stop = first // height, -(-last // height)
+        top = start * height
+        if stop - start == 1:  # the most common one: no other rows are read
+            one: NDArray[Any] = array[start, :columns, first - top : last - top].T
+            return one
+        several = array[start:stop, :columns, :height].swapaxes(1, 2).reshape(-1, columns)
+        return several[first - top : last - top]
+
+    return made_by_rows(role, grid, stored.dtype, rows, stored.data)
 
 
 def swapped_nibbles(data: Data, count: int) -> Data:

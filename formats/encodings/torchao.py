@@ -20,6 +20,7 @@ import numpy as np
 from converters.errors import CorruptFile
 from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.codes import dtype_for, narrowed
+from formats.encodings.rearranged import made_by_rows, swapped_nibbles, transposed
 from formats.encodings.torchao_affine import (
     affine,
     affine_quantized,
@@ -33,14 +34,7 @@ from formats.encodings.torchao_affine import (
     tensor_core_codes,
     tinygemm,
 )
-from formats.encodings.torchao_layouts import (
-    as_dtype,
-    high_nibble_first,
-    made_by_rows,
-    swizzled_size,
-    transposed,
-    unswizzled,
-)
+from formats.encodings.torchao_layouts import as_dtype, swizzled_size, unswizzled
 from formats.encodings.torchao_parts import Cpu, Parts, WrappedTensor
 
 __all__ = ["Cpu", "WrappedTensor", "decoded", "dynamic_activation_linear"]
@@ -258,7 +252,7 @@ def _nf4(parts: Parts) -> Tensor:
     grid = grid_shape(shape, block_shape)
     scale = made_by_rows("scale", grid, dtype, scales, scalers.data, factor.data, mean.data)
     quantization = Quantization(scale, block_shape, codebook=replace(table, name="codebook"), compute_dtype=dtype)
-    return Tensor(parts.name, shape, _UINT4, high_nibble_first(codes.data), quantization)
+    return Tensor(parts.name, shape, _UINT4, swapped_nibbles(codes.data, prod(parts.shape)), quantization)
 
 
 def _uintx(parts: Parts) -> Tensor:
@@ -298,7 +292,7 @@ def _float4_codes(parts: Parts, stored: Tensor, *, high_first: bool) -> Tensor:
         if height != width and stored.shape == (*outer, height // 2, width):
             raise parts.unsupported("saved transposed: save it as it is quantized")
     codes = bytes_of_pairs(parts, stored, _FLOAT4)
-    return replace(codes, data=high_nibble_first(codes.data)) if high_first else codes
+    return replace(codes, data=swapped_nibbles(codes.data, codes.size)) if high_first else codes
 
 
 def _last_axis_blocks(parts: Parts) -> tuple[int, ...]:

@@ -24,15 +24,8 @@ from converters.errors import CorruptFile
 from converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
 from converters.packing import SUB_BYTE, bits_of
 from formats.encodings.codes import dtype_for, narrowed
-from formats.encodings.torchao_layouts import (
-    SHARDS,
-    as_dtype,
-    for_cpu,
-    for_tensor_cores,
-    in_shards,
-    made_by_rows,
-    transposed,
-)
+from formats.encodings.rearranged import made_by_rows, transposed
+from formats.encodings.torchao_layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards
 from formats.encodings.torchao_parts import Parts, WrappedTensor
 
 _INT4 = np.dtype(ml_dtypes.int4)

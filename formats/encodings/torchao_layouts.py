@@ -1,6 +1,5 @@
 """How torchao and PyTorch's kernels reorder codes and scales in memory, undone row by row when they are read.
 
-    transposed          scales (groups, rows), of which two may share a last axis      torchao 0.18, int4_tensor.py
     unswizzled          scales in tiles of 128 rows and 4 columns, for cuBLAS          torchao 0.18, mx_formats/utils.py
     for_cpu             int4 in blocks of rows, for one instruction set                torch 2.13, int4mm_kernel.cpp
     for_tensor_cores    int4 in the fragments of m16n8k16                              torch 2.13, int4mm.cu
@@ -11,7 +10,7 @@ All functions take tensors whose sizes were checked, and give tensors that are c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -21,13 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size
-from converters.storage import Computed, Data, InMemory
+from formats.encodings.rearranged import made_by_rows
 from formats.encodings.torchao_parts import Cpu
-
-#: Gives rows [first, last) of a tensor, all its axes but the last taken as one: shape (last - first, columns), elements
-#: of dtypes narrower than a byte one in each.
-Rows = Callable[[int, int], NDArray[Any]]
 
 _UINT4 = np.dtype(ml_dtypes.uint4)
 
@@ -40,41 +34,6 @@ _TILE_ROWS, _TILE_COLUMNS = 128, 4
 SHARDS: Mapping[int, tuple[int, ...]] = MappingProxyType(
     {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 )
-
-
-def made_by_rows(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows, *sources: Data) -> Tensor:
-    """A tensor whose rows are made when they are read, from `sources`."""
-    count, bits = prod(shape), bits_of(dtype)
-    if not count:
-        return Tensor(name, shape, dtype, InMemory(np.zeros(0, np.uint8)))
-    columns = shape[-1] if shape else 1
-
-    def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        begin, end = start * 8 // bits, min(count, stop * 8 // bits)
-        first, last = begin // columns, -(-end // columns)
-        elements = rows(first, last).reshape(-1)[begin - first * columns : end - first * columns]
-        return pack(elements, bits) if dtype in SUB_BYTE else np.ascontiguousarray(elements).view(np.uint8)
-
-    return Tensor(name, shape, dtype, Computed(packed_size(count, bits), compute, sources))
-
-
-def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | None = None) -> Tensor:
-    """Parameters of shape `grid`, (..., rows, groups), of those stored as (..., groups, rows), or as `plane` of the
-    last axis of (..., groups, rows, 2). There may be more stored groups and rows, which fill up."""
-    height, columns = grid[-2:]
-
-    def rows(first: int, last: int) -> NDArray[Any]:
-        array = stored.numpy() if plane is None else stored.numpy()[..., plane]
-        array = array.reshape(-1, *array.shape[-2:])
-        start, stop = first // height, -(-last // height)
-        top = start * height
-        if stop - start == 1:  # the most common one: no other rows are read
-            one: NDArray[Any] = array[start, :columns, first - top : last - top].T
-            return one
-        several = array[start:stop, :columns, :height].swapaxes(1, 2).reshape(-1, columns)
-        return several[first - top : last - top]
-
-    return made_by_rows(role, grid, stored.dtype, rows, stored.data)
 
 
 def swizzled_size(grid: tuple[int, ...]) -> int:
@@ -152,17 +111,6 @@ def in_shards(name: str, stored: tuple[Tensor, ...], shape: tuple[int, ...], bit
         return codes
 
     return made_by_rows(name, shape, dtype, rows, *(plane.data for plane in stored))
-
-
-def high_nibble_first(data: Data) -> Data:
-    """Bytes of two codes, the first one in the high nibble, as canonical ones."""
-
-    def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        stored = data.read(start, stop)
-        swapped: NDArray[np.uint8] = stored << np.uint8(4) | stored >> np.uint8(4)
-        return swapped
-
-    return Computed(data.nbytes, compute, (data,))
 
 
 def as_dtype(parameter: Tensor, dtype: np.dtype[Any]) -> Tensor:

@@ -13,7 +13,7 @@ model (transformers), of which the file has a part: a tensor none of which is st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,13 @@ def describes(metadata: Mapping[str, str]) -> bool:
     """Whether it is torchao's: every tensor in `tensor_names` has an entry of its own, with a type."""
     names = _names(metadata)
     return bool(names) and all(name in metadata and '"_type"' in metadata[name] for name in names)
+
+
+def together(of_files: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of several files as those of one; each file may list its own tensors, or the model's."""
+    merged = {key: value for metadata in of_files for key, value in metadata.items()}
+    names = dict.fromkeys(name for metadata in of_files for name in _names(metadata))
+    return merged | ({NAMES: json.dumps(list(names))} if names else {})
 
 
 def grouped(

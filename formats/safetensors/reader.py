@@ -20,7 +20,7 @@ class SafetensorsReader:
         model's weights that their encoding stands for; headers and small parameters only."""
         container = open_checkpoint(path)
         description = container.metadata.get(METADATA_NAME)
-        if description is not None and not path.is_dir():
+        if description is not None:
             tensors = build(description, container.entries)
             return Model(tensors, Metadata("safetensors", "nibblecast", path))
         plain = {name: Tensor(name, e.shape, e.dtype, e.data) for name, e in container.entries.items()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from converters.errors import CorruptFile, Error
+from converters.errors import CorruptFile, Error, Unsupported
 from converters.storage import MappedFile
 from formats.encodings.configuration import read_json
+from formats.encodings.torchao_safetensors import together
 from formats.safetensors.container import Container, StoredTensor, open_container
+from formats.safetensors.packed_layout import METADATA_NAME
 
 _INDEX = "*.safetensors.index.json"
 _SHARD = "*.safetensors"
@@ -16,7 +18,8 @@ _SHARD = "*.safetensors"
 
 def open_checkpoint(path: Path) -> Container:
     """The tensors of a file, or of a folder's files in the order of the index (of their names, where there is none).
-    Raises CorruptFile for an index that names what is not there, or files outside the folder."""
+    Raises CorruptFile for an index that names what is not there, or files outside the folder; Unsupported for several
+    files in the layout `packed`, each of which is a model."""
     if not path.is_dir():
         return open_container(MappedFile.open(path))
     indexes = sorted(path.glob(_INDEX))
@@ -29,6 +32,8 @@ def open_checkpoint(path: Path) -> Container:
     files = sorted(path.glob(_SHARD))
     if not files:
         raise CorruptFile("is a folder without safetensors files")
+    if len(files) == 1:
+        return _opened(files[0])[1]
     return _together([_opened(file) for file in files], None)
 
 
@@ -53,9 +58,9 @@ def _opened(path: Path) -> tuple[Path, Container]:
 
 def _together(files: list[tuple[Path, Container]], where: Mapping[str, Path] | None) -> Container:
     entries: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
     for path, container in files:
-        metadata |= container.metadata
+        if METADATA_NAME in container.metadata:
+            raise Unsupported("is one of several files here, each of which describes itself: name it", path=path)
         for key, entry in container.entries.items():
             if key in entries:
                 raise CorruptFile("is in two files", path=path, tensor=key)
@@ -64,4 +69,4 @@ def _together(files: list[tuple[Path, Container]], where: Mapping[str, Path] | N
     missing = [] if where is None else [key for key in where if key not in entries]
     if missing:
         raise CorruptFile("is in the index, but not in the file that it names", tensor=missing[0])
-    return Container(entries, metadata)
+    return Container(entries, together([container.metadata for _, container in files]))

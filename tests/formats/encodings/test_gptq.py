@@ -172,6 +172,7 @@ def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
         ({"qzeros": np.zeros((1, 2), np.int64)}, {}, CorruptFile, "qzeros of int64"),
         ({"qzeros": np.zeros((3, 2), np.int32)}, {}, Error, "zeros of shape"),
         ({"g_idx": None}, {"group_size": 16}, CorruptFile, "1 groups of scales for 32 inputs"),
+        ({"scales": np.zeros((0, 16), np.float16), "qzeros": np.zeros((0, 2), np.int32)}, {}, CorruptFile, "0 groups"),
     ],
 )
 def test_contradictions_are_errors(

@@ -24,6 +24,7 @@ from formats.pytorch.archive import Archive
 from formats.pytorch.containers import saved_value
 from formats.pytorch.values import SubclassTensor
 from formats.pytorch.wrapped import wrapped
+from formats.safetensors.container import open_container
 from tests.formats.encodings.checkpoints import write_file
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "torchao"
@@ -351,6 +352,28 @@ def test_tensors_that_wrap_themselves_are_an_error() -> None:
 def test_attributes_that_are_no_attributes_are_harmless() -> None:
     made = wrapped("w", SubclassTensor("Int8Tensor", (1, 1), "float32", {"kwargs": {}, 3: [[1], {}], "bytes": b"x"}))
     assert made.attributes == {"kwargs": "dict", "3": ("list", "dict"), "bytes": "bytes"}
+
+
+@pytest.mark.parametrize("whole_model_in_each", [True, False])
+def test_shards_list_their_own_tensors_or_the_models(whole_model_in_each: bool, tmp_path: Path) -> None:
+    source = FIXTURES / "intx.safetensors"
+    container = open_container(MappedFile.open(source))
+    names = json.loads(container.metadata["tensor_names"])
+    for number, own in enumerate((names[:3], names[3:])):
+        keys = [key for key in container.entries if key.partition(".")[0] in {name.partition(".")[0] for name in own}]
+        metadata = dict(container.metadata)
+        if not whole_model_in_each:
+            metadata = {name: container.metadata[name] for name in own} | {"tensor_names": json.dumps(own)}
+        arrays = {
+            key: container.entries[key]
+            .data.read(0, container.entries[key].data.nbytes)
+            .view(entry.dtype)
+            .reshape(entry.shape)
+            for key, entry in container.entries.items()
+            if key in keys
+        }
+        write_file(tmp_path / f"model-{number}.safetensors", arrays, metadata)
+    assert converters.verify(source, tmp_path).equal
 
 
 def test_the_linear_of_the_first_qat_flow_is_recognised_by_its_keys(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def test_the_folder_is_no_output(tmp_path: Path) -> None:
         converters.convert(folder, folder / "model.safetensors")
 
 
+def test_a_folder_with_a_file_of_ours_is_read_as_that(tmp_path: Path) -> None:
+    source = Path(__file__).parents[3] / "fixtures" / "tflite" / "mlp_int4_odd.tflite"
+    (tmp_path / "m").mkdir()
+    converters.convert(source, tmp_path / "m" / "a.safetensors")
+    assert converters.verify(source, tmp_path / "m").equal
+    converters.convert(source, tmp_path / "m" / "b.safetensors")
+    with pytest.raises(Error, match=r"a\.safetensors.*several files"):
+        converters.load(tmp_path / "m")
+
+
 def test_an_encoding_that_is_not_known_is_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", TENSORS, config={"quantization_config": {"quant_method": "strange"}})
     (loss,) = converters.load(folder).losses
