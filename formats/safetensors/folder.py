@@ -26,6 +26,7 @@ from formats.encodings.encoded import Configuration, Encoded, writable_encoding
 from formats.encodings.lowering import computed_with_scales
 from formats.safetensors.companions import copied, json_companion, rewritten_config
 from formats.safetensors.file_layout import KINDS, FileLayout, laid_out
+from formats.safetensors.float_model import as_float_model
 from formats.safetensors.packed_keys import PackedKeys
 from formats.safetensors.packed_layout import METADATA_NAME, description_of
 
@@ -66,6 +67,7 @@ class _Contents:
 
 def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> FolderLayout:
     """The folder for a model. Raises Unsupported where the layout cannot hold it, with what to do about it."""
+    model, losses = as_float_model(model)
     contents = _packed(model) if options.layout == "packed" else _encoded(model, options)
     shards = _shards(contents, folder, options.shard_size)
     companions = {companion.file.path: companion for companion in copied(model, folder)}
@@ -76,7 +78,7 @@ def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> F
         shards,
         tuple(companions.values()),
         contents.expected,
-        contents.losses,
+        (*losses, *contents.losses),
         contents.configuration.notes,
     )
 
