@@ -123,7 +123,7 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
         try:
             yield staged
             _put_in_place(path, folder)
-        except (KeyboardInterrupt, OSError):
+        except (KeyboardInterrupt, SystemExit, OSError):
             if not staged.is_begun:
                 shutil.rmtree(path, ignore_errors=True)
             raise

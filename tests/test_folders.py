@@ -155,9 +155,10 @@ def test_a_full_disk_says_that_shards_are_kept(tmp_path: Path) -> None:
     assert listing(tmp_path) == [".out.nibblecast-part"]
 
 
-def test_an_interrupted_run_keeps_whole_shards_only(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run(failing(KeyboardInterrupt(), tmp_path / "out"))
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_run_keeps_whole_shards_only(interruption: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(interruption)):
+        pipeline.run(failing(interruption, tmp_path / "out"))
     kept = sorted(path.name for path in (tmp_path / ".out.nibblecast-part").glob("*"))
     assert "model-00001-of-00002.safetensors" in kept
     assert "model-00002-of-00002.safetensors" not in kept
