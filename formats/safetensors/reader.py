@@ -18,7 +18,7 @@ class SafetensorsReader:
     def read(self, path: Path) -> Model:
         """The tensors in the header's order, as the metadata of nibblecast or torchao describe them, or as the float
         model's weights that their encoding stands for; headers and small parameters only."""
-        container = open_checkpoint(path)
+        container, left_out = open_checkpoint(path)
         description = container.metadata.get(METADATA_NAME)
         if description is not None:
             tensors = build(description, container.entries)
@@ -26,9 +26,9 @@ class SafetensorsReader:
         plain = {name: Tensor(name, e.shape, e.dtype, e.data) for name, e in container.entries.items()}
         if torchao_safetensors.describes(container.metadata):
             weights, losses = torchao_safetensors.grouped(plain, container.metadata)
-            return Model(weights, Metadata("safetensors", "torchao", path), losses=losses)
+            return Model(weights, Metadata("safetensors", "torchao", path), losses=(*left_out, *losses))
         folder = path if path.is_dir() else path.parent
         config = quantization_config(folder)
         decoded, found = decode_checkpoint(Checkpoint(plain, config, model_config(folder)))
         producer = str(config.get("quant_method", "")) or container.metadata.get("format", "")
-        return Model(decoded, Metadata("safetensors", producer, path), losses=tuple(found))
+        return Model(decoded, Metadata("safetensors", producer, path), losses=(*left_out, *found))
