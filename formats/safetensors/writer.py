@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
-import numpy as np
-
 from converters.errors import Unsupported
 from converters.interfaces import Capabilities, OutputFile, option
 from converters.ir import Loss, Model, Tensor
 from converters.packing import SUB_BYTE, bits_of
 from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
-from formats.safetensors.packed_layout import METADATA_NAME, describe
+from formats.safetensors.packed_layout import DTYPES_BY_NAME, METADATA_NAME, describe
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}
 _PIECE_BYTES = 1 << 22
@@ -37,9 +35,7 @@ class SafetensorsWriter:
     """Writes one .safetensors file; lossless for everything that the IR holds."""
 
     options: ClassVar[type] = SafetensorsOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        frozenset({*_KINDS, *SUB_BYTE, np.dtype(np.complex128)}), factor=True
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(frozenset(DTYPES_BY_NAME.values()), factor=True)
 
     def plan(self, model: Model, target: Path, options: SafetensorsOptions) -> _SafetensorsPlan:
         """Lays out the file. Raises Unsupported when its header would pass the container's limit."""
