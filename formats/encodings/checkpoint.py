@@ -86,7 +86,7 @@ class _Encoding(Protocol):
     def decode(self, stored: Stored) -> Weight: ...
 
 
-#: The ends of keys that only encoded weights have, and the encodings that may be behind them, in the order in which
+#: The ends of keys that encoded weights have, and the encodings that may be behind them, in the order in which
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -95,20 +95,26 @@ MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ".bitmask": ("compressed_tensors",),
         ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
         ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),
+        ".qscale_weight": ("finegrained_fp8",),
         ".qweight": ("gptq", "awq"),
+        ".scale": ("finegrained_fp8",),
         ".scales": ("mlx", "dynamic_activation_linear"),
         ".weight._data": ("quanto",),
         ".weight._data._data": ("quanto",),
         ".weight_packed": ("compressed_tensors",),
         ".weight_scale": ("compressed_tensors", "modelopt"),
         "_blocks": ("mxfp4",),
+        "_scale_inv": ("finegrained_fp8",),
     }
 )
+#: Of these, those that other tensors have as well.
+_AMBIGUOUS = frozenset((".scale",))
 
 
 def is_encoded(keys: Iterable[str]) -> bool:
     """Whether any of these keys is one that only encoded weights have."""
-    return any(key.endswith(tuple(MARKERS)) for key in keys)
+    markers = tuple(MARKERS.keys() - _AMBIGUOUS)
+    return any(key.endswith(markers) for key in keys)
 
 
 def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Loss]]:
