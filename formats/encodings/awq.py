@@ -4,7 +4,7 @@
     qzeros  int32 (G, O / 8)     likewise
     scales  float (G, O)
 
-    weight[o, i] = scales[i // group_size, o] * (code - zero), rounded to the dtype of the scales
+    weight[o, i] = scales[i // group_size, o] * (code - zero), rounded once to the dtype of the scales
 
 gptqmodel and auto-round write it too; autoawq's other layouts are for single kernels.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Quantization, Tensor
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import float_scales, group_size
+from formats.encodings.parameters import float_scales, group_size, value_dtype
 from formats.encodings.rearranged import columns_in_words, transposed
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
@@ -70,7 +70,7 @@ def decode(stored: Stored) -> Weight:
         transposed("scale", scales, (outputs, groups)),
         (1, size),
         columns_in_words("zero_point", qzeros, outputs, _UINT4, fields=_PLACES),
-        compute_dtype=scales.dtype,
+        value_dtype=value_dtype(scales.dtype),
     )
     codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=_PLACES)
     return Weight(replace(codes, quantization=quantization), _PARTS)

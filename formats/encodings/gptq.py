@@ -5,7 +5,7 @@
     scales  float (G, O)
     g_idx   int32 (I)                    the group of each row of the input
 
-    weight[o, i] = scales[g_idx[i], o] * (code - zero), rounded to the dtype of the scales
+    weight[o, i] = scales[g_idx[i], o] * (code - zero), rounded once to the dtype of the scales
 
 In `checkpoint_format` "gptq" (v1; also where there is none) the stored zero is one less: the writer subtracts 1 from
 every field of the whole word, so that a zero of 0 borrows from its neighbour; adding it back with carry undoes that.
@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, is_float
-from converters.packing import bits_of
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import group_index, kept_index
+from formats.encodings.parameters import group_index, kept_index, value_dtype
 from formats.encodings.rearranged import by_rows, columns_in_words, transposed
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
@@ -69,9 +68,8 @@ def decode(stored: Stored) -> Weight:
     zero_point = columns_in_words("zero_point", qzeros, outputs, dtype, added=added)
     scale = transposed("scale", scales, (outputs, groups))
     grouping = _grouping(stored, inputs, groups)
-    compute_dtype = scales.dtype if bits_of(scales.dtype) <= 32 else np.dtype(np.float32)
     quantization = Quantization(
-        scale, (1, grouping.size), zero_point, group_index=grouping.index, compute_dtype=compute_dtype
+        scale, (1, grouping.size), zero_point, group_index=grouping.index, value_dtype=value_dtype(scales.dtype)
     )
     tensor = Tensor(f"{stored.prefix}.weight", (outputs, inputs), dtype, data, quantization)
     return Weight(tensor, _PARTS)
