@@ -304,7 +304,10 @@ def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
     rounded_to = None if dtype in (_FLOAT32, _FLOAT64) else dtype
 
     def step(operation: np.ufunc, parameter: NDArray[Any]) -> _Step:
-        return _Step(operation, _spread(parameter, part.shape, quantization), rounded_to)
+        spread = _spread(parameter, part.shape, quantization)
+        if spread.dtype.kind == "i" and (spread == spread.flat[0]).all():
+            spread = spread[(slice(1),) * spread.ndim]  # NumPy is faster with one for all than with one for each block
+        return _Step(operation, spread, rounded_to)
 
     steps = []
     if quantization.zero_point is not None:

@@ -24,7 +24,7 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, is_float
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import group_index, kept_index, value_dtype
-from formats.encodings.rearranged import by_rows, columns_in_words, transposed
+from formats.encodings.rearranged import by_rows, columns_in_words, transposed, turned
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
@@ -60,8 +60,7 @@ def decode(stored: Stored) -> Weight:
     dtype = _CODES[bits]
 
     def codes(first: int, last: int) -> NDArray[Any]:
-        words = qweight.numpy()[:, first:last]
-        return np.ascontiguousarray(words.T)
+        return turned(qweight.numpy()[:, first:last])
 
     data = by_rows((outputs, inputs), dtype, codes, qweight.data, in_order=False)
     added = 0 if layout == "gptq_v2" else _ONES[bits]

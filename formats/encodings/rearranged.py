@@ -13,6 +13,8 @@ from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from converters.storage import Computed, Data, InMemory
 
+_STRIP_ROWS, _SPARE_BYTES = 128, 16
+
 #: Gives rows [first, last) of a tensor, all its axes but the last taken as one: shape (last - first, columns), elements
 #: of dtypes narrower than a byte one in each.
 Rows = Callable[[int, int], NDArray[Any]]
@@ -62,6 +64,20 @@ def made_by_rows(
     return Tensor(name, shape, dtype, Computed(packed_size(count, bits), compute, sources, in_order))
 
 
+def turned(matrix: NDArray[Any]) -> NDArray[Any]:
+    """The transposed of a matrix, in memory of its own. The rows of mapped weights lie powers of two apart, for which a
+    cache has few places; so strips of them are copied to rows that do not."""
+    rows, columns = matrix.shape
+    out = np.empty((columns, rows), matrix.dtype)
+    strip = np.empty((_STRIP_ROWS, (columns | 1) + _SPARE_BYTES // matrix.itemsize), matrix.dtype)
+    for row in range(0, rows, _STRIP_ROWS):
+        taken = matrix[row : row + _STRIP_ROWS]
+        held = strip[: taken.shape[0], :columns]
+        held[...] = taken
+        out[:, row : row + _STRIP_ROWS] = held.T
+    return out
+
+
 def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | None = None) -> Tensor:
     """Parameters of shape `grid`, (..., rows, groups), of those stored as (..., groups, rows), or as `plane` of the
     last axis of (..., groups, rows, 2). There may be more stored groups and rows, which fill up."""
@@ -73,8 +89,7 @@ def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | No
         start, stop = first // height, -(-last // height)
         top = start * height
         if stop - start == 1:  # the most common one: no other rows are read
-            one: NDArray[Any] = array[start, :columns, first - top : last - top].T
-            return one
+            return turned(array[start, :columns, first - top : last - top])
         several = array[start:stop, :columns, :height].swapaxes(1, 2).reshape(-1, columns)
         return several[first - top : last - top]
 
@@ -89,13 +104,16 @@ def columns_in_words(
     modulo 2 ** 32."""
     bits, height = bits_of(dtype), words.shape[0]
     per_word = 32 // bits
-    shifts = np.array(fields or range(per_word), np.uint32)[:, None] * np.uint32(bits)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    order = list(fields or range(per_word))
 
     def rows(first: int, last: int) -> NDArray[Any]:
         start, stop = first // per_word, -(-last // per_word)
-        taken = np.ascontiguousarray(words.numpy()[:, start:stop].T).view(np.uint32) + np.uint32(added)
-        codes = ((taken[:, None, :] >> shifts) & np.uint32((1 << bits) - 1)).astype(np.uint8).reshape(-1, height)
-        return codes[first - start * per_word : last - start * per_word]
+        taken = words.numpy()[:, start:stop].view(np.uint32)
+        octets = turned((taken + np.uint32(added) if added else taken).view(np.uint8))
+        codes = (octets[:, None, :] >> shifts) & np.uint8((1 << bits) - 1)
+        found = codes.reshape(stop - start, per_word, height)[:, order].reshape(-1, height)
+        return found[first - start * per_word : last - start * per_word]
 
     return made_by_rows(name, (columns, height), dtype, rows, words.data, in_order=False)
 
