@@ -1,0 +1,222 @@
+"""Weights as MLX's quantized layers and embeddings have them: `mlx` tells the layout.
+
+Codes of 2, 4 and 8 bits are written in mode affine, in groups of 128, 64 or 32; small floats in the modes that MLX has
+for them, where these hold the scales as they are. A zero point z becomes the bias -scale * z, rounded to the dtype in
+which the source computes; whether a value changes by it is found for every code that there can be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import Unsupported
+from converters.ir import Loss, LossKind, Quantization, Tensor, blocked
+from converters.packing import bits_of
+from formats.encodings.bit_fields import code_dtype
+from formats.encodings.checkpoint import Checkpoint, Stored
+from formats.encodings.encoded import Configuration, Encoded
+from formats.encodings.exactness import largest_change
+from formats.encodings.lowering import computed, flat, integer_quantization, refined, unsigned
+from formats.encodings.mlx import DEFAULTS, Setting, decode
+from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
+
+_AFFINE_SIZES = (128, 64, 32)
+#: The dtypes of codes and of scales in the modes of small floats.
+_FLOAT_MODES = {
+    "mxfp4": (FLOAT4, FLOAT8_E8M0),
+    "mxfp8": (FLOAT8_E4M3, FLOAT8_E8M0),
+    "nvfp4": (FLOAT4, FLOAT8_E4M3),
+}
+_FLOAT_CODES = frozenset((FLOAT4, FLOAT8_E4M3))
+_FLOAT32 = np.dtype(np.float32)
+_WORD_BITS = 32
+_METADATA = {"format": "mlx"}
+
+
+def encode(weight: Tensor) -> Encoded:
+    """The weight as words, scales and, in mode affine, biases; no code is read for it, but parameters are. Raises
+    Unsupported for names, shapes, sizes of groups and parameters that MLX has not."""
+    module = _module(weight)
+    formed = _small_float_form(weight) if weight.dtype in _FLOAT_CODES else _affine_form(weight)
+    setting = formed.setting
+    blocks = blocked(weight.shape, len(weight.shape) - 1, setting.size)
+    quantization = _quantization(refined(formed.weight, blocks))
+    words = (*weight.shape[:-1], weight.shape[-1] * setting.bits // _WORD_BITS)
+    stored = {
+        f"{module}.weight": Tensor(f"{module}.weight", words, np.dtype(np.uint32), formed.weight.data),
+        f"{module}.scales": replace(quantization.scale, name=f"{module}.scales"),
+    }
+    if quantization.offset is not None:
+        stored[f"{module}.biases"] = replace(quantization.offset, name=f"{module}.biases")
+    else:  # safetensors has these dtypes of scales, but MLX takes their bytes
+        stored[f"{module}.scales"] = replace(stored[f"{module}.scales"], dtype=np.dtype(np.uint8))
+    read = decode(Stored(module, Checkpoint(stored, setting.entries())))
+    return Encoded(read.tensor, stored, setting, formed.losses)
+
+
+def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Configuration:
+    """`quantization`, and the same as `quantization_config`, as mlx-lm 0.32 writes both: the most common setting, and
+    those of modules that have another one. Modules without scales need no entry. Raises Unsupported for such a module
+    that is called as a setting is."""
+    settings: dict[str, Setting] = {name.removesuffix(".weight"): each.setting for name, each in weights.items()}
+    if not settings:
+        return Configuration({}, metadata=_METADATA)
+    common = Counter(settings.values()).most_common(1)[0][0]
+    quantization: dict[str, Any] = common.entries()
+    for module, setting in settings.items():
+        if setting == common:
+            continue
+        if module in quantization:
+            raise Unsupported("has the name of a setting of all of MLX's modules", tensor=f"{module}.weight")
+        quantization[module] = setting.entries()
+    in_float32 = sum(any(part.dtype == _FLOAT32 for part in each.stored.values()) for each in weights.values())
+    notes = (f"{in_float32} weights have scales of float32, in which MLX then computes",) if in_float32 else ()
+    return Configuration({"quantization": quantization, "quantization_config": quantization}, {}, _METADATA, notes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """A weight of unsigned codes or small floats with parameters as MLX has them, but for the blocks of the source."""
+
+    weight: Tensor
+    setting: Setting
+    losses: tuple[Loss, ...]
+
+
+def _module(weight: Tensor) -> str:
+    """The name of the module whose weight it is. Raises Unsupported for what no module's weight can be."""
+    module = weight.name.removesuffix(".weight")
+    if module in ("", weight.name):
+        raise Unsupported("is not called '<module>.weight', as quantized weights of MLX are", tensor=weight.name)
+    if len(weight.shape) not in (2, 3) or 0 in weight.shape:
+        message = f"has shape {weight.shape}, where MLX quantizes matrices and stacks of them"
+        raise Unsupported(message, tensor=weight.name)
+    if _quantization(weight).group_index is not None:
+        raise Unsupported("has a group index, where groups of MLX are inputs side by side", tensor=weight.name)
+    return module
+
+
+def _quantization(weight: Tensor) -> Quantization:
+    if weight.quantization is None:
+        raise Unsupported("is not quantized", tensor=weight.name)
+    return weight.quantization
+
+
+def _affine_form(weight: Tensor) -> _Form:
+    integer_quantization(weight)
+    size = next((size for size in _AFFINE_SIZES if _fits(weight, size)), 0)
+    if not size:
+        raise Unsupported(
+            f"has rows of {weight.shape[-1]} codes in {_blocks(weight)}, where MLX needs groups of 32, 64 or 128 "
+            "without a rest",
+            tensor=weight.name,
+        )
+    codes = weight if weight.dtype == code_dtype(weight.bits, signed=False) else unsigned(weight)
+    losses = _losses(codes, _with_biases)
+    return _Form(_with_biases(codes), Setting("affine", size, weight.bits), losses)
+
+
+def _small_float_form(weight: Tensor) -> _Form:
+    quantization = _quantization(weight)
+    if quantization.zero_point is not None or quantization.offset is not None:
+        raise Unsupported(f"has codes of {weight.dtype} with a zero point or an offset", tensor=weight.name)
+    scales = _numbers(quantization.scale) * quantization.factor
+    for mode, (dtype, scale_dtype) in _FLOAT_MODES.items():
+        size, bits = DEFAULTS[mode]
+        if weight.dtype == dtype and _fits(weight, size) and _holds(scale_dtype, scales):
+            with_scales = partial(_with_small_scales, dtype=scale_dtype)
+            return _Form(with_scales(weight), Setting(mode, size, bits), _losses(weight, with_scales))
+    raise Unsupported(
+        f"has codes of {weight.dtype} and scales in {_blocks(weight)} that no mode of MLX holds: mxfp4 has powers of two "
+        "for 32 codes of float4 each, nvfp4 numbers of float8_e4m3fn for 16 without a second scale, mxfp8 powers of two "
+        "for 32 codes of float8_e4m3fn",
+        tensor=weight.name,
+    )
+
+
+def _fits(weight: Tensor, size: int) -> bool:
+    """Whether groups of `size` inputs fill rows, and have one set of parameters each."""
+    columns, block = weight.shape[-1], _quantization(weight).block_shape[-1]
+    return columns % size == 0 and (block >= columns or block % size == 0)
+
+
+def _blocks(weight: Tensor) -> str:
+    return f"blocks of {_quantization(weight).block_shape}"
+
+
+def _numbers(parameter: Tensor) -> NDArray[np.float64]:
+    return flat(parameter).codes().astype(np.float64)
+
+
+def _holds(dtype: np.dtype[Any], values: NDArray[np.float64]) -> bool:
+    with np.errstate(all="ignore"):
+        return bool((values.astype(np.float32).astype(dtype).astype(np.float64) == values).all())
+
+
+def _with_small_scales(weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """The weight with scales of float8, which hold them as they are; values are computed in float32."""
+    quantization = _quantization(weight)
+    stored, factor = quantization.scale, quantization.factor
+    scale = stored
+    if stored.dtype != dtype or stored.quantization is not None or factor != 1:
+        make = lambda: (_numbers(stored) * factor).astype(np.float32).astype(dtype)  # noqa: E731
+        scale = computed("scale", stored.shape, dtype, make, *stored.stored())
+    elif quantization.compute_dtype == _FLOAT32:
+        return weight
+    return replace(weight, quantization=Quantization(scale, quantization.block_shape))
+
+
+def _with_biases(weight: Tensor) -> Tensor:
+    """scale * code + offset, each operation rounded to the dtype in which the weight is computed (float32 where that is
+    float64), and both of that dtype. Zero points and factors are multiplied in float64."""
+    quantization = _quantization(weight)
+    scale, zero_point, offset = quantization.scale, quantization.zero_point, quantization.offset
+    factor, dtype = quantization.factor, quantization.compute_dtype
+    dtype = dtype if dtype in FLOATS else _FLOAT32
+    if (
+        zero_point is None
+        and offset is not None
+        and factor == 1
+        and all(part.dtype == dtype == quantization.compute_dtype and not part.quantization for part in (scale, offset))
+    ):
+        return weight
+
+    def rounded(numbers: NDArray[np.float64]) -> NDArray[Any]:
+        with np.errstate(over="ignore"):  # what has no value any more is found by its change
+            return (numbers * factor).astype(dtype)
+
+    def biases() -> NDArray[Any]:
+        added = np.zeros(scale.shape) if offset is None else _numbers(offset)
+        return rounded(added if zero_point is None else added - _numbers(scale) * _numbers(zero_point))
+
+    sources = [data for _, parameter in quantization.parameters() for data in parameter.stored()]
+    changed = Quantization(
+        computed("scale", scale.shape, dtype, lambda: rounded(_numbers(scale)), *scale.stored()),
+        quantization.block_shape,
+        offset=computed("offset", scale.shape, dtype, biases, *sources),
+        compute_dtype=dtype,
+    )
+    return replace(weight, quantization=changed)
+
+
+def _losses(weight: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Loss, ...]:
+    """The loss where `function`, which makes MLX's parameters, changes a value. Raises Unsupported where values get
+    lost."""
+    formed = function(weight)
+    change = 0.0 if formed is weight else largest_change(weight, function)
+    if not change:
+        return ()
+    before, dtype = _quantization(weight).compute_dtype, _quantization(formed).compute_dtype
+    if change == np.inf:
+        raise Unsupported(f"has parameters beyond what {dtype} holds as scale * code + bias", tensor=weight.name)
+    kind: LossKind = "widened" if bits_of(dtype) > bits_of(before) else "rounded"
+    how = f"in {dtype}" if formed.dtype in _FLOAT_CODES else f"as scale * code + bias, each rounded to {dtype}"
+    detail = f"its values are computed {how}, as MLX does: they change by {change:.2g} at the most"
+    return (Loss(weight.name, kind, detail),)
