@@ -5,7 +5,9 @@
 Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
 order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
 Where the quantization names another `compute_dtype`, each of the operations is rounded to it, which is what
-PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors.
+PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors. Where
+it has a `value_dtype`, values are rounded to that first when another dtype of 16 bits is wanted: as `Tensor.to` finds
+them. float32 values are not.
 The work is done in pieces that stay in the processor's cache.
 """
 
@@ -136,20 +138,20 @@ def _flattened(parameter: Tensor) -> Tensor:
 
 
 def compute_in_float32(model: Model) -> Model:
-    """Every quantization with another `compute_dtype` as one that is computed in float32; a Loss records each whose
-    values change. Reads the scales of float64, of which most are float32 numbers: nothing changes by those."""
+    """Every quantization with another `compute_dtype`, or a `value_dtype`, as one that is computed in float32 and not
+    rounded further; a Loss records each whose values change. Reads the scales of float64, of which most are float32
+    numbers: nothing changes by those."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
-        if quantization is None or quantization.compute_dtype == _FLOAT32:
+        if quantization is None or (quantization.compute_dtype == _FLOAT32 and quantization.value_dtype is None):
             continue
         scale, offset = (_as_float32(t) for t in (quantization.scale, quantization.offset))
-        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32)
+        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32, value_dtype=None)
         tensors[name] = replace(tensor, quantization=changed)
-        if quantization.compute_dtype != _FLOAT64:
-            detail = (
-                f"values are computed in float32, and not rounded to {quantization.compute_dtype} as its producer does"
-            )
+        rounded = quantization.value_dtype or quantization.compute_dtype
+        if rounded != _FLOAT64:
+            detail = f"values are computed in float32, and not rounded to {rounded} as its producer does"
             losses.append(Loss(name, "widened", detail))
         elif offset is not None or not _equal(scale, quantization.scale):
             losses.append(Loss(name, "rounded", "its scales of float64, and the products with them, become float32"))
@@ -203,7 +205,7 @@ class _Step:
 
 def _decode(part: Tensor, out: NDArray[Any]) -> None:
     """Writes the values of `part`, flat, to `out`, in pieces that stay in the cache from unpacking to rounding."""
-    steps = _steps(part)
+    steps = _steps(part, out.dtype)
     if steps and steps[-1].rounded_to == out.dtype:  # as `out` does by itself
         steps[-1] = replace(steps[-1], rounded_to=None)
     table = _table(part)
@@ -258,8 +260,8 @@ def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: N
     return steps
 
 
-def _steps(part: Tensor) -> list[_Step]:
-    """The operations that follow the look-up, in order."""
+def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
+    """The operations that follow the look-up, in order, for values that are wanted as that dtype."""
     quantization = part.quantization
     if quantization is None or part.size == 0:
         return []
@@ -281,6 +283,8 @@ def _steps(part: Tensor) -> list[_Step]:
     if quantization.factor != 1:
         factor = np.full((1,) * len(_view_shape(part)), quantization.factor, np.float32)
         steps.append(_Step(np.multiply, factor, rounded_to))
+    if quantization.value_dtype is not None and wanted != _FLOAT32:
+        steps[-1] = replace(steps[-1], rounded_to=quantization.value_dtype)
     return steps
 
 
