@@ -15,20 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from formats.encodings.lowering import flat
+from formats.encodings.lowering import elements, flat
 
+_BLOCKS = 1 << 18
 _PIECE_ELEMENTS = 1 << 22
 _KEY_BYTES = 8
 
 
-def largest_change(weight: Tensor, function: Callable[[Tensor], Tensor]) -> float:
+def largest_change(weight: Tensor, function: Callable[[Tensor], Tensor], dtype: np.dtype[Any]) -> float:
     """The largest difference between a value that a code of up to 8 bits can have and the one that `function` makes of
-    it: 0 where none can change, infinity where a number becomes none. `function` takes a quantized weight of any shape
-    and gives one of the same codes, with other parameters for the same blocks; these follow from those of each block.
-    NaN equals NaN, and zeros are equal whatever their signs."""
+    it, both as `dtype`: 0 where none can change, infinity where a number becomes none. `function` takes a quantized
+    weight of any shape and gives one of the same codes, with other parameters for the same blocks, which follow from
+    those that each has. NaN equals NaN, and zeros are equal whatever their signs."""
     largest = 0.0
     for part in _every_code(weight):
-        before, after = part.dequantize(np.float32), function(part).dequantize(np.float32)
+        before, after = (each.dequantize(dtype).astype(np.float32) for each in (part, function(part)))
         changed = (before != after) & ~(np.isnan(before) & np.isnan(after))
         if not changed.any():
             continue
@@ -39,26 +40,27 @@ def largest_change(weight: Tensor, function: Callable[[Tensor], Tensor]) -> floa
 
 
 def _every_code(weight: Tensor) -> Iterator[Tensor]:
-    """All codes there can be, each with the parameters of every block: a row of 2 ** bits for each of these that
-    differ, a few rows in each tensor."""
+    """All codes there can be with the parameters of every block: a row of 2 ** bits for each set of these, a few rows
+    in each tensor."""
     quantization = weight.quantization
     if quantization is None:
         return
-    parameters = {
-        role: flat(parameter).numpy().reshape(-1)
-        for role, parameter in quantization.parameters()
-        if role in ("scale", "zero_point", "offset")
-    }
-    rows = _distinct(parameters)
+    roles = ("scale", "zero_point", "offset")
+    parameters = {role: flat(parameter) for role, parameter in quantization.parameters() if role in roles}
     codes = np.arange(1 << weight.bits, dtype=np.uint8).view(weight.dtype)
     step = _PIECE_ELEMENTS // codes.size
-    for start in range(0, rows.size, step):
-        wanted = rows[start : start + step]
-        taken: dict[str, Any] = {
-            role: Tensor.from_array(role, array[wanted, None]) for role, array in parameters.items()
-        }
-        taken |= {"block_shape": (1, codes.size), "group_index": None}
-        yield Tensor.from_array(weight.name, np.tile(codes, (wanted.size, 1)), replace(quantization, **taken))
+    for first in range(0, quantization.scale.size, _BLOCKS):
+        last = min(first + _BLOCKS, quantization.scale.size)
+        arrays = {role: elements(tensor, first, last).view(tensor.dtype) for role, tensor in parameters.items()}
+        rows = _distinct(arrays)
+        for start in range(0, rows.size, step):
+            wanted = rows[start : start + step]
+            taken: dict[str, Any] = {
+                role: Tensor.from_array(role, array[wanted, None]) for role, array in arrays.items()
+            }
+            taken |= {"block_shape": (1, codes.size), "group_index": None}
+            all_codes = np.tile(codes, (wanted.size, 1))
+            yield Tensor.from_array(weight.name, all_codes, replace(quantization, **taken))
 
 
 def _distinct(parameters: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from formats.encodings.bit_fields import code_dtype
 from formats.encodings.checkpoint import Checkpoint, Stored
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import computed, flat, integer_quantization, refined, unsigned
+from formats.encodings.lowering import flat, from_elements, integer_quantization, refined, unsigned
 from formats.encodings.mlx import DEFAULTS, Setting, decode
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 
@@ -127,16 +127,19 @@ def _small_float_form(weight: Tensor) -> _Form:
     quantization = _quantization(weight)
     if quantization.zero_point is not None or quantization.offset is not None:
         raise Unsupported(f"has codes of {weight.dtype} with a zero point or an offset", tensor=weight.name)
-    scales = _numbers(quantization.scale) * quantization.factor
     for mode, (dtype, scale_dtype) in _FLOAT_MODES.items():
         size, bits = DEFAULTS[mode]
-        if weight.dtype == dtype and _fits(weight, size) and _holds(scale_dtype, scales):
+        if (
+            weight.dtype == dtype
+            and _fits(weight, size)
+            and _holds(scale_dtype, quantization.scale, quantization.factor)
+        ):
             with_scales = partial(_with_small_scales, dtype=scale_dtype)
             return _Form(with_scales(weight), Setting(mode, size, bits), _losses(weight, with_scales))
     raise Unsupported(
-        f"has codes of {weight.dtype} and scales in {_blocks(weight)} that no mode of MLX holds: mxfp4 has powers of two "
-        "for 32 codes of float4 each, nvfp4 numbers of float8_e4m3fn for 16 without a second scale, mxfp8 powers of two "
-        "for 32 codes of float8_e4m3fn",
+        f"has codes of {weight.dtype} and scales in {_blocks(weight)} that no mode of MLX holds: mxfp4 has powers of "
+        "two for 32 codes of float4 each, nvfp4 numbers of float8_e4m3fn for 16 without a second scale, mxfp8 powers "
+        "of two for 32 codes of float8_e4m3fn",
         tensor=weight.name,
     )
 
@@ -151,11 +154,9 @@ def _blocks(weight: Tensor) -> str:
     return f"blocks of {_quantization(weight).block_shape}"
 
 
-def _numbers(parameter: Tensor) -> NDArray[np.float64]:
-    return flat(parameter).codes().astype(np.float64)
-
-
-def _holds(dtype: np.dtype[Any], values: NDArray[np.float64]) -> bool:
+def _holds(dtype: np.dtype[Any], scale: Tensor, factor: float) -> bool:
+    """Whether every scale times the factor is a number of `dtype`."""
+    values = flat(scale).codes().astype(np.float64) * factor
     with np.errstate(all="ignore"):
         return bool((values.astype(np.float32).astype(dtype).astype(np.float64) == values).all())
 
@@ -164,59 +165,85 @@ def _with_small_scales(weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """The weight with scales of float8, which hold them as they are; values are computed in float32."""
     quantization = _quantization(weight)
     stored, factor = quantization.scale, quantization.factor
-    scale = stored
-    if stored.dtype != dtype or stored.quantization is not None or factor != 1:
-        make = lambda: (_numbers(stored) * factor).astype(np.float32).astype(dtype)  # noqa: E731
-        scale = computed("scale", stored.shape, dtype, make, *stored.stored())
-    elif quantization.compute_dtype == _FLOAT32:
-        return weight
+
+    def narrowed(scale: NDArray[Any]) -> NDArray[Any]:
+        return (scale.astype(np.float64) * factor).astype(np.float32).astype(dtype)
+
+    scale = (
+        stored
+        if _is_plain(stored, dtype) and factor == 1
+        else from_elements("scale", {"scale": stored}, dtype, narrowed)
+    )
     return replace(weight, quantization=Quantization(scale, quantization.block_shape))
 
 
 def _with_biases(weight: Tensor) -> Tensor:
-    """scale * code + offset, each operation rounded to the dtype in which the weight is computed (float32 where that is
-    float64), and both of that dtype. Zero points and factors are multiplied in float64."""
+    """scale * code + offset, each operation rounded to the dtype of both, which is that of the weight's values (float32
+    where they are of float64). Zero points and factors are multiplied in float64."""
     quantization = _quantization(weight)
-    scale, zero_point, offset = quantization.scale, quantization.zero_point, quantization.offset
-    factor, dtype = quantization.factor, quantization.compute_dtype
-    dtype = dtype if dtype in FLOATS else _FLOAT32
-    if (
-        zero_point is None
-        and offset is not None
-        and factor == 1
-        and all(part.dtype == dtype == quantization.compute_dtype and not part.quantization for part in (scale, offset))
-    ):
+    dtype, factor = _value_dtype(quantization), quantization.factor
+    plain = all(_is_plain(parameter, dtype) for _, parameter in quantization.parameters())
+    if plain and _is_kept(quantization) and quantization.offset is not None:
         return weight
 
     def rounded(numbers: NDArray[np.float64]) -> NDArray[Any]:
         with np.errstate(over="ignore"):  # what has no value any more is found by its change
             return (numbers * factor).astype(dtype)
 
-    def biases() -> NDArray[Any]:
-        added = np.zeros(scale.shape) if offset is None else _numbers(offset)
-        return rounded(added if zero_point is None else added - _numbers(scale) * _numbers(zero_point))
+    def scales(scale: NDArray[Any]) -> NDArray[Any]:
+        return rounded(scale.astype(np.float64))
 
-    sources = [data for _, parameter in quantization.parameters() for data in parameter.stored()]
+    def biases(
+        scale: NDArray[Any], zero_point: NDArray[Any] | None = None, offset: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        bias = np.zeros(scale.shape) if offset is None else offset.astype(np.float64)
+        return rounded(bias if zero_point is None else bias - scale.astype(np.float64) * zero_point)
+
     changed = Quantization(
-        computed("scale", scale.shape, dtype, lambda: rounded(_numbers(scale)), *scale.stored()),
+        from_elements("scale", {"scale": quantization.scale}, dtype, scales),
         quantization.block_shape,
-        offset=computed("offset", scale.shape, dtype, biases, *sources),
+        offset=from_elements("offset", dict(quantization.parameters()), dtype, biases),
         compute_dtype=dtype,
     )
     return replace(weight, quantization=changed)
 
 
+def _value_dtype(quantization: Quantization) -> np.dtype[Any]:
+    """The dtype that values are rounded to at last: float16, bfloat16 or float32."""
+    dtype = quantization.value_dtype or quantization.compute_dtype
+    return dtype if dtype in FLOATS else _FLOAT32
+
+
+def _is_plain(parameter: Tensor, dtype: np.dtype[Any]) -> bool:
+    return parameter.dtype == dtype and parameter.quantization is None
+
+
+def _is_kept(quantization: Quantization) -> bool:
+    """Whether values are computed as MLX does, of parameters that its dtype holds: nothing needs to be tried."""
+    dtype = quantization.compute_dtype
+    dtypes = {flat(parameter).dtype for _, parameter in quantization.parameters()}
+    return (
+        quantization.zero_point is None
+        and quantization.factor == 1
+        and quantization.value_dtype is None
+        and (dtypes == {dtype} or (dtype == _FLOAT32 and np.float64 not in dtypes))
+    )
+
+
 def _losses(weight: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Loss, ...]:
     """The loss where `function`, which makes MLX's parameters, changes a value. Raises Unsupported where values get
     lost."""
-    formed = function(weight)
-    change = 0.0 if formed is weight else largest_change(weight, function)
+    quantization = _quantization(weight)
+    change = 0.0 if _is_kept(quantization) else largest_change(weight, function, _FLOAT32)
     if not change:
         return ()
-    before, dtype = _quantization(weight).compute_dtype, _quantization(formed).compute_dtype
+    after, own = _quantization(function(weight)), _value_dtype(quantization)
     if change == np.inf:
-        raise Unsupported(f"has parameters beyond what {dtype} holds as scale * code + bias", tensor=weight.name)
-    kind: LossKind = "widened" if bits_of(dtype) > bits_of(before) else "rounded"
-    how = f"in {dtype}" if formed.dtype in _FLOAT_CODES else f"as scale * code + bias, each rounded to {dtype}"
-    detail = f"its values are computed {how}, as MLX does: they change by {change:.2g} at the most"
-    return (Loss(weight.name, kind, detail),)
+        message = f"has parameters beyond what {after.compute_dtype} holds as scale * code + bias"
+        raise Unsupported(message, tensor=weight.name)
+    if own != _FLOAT32:
+        change = largest_change(weight, function, own)
+    kind: LossKind = "widened" if bits_of(after.compute_dtype) > bits_of(own) else "rounded"
+    computed = "scale * code" if after.offset is None else "scale * code + bias"
+    detail = f"its values are {computed}, each rounded to {after.compute_dtype} as MLX does: as {own} they "
+    return (Loss(weight.name, kind, detail + (f"change by {change:.2g} at the most" if change else "stay")),)
