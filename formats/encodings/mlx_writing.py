@@ -226,6 +226,7 @@ def _is_kept(quantization: Quantization) -> bool:
         quantization.zero_point is None
         and quantization.factor == 1
         and quantization.value_dtype is None
+        and dtype in FLOATS
         and (dtypes == {dtype} or (dtype == _FLOAT32 and np.float64 not in dtypes))
     )
 
