@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from formats.encodings.lowering import elements, flat
+from formats.encodings.lowering import in_pieces
 
-_BLOCKS = 1 << 18
 _PIECE_ELEMENTS = 1 << 22
 _KEY_BYTES = 8
 
@@ -46,12 +45,10 @@ def _every_code(weight: Tensor) -> Iterator[Tensor]:
     if quantization is None:
         return
     roles = ("scale", "zero_point", "offset")
-    parameters = {role: flat(parameter) for role, parameter in quantization.parameters() if role in roles}
+    parameters = {role: parameter for role, parameter in quantization.parameters() if role in roles}
     codes = np.arange(1 << weight.bits, dtype=np.uint8).view(weight.dtype)
     step = _PIECE_ELEMENTS // codes.size
-    for first in range(0, quantization.scale.size, _BLOCKS):
-        last = min(first + _BLOCKS, quantization.scale.size)
-        arrays = {role: elements(tensor, first, last).view(tensor.dtype) for role, tensor in parameters.items()}
+    for arrays in in_pieces(parameters):
         rows = _distinct(arrays)
         for start in range(0, rows.size, step):
             wanted = rows[start : start + step]

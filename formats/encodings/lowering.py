@@ -6,7 +6,7 @@ change a value is refused, or is a Loss that the caller gets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from types import MappingProxyType
@@ -37,6 +37,7 @@ _FLOAT32 = np.dtype(np.float32)
 _INT16 = np.dtype(np.int16)
 #: So many elements of any dtype are whole bytes.
 _WHOLE_BYTES = 4
+_PIECE_ELEMENTS = 1 << 18
 
 
 def integer_quantization(weight: Tensor) -> Quantization:
@@ -162,6 +163,16 @@ def elements(parameter: Tensor, first: int, last: int) -> NDArray[Any]:
     if parameter.dtype in SUB_BYTE:
         return unpack(packed, parameter.dtype, last - first)
     return packed.view(parameter.dtype)
+
+
+def in_pieces(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The elements of parameters of one shape, flattened and of their dtypes, many at a time; float32 values of those
+    that are quantized themselves."""
+    values = {name: flat(parameter) for name, parameter in parameters.items()}
+    size = next(iter(values.values())).size
+    for first in range(0, size, _PIECE_ELEMENTS):
+        last = min(first + _PIECE_ELEMENTS, size)
+        yield {name: elements(each, first, last).view(each.dtype) for name, each in values.items()}
 
 
 def flat(parameter: Tensor) -> Tensor:

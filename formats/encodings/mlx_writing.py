@@ -23,7 +23,7 @@ from formats.encodings.bit_fields import code_dtype
 from formats.encodings.checkpoint import Checkpoint, Stored
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import flat, from_elements, integer_quantization, refined, unsigned
+from formats.encodings.lowering import flat, from_elements, in_pieces, integer_quantization, refined, unsigned
 from formats.encodings.mlx import DEFAULTS, Setting, decode
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 
@@ -77,7 +77,8 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
             raise Unsupported("has the name of a setting of all of MLX's modules", tensor=f"{module}.weight")
         quantization[module] = setting.entries()
     in_float32 = sum(any(part.dtype == _FLOAT32 for part in each.stored.values()) for each in weights.values())
-    notes = (f"{in_float32} weights have scales of float32, in which MLX then computes",) if in_float32 else ()
+    note = f"{in_float32} of {len(weights)} weights have scales of float32, in which MLX computes with these then"
+    notes = (note,) if in_float32 else ()
     return Configuration({"quantization": quantization, "quantization_config": quantization}, {}, _METADATA, notes)
 
 
@@ -156,24 +157,25 @@ def _blocks(weight: Tensor) -> str:
 
 def _holds(dtype: np.dtype[Any], scale: Tensor, factor: float) -> bool:
     """Whether every scale times the factor is a number of `dtype`."""
-    values = flat(scale).codes().astype(np.float64) * factor
-    with np.errstate(all="ignore"):
-        return bool((values.astype(np.float32).astype(dtype).astype(np.float64) == values).all())
+    for piece in in_pieces({"scale": scale}):
+        values = piece["scale"].astype(np.float64) * factor
+        with np.errstate(all="ignore"):
+            held = values.astype(np.float32).astype(dtype).astype(np.float64)
+        if not (held == values).all():
+            return False
+    return True
 
 
 def _with_small_scales(weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """The weight with scales of float8, which hold them as they are; values are computed in float32."""
     quantization = _quantization(weight)
-    stored, factor = quantization.scale, quantization.factor
+    scale, factor = quantization.scale, quantization.factor
 
     def narrowed(scale: NDArray[Any]) -> NDArray[Any]:
         return (scale.astype(np.float64) * factor).astype(np.float32).astype(dtype)
 
-    scale = (
-        stored
-        if _is_plain(stored, dtype) and factor == 1
-        else from_elements("scale", {"scale": stored}, dtype, narrowed)
-    )
+    if factor != 1 or not _is_plain(scale, dtype):
+        scale = from_elements("scale", {"scale": scale}, dtype, narrowed)
     return replace(weight, quantization=Quantization(scale, quantization.block_shape))
 
 
@@ -186,13 +188,14 @@ def _with_biases(weight: Tensor) -> Tensor:
     if plain and _is_kept(quantization) and quantization.offset is not None:
         return weight
 
+    @np.errstate(over="ignore", invalid="ignore")  # what has no value any more is found by its change
     def rounded(numbers: NDArray[np.float64]) -> NDArray[Any]:
-        with np.errstate(over="ignore"):  # what has no value any more is found by its change
-            return (numbers * factor).astype(dtype)
+        return (numbers * factor).astype(dtype)
 
     def scales(scale: NDArray[Any]) -> NDArray[Any]:
         return rounded(scale.astype(np.float64))
 
+    @np.errstate(invalid="ignore")  # infinity times zero
     def biases(
         scale: NDArray[Any], zero_point: NDArray[Any] | None = None, offset: NDArray[Any] | None = None
     ) -> NDArray[Any]:

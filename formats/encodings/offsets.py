@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from converters.errors import Unsupported
 from converters.ir import Loss, Tensor, is_integer
 from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import flat, from_elements
+from formats.encodings.lowering import flat, from_elements, in_pieces
 
 _INT16 = np.dtype(np.int16)
 _MOST_MULTIPLE = 1 << 14
@@ -41,12 +41,12 @@ def offsets_as_zero_points(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     quantization = weight.quantization
     if quantization is None or quantization.offset is None:
         return weight, ()
-    scale, offset = flat(quantization.scale), flat(quantization.offset)
-    if offset.dtype not in _FRACTION_BITS:
-        raise Unsupported(f"has offsets of {offset.dtype}", tensor=weight.name)
+    if flat(quantization.offset).dtype not in _FRACTION_BITS:
+        raise Unsupported(f"has offsets of {quantization.offset.dtype}", tensor=weight.name)
     if quantization.zero_point is not None and not is_integer(quantization.zero_point.dtype):
         raise Unsupported("has offsets beside zero points that are no integers", tensor=weight.name)
-    _check(weight.name, scale.numpy().astype(np.float64), offset.numpy())
+    for piece in in_pieces({"scale": quantization.scale, "offset": quantization.offset}):
+        _check(weight.name, piece["scale"].astype(np.float64), piece["offset"])
     changed = _with_zero_points(weight)
     own = quantization.value_dtype or quantization.compute_dtype
     own = own if own != np.float64 else np.dtype(np.float32)

@@ -25,6 +25,21 @@ SOURCES = [
     *sorted(FIXTURES.parent.glob("torchao/*.safetensors")),
     FIXTURES.parent / "gguf" / "types.gguf",
 ]
+#: Those of which nothing can be held: codebooks, other sizes of groups, scales that are no powers of two.
+OF_NONE = frozenset(
+    (
+        "bitsandbytes_fp4_bf16",
+        "bitsandbytes_int8",
+        "bitsandbytes_nf4",
+        "bitsandbytes_nf4_double",
+        "bitsandbytes_nf4_storage",
+        "float8.safetensors",
+        "int4_tile_packed.safetensors",
+        "int8.safetensors",
+        "intx.safetensors",
+        "quanto_qfloat8",
+    )
+)
 
 
 def quantized(shape, dtype, block_shape=None, *, scale=np.float32, zero_point=None, offset=None, seed=0, **more):
@@ -190,6 +205,17 @@ def test_zero_points_between_integers_become_biases():
     is_faithful(replace(weight, quantization=quantization), encoded)
 
 
+def test_scales_that_are_no_numbers_stay_so():
+    scale = np.array([[np.inf], [-np.inf], [np.nan], [1]], np.float16)
+    weight = quantized((4, 32), ml_dtypes.uint4, scale=scale, zero_point=np.int8)
+    zeros = Tensor.from_array("zero_point", np.array([[0], [20], [3], [4]], np.int8))
+    weight = replace(weight, quantization=replace(weight.quantization, zero_point=zeros))
+    with pytest.raises(Unsupported, match="beyond"):  # infinity less infinity
+        encode(weight)
+    unshifted = replace(weight, quantization=replace(weight.quantization, zero_point=None))
+    np.testing.assert_array_equal(encode(unshifted).weight.dequantize(), unshifted.dequantize())
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, np.uint8, FLOAT4])
 def test_codes_are_not_read_for_it(dtype):
     weight = quantized((4, 64), dtype, scale=np.ones((4, 2), np.float16))
@@ -310,6 +336,7 @@ def test_weights_of_other_encodings(path, tmp_path):
             continue
         is_faithful(weight, found)
         encoded.append(found)
+    assert bool(encoded) == (path.name not in OF_NONE)
     if encoded:
         is_read_back(tmp_path, *encoded)
 
@@ -344,7 +371,7 @@ def test_the_most_common_setting_is_the_one_of_the_model():
 
 def test_scales_of_float32_are_told_of():
     told = configuration({"m.weight": encode(quantized((2, 64), np.int8)), "n.weight": encode(fixture_mxfp4())}, [])
-    assert told.notes == ("1 weights have scales of float32, in which MLX then computes",)
+    assert told.notes == ("1 of 2 weights have scales of float32, in which MLX computes with these then",)
 
 
 def fixture_mxfp4():
