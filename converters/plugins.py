@@ -65,10 +65,12 @@ FORMATS = (
     ),
     Format(
         "gguf",
-        "GGUF: the weights of llama.cpp and ggml, without the metadata",
+        "GGUF: the weights of llama.cpp and ggml, as its own types of blocks",
         (".gguf",),
         (Magic(0, b"GGUF"),),
+        folder="*-of-*.gguf",
         reader="formats.gguf.reader:GGUFReader",
+        writer="formats.gguf.writer:GGUFWriter",
     ),
     Format(
         "onnx",
@@ -179,9 +181,14 @@ def detect(path: Path) -> Format:
 
 def _of_folder(path: Path) -> Format:
     for known in (_known_built_in, all_formats):
-        for format in known().values():
-            if format.folder and any(path.glob(format.folder)):
-                return format
+        fitting = [format for format in known().values() if format.folder and any(path.glob(format.folder))]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise CorruptFile(
+                f"has models of several formats ({', '.join(f.name for f in fitting)}): give a file of one of them",
+                path=path,
+            )
     patterns = ", ".join(format.folder for format in all_formats().values() if format.folder)
     raise CorruptFile(f"is a folder without a model: {patterns} would be one", path=path)
 
