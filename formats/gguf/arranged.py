@@ -26,7 +26,7 @@ from converters.ir import Loss, Quantization, Tensor, blocked, is_float
 from converters.packing import SUB_BYTE, pack, packed_size, unpack
 from converters.storage import Data
 from formats.encodings.rearranged import by_rows
-from formats.gguf.blocks import IQ4_VALUES
+from formats.gguf.blocks import iq4_codebook
 
 _INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
 _INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)
@@ -84,7 +84,8 @@ def arranged(tensor: Tensor, quantization: Quantization, kind: Kind) -> Tensor:
     scale = source.parameter("scale", kind, source.scale)
     offset = source.parameter("offset", kind, source.minimum) if kind is Q4_1 else None
     block_shape = blocked(tensor.shape, len(tensor.shape) - 1, kind.shared)
-    wanted = Quantization(scale, block_shape, None, offset, quantization.codebook)
+    codebook = iq4_codebook() if kind is IQ4_NL else None
+    wanted = Quantization(scale, block_shape, None, offset, codebook)
     return replace(tensor, dtype=kind.dtype, data=source.codes(kind), quantization=wanted)
 
 
@@ -244,7 +245,7 @@ class _Source:
         q = self.quantization
         if q.codebook is None or self.tensor.dtype != _UINT4 or q.zero_point is not None or q.offset is not None:
             return False
-        return bool(np.array_equal(q.codebook.dequantize(np.float32), np.array(IQ4_VALUES, np.float32)))
+        return bool(np.array_equal(q.codebook.dequantize(np.float32), iq4_codebook().numpy()))
 
     def refusal(self, what: str) -> Unsupported:
         """The error, with what would make a tensor that can be written."""

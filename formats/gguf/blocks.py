@@ -246,13 +246,14 @@ def _q6_k(blocks: Blocks) -> Tensor:
     return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
 
 
-def _iq4_codebook() -> Tensor:
+def iq4_codebook() -> Tensor:
+    """What IQ4_NL and IQ4_XS multiply."""
     return Tensor.from_array("codebook", np.array(IQ4_VALUES, np.float32))
 
 
 def _iq4_nl(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=_iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=iq4_codebook())
 
 
 def _iq4_xs(blocks: Blocks) -> Tensor:
@@ -262,7 +263,7 @@ def _iq4_xs(blocks: Blocks) -> Tensor:
 
     d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     scale = blocks.nested("scale", _INT8, 8, scales, d)
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=_iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=iq4_codebook())
 
 
 def _tq1_0(blocks: Blocks) -> Tensor:
