@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported
 from converters.ir import Loss, Quantization, Tensor, blocked, is_float
-from converters.packing import SUB_BYTE, pack, packed_size, unpack
-from converters.storage import Data
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from converters.storage import Computed, Data
 from formats.encodings.rearranged import by_rows
 from formats.gguf.blocks import iq4_codebook
 
@@ -111,13 +111,15 @@ def _kind(source: _Source) -> Kind:
 
 
 def _float_kind(source: _Source) -> Kind:
-    """MXFP4 where all scales are powers of two, or could be nothing else."""
+    """MXFP4 where all scales are powers of two, or blocks fit no other type."""
     q = source.quantization
     if q.zero_point is not None or q.offset is not None:
         raise source.refusal("has float4 codes with a zero point or an offset, which no type of ggml has")
-    if q.scale.dtype == MXFP4.scale_dtype or not source.has_blocks_for(NVFP4):
+    if not source.has_blocks_for(NVFP4):
         return MXFP4
-    return MXFP4 if source.has_blocks_for(MXFP4) and source.scales_fit(MXFP4) else NVFP4
+    if not source.has_blocks_for(MXFP4):
+        return NVFP4
+    return MXFP4 if q.scale.dtype == MXFP4.scale_dtype or source.scales_fit(MXFP4) else NVFP4
 
 
 def _check_scales(source: _Source, kind: Kind) -> None:
@@ -166,7 +168,7 @@ def _equal(a: _Floats, b: _Floats) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
-    """A quantized tensor, its parameters by their flat position in their grid, all as float32."""
+    """A quantized tensor, with its parameters by their flat position in their grid."""
 
     tensor: Tensor
     quantization: Quantization
@@ -268,17 +270,20 @@ class _Source:
     def codes(self, kind: Kind) -> Data:
         """The codes of the kind, as canonical bytes."""
         tensor = self.tensor
-        lowest = _CODES[tensor.dtype][0] if kind is Q4_1 else 0
-        is_shifted = kind in (Q4_0, Q8_0) and self.quantization.zero_point is not None
-        if tensor.dtype == kind.dtype and not is_shifted:
+        if tensor.dtype == kind.dtype:
             return tensor.data
+        if tensor.bits == bits_of(kind.dtype):  # the zero point is the middle, or not subtracted
+            signs = np.uint8(0x88 if tensor.bits == 4 else 0x80)
+            return Computed(tensor.nbytes, lambda start, stop: tensor.data.read(start, stop) ^ signs, (tensor.data,))
+        is_less_zero_point = kind is Q4_0 and self.quantization.zero_point is not None
 
         def rows(first: int, last: int) -> NDArray[Any]:
-            stored = _elements(tensor, first * kind.shared, last * kind.shared)
-            codes = stored.reshape(-1, kind.shared).astype(np.int16) - np.int16(lowest)
-            if is_shifted:
-                codes -= self._spread(self.zero_point, kind, first, last).astype(np.int16)[:, None]
-            return pack(codes, 4) if kind.dtype in SUB_BYTE else codes.astype(kind.dtype)
+            stored = _elements(tensor, first * kind.shared, last * kind.shared).reshape(-1, kind.shared)
+            if is_less_zero_point:
+                stored = stored - self._spread(self.zero_point, kind, first, last).astype(np.int8)[:, None]
+            elif kind is Q4_1:
+                stored = stored - np.int8(_CODES[tensor.dtype][0])
+            return pack(stored.astype(np.int8), 4)
 
         return by_rows((tensor.size // kind.shared, kind.shared), kind.dtype, rows, *tensor.stored())
 

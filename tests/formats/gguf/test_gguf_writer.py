@@ -23,6 +23,7 @@ from formats.gguf.container import open_container
 from formats.gguf.writer import GGUFOptions, GGUFWriter
 from tests import zoo
 
+FIXTURES = Path(__file__).parents[3] / "fixtures"
 FORMAT = plugins.format_named("gguf")
 FLOAT4, E8M0, E4M3 = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e8m0fnu, ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
@@ -110,6 +111,12 @@ WRITTEN: dict[str, tuple[Tensor, str, Any]] = {
     ),
     "float4 in sixteens, powers of two": (
         quantized(FLOAT4, S, blocked(S, 1, 16), whole(np.full((4, 8), 0.5), np.float32)), "NVFP4", FLOAT4
+    ),
+    "float4 in sixteens, E8M0": (
+        quantized(FLOAT4, S, blocked(S, 1, 16), whole(np.full((4, 8), 4), E8M0)), "NVFP4", FLOAT4
+    ),
+    "float4 in blocks of 48": (
+        quantized(FLOAT4, (2, 192), (2, 48), whole(np.arange(4).reshape(1, 4) / 4, np.float16)), "NVFP4", FLOAT4
     ),
     "float4 per tensor": (quantized(FLOAT4, S, per_tensor(S), whole([[1.25]], np.float32)), "NVFP4", FLOAT4),
     "three axes": (
@@ -245,6 +252,51 @@ def test_each_of_the_zoo_is_held_exactly_or_refused(tmp_path: Path) -> None:
         else:
             np.testing.assert_array_equal(read.dequantize(np.float32), tensor.dequantize(np.float32))
     assert {"plain float32", "plain int64", "plain ()", "special float64"} <= held
+
+
+@pytest.mark.parametrize("advice", ["dequantize", "quantize"])
+def test_doing_what_a_refusal_says_helps(advice: str, tmp_path: Path) -> None:
+    cases = (
+        "scale",
+        "offset",
+        "minimum",
+        "blocks",
+        "per column",
+        "int8 with an offset",
+        "uint8",
+        "codebook",
+        "negative",
+    )
+    source, target = tmp_path / "w.safetensors", tmp_path / "w.gguf"
+    converters.save(zoo.model(replace(REFUSED[case][0], name=case) for case in cases), source)
+    with pytest.raises(Unsupported) as caught:
+        converters.convert(source, target)
+    _, _, wanted = str(caught.value).partition(f"--{advice} ")
+    keywords = {advice: wanted.split()[0]}
+    comparison = converters.convert(source, target, verify=True, **keywords).verified[target]
+    assert comparison is not None
+    assert comparison.equal
+    assert comparison.tensors == len(cases)
+
+
+@pytest.mark.peers
+def test_a_checkpoint_in_mxfp4_has_the_values_that_gguf_decodes(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    source = FIXTURES / "checkpoints" / "mxfp4"
+    target = tmp_path / "experts.gguf"
+    comparison = converters.convert(source, target, verify=True).verified[target]
+    assert comparison is not None
+    assert comparison.equal
+    model = converters.load(source)
+    read = {tensor.name: tensor for tensor in GGUFReader(target).tensors}
+    quantized = [name for name, tensor in model.items() if tensor.quantization is not None]
+    assert len(quantized) == 2
+    for name in quantized:
+        assert read[name].tensor_type.name == "MXFP4"
+        values = dequantize(read[name].data, read[name].tensor_type)
+        np.testing.assert_array_equal(values, model[name].dequantize(np.float32))
 
 
 def test_parameters_that_are_tensors_of_their_own_are_in_the_blocks_only(tmp_path: Path) -> None:
