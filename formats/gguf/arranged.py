@@ -254,7 +254,7 @@ class _Source:
         advice = "add --dequantize float16 (or float32)"
         if len(self.tensor.shape) >= 2 and self.tensor.shape[-1] % Q4_0.elements == 0:
             advice += ", or --quantize int4,block=32,axis=-1,scale=float16,requantize"
-        return Unsupported(f"{what}: {advice}", tensor=self.tensor.name)
+        return Unsupported(f"{what}: {advice}, or leave it out with --skip", tensor=self.tensor.name)
 
     def parameter(self, role: str, kind: Kind, of_grid: Callable[[int, int], _Floats]) -> Tensor:
         """A parameter of the kind's dtype, one for each of its blocks."""
