@@ -326,6 +326,13 @@ class Tensor:
 
         return dequantize(self, np.dtype(dtype))
 
+    def dequantized(self, dtype: DTypeLike = np.float32) -> Tensor:
+        """The tensor with its values as plain elements of `dtype`, computed as by `dequantize` when they are read; a
+        plain one as it is."""
+        from converters.dequantize import dequantized
+
+        return dequantized(self, np.dtype(dtype))
+
     @property
     def _row_axis(self) -> int:
         return next((axis for axis, size in enumerate(self.shape) if size != 1), 0)

@@ -16,13 +16,13 @@ a quantization of its own. docs/safetensors.md has a reader of it in ten lines o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import Activation, GroupIndex, Model, Quantization, Tensor, Use
+from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
 from formats.safetensors.container import DTYPES, StoredTensor
 
@@ -38,10 +38,51 @@ _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 StoreUnder = Callable[[Tensor, str], str]
 
 
-def describe(model: Model, store: StoreUnder) -> str:
-    """The JSON that describes `model`; `store` is called for every tensor and parameter with bytes to store."""
-    tensors = {name: _described(tensor, name, store) for name, tensor in model.items()}
+def described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
+    """TENSOR for a tensor; `store` is called for it and every parameter with bytes to store."""
+    description: dict[str, Any] = {
+        "data": store(tensor, name),
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+    }
+    quantization = tensor.quantization
+    if quantization is not None:
+        description["quantization"] = {"block_shape": list(quantization.block_shape)} | {
+            role: described(parameter, f"{name}.{role}", store) for role, parameter in quantization.parameters()
+        }
+        if quantization.group_index is not None:
+            description["quantization"]["group_axis"] = quantization.group_index.axis
+        if quantization.compute_dtype != np.float32:
+            description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
+        if quantization.factor != 1:
+            description["quantization"]["factor"] = quantization.factor
+    if tensor.uses:
+        description["uses"] = [_described_use(use) for use in tensor.uses]
+    if tensor.parameter_of is not None:
+        description["parameter_of"] = tensor.parameter_of
+    return description
+
+
+def description_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The JSON of `described` tensors."""
     return json.dumps({"version": VERSION, "tensors": tensors}, ensure_ascii=False, separators=(",", ":"))
+
+
+def merged(descriptions: Iterable[str]) -> str:
+    """The description of several files together, none of whose names may be in two. Raises CorruptFile."""
+    tensors: dict[str, Any] = {}
+    for description in descriptions:
+        try:
+            document = json.loads(description)
+            if document["version"] != VERSION:
+                return description  # `build` refuses it
+            twice = tensors.keys() & document["tensors"].keys()
+            tensors |= document["tensors"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptFile(f"its nibblecast metadata is damaged ({type(error).__name__}: {error})") from error
+        if twice:
+            raise CorruptFile("is described in two files", tensor=min(twice))
+    return description_of(tensors)
 
 
 def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
@@ -60,30 +101,6 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptFile(f"its nibblecast metadata is damaged ({reason}): convert the source again") from error
-
-
-def _described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
-    description: dict[str, Any] = {
-        "data": store(tensor, name),
-        "dtype": tensor.dtype.name,
-        "shape": list(tensor.shape),
-    }
-    quantization = tensor.quantization
-    if quantization is not None:
-        description["quantization"] = {"block_shape": list(quantization.block_shape)} | {
-            role: _described(parameter, f"{name}.{role}", store) for role, parameter in quantization.parameters()
-        }
-        if quantization.group_index is not None:
-            description["quantization"]["group_axis"] = quantization.group_index.axis
-        if quantization.compute_dtype != np.float32:
-            description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
-        if quantization.factor != 1:
-            description["quantization"]["factor"] = quantization.factor
-    if tensor.uses:
-        description["uses"] = [_described_use(use) for use in tensor.uses]
-    if tensor.parameter_of is not None:
-        description["parameter_of"] = tensor.parameter_of
-    return description
 
 
 def _built(

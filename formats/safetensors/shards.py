@@ -10,7 +10,7 @@ from converters.storage import MappedFile
 from formats.encodings.configuration import read_json
 from formats.encodings.torchao_safetensors import together
 from formats.safetensors.container import Container, StoredTensor, open_container
-from formats.safetensors.packed_layout import METADATA_NAME
+from formats.safetensors.packed_layout import METADATA_NAME, merged
 
 _INDEX = "*.safetensors.index.json"
 _SHARD = "*.safetensors"
@@ -59,7 +59,7 @@ def _opened(path: Path) -> tuple[Path, Container]:
 def _together(files: list[tuple[Path, Container]], where: Mapping[str, Path] | None) -> Container:
     entries: dict[str, StoredTensor] = {}
     for path, container in files:
-        if METADATA_NAME in container.metadata:
+        if METADATA_NAME in container.metadata and where is None:
             raise Unsupported("is one of several files here, each of which describes itself: name it", path=path)
         for key, entry in container.entries.items():
             if key in entries:
@@ -69,4 +69,6 @@ def _together(files: list[tuple[Path, Container]], where: Mapping[str, Path] | N
     missing = [] if where is None else [key for key in where if key not in entries]
     if missing:
         raise CorruptFile("is in the index, but not in the file that it names", tensor=missing[0])
-    return Container(entries, together([container.metadata for _, container in files]))
+    metadata = together([container.metadata for _, container in files])
+    descriptions = [c.metadata[METADATA_NAME] for _, c in files if METADATA_NAME in c.metadata]
+    return Container(entries, metadata | ({METADATA_NAME: merged(descriptions)} if descriptions else {}))
