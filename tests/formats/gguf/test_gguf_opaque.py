@@ -71,3 +71,29 @@ def test_inspect_shows_the_name_of_its_type(path: Path) -> None:
 
     shown = CliRunner().invoke(app, ["inspect", "--json", str(path)])
     assert '"dtype": "IQ2_XXS"' in shown.stdout
+
+
+def test_blocks_that_differ_are_found(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    content = bytearray(path.read_bytes())
+    content[content.index(BLOCKS) + 70] ^= 1
+    other.write_bytes(content)
+    (difference,) = converters.verify(path, other).differences
+    assert (difference.tensor, difference.count) == ("blk.0.lattice", 1)
+    assert difference.detail.startswith("(0, 1) ")
+
+
+@pytest.mark.peers
+def test_the_tables_of_types_are_those_of_gguf() -> None:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+    from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES
+    from formats.gguf.key_values import _FILE_TYPES
+
+    sizes = {i: (kind.name, kind.elements, kind.nbytes) for i, kind in BLOCK_TYPES.items()} | dict(OPAQUE_TYPES)
+    for type_id, (name, *size) in sizes.items():
+        assert GGMLQuantizationType[name] == type_id
+        assert GGML_QUANT_SIZES[GGMLQuantizationType(type_id)] == tuple(size)
+    assert {int(kind) for kind in GGMLQuantizationType} <= {*sizes, *OTHER_TYPES, *PLAIN_TYPES}
+    for type_id, file_type in _FILE_TYPES.items():
+        assert GGMLQuantizationType(type_id).name in LlamaFileType(file_type).name
