@@ -65,7 +65,7 @@ FORMATS = (
     ),
     Format(
         "gguf",
-        "GGUF: the weights of llama.cpp and ggml, as its own types of blocks",
+        "GGUF: the weights of llama.cpp and ggml, in ggml's own types of blocks",
         (".gguf",),
         (Magic(0, b"GGUF"),),
         folder="*-of-*.gguf",

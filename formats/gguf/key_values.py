@@ -27,11 +27,12 @@ _VERSION = 3
 _QUANTIZATION_VERSION = 2
 #: gguf.cpp, GGUF_MAX_ALIGNMENT.
 _LARGEST_ALIGNMENT = 1 << 20
-#: What general.file_type says of a file that has mostly tensors of a type (llama.h, enum llama_ftype).
+#: What general.file_type says of a file that has mostly tensors of a type (llama.h, enum llama_ftype), the K-quants'
+#: mixtures as llama-model-loader.cpp guesses them.
 _FILE_TYPES = (
     {0: 0, 1: 1, 30: 32}
     | {2: 2, 3: 3, 6: 8, 7: 9, 8: 7}
-    | {10: 10, 11: 11, 12: 14, 13: 16, 14: 18}
+    | {10: 10, 11: 12, 12: 15, 13: 17, 14: 18}
     | {16: 19, 17: 20, 18: 23, 19: 24, 20: 25, 21: 26, 22: 28, 23: 30, 29: 31, 41: 40}
     | {34: 36, 35: 37, 39: 38, 40: 39}
 )

@@ -1,8 +1,8 @@
 """The files of one model: a single one, or those that llama-gguf-split or gguf's GGUFWriter made of it.
 
 Each of those is a file of its own, PREFIX-00001-of-00003.gguf, with the key-values split.no (from 0), split.count and
-split.tensors.count; the first one has the model's other key-values, any of them may be without tensors. llama.cpp,
-llama-model-loader.cpp and tools/gguf-split.
+split.tensors.count; the first one has the model's other key-values, any of them may be without tensors. gguf 0.19,
+gguf_writer.py; llama.cpp, llama-model-loader.cpp, which checks the same.
 """
 
 from __future__ import annotations

@@ -65,10 +65,11 @@ class GGUFWriter:
                 end += -(-places[name].nbytes // key_values.alignment) * key_values.alignment
         header = key_values.header([place.info for place in places.values()], options.architecture)
         data_offset = -(-sum(part.nbytes for part in header) // key_values.alignment) * key_values.alignment
+        kept = key_values.losses
         expected = replace(
             model,
             tensors={name: place.tensor for name, place in places.items()},
-            losses=tuple(loss for loss in model.losses if loss not in key_values.losses),
+            losses=tuple(loss for loss in model.losses if loss not in kept),
             graph=None,
         )
         files = (OutputFile(target, data_offset + end),)
