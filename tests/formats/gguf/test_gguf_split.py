@@ -11,6 +11,7 @@ import pytest
 
 import converters
 from converters.errors import CorruptFile
+from tests import zoo
 from tests.formats.gguf import gguf_files
 
 ARRAYS = {f"blk.{n}.weight": np.random.default_rng(n).normal(size=(3, 32)).astype(np.float32) for n in range(5)}
@@ -108,12 +109,13 @@ def test_a_folder_with_two_models_is_refused(tmp_path: Path) -> None:
         converters.load(tmp_path)
 
 
-@pytest.mark.peers
-def test_a_folder_with_safetensors_beside_them_is_refused(tmp_path: Path) -> None:
-    make(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(converters.Error, match="models of several formats .gguf, safetensors"):
-        converters.load(tmp_path)
+def test_a_folder_is_its_only_model_and_safetensors_before_that(tmp_path: Path) -> None:
+    infos = [gguf_files.info("from gguf", (1,), gguf_files.F32, 0)]
+    (tmp_path / "model.gguf").write_bytes(gguf_files.file(infos, bytes(32)))
+    model = converters.load(tmp_path)
+    assert list(model) == ["from gguf"]
+    converters.save(converters.Model({"w": zoo.codes("w", (3,), np.float32)}), tmp_path / "model.safetensors")
+    assert list(converters.load(tmp_path)) == ["w"]
 
 
 def part(number: int, tensor: str, **changed: int) -> bytes:
