@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported, UsageError
 from converters.float16 import Float16
-from converters.ir import Loss, Model, Quantization, Tensor, is_float, is_integer
+from converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
 from converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
 from converters.storage import Computed
 
@@ -48,12 +48,14 @@ _EXACT_IN_FLOAT32 = 1 << 23  # likewise, less 16-bit codes: below 2 ** 24
 def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values of `tensor` in its shape, as `dtype`: float32, float16 or bfloat16.
 
-    Raises UsageError for another dtype and Unsupported for complex tensors, which have no real values.
+    Raises UsageError for another dtype and Unsupported for complex tensors and for opaque blocks, which have no real
+    values.
     """
     if dtype not in FLOAT_DTYPES.values():
         raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
-    if tensor.dtype.kind == "c":
-        raise Unsupported(f"{tensor.dtype} values have no float form: leave it out with --skip", tensor=tensor.name)
+    if tensor.dtype.kind == "c" or tensor.dtype.names:
+        name = dtype_name(tensor.dtype)
+        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
     values = np.empty(tensor.size, dtype)
     start = 0
     for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):

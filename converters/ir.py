@@ -64,6 +64,12 @@ def is_integer(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype not in SMALL_FLOATS)
 
 
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
+    field is called as their type."""
+    return dtype.names[0] if dtype.names else dtype.name
+
+
 def grid_shape(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the parameters: ceil(size / block) along each axis, at least 1."""
     return tuple(max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True))
