@@ -314,8 +314,10 @@ def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            is_needed = bool(zero_point.any())
         # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
-        if zero_point.any() or part.dtype == np.uint64:
+        if is_needed or part.dtype == np.uint64:
             steps.append(step(np.subtract, zero_point))
     steps.append(step(np.multiply, _parameter(quantization.scale, dtype)))
     if quantization.offset is not None:

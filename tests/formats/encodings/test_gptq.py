@@ -168,7 +168,8 @@ def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
     [
         ({}, {"checkpoint_format": "marlin"}, Unsupported, "marlin"),
         ({}, {"bits": 8}, CorruptFile, "4 bits, not 8"),
-        ({}, {"bits": "4"}, CorruptFile, "int is needed"),
+        ({}, {"bits": "4"}, CorruptFile, "int of 32 bits is needed"),
+        ({}, {"group_size": 1 << 70}, CorruptFile, "int of 32 bits is needed"),
         ({}, {"quant_method": "awq"}, CorruptFile, "quant_method 'awq'"),
         ({"g_idx": np.full(32, 7, np.int32)}, {}, CorruptFile, "g_idx from 7 to 7 for 1 groups"),
         ({"g_idx": np.zeros(31, np.int32)}, {}, CorruptFile, "g_idx of shape"),
