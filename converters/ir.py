@@ -345,9 +345,14 @@ class Tensor:
         return replace(self, shape=shape, data=_Part(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
+        """The pieces that `cut` gives, each of them released when the next one is asked for."""
+        for part in self.cut(nbytes):
+            yield part
+            part.release()
+
+    def cut(self, nbytes: int) -> Iterator[Tensor]:
         """The tensor in pieces of about `nbytes` canonical bytes, in order; their data put together is this one's.
-        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large); when
-        the next one is asked for, its pages may be dropped from memory."""
+        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large)."""
         count = self.shape[self._row_axis] if self.shape else 1
         if self.nbytes <= nbytes or count <= self.row_step:
             yield self
@@ -355,13 +360,11 @@ class Tensor:
         row_bytes = max(1, self.nbytes // count)
         if row_bytes > nbytes and self.row_step == 1:
             for row in range(count):
-                yield from self.rows(row, row + 1).parts(nbytes)
+                yield from self.rows(row, row + 1).cut(nbytes)
             return
         step = max(1, nbytes // row_bytes // self.row_step) * self.row_step
         for start in range(0, count, step):
-            part = self.rows(start, min(start + step, count))
-            yield part
-            part.release()
+            yield self.rows(start, min(start + step, count))
 
     def stored(self) -> Iterator[Data]:
         """Its data and those of all its parameters, theirs included."""

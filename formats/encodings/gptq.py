@@ -25,7 +25,7 @@ from converters.ir import GroupIndex, Quantization, Tensor, is_float
 from converters.packing import bits_of
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import group_index, kept_index
-from formats.encodings.rearranged import by_rows, transposed
+from formats.encodings.rearranged import by_rows, columns_in_words, transposed
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
@@ -64,10 +64,10 @@ def decode(stored: Stored) -> Weight:
         words = qweight.numpy()[:, first:last]
         return np.ascontiguousarray(words.T)
 
-    data = by_rows((outputs, inputs), dtype, codes, qweight.data)
-    zeros = _zeros(qzeros, bits, outputs, 0 if layout == "gptq_v2" else _ONES[bits])
+    data = by_rows((outputs, inputs), dtype, codes, qweight.data, in_order=False)
+    added = 0 if layout == "gptq_v2" else _ONES[bits]
+    zero_point = columns_in_words("zero_point", qzeros, outputs, dtype, added=added)
     scale = transposed("scale", scales, (outputs, groups))
-    zero_point = Tensor.from_array("zero_point", np.ascontiguousarray(zeros.T).astype(dtype))
     grouping = _grouping(stored, inputs, groups)
     compute_dtype = scales.dtype if bits_of(scales.dtype) <= 32 else np.dtype(np.float32)
     quantization = Quantization(
@@ -87,15 +87,6 @@ def _bits(stored: Stored, qzeros: Tensor, groups: int, outputs: int) -> int:
     if bits not in _CODES or words * 32 != bits * outputs:
         raise Unsupported(f"has codes of {bits} bits: 2, 4 and 8 are read")
     return bits
-
-
-def _zeros(qzeros: Tensor, bits: int, outputs: int, added: int) -> NDArray[np.uint8]:
-    """The zeros, shape (G, O); `added` is added to every word, with carry."""
-    with np.errstate(over="ignore"):
-        words = np.ascontiguousarray(qzeros.numpy()).view(np.uint32) + np.uint32(added)
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    fields = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-    return fields.reshape(words.shape[0], words.shape[1] * shifts.size)[:, :outputs].astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
