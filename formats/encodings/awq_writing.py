@@ -1,7 +1,7 @@
 """AWQ's GEMM layout, the way back: weights of `formats.encodings.awq` and the configuration that is read with them.
 
-transformers 5.23 (with gptqmodel) replaces every linear layer of a model by one of AWQ's, but for the one that computes
-logits and what `modules_to_not_convert` names.
+transformers 5.23 (with gptqmodel 7.7) replaces every linear layer of a model by one of AWQ's, but for the one that
+computes logits and what `modules_to_not_convert` names; gptqmodel on its own reads `dynamic` instead.
 """
 
 from __future__ import annotations
@@ -65,13 +65,15 @@ def encode(weight: Tensor) -> Encoded:
 def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Configuration:
     """AWQ's part of config.json. Raises Unsupported where weights differ in group size."""
     size = common_size({name: encoded.setting for name, encoded in weights.items()})
+    modules = Modules.of(weights, plain)
     config: dict[str, Any] = {
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
         "group_size": size,
         "zero_point": True,
-        "modules_to_not_convert": Modules.of(weights, plain).names_of_plain() or None,
+        "modules_to_not_convert": modules.names_of_plain() or None,
+        **({"dynamic": modules.patterns_of_plain()} if modules.plain else {}),
     }
     quantizations = {name: integer_quantization(encoded.weight) for name, encoded in weights.items()}
     return Configuration({"quantization_config": config}, notes=tuple(notes_on(quantizations, size, _KERNEL_SIZES)))

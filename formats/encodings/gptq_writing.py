@@ -8,7 +8,6 @@ by the negative patterns of `dynamic`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -182,7 +181,7 @@ def _excepted(modules: Modules) -> dict[str, Any]:
         return {}
     return {
         "modules_in_block_to_quantize": [within.names_of_quantized()],
-        "dynamic": {rf"-:(.*\.)?{re.escape(name)}$": {} for name in within.names_of_plain()},
+        "dynamic": within.patterns_of_plain(),
     }
 
 

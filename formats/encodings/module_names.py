@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from converters.errors import Unsupported
 from converters.ir import Tensor
@@ -83,6 +84,11 @@ class Modules:
         """Ends of names that all plain modules have and no quantized one: names within blocks where these tell them
         apart, else whole names."""
         return _told_apart(self.plain, self.quantized)
+
+    def patterns_of_plain(self) -> dict[str, dict[str, Any]]:
+        """Likewise as the negative patterns that gptqmodel and vLLM have in `dynamic`: a module whose name matches one
+        from its beginning is plain."""
+        return {rf"-:(.*\.)?{re.escape(name)}$": {} for name in self.names_of_plain()}
 
     def names_of_quantized(self) -> list[str]:
         """Likewise of the quantized modules, and no plain one has them."""

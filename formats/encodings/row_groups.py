@@ -53,9 +53,10 @@ def row_groups(weight: Tensor) -> RowGroups:
     if zeros[0] < 0 or zeros[1] >= 1 << lowered.bits:
         message = f"has zero points from {zeros[0]} to {zeros[1]}, outside its codes of {lowered.bits} bits"
         raise Unsupported(message, tensor=weight.name)
-    zero_point = elementwise(wide, lowered.dtype, lambda stored: stored)
-    quantization = replace(quantization, zero_point=zero_point)
-    kept = replace(lowered, quantization=quantization)
+    zero_point = elementwise(replace(wide, name="zero_point"), lowered.dtype, lambda stored: stored)
+    scale = Tensor("scale", wide.shape, quantization.scale.dtype, quantization.scale.data)
+    quantization = replace(quantization, scale=scale, zero_point=zero_point)
+    kept = Tensor(weight.name, lowered.shape, lowered.dtype, lowered.data, quantization)
     return RowGroups(kept, quantization, zero_point, zeros, of_factor + of_scales)
 
 
