@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported
 from converters.ir import Tensor
-from converters.packing import pack
 from formats.encodings.awq import PER_WORD, PLACES
-from formats.encodings.column_blocks import ColumnBlocks
+from formats.encodings.column_blocks import ColumnBlocks, flipped
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.lowering import computed, integer_quantization
 from formats.encodings.module_names import HEADS, Modules, last_part, linear_module
@@ -26,8 +25,6 @@ from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_
 
 _INT32 = np.dtype(np.int32)
 _UINT4 = np.dtype(ml_dtypes.uint4)
-#: Which output is in each place of a word.
-_ORDER = np.argsort(PLACES)
 #: The sizes that gptqmodel's kernels take (nn_modules/qlinear/torch_awq.py).
 _KERNEL_SIZES = frozenset((-1, 16, 32, 64, 128))
 
@@ -79,9 +76,13 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
     return Configuration({"quantization_config": config}, notes=tuple(notes_on(quantizations, size, _KERNEL_SIZES)))
 
 
-def _words(codes: NDArray[Any]) -> NDArray[np.uint8]:
-    """Codes of shape (outputs, k) as k rows of words, in bytes."""
-    return pack(np.ascontiguousarray(codes.T).reshape(-1, PER_WORD)[:, _ORDER], 4)
+def _words(codes: NDArray[Any]) -> NDArray[np.int32]:
+    """Codes of shape (outputs, k) in words of shape (k, outputs / 8)."""
+    of_word = codes.reshape(-1, PER_WORD, codes.shape[1])
+    words = np.zeros((of_word.shape[0], codes.shape[1]), np.uint32)
+    for output, place in enumerate(PLACES):
+        words |= of_word[:, output].astype(np.uint32) << np.uint32(4 * place)
+    return flipped(words).view(np.int32)
 
 
 def _columns(weight: Tensor) -> ColumnBlocks:
@@ -90,5 +91,5 @@ def _columns(weight: Tensor) -> ColumnBlocks:
 
 def _qzeros(key: str, zero_point: Tensor) -> Tensor:
     outputs, groups = zero_point.shape
-    make = lambda: _words(zero_point.codes()).view(_INT32)  # noqa: E731
+    make = lambda: _words(zero_point.codes())  # noqa: E731
     return computed(key, (groups, outputs // PER_WORD), _INT32, make, zero_point.data)

@@ -20,6 +20,7 @@ from converters.storage import Releasable
 
 _BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22
+_STRIP_ROWS = 16
 
 
 class ColumnBlocks:
@@ -81,3 +82,11 @@ class ColumnBlocks:
             columns[start:stop] = part.codes()[:, first:last]  # a copy, so that the rest of the rows can go
             part.release()
         return columns
+
+
+def flipped(matrix: NDArray[Any]) -> NDArray[Any]:
+    """A matrix with rows and columns exchanged, as an array of its own."""
+    columns = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, matrix.shape[0], _STRIP_ROWS):  # few rows at once stay in the processor's cache
+        columns[:, start : start + _STRIP_ROWS] = matrix[start : start + _STRIP_ROWS].T
+    return columns

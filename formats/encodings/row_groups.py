@@ -40,8 +40,8 @@ class RowGroups:
 
 def row_groups(weight: Tensor) -> RowGroups:
     """A matrix of integer codes as such, with the same values. Raises Unsupported for what cannot be."""
-    quantization = integer_quantization(weight)
-    if quantization.offset is not None:
+    source = integer_quantization(weight)
+    if source.offset is not None:
         raise Unsupported("has offsets, where zero points are needed", tensor=weight.name)
     folded, of_factor = without_factor(weight)
     grouped, _ = in_row_groups(folded)
@@ -49,7 +49,8 @@ def row_groups(weight: Tensor) -> RowGroups:
     lowered = unsigned(scaled)
     quantization = integer_quantization(lowered)
     wide = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, lowered.dtype)
-    zeros = extent(wide)
+    added = 1 << weight.bits - 1 if lowered.dtype != weight.dtype else 0
+    zeros = (added, added) if source.zero_point is None else extent(wide)
     if zeros[0] < 0 or zeros[1] >= 1 << lowered.bits:
         message = f"has zero points from {zeros[0]} to {zeros[1]}, outside its codes of {lowered.bits} bits"
         raise Unsupported(message, tensor=weight.name)
