@@ -23,7 +23,7 @@ from formats.encodings.column_blocks import ColumnBlocks, flipped
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.gptq import ONES
 from formats.encodings.lowering import computed, elementwise, integer_quantization
-from formats.encodings.module_names import HEADS, Modules, in_block, last_part, linear_module
+from formats.encodings.module_names import HEADS, Modules, last_part, linear_module, stack_of
 from formats.encodings.parameters import group_index
 from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups, sizes_for
 
@@ -168,7 +168,7 @@ def _common_bits(settings: Mapping[str, _Setting]) -> int:
     if settings[least].bits != settings[most].bits:
         raise Unsupported(
             f"has codes of {settings[most].bits} bits, but '{least}' of {settings[least].bits}: GPTQ has one width for "
-            "a model",
+            "a model; --quantize makes them alike",
             tensor=most,
         )
     return settings[most].bits
@@ -191,9 +191,8 @@ def _notes(modules: Modules, is_symmetric: bool) -> Iterator[str]:
             "zero points differ, so that the checkpoint format is 'gptq_v2': gptqmodel, and transformers with it, read "
             "it; auto-gptq does not"
         )
-    outside = [module for module in modules.quantized if not in_block(module)]
-    if outside:
-        yield (
-            f"transformers looks for GPTQ's weights in the model's stack of blocks only, not for '{outside[0]}'"
-            + (f" and {len(outside) - 1} more" if outside[1:] else "")
-        )
+    stack = next((found for found in map(stack_of, modules.quantized) if found is not None), None)
+    others = [module for module in modules.quantized if stack is None or stack_of(module) != stack]
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        yield f"transformers looks for GPTQ's weights in one stack of blocks only: not for '{others[0]}'{more}"

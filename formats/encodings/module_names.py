@@ -36,12 +36,18 @@ EMBEDDINGS = frozenset(
 HEADS = frozenset(("embed_out", "lm_head"))
 _WEIGHT = ".weight"
 _NORM = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
-_IN_BLOCK = re.compile(r"(?P<block>(?:.*?\.)?\d+)\.(?P<module>.+)")
+_IN_BLOCK = re.compile(r"(?:(?P<stack>.*?)\.)?\d+\.(?P<module>.+)")
 
 
 def last_part(module: str) -> str:
     """A module's own name."""
     return module.rpartition(".")[2]
+
+
+def stack_of(module: str) -> str | None:
+    """The name of the stack of blocks that a module is in; None where it is in none."""
+    match = _IN_BLOCK.fullmatch(module)
+    return match["stack"] or "" if match else None
 
 
 def in_block(module: str) -> str:

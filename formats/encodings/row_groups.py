@@ -87,14 +87,15 @@ def common_size(sizes: Mapping[str, GroupSizes]) -> int:
     """The size for all weights: -1 where each has one group for a row. Raises Unsupported where there is no weight, or
     no such size, with the names of two weights that contradict each other."""
     if not sizes:
-        raise Unsupported("has no quantized weight that could be encoded")
+        raise Unsupported("has no quantized weight that can be encoded so: --quantize makes some")
     if all(size.is_row for size in sizes.values()):
         return WHOLE_ROWS
     large = max(sizes, key=lambda name: sizes[name].smallest)
     small = min(sizes, key=lambda name: sizes[name].largest)
     if sizes[large].smallest > sizes[small].largest:
         raise Unsupported(
-            f"has groups of {sizes[large]}, but '{small}' of {sizes[small]}: there is one group size for a model",
+            f"has groups of {sizes[large]}, but '{small}' of {sizes[small]}: there is one group size for a model; "
+            "--quantize makes them alike",
             tensor=large,
         )
     return sizes[large].smallest

@@ -362,6 +362,21 @@ def holds(tensor: Tensor) -> bool:
     return True
 
 
+@pytest.mark.parametrize(
+    ("names", "others"),
+    [
+        (("model.layers.0.a", "model.layers.1.a"), None),
+        (("0.a", "1.a"), None),
+        (("model.layers.0.a", "vision.blocks.0.b", "vision.blocks.1.b"), "'vision.blocks.0.b' and 1 more"),
+        (("proj", "model.layers.0.a"), "'proj'"),
+    ],
+)
+def test_weights_outside_the_stack_of_blocks_are_noted(names: tuple[str, ...], others: str | None) -> None:
+    sources = [named(name, weight((8, 32))) for name in names]
+    notes = configuration({source.name: encode(source) for source in sources}, []).notes
+    assert [note.partition("not for ")[2] for note in notes] == ([] if others is None else [others])
+
+
 def test_codes_move_from_awq(tmp_path: Path) -> None:
     arrays, codes, zeros, _ = awq_checkpoint(dtype=np.float16)
     source = decoded(arrays)["m.weight"]
