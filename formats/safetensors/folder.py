@@ -120,7 +120,12 @@ def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
             tensors[name] = _dequantized_instead(tensor, error, options)
             losses.append(Loss(name, "widened", f"its codes become {tensors[name].dtype} values: it {error.message}"))
     configuration = encoding.configuration(weights, [name for name in tensors if name not in weights])
-    units = [weights[name].stored if name in weights else {name: tensor} for name, tensor in tensors.items()]
+    units = [
+        {key: configuration.stored.get(key, part) for key, part in weights[name].stored.items()}
+        if name in weights
+        else {name: tensor}
+        for name, tensor in tensors.items()
+    ]
     _refuse_twice(units)
     expected = Model(tensors, model.metadata, losses=model.losses)
     return _Contents(units, [{}] * len(units), configuration, expected, losses)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import converters
 from converters.errors import CorruptFile, Error, Unsupported
+from converters.storage import files_of
 from tests.formats.encodings.checkpoints import write_folder
 
 
@@ -161,6 +162,19 @@ def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
     comparison = conversion.verified[target]
     assert comparison is not None
     assert comparison.equal
+
+
+def test_parameters_stay_in_the_file(tmp_path: Path) -> None:
+    layer = random_layer(8, 4, 16, 64, 32, shuffled=True)
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
+    )
+    quantization = converters.load(folder)["model.fc.weight"].quantization
+    assert quantization is not None
+    roles = dict(quantization.parameters())
+    assert set(roles) == {"scale", "zero_point", "group_index"}
+    for role, parameter in roles.items():
+        assert list(files_of(parameter.data)), f"the {role} is held in memory"
 
 
 @pytest.mark.parametrize(
