@@ -218,16 +218,25 @@ def computed_with_scales(weight: Tensor, dtype: np.dtype[Any] | None = None) -> 
             exact = np.array_equal(values.astype(wanted).astype(values.dtype), values, equal_nan=True)
         if not exact:
             losses.append(Loss(weight.name, "rounded", f"its {role} of {values.dtype} is rounded to {wanted}"))
-    if quantization.compute_dtype != wanted:
-        as_before = quantization.compute_dtype
-        losses.append(
-            Loss(
-                weight.name,
-                "rounded" if bits_of(wanted) < bits_of(as_before) else "widened",
-                f"its values are computed in {wanted}, the dtype of its scales, and no longer in {as_before}",
-            )
-        )
-    return replace(weight, quantization=replace(quantization, compute_dtype=wanted, **changed)), tuple(losses)
+    computed_so, changes = computed_in(weight, wanted, "the dtype of its scales")
+    if computed_so.quantization is None:
+        return weight, ()
+    return replace(computed_so, quantization=replace(computed_so.quantization, **changed)), (*losses, *changes)
+
+
+def computed_in(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor, tuple[Loss, ...]]:
+    """The weight as a library computes that rounds each operation to `dtype`, which is `what`; the loss where it was
+    another one."""
+    quantization = weight.quantization
+    if quantization is None or quantization.compute_dtype == dtype:
+        return weight, ()
+    as_before = quantization.compute_dtype
+    loss = Loss(
+        weight.name,
+        "rounded" if bits_of(dtype) < bits_of(as_before) else "widened",
+        f"its values are computed in {dtype}, {what}, and no longer in {as_before}",
+    )
+    return replace(weight, quantization=replace(quantization, compute_dtype=dtype)), (loss,)
 
 
 def without_factor(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
