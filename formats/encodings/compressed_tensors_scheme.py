@@ -20,8 +20,8 @@ from formats.encodings.checkpoint import Checkpoint, Stored
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"))
 #: Names that say nothing about the layout of one weight.
 _ANY = frozenset(("", "mixed-precision"))
-#: The dtypes of scales that are not those of the model.
-_SCALE_DTYPES = MappingProxyType(
+#: The dtypes of scales in the layouts whose scales are not of the model's dtype.
+SCALE_DTYPES = MappingProxyType(
     {
         "mxfp4-pack-quantized": "torch.uint8",
         "mxfp8-quantized": "torch.uint8",
@@ -80,8 +80,8 @@ class Written:
         }
         if scheme.strategy == "block":
             weights["block_structure"] = list(scheme.block)
-        if scheme.layout in _SCALE_DTYPES:
-            weights["scale_dtype"] = _SCALE_DTYPES[scheme.layout]
+        if scheme.layout in SCALE_DTYPES:
+            weights["scale_dtype"] = SCALE_DTYPES[scheme.layout]
         nothing = {"input_activations": None, "output_activations": None}
         return {"targets": targets, "weights": weights, **nothing, "format": scheme.layout}
 

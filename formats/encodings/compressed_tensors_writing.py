@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,7 @@ from converters.ir import Loss, Quantization, Tensor
 from converters.storage import InMemory
 from formats.encodings.bit_fields import code_dtype, in_words, in_words_across
 from formats.encodings.compressed_tensors import MX_BLOCK, NVFP4_BLOCK, divided
-from formats.encodings.compressed_tensors_scheme import Scheme, Written
+from formats.encodings.compressed_tensors_scheme import SCALE_DTYPES, Scheme, Written
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.lowering import (
     computed_in,
@@ -72,6 +73,8 @@ def encode(weight: Tensor) -> Encoded:
 def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Configuration:
     """`quantization_config`: a group for each kind of weights, the most common one for all that is Linear, the others
     for modules by name; modules with plain weights are ignored."""
+    if not weights:
+        return Configuration({})
     kinds: dict[Written, list[str]] = {}
     for name, encoded in weights.items():
         kinds.setdefault(encoded.setting, []).append(_module(name))
@@ -98,13 +101,31 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
 
 
 def _notes(weights: Mapping[str, Encoded]) -> tuple[str, ...]:
-    stored = [encoded.stored.get(f"{_module(name)}.weight_scale") for name, encoded in weights.items()]
-    dtypes = sorted({scale.dtype.name for scale in stored if scale is not None and scale.dtype.itemsize > 1})
-    if not dtypes:
-        return ()
-    return (
-        f"transformers rounds scales to the dtype that a model is loaded with: here they are of {' and '.join(dtypes)}",
-    )
+    """What a user of transformers 5.23 must know to get these values from it."""
+    decoded = sorted({_decoded_to(encoded).name for encoded in weights.values()})
+    notes = []
+    if len(decoded) == 1:
+        notes.append(f"load it with dtype={decoded[0]}: transformers rounds the scales to the model's dtype")
+    else:
+        notes.append(f"transformers rounds the scales, of {' and '.join(decoded)}, to the one dtype of the model")
+    dequantize = "transformers 5.23 loads it only with CompressedTensorsConfig(dequantize=True)"
+    if any(_has_packed_zero_points(encoded.setting) for encoded in weights.values()):
+        notes.append(f"it has packed zero points: {dequantize}")
+    if any(_is_embedding(_module(name)) for name in weights):
+        notes.append(f"it has quantized embeddings: {dequantize}")
+    if len({encoded.setting for encoded in weights.values()}) > 1:
+        notes.append("with CompressedTensorsConfig(dequantize=True) transformers 5.23 takes its first group for all")
+    return tuple(notes)
+
+
+def _decoded_to(encoded: Encoded) -> np.dtype[Any]:
+    """The dtype of the values that the library gives: those of small floats are bfloat16."""
+    is_small_float = encoded.setting.scheme.layout in SCALE_DTYPES
+    return _BFLOAT16 if is_small_float else _quantization(encoded.weight).scale.dtype
+
+
+def _has_packed_zero_points(written: Written) -> bool:
+    return not written.symmetric and written.scheme.strategy in _PACKED_ZERO_POINTS
 
 
 def _module(name: str) -> str:
@@ -126,27 +147,31 @@ def _integers(weight: Tensor) -> Encoded:
         raise Unsupported(
             f"has zero points from {lowest} to {highest} for signed codes: int8 is needed", tensor=weight.name
         )
-    limit, symmetric = 1 << bits - 1, (lowest, highest) == (0, 0)
-    packable = -limit <= lowest and highest < limit
-    scheme = _scheme(codes, bits, "int", "pack-quantized", grouped=packable)
+    packable = -(1 << bits - 1) <= lowest and highest < 1 << bits - 1
+    written = Written(_scheme(codes, bits, "int", "pack-quantized", grouped=packable), (lowest, highest) == (0, 0))
     module = _module(weight.name)
+    scale = _scale(module, quantization.scale, written.scheme)
     stored = {
         f"{module}.weight_packed": in_words(f"{module}.weight_packed", unsigned(scaled)),
-        f"{module}.weight_scale": _scale(module, quantization.scale, scheme),
+        scale.name: scale,
         f"{module}.weight_shape": Tensor.from_array(f"{module}.weight_shape", np.array(weight.shape, np.int64)),
     }
     kept = None
-    if zero_point is not None and not symmetric:
-        is_packed = scheme.strategy in _PACKED_ZERO_POINTS
-        key = f"{module}.weight_zero_point"
-        kept = elementwise(zero_point, code_dtype(bits, signed=True) if is_packed else _INT8, lambda values: values)
-        kept = replace(kept, name="zero_point")
-        if is_packed:
-            shifted = elementwise(zero_point, np.dtype(np.uint8), lambda values: values + limit)
-            stored[key] = in_words_across(key, shifted, bits)
-        else:
-            stored[key] = replace(kept, name=key, shape=stored[f"{module}.weight_scale"].shape)
-    return _encoded(codes, stored, Written(scheme, symmetric), (*factor_losses, *losses), zero_point=kept)
+    if zero_point is not None and not written.symmetric:
+        kept, stored_zero_point = _zero_points(f"{module}.weight_zero_point", zero_point, written, scale.shape)
+        stored[stored_zero_point.name] = stored_zero_point
+    return _encoded(codes, stored, written, (*factor_losses, *losses), zero_point=kept)
+
+
+def _zero_points(key: str, zero_point: Tensor, written: Written, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Those of signed codes as they are read, and as they are stored: in the bits of codes, or as int8 of `shape`."""
+    bits = written.scheme.bits
+    if not _has_packed_zero_points(written):
+        kept = elementwise(zero_point, _INT8, lambda values: values)
+        return replace(kept, name="zero_point"), replace(kept, name=key, shape=shape)
+    kept = elementwise(zero_point, code_dtype(bits, signed=True), lambda values: values)
+    shifted = elementwise(zero_point, np.dtype(np.uint8), lambda values: values + (1 << bits - 1))
+    return replace(kept, name="zero_point"), in_words_across(key, shifted, bits)
 
 
 def _with_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:

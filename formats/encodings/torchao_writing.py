@@ -88,6 +88,8 @@ def encode(weight: Tensor) -> Encoded:
 
 def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Configuration:
     """The metadata of all tensors, and `quantization_config`."""
+    if not weights:
+        return Configuration({})
     entries: dict[str, Mapping[str, Any]] = {name: encoded.setting.entry for name, encoded in weights.items()}
     entries |= {name: {"_type": "Tensor"} for name in plain if "." in name}
     metadata = {name: json.dumps(entry) for name, entry in entries.items()}
