@@ -30,6 +30,7 @@ from formats.encodings.lowering import (
     computed_with_scales,
     elementwise,
     extent,
+    powers_in_float32,
     signed,
     unsigned,
     without_factor,
@@ -226,11 +227,7 @@ def _is_in_blocks(weight: Tensor, quantization: Quantization, size: int) -> bool
 def _in_mx_blocks(weight: Tensor, codes: Mapping[str, Tensor], scheme: Scheme) -> Encoded:
     quantization, key = _quantization(weight), f"{_module(weight.name)}.weight_scale"
     exponents = replace(quantization.scale, name=key, dtype=np.dtype(np.uint8))
-    losses: tuple[Loss, ...] = ()
-    if quantization.compute_dtype == _BFLOAT16:  # has all products of these codes and powers of two
-        weight = replace(weight, quantization=replace(quantization, compute_dtype=_FLOAT32))
-    else:
-        weight, losses = computed_in(weight, _FLOAT32, "which holds them exactly")
+    weight, losses = powers_in_float32(weight)
     return _encoded(weight, {**codes, key: exponents}, Written(scheme), losses)
 
 

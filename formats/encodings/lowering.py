@@ -20,7 +20,7 @@ from converters.errors import Unsupported
 from converters.ir import Loss, Quantization, Tensor, grid_shape, is_integer
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from converters.storage import Computed, Data
-from formats.encodings.parameters import FLOATS
+from formats.encodings.parameters import FLOAT4, FLOATS
 
 _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
     {
@@ -32,6 +32,7 @@ _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
 _SIGNED = MappingProxyType({unsigned: signed for signed, unsigned in _UNSIGNED.items()})
 #: In every code of a byte the highest bit, by which signed and unsigned codes differ.
 _HIGHEST_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32 = np.dtype(np.float32)
 _INT16 = np.dtype(np.int16)
 
@@ -237,6 +238,15 @@ def computed_in(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor
         f"its values are computed in {dtype}, {what}, and no longer in {as_before}",
     )
     return replace(weight, quantization=replace(quantization, compute_dtype=dtype)), (loss,)
+
+
+def powers_in_float32(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
+    """A weight of small floats, scales of which are powers of two, computed in float32, which holds the products; so
+    does bfloat16 those of float4, so that nothing is lost."""
+    quantization = weight.quantization
+    if quantization is not None and weight.dtype == FLOAT4 and quantization.compute_dtype == _BFLOAT16:
+        return replace(weight, quantization=replace(quantization, compute_dtype=_FLOAT32)), ()
+    return computed_in(weight, _FLOAT32, "which holds them exactly")
 
 
 def without_factor(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:

@@ -32,6 +32,7 @@ from formats.encodings.lowering import (
     extent,
     flat,
     integer_quantization,
+    powers_in_float32,
     refined,
     signed,
     without_factor,
@@ -46,7 +47,6 @@ _MX_BLOCK = 32
 _NVFP4_BLOCK = 16
 #: Blocks are made smaller to divide a shape, down to this many codes: parameters of less take more room than these.
 _SMALLEST_BLOCK = 8
-_IN_FLOAT32 = "in which these scales are multiplied"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,7 +247,8 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     written = Written(
         _entry("MXTensor", attributes, parts), _object("MXDynamicActivationMXWeightConfig", made_by, version=1)
     )
-    return _in_float32(weight, scale, parts, written)
+    weight, losses = powers_in_float32(weight)
+    return _encoded(_with_scale(weight, scale), parts, written, losses)
 
 
 def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
@@ -268,7 +269,8 @@ def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
     }
     made_by = {"use_dynamic_per_tensor_scale": "per_tensor_scale" in parts}
     written = Written(_entry("NVFP4Tensor", attributes, parts), _object("NVFP4WeightOnlyConfig", made_by, version=1))
-    return _in_float32(weight, scale, parts, written)
+    weight, losses = computed_in(weight, _FLOAT32, "in which these scales are multiplied")
+    return _encoded(_with_scale(weight, scale), parts, written, losses)
 
 
 def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tuple[Tensor, tuple[int, ...]]:
@@ -290,10 +292,8 @@ def _shown(quantization: Quantization) -> str:
     return (quantization.compute_dtype if quantization.compute_dtype in FLOATS else _FLOAT32).name
 
 
-def _in_float32(weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: Written) -> Encoded:
-    weight, losses = computed_in(weight, _FLOAT32, _IN_FLOAT32)
-    quantization = replace(_quantization(weight), scale=scale)
-    return _encoded(replace(weight, quantization=quantization), parts, written, losses)
+def _with_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    return replace(weight, quantization=replace(_quantization(weight), scale=scale))
 
 
 def _bytes(weight: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from formats.encodings.compressed_tensors_writing import configuration, encode
 from formats.encodings.parameters import FLOAT8_E4M3, FLOAT8_E8M0
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, limits, matrices
-from tests.formats.encodings.reread import check, write
 from tests.formats.encodings.tiny_llama import TinyLlama
+from tests.formats.encodings.written import check, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures"
 SOURCES = sorted(

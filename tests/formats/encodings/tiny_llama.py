@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converters.ir import Tensor
 from formats.encodings.encoded import Configuration
 from tests.formats.encodings.checkpoints import write_folder
-from tests.formats.encodings.reread import check, write
+from tests.formats.encodings.written import check, write
 
 
 class TinyLlama:
