@@ -40,6 +40,7 @@ from formats.encodings.parameters import (
     group_index,
     kept_index,
     small_floats,
+    value_dtype,
 )
 from formats.encodings.rearranged import made_by_rows
 
@@ -194,7 +195,7 @@ def _affine(
         block_shape,
         _zero_point(stored, grid, packing),
         group_index=index if index is None else kept_index(index, len(shape) - 1),
-        compute_dtype=scale.dtype,
+        value_dtype=value_dtype(scale.dtype),
     )
     return Weight(replace(codes, quantization=quantization), _PARTS)
 

@@ -113,12 +113,15 @@ def _negated(start: int) -> _Take:
 
 def _halves(stored: _Bytes, half: int) -> _Bytes:
     """Canonical bytes of nibbles that lie in groups of `half` bytes: first all the low ones, then all the high ones."""
-    groups = stored.reshape(-1, half)
-    even, odd = groups[:, 0::2], groups[:, 1::2]
-    packed = np.empty((groups.shape[0], 2, half // 2), np.uint8)
-    packed[:, 0] = (even & 0x0F) | (odd << 4)
-    packed[:, 1] = (even >> 4) | (odd & 0xF0)
-    return packed
+    pairs = np.ascontiguousarray(stored).reshape(-1).view("<u2")
+    moved = pairs >> np.uint16(4)
+    low = (pairs & np.uint16(0x0F)) | (moved & np.uint16(0xF0))
+    high = (moved & np.uint16(0x0F)) | ((pairs >> np.uint16(8)) & np.uint16(0xF0))
+    words = np.dtype(f"u{min(8, half // 2)}")  # NumPy is slow with many short rows of bytes
+    packed = np.empty((stored.size // half, 2, half // 2 // words.itemsize), words)
+    for place, nibbles in enumerate((low, high)):
+        packed[:, place] = nibbles.astype(np.uint8).view(words).reshape(packed.shape[0], -1)
+    return packed.view(np.uint8)
 
 
 def _fields(stored: _Bytes, group: int, bits: int) -> _Bytes:

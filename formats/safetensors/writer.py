@@ -18,6 +18,7 @@ from converters.errors import Unsupported
 from converters.interfaces import Capabilities, OutputFile, option
 from converters.ir import Loss, Model, Tensor
 from converters.packing import SUB_BYTE, bits_of
+from converters.streaming import pieces
 from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
 from formats.safetensors.packed_layout import METADATA_NAME, describe
 
@@ -121,8 +122,8 @@ class _SafetensorsSink:
         """Writes the tensor's bytes and its parameters' at their places."""
         for planned, offset in self.writes[tensor.name]:
             self.stream.seek(offset)
-            for part in (tensor if planned.name == tensor.name else planned).parts(_PIECE_BYTES):
-                self.stream.write(part.packed().data)
+            for piece in pieces(tensor if planned.name == tensor.name else planned, _PIECE_BYTES):
+                self.stream.write(piece.data)
 
     def close(self) -> None:
         """Everything is written already."""
