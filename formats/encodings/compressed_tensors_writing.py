@@ -26,11 +26,11 @@ from formats.encodings.compressed_tensors import MX_BLOCK, NVFP4_BLOCK, divided
 from formats.encodings.compressed_tensors_scheme import SCALE_DTYPES, Scheme, Written
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.lowering import (
-    computed_in,
-    computed_with_scales,
     elementwise,
     extent,
     powers_in_float32,
+    rounded_to,
+    rounded_with_scales,
     signed,
     unsigned,
     without_factor,
@@ -139,7 +139,7 @@ def _is_embedding(module: str) -> bool:
 
 def _integers(weight: Tensor) -> Encoded:
     scaled, factor_losses = without_factor(weight)
-    scaled, losses = _with_scales(scaled)
+    scaled, losses = rounded_with_scales(scaled)
     codes, bits = signed(scaled), weight.bits
     quantization = _quantization(codes)
     zero_point = quantization.zero_point
@@ -175,12 +175,6 @@ def _zero_points(key: str, zero_point: Tensor, written: Written, shape: tuple[in
     return replace(kept, name="zero_point"), in_words_across(key, shifted, bits)
 
 
-def _with_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
-    """As the library computes: in the dtype of the scales, which is made float32 where that loses nothing."""
-    in_float32 = _quantization(weight).compute_dtype == _FLOAT32
-    return computed_with_scales(weight, _FLOAT32 if in_float32 else None)
-
-
 def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     if quantization.zero_point is not None and quantization.zero_point.dequantize(np.float32).any():
         raise Unsupported("has float8 codes with zero points, for which there is no layout", tensor=weight.name)
@@ -190,7 +184,7 @@ def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     if _has_exponents(quantization, weight):
         return _in_mx_blocks(weight, codes, Scheme(8, "float", "group", MX_BLOCK, (0, 0), "mxfp8-quantized"))
     weight, factor_losses = without_factor(weight)
-    weight, losses = _with_scales(weight)
+    weight, losses = rounded_with_scales(weight)
     scheme = _scheme(weight, 8, "float", "float-quantized", grouped=True)
     stored = {**codes, f"{module}.weight_scale": _scale(module, _quantization(weight).scale, scheme)}
     return _encoded(weight, stored, Written(scheme), (*factor_losses, *losses))
@@ -237,7 +231,7 @@ def _nvfp4(weight: Tensor, quantization: Quantization, codes: Mapping[str, Tenso
     key = f"{module}.weight_global_scale"
     stored_divisor = Tensor.from_array(key, np.array([divisor], np.float32))
     scale = replace(outer, name=f"{module}.weight_scale", quantization=None)
-    weight, rounded = computed_in(weight, _BFLOAT16, "to which the library rounds them")
+    weight, rounded = rounded_to(weight, _BFLOAT16, "to which the library rounds them")
     quotients = replace(divided(scale, stored_divisor), name="scale")
     weight = replace(weight, quantization=replace(_quantization(weight), scale=quotients))
     scheme = Scheme(4, "float", "tensor_group", NVFP4_BLOCK, (0, 0), "nvfp4-pack-quantized")

@@ -32,8 +32,9 @@ from formats.encodings.lowering import (
     extent,
     flat,
     integer_quantization,
-    powers_in_float32,
+    own_dtype,
     refined,
+    rounded_to,
     signed,
     without_factor,
 )
@@ -173,9 +174,9 @@ def _in_whole_blocks(weight: Tensor) -> Tensor:
 def _with_its_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     """With scales, and computed in a dtype, that torchao has."""
     quantization = _quantization(weight)
-    scale = quantization.scale
-    if scale.quantization is None and scale.dtype in FLOATS and quantization.compute_dtype in FLOATS:
-        return weight, ()
+    scale, own = quantization.scale, own_dtype(quantization)
+    if scale.quantization is None and scale.dtype in FLOATS and own in FLOATS:
+        return computed_in(weight, own, "as before")
     return computed_with_scales(weight)
 
 
@@ -232,7 +233,7 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     attributes = {
         "elem_dtype": element,
         "block_size": _MX_BLOCK,
-        "orig_dtype": _dtype(_shown(quantization)),
+        "orig_dtype": _dtype(_shown(quantization).name),
         "kernel_preference": emulated,
         "act_quant_kwargs": _object("QuantizeTensorToMXKwargs", activations),
         "is_swizzled_scales": False,
@@ -247,8 +248,7 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     written = Written(
         _entry("MXTensor", attributes, parts), _object("MXDynamicActivationMXWeightConfig", made_by, version=1)
     )
-    weight, losses = powers_in_float32(weight)
-    return _encoded(_with_scale(weight, scale), parts, written, losses)
+    return _small_floats(weight, scale, parts, written)
 
 
 def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
@@ -265,12 +265,11 @@ def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
         "use_triton_kernel": False,
         "act_quant_kwargs": None,
         "block_size": _NVFP4_BLOCK,
-        "orig_dtype": _dtype(_shown(quantization)),
+        "orig_dtype": _dtype(_shown(quantization).name),
     }
     made_by = {"use_dynamic_per_tensor_scale": "per_tensor_scale" in parts}
     written = Written(_entry("NVFP4Tensor", attributes, parts), _object("NVFP4WeightOnlyConfig", made_by, version=1))
-    weight, losses = computed_in(weight, _FLOAT32, "in which these scales are multiplied")
-    return _encoded(_with_scale(weight, scale), parts, written, losses)
+    return _small_floats(weight, scale, parts, written)
 
 
 def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tuple[Tensor, tuple[int, ...]]:
@@ -287,13 +286,16 @@ def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tu
     return replace(stored, name="per_tensor_scale", shape=shape), blocks
 
 
-def _shown(quantization: Quantization) -> str:
+def _shown(quantization: Quantization) -> np.dtype[Any]:
     """The dtype that a tensor shows, to which torchao rounds values that it computes in float32."""
-    return (quantization.compute_dtype if quantization.compute_dtype in FLOATS else _FLOAT32).name
+    own = own_dtype(quantization)
+    return own if own in FLOATS else _FLOAT32
 
 
-def _with_scale(weight: Tensor, scale: Tensor) -> Tensor:
-    return replace(weight, quantization=replace(_quantization(weight), scale=scale))
+def _small_floats(weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: Written) -> Encoded:
+    weight, losses = rounded_to(weight, _shown(_quantization(weight)), "which the tensor shows")
+    quantization = replace(_quantization(weight), scale=scale)
+    return _encoded(replace(weight, quantization=quantization), parts, written, losses)
 
 
 def _bytes(weight: Tensor) -> Tensor:

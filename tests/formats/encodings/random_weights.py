@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from converters.ir import Quantization, Tensor, grid_shape
 from converters.storage import InMemory
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
+from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, value_dtype
 
 CODES = tuple(
     np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
@@ -36,6 +36,7 @@ def integers(
     zero_points: str = "none",
     scale: np.dtype[Any] = FLOATS[2],
     compute: np.dtype[Any] | None = None,
+    value: np.dtype[Any] | None = None,
 ) -> Tensor:
     """Codes over their whole range. `zero_points` are "none", "codes" (of their dtype), "int8", "lowest", "highest" or
     "middle"."""
@@ -54,6 +55,7 @@ def integers(
         block_shape,
         None if zero_points == "none" else Tensor.from_array("zero_point", chosen[zero_points]()),
         compute_dtype=compute or scale,
+        value_dtype=value,
     )
     return Tensor.from_array(name, codes, quantization)
 
@@ -94,6 +96,8 @@ def matrices(draw: st.DrawFn) -> Tensor:
     height = draw(st.sampled_from((1, 2, 7, rows)))
     width = draw(st.sampled_from((1, 8, 16, 32, columns)))
     scale = draw(st.sampled_from(FLOATS))
+    arithmetic = ((scale, None), (FLOATS[2], None), (FLOATS[2], value_dtype(scale)))
+    compute, value = draw(st.sampled_from(arithmetic))
     return integers(
         np.random.default_rng(draw(st.integers(0, 9))),
         "a.b.weight",
@@ -102,5 +106,6 @@ def matrices(draw: st.DrawFn) -> Tensor:
         (height, width),
         zero_points=draw(st.sampled_from(("none", "codes", "int8", "lowest", "highest", "middle"))),
         scale=scale,
-        compute=draw(st.sampled_from((scale, FLOATS[2]))),
+        compute=compute,
+        value=value,
     )

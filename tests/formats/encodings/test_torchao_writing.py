@@ -116,8 +116,7 @@ def test_weights_of_every_kind_are_read_as_they_were(tmp_path):
     encoded, _ = write(tmp_path, LAYOUT, weights, PLAIN)
     model = check(tmp_path, encoded, weights)
     assert set(model) == set(encoded) | set(PLAIN)
-    losses = {name: [loss.kind for loss in one.losses] for name, one in encoded.items() if one.losses}
-    assert losses == {"mxfp4.float16.weight": ["widened"]}
+    assert not any(one.losses for one in encoded.values())
 
 
 def test_the_files_of_a_model_all_have_its_metadata(tmp_path):
