@@ -28,6 +28,7 @@ from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.lowering import (
     elementwise,
     extent,
+    integer_quantization,
     powers_in_float32,
     rounded_to,
     rounded_with_scales,
@@ -35,6 +36,7 @@ from formats.encodings.lowering import (
     unsigned,
     without_factor,
 )
+from formats.encodings.offsets import offsets_as_zero_points
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
 
 _VERSION = "0.20.0"
@@ -60,10 +62,11 @@ def encode(weight: Tensor) -> Encoded:
         raise Unsupported("is not called after its module, as <module>.weight", tensor=weight.name)
     if quantization.codebook is not None:
         raise Unsupported("has codes that are looked up in a codebook", tensor=weight.name)
-    if quantization.offset is not None:
-        raise Unsupported("has offsets, which are no zero points", tensor=weight.name)
     if quantization.group_index is not None:
         raise Unsupported("has a group index (act-order), which the library reads no longer", tensor=weight.name)
+    is_small_float = weight.dtype in (FLOAT4, FLOAT8_E4M3)
+    if is_small_float and quantization.offset is not None:
+        raise Unsupported(f"has {weight.dtype} codes with offsets, for which there is no layout", tensor=weight.name)
     if weight.dtype == FLOAT4:
         return _float4(weight, quantization)
     if weight.dtype == FLOAT8_E4M3:
@@ -138,8 +141,10 @@ def _is_embedding(module: str) -> bool:
 
 
 def _integers(weight: Tensor) -> Encoded:
-    scaled, factor_losses = without_factor(weight)
-    scaled, losses = rounded_with_scales(scaled)
+    integer_quantization(weight)
+    scaled, of_offsets = offsets_as_zero_points(weight)
+    scaled, of_factor = without_factor(scaled)
+    scaled, of_scales = rounded_with_scales(scaled)
     codes, bits = signed(scaled), weight.bits
     quantization = _quantization(codes)
     zero_point = quantization.zero_point
@@ -161,7 +166,7 @@ def _integers(weight: Tensor) -> Encoded:
     if zero_point is not None and not written.symmetric:
         kept, stored_zero_point = _zero_points(f"{module}.weight_zero_point", zero_point, written, scale.shape)
         stored[stored_zero_point.name] = stored_zero_point
-    return _encoded(codes, stored, written, (*factor_losses, *losses), zero_point=kept)
+    return _encoded(codes, stored, written, of_offsets + of_factor + of_scales, zero_point=kept)
 
 
 def _zero_points(key: str, zero_point: Tensor, written: Written, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -183,11 +188,11 @@ def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     codes = {f"{module}.weight": replace(weight, quantization=None)}
     if _has_exponents(quantization, weight):
         return _in_mx_blocks(weight, codes, Scheme(8, "float", "group", MX_BLOCK, (0, 0), "mxfp8-quantized"))
-    weight, factor_losses = without_factor(weight)
-    weight, losses = rounded_with_scales(weight)
+    weight, of_factor = without_factor(weight)
+    weight, of_scales = rounded_with_scales(weight)
     scheme = _scheme(weight, 8, "float", "float-quantized", grouped=True)
     stored = {**codes, f"{module}.weight_scale": _scale(module, _quantization(weight).scale, scheme)}
-    return _encoded(weight, stored, Written(scheme), (*factor_losses, *losses))
+    return _encoded(weight, stored, Written(scheme), of_factor + of_scales)
 
 
 def _float4(weight: Tensor, quantization: Quantization) -> Encoded:

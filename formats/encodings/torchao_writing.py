@@ -38,6 +38,7 @@ from formats.encodings.lowering import (
     signed,
     without_factor,
 )
+from formats.encodings.offsets import offsets_as_zero_points
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 from formats.encodings.torchao_safetensors import NAMES
 
@@ -67,14 +68,17 @@ def encode(weight: Tensor) -> Encoded:
         raise Unsupported("is not called after a module, as <module>.weight", tensor=weight.name)
     if quantization.codebook is not None:
         raise Unsupported("has codes that are looked up in a codebook", tensor=weight.name)
-    if quantization.offset is not None:
-        raise Unsupported("has offsets, which are no zero points", tensor=weight.name)
     if quantization.group_index is not None:
         raise Unsupported("has a group index (act-order), for which there is no place", tensor=weight.name)
     if weight.dtype != FLOAT4 and weight.dtype not in _FLOAT8S:
         return _integers(weight)
     scale = quantization.scale
-    if quantization.zero_point is None and quantization.factor == 1 and len(weight.shape) >= 2:
+    if (
+        quantization.zero_point is None
+        and quantization.offset is None
+        and quantization.factor == 1
+        and len(weight.shape) >= 2
+    ):
         is_plain = scale.quantization is None
         if scale.dtype == FLOAT8_E8M0 and is_plain and _is_in_blocks(weight, quantization, _MX_BLOCK):
             return _mx(weight, quantization)
@@ -124,8 +128,9 @@ def _is_in_blocks(weight: Tensor, quantization: Quantization, size: int) -> bool
 
 def _integers(weight: Tensor) -> Encoded:
     integer_quantization(weight)
-    weight, factor_losses = without_factor(weight)
-    weight, losses = _with_its_scales(_in_whole_blocks(weight))
+    weight, of_offsets = offsets_as_zero_points(weight)
+    weight, of_factor = without_factor(weight)
+    weight, of_scales = _with_its_scales(_in_whole_blocks(weight))
     codes, target = _signed(weight)
     quantization = _quantization(codes)
     zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, _INT8)
@@ -158,7 +163,7 @@ def _integers(weight: Tensor) -> Encoded:
     written = Written(
         _entry("IntxUnpackedToInt8Tensor", attributes, parts), _object("IntxWeightOnlyConfig", made_by, version=2)
     )
-    return _encoded(result, parts, written, (*factor_losses, *losses))
+    return _encoded(result, parts, written, of_offsets + of_factor + of_scales)
 
 
 def _in_whole_blocks(weight: Tensor) -> Tensor:

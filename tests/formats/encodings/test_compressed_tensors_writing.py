@@ -146,6 +146,17 @@ def test_zero_points_of_more_bits_than_the_codes_are_not_packed(tmp_path):
     assert encoded["m.weight"].stored["m.weight_zero_point"].dtype == np.int8
 
 
+def test_offsets_that_are_multiples_of_scales_become_zero_points(tmp_path):
+    weight = integers(random(), "m.weight", CODES[3], (4, 32), (1, 16), scale=FLOATS[2])
+    scale = Tensor.from_array("scale", 2.0 ** random().integers(-8, 0, (4, 2)).astype(np.float32))
+    offset = Tensor.from_array("offset", scale.numpy() * random().integers(-15, 1, (4, 2)).astype(np.float32))
+    weight = changed(weight, scale=scale, offset=offset)
+    encoded, _ = write(tmp_path, LAYOUT, [weight])
+    check(tmp_path, encoded, [weight])
+    assert not encoded["m.weight"].losses
+    assert encoded["m.weight"].weight.quantization.offset is None
+
+
 def test_nothing_of_the_codes_is_read_until_it_is_asked_for():
     def unread(start, stop):
         raise AssertionError(f"bytes {start} to {stop} are read")
@@ -175,7 +186,8 @@ def changed(weight=QUANTIZED, **parameters):
         (integers(random(), "m.weight", CODES[3], (0, 32), (1, 16)), "(0, 32)"),
         (replace(QUANTIZED, name="m.other"), "<module>.weight"),
         (replace(QUANTIZED, name="weight"), "<module>.weight"),
-        (changed(offset=QUANTIZED.quantization.scale), "offset"),
+        (changed(offset=Tensor.from_array("o", np.full((4, 2), 1.7, np.float32))), "offsets"),
+        (changed(small_floats()[0], offset=small_floats()[0].quantization.scale), "offsets"),
         (changed(codebook=Tensor.from_array("codebook", np.ones(16, np.float32))), "codebook"),
         (changed(group_index=GroupIndex(1, Tensor.from_array("i", np.zeros(32, np.int32)))), "group index"),
         (changed(zero_point=Tensor.from_array("z", np.full((4, 2), 7.5, np.float32))), "7.5"),
