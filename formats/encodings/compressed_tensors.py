@@ -250,9 +250,9 @@ def _packed_floats(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
         return Weight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
         schemes(stored, frozenset(("mxfp6-pack-quantized",)))
-        shape = (*packed.shape[:-1], scale.shape[-1] * _MX_BLOCK)
+        shape = (*packed.shape[:-1], scale.shape[-1] * MX_BLOCK)
         codes = float6(name, shape, FLOAT6_E2M3, packed.data)
-        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), _MX_BLOCK), _PARTS)
+        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), MX_BLOCK), _PARTS)
     schemes(stored, frozenset(("mxfp4-pack-quantized",)))
     return Weight(small_floats(name, FLOAT4, packed, exponents(scale), MX_BLOCK), _PARTS)
 

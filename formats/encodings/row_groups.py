@@ -12,15 +12,16 @@ from sys import maxsize
 from converters.errors import Unsupported
 from converters.ir import Loss, Quantization, Tensor
 from formats.encodings.lowering import (
-    computed_with_scales,
     constant,
     elementwise,
     extent,
     in_row_groups,
     integer_quantization,
+    rounded_with_scales,
     unsigned,
     without_factor,
 )
+from formats.encodings.offsets import offsets_as_zero_points
 
 #: What configurations say for whole rows.
 WHOLE_ROWS = -1
@@ -40,12 +41,11 @@ class RowGroups:
 
 def row_groups(weight: Tensor) -> RowGroups:
     """A matrix of integer codes as such, with the same values. Raises Unsupported for what cannot be."""
+    weight, of_offset = offsets_as_zero_points(weight)
     source = integer_quantization(weight)
-    if source.offset is not None:
-        raise Unsupported("has offsets, where zero points are needed", tensor=weight.name)
     folded, of_factor = without_factor(weight)
     grouped, _ = in_row_groups(folded)
-    scaled, of_scales = computed_with_scales(grouped)
+    scaled, of_scales = rounded_with_scales(grouped, widened=False)
     lowered = unsigned(scaled)
     quantization = integer_quantization(lowered)
     wide = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, lowered.dtype)
@@ -58,7 +58,7 @@ def row_groups(weight: Tensor) -> RowGroups:
     scale = Tensor("scale", wide.shape, quantization.scale.dtype, quantization.scale.data)
     quantization = replace(quantization, scale=scale, zero_point=zero_point)
     kept = Tensor(weight.name, lowered.shape, lowered.dtype, lowered.data, quantization)
-    return RowGroups(kept, quantization, zero_point, zeros, of_factor + of_scales)
+    return RowGroups(kept, quantization, zero_point, zeros, of_offset + of_factor + of_scales)
 
 
 @dataclass(frozen=True, slots=True)

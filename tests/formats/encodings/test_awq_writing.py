@@ -18,11 +18,11 @@ from converters.ir import Tensor
 from formats.encodings import column_blocks
 from formats.encodings.awq_writing import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, write_folder
-from tests.formats.encodings.reread import check, write
 from tests.formats.encodings.row_weights import FLOATS, limits, unread, weight, with_index
 from tests.formats.encodings.test_awq import packed
 from tests.formats.encodings.test_gptq import configuration as gptq_configuration
 from tests.formats.encodings.test_gptq import random_layer, stored
+from tests.formats.encodings.written import check, write
 
 UINT4 = ml_dtypes.uint4
 NAME = "model.layers.0.self_attn.q_proj"

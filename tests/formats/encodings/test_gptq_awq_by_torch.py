@@ -18,8 +18,8 @@ import pytest
 import converters
 from converters.ir import Tensor
 from converters.quantize import parse_scheme, quantize_model
-from tests.formats.encodings.reread import write
 from tests.formats.encodings.row_weights import weight, with_index
+from tests.formats.encodings.written import write
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
