@@ -134,23 +134,27 @@ def _integers(weight: Tensor) -> Encoded:
     codes, target = _signed(weight)
     quantization = _quantization(codes)
     zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, _INT8)
-    symmetric = is_integer(zero_point.dtype) and extent(zero_point) == (0, 0)
     scale = replace(quantization.scale, name="scale")
     quantization = replace(quantization, scale=scale, zero_point=replace(zero_point, name="zero_point"))
-    parts = {
-        "qdata": Tensor("qdata", weight.shape, _INT8, widened(codes, _INT8)),
-        "scale": scale,
-        "zero_point": zero_point,
-    }
-    blocks = quantization.block_shape
+    qdata = Tensor("qdata", weight.shape, _INT8, widened(codes, _INT8))
+    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point}
     attributes = {
         "target_dtype": _dtype(target),
-        "block_size": list(blocks),
+        "block_size": list(quantization.block_shape),
         "dtype": _dtype(quantization.compute_dtype.name),
         "activation_quantization": None,
     }
-    is_grouped = prod(blocks) == blocks[-1] < weight.shape[-1]
+    entry = _entry("IntxUnpackedToInt8Tensor", attributes, parts)
+    written = Written(entry, _intx_configuration(target, weight.shape, quantization))
+    return _encoded(replace(codes, quantization=quantization), parts, written, of_offsets + of_factor + of_scales)
+
+
+def _intx_configuration(target: str, shape: tuple[int, ...], quantization: Quantization) -> dict[str, Any]:
+    """The configuration of such weights; it knows groups along the last axis, and whole rows."""
+    blocks, zero_point = quantization.block_shape, quantization.zero_point
+    is_grouped = prod(blocks) == blocks[-1] < shape[-1]
     granularity = ("PerGroup", {"group_size": blocks[-1]}) if is_grouped else ("PerAxis", {"axis": 0})
+    symmetric = zero_point is None or (is_integer(zero_point.dtype) and extent(zero_point) == (0, 0))
     made_by = {
         "weight_dtype": _dtype(target),
         "granularity": _object(*granularity, version=1),
@@ -159,11 +163,7 @@ def _integers(weight: Tensor) -> Encoded:
         "intx_packing_format": _object("IntxPackingFormat", "UNPACKED_TO_INT8"),
         "intx_choose_qparams_algorithm": _object("IntxChooseQParamsAlgorithm", "AFFINE"),
     }
-    result = replace(codes, quantization=quantization)
-    written = Written(
-        _entry("IntxUnpackedToInt8Tensor", attributes, parts), _object("IntxWeightOnlyConfig", made_by, version=2)
-    )
-    return _encoded(result, parts, written, of_offsets + of_factor + of_scales)
+    return _object("IntxWeightOnlyConfig", made_by, version=2)
 
 
 def _in_whole_blocks(weight: Tensor) -> Tensor:
