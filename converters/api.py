@@ -68,6 +68,7 @@ def convert(
     verify: bool = False,
     fail_on_loss: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Conversion:
@@ -76,7 +77,8 @@ def convert(
     `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
     plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only` and `skip` are shell patterns
     of tensor names; `verify` re-opens what was written and compares every value, where its format can be read;
-    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; other keyword arguments are the reader's and
+    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps
+    what an interrupted run has completed of a folder; other keyword arguments are the reader's and
     the writers' own options. Raises converters.Error.
     """
     read_with, write_with = _divided(options, Path(source))
@@ -91,6 +93,7 @@ def convert(
         verify=verify,
         fail_on_loss=fail_on_loss,
         dry_run=dry_run,
+        resume=resume,
         progress=progress,
         options=write_with,
     )
@@ -135,6 +138,7 @@ def _convert(
     verify: bool = False,
     fail_on_loss: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     options: Mapping[str, Any],
 ) -> Conversion:
@@ -159,7 +163,7 @@ def _convert(
     conversion = Conversion(model.metadata.source or Path(), files, losses, notes, report)
     if dry_run:
         return conversion
-    pipeline.run(planned, progress)
+    pipeline.run(planned, progress, resume=resume)
     written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
     conversion = replace(conversion, files=written)
     if verify:

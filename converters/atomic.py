@@ -39,7 +39,7 @@ def atomic_outputs(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
         for path, name in reversed(list(zip(paths, temporary, strict=True))):
             name.replace(path)
         for folder in {path.parent for path in paths}:
-            _sync_folder(folder)
+            sync_folder(folder)
     finally:
         for stream in streams:
             stream.close()
@@ -61,7 +61,7 @@ def _create(path: Path, temporary: Path) -> BinaryIO:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the renames in it durable, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported, UsageError
 from converters.float16 import Float16
-from converters.ir import Loss, Model, Quantization, Tensor, is_float, is_integer
+from converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
 from converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
 from converters.storage import Computed
 
@@ -48,12 +48,14 @@ _EXACT_IN_FLOAT32 = 1 << 23  # likewise, less 16-bit codes: below 2 ** 24
 def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values of `tensor` in its shape, as `dtype`: float32, float16 or bfloat16.
 
-    Raises UsageError for another dtype and Unsupported for complex tensors, which have no real values.
+    Raises UsageError for another dtype and Unsupported for complex tensors and for opaque blocks, which have no real
+    values.
     """
     if dtype not in FLOAT_DTYPES.values():
         raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
-    if tensor.dtype.kind == "c":
-        raise Unsupported(f"{tensor.dtype} values have no float form: leave it out with --skip", tensor=tensor.name)
+    if tensor.dtype.kind == "c" or tensor.dtype.names:
+        name = dtype_name(tensor.dtype)
+        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
     values = np.empty(tensor.size, dtype)
     start = 0
     for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
@@ -312,8 +314,10 @@ def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            is_needed = bool(zero_point.any())
         # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
-        if zero_point.any() or part.dtype == np.uint64:
+        if is_needed or part.dtype == np.uint64:
             steps.append(step(np.subtract, zero_point))
     steps.append(step(np.multiply, _parameter(quantization.scale, dtype)))
     if quantization.offset is not None:

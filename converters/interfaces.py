@@ -56,11 +56,13 @@ class Capabilities:
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """A file that will be written: where, and how many bytes, exactly (None where only writing tells). A `shared` one
-    is the same for every model, so that several outputs in one folder may all write it."""
+    is the same for every model, so that several outputs in one folder may all write it. `folder` is the output that it
+    is a part of, where that is a folder."""
 
     path: Path
     nbytes: int | None
     shared: bool = False
+    folder: Path | None = None
 
 
 class Reader(Protocol):
@@ -136,6 +138,59 @@ class Plan(Protocol):
         ...
 
 
+class Shard(Protocol):
+    """A file of a folder that holds tensors, complete in itself."""
+
+    @property
+    def file(self) -> OutputFile:
+        """Where it will be, and its exact size."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """What tells two plans for it apart (a hash of its header, say)."""
+        ...
+
+    def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        """Writes the whole file to `stream`, in pieces, so that memory stays bounded; says how many bytes each has."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """A small file of a folder: what is in it, or the file that it is a copy of."""
+
+    file: OutputFile
+    content: bytes | Path
+
+
+@runtime_checkable
+class FolderPlan(Protocol):
+    """What a writer will do with a model that becomes a folder. It is complete or not there at all; shards are written
+    one after the other, and those that are complete are kept when a run breaks off and the next one resumes it."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def shards(self) -> Sequence[Shard]: ...
+
+    @property
+    def companions(self) -> Sequence[Companion]: ...
+
+    @property
+    def files(self) -> Sequence[OutputFile]: ...
+
+    @property
+    def losses(self) -> Sequence[Loss]: ...
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    @property
+    def report(self) -> Sequence[str]: ...
+
+
 @runtime_checkable
 class Validating(Protocol):
     """A plan whose format has a checker of its own, for `--verify`."""
@@ -163,7 +218,7 @@ class Writer(Protocol):
 
     capabilities: ClassVar[Capabilities]
 
-    def plan(self, model: Model, target: Path, options: Any) -> Plan:
+    def plan(self, model: Model, target: Path, options: Any) -> Plan | FolderPlan:
         """What will be written for `model` to `target`; reads no payload. `options` is an instance of `options`.
         Raises Unsupported or RefusedLoss, naming the tensor and what to add to the command."""
         ...

@@ -64,6 +64,12 @@ def is_integer(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype not in SMALL_FLOATS)
 
 
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
+    field is called as their type."""
+    return dtype.names[0] if dtype.names else dtype.name
+
+
 def grid_shape(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of the parameters: ceil(size / block) along each axis, at least 1."""
     return tuple(max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True))
@@ -329,6 +335,13 @@ class Tensor:
         from converters.dequantize import dequantize
 
         return dequantize(self, np.dtype(dtype))
+
+    def dequantized(self, dtype: DTypeLike = np.float32) -> Tensor:
+        """The tensor with its values as plain elements of `dtype`, computed as by `dequantize` when they are read; a
+        plain one as it is."""
+        from converters.dequantize import dequantized
+
+        return dequantized(self, np.dtype(dtype))
 
     @property
     def _row_axis(self) -> int:

@@ -8,7 +8,7 @@ will be and what is lost on the way. Running hands each tensor, once, to every w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,8 +22,9 @@ from converters import plugins
 from converters.atomic import atomic_outputs
 from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
-from converters.interfaces import Capabilities, OutputFile, Plan, Progress, Rearranging
-from converters.ir import Loss, Model, Tensor
+from converters.folders import atomic_folder, intent, write_folder
+from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Progress, Rearranging, Shard, Sink
+from converters.ir import Loss, Model, Tensor, dtype_name
 from converters.options import parse
 from converters.storage import FileRange, InMemory, MappedFile, files_of
 
@@ -44,11 +45,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedOutput:
-    """One target with the model as its writer gets it."""
+    """One target with the model as its writer gets it; `request` says what was asked for on the way."""
 
     target: Target
     model: Model
-    plan: Plan
+    plan: Plan | FolderPlan
+    request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def expected(self) -> Model:
@@ -119,13 +121,15 @@ def plan(
         from converters.quantize import quantize_model
 
         model = quantize_model(model, quantize)
+    request = {"dequantize": dequantize, "quantize": quantize, "only": list(only), "skip": list(skip)}
     planned = []
     for target in targets:
         writer = plugins.writer(target.format)
         options = parse(writer.options, target.options, target.format.name)
         fitted = fit(model, writer.capabilities, target)
         try:
-            planned.append(PlannedOutput(target, fitted, writer.plan(fitted, target.path, options)))
+            made = writer.plan(fitted, target.path, options)
+            planned.append(PlannedOutput(target, fitted, made, request | {"options": options}))
         except Error as error:
             error.path = error.path or target.path
             raise
@@ -153,36 +157,73 @@ def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
     return model
 
 
-def run(planned: Sequence[PlannedOutput], progress: Progress | None = None) -> None:
-    """Writes every planned output, all or none of its files; each tensor is fetched once for all of them. Raises
-    UsageError when the system refuses (a full disk, say)."""
+def run(planned: Sequence[PlannedOutput], progress: Progress | None = None, *, resume: bool = False) -> None:
+    """Writes every planned output, all or none of its files; each tensor is fetched once for all files. With `resume`
+    a folder's shards that an interrupted run has completed are kept. Raises UsageError when the system refuses (a full
+    disk, say)."""
     try:
-        _run(planned, progress)
+        _run(planned, progress, resume)
     except OSError as error:
-        paths = ", ".join(str(file.path) for file in output_files(planned))
-        raise UsageError(f"cannot write {paths}: {error.strerror or error}") from error
+        paths = ", ".join(str(output.target.path) for output in planned)
+        folders = any(isinstance(output.plan, FolderPlan) for output in planned)
+        again = "; complete shards are kept: go on with --resume" if folders else ""
+        raise UsageError(f"cannot write {paths}: {error.strerror or error}{again}") from error
 
 
-def _run(planned: Sequence[PlannedOutput], progress: Progress | None) -> None:
-    total = sum(tensor.nbytes for output in planned for tensor in output.model.values())
+def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bool) -> None:
+    total = sum(tensor.nbytes for output in planned for tensor in _pushed(output).values())
+    total += sum(shard.file.nbytes or 0 for output in planned for shard in _folder_shards(output))
     done = 0
+
+    def wrote(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
     with ExitStack() as stack:
         sinks = []
         for output in planned:
+            if isinstance(output.plan, FolderPlan):
+                continue
             streams = stack.enter_context(atomic_outputs([file.path for file in output.plan.files]))
             sinks.append((output.plan.open(streams), output.model))
-        names = dict.fromkeys(chain.from_iterable(model for _, model in sinks))
-        for name in names:
-            for sink, tensor in _shared(name, sinks):
-                sink.write(tensor)
-                done += tensor.nbytes
-                if progress is not None:
-                    progress(done, total)
-            for _, model in sinks:
-                if name in model:
-                    model[name].release()
+        for output in planned:
+            if isinstance(output.plan, FolderPlan):
+                intended = intent(output.plan, {**output.request, "sources": _sources(output.model)})
+                staged = stack.enter_context(atomic_folder(output.plan, intended, resume=resume))
+                write_folder(output.plan, staged, wrote)
+        _push(sinks, wrote)
         for sink, _ in sinks:
             sink.close()
+
+
+def _pushed(output: PlannedOutput) -> Mapping[str, Tensor]:
+    return {} if isinstance(output.plan, FolderPlan) else output.model
+
+
+def _folder_shards(output: PlannedOutput) -> Sequence[Shard]:
+    return output.plan.shards if isinstance(output.plan, FolderPlan) else ()
+
+
+def _push(sinks: Sequence[tuple[Sink, Model]], wrote: Callable[[int], None]) -> None:
+    names = dict.fromkeys(chain.from_iterable(model for _, model in sinks))
+    for name in names:
+        for sink, tensor in _shared(name, sinks):
+            sink.write(tensor)
+            wrote(tensor.nbytes)
+        for _, model in sinks:
+            if name in model:
+                model[name].release()
+
+
+def _sources(model: Model) -> list[list[Any]]:
+    """The files that the model is read from, with what tells whether they have changed."""
+    found = []
+    for file in _mapped_files(model):
+        status = file.path.stat()
+        found.append([str(file.path.absolute()), status.st_size, status.st_mtime_ns])
+    return found
 
 
 def output_files(planned: Sequence[PlannedOutput]) -> Iterator[OutputFile]:
@@ -221,10 +262,12 @@ def _in_memory(tensor: Tensor) -> Tensor:
 
 def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | None:
     """The first thing about `tensor` that a writer cannot hold, and what to do about it."""
-    leave_out = "leave the tensor out with --skip"
-    if tensor.dtype not in capabilities.dtypes:
-        return f"{tensor.dtype} values", leave_out
     quantization = tensor.quantization
+    if tensor.dtype not in capabilities.dtypes:
+        leave_out = "leave the tensor out with --skip"
+        if quantization is not None:
+            return f"{dtype_name(tensor.dtype)} codes", f"add --dequantize float32, or {leave_out}"
+        return f"{dtype_name(tensor.dtype)} values", leave_out
     if quantization is None:
         return None
     for what, part, held in (
@@ -242,6 +285,9 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
     if model.metadata.source is not None:
         inputs.add(_identity(model.metadata.source))
     seen: dict[tuple[int, int] | Path, OutputFile] = {}
+    for output in planned:
+        if isinstance(output.plan, FolderPlan) and _identity(output.plan.folder) in inputs:
+            raise UsageError("is the input as well as the output: name another folder", path=output.plan.folder)
     for file in output_files(planned):
         identity = _identity(file.path)
         if identity in inputs:

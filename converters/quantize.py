@@ -113,7 +113,7 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
     losses = list(model.losses)
     changed = set()
     for name, tensor in model.items():
-        if not _is_weight(tensor, scheme, known) or tensor.parameter_of in model.tensors:
+        if not (_is_weight(tensor, scheme, known) and scheme.takes(name)) or tensor.parameter_of in model.tensors:
             continue
         changed.add(name)
         tensors[name] = quantized(tensor, scheme, model.metadata.source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -66,7 +67,9 @@ class Scheme:
 
     `narrow` leaves out the lowest code, so that the range is symmetric (-7..7 for int4) and no scale is negative.
     `scales` are those of the smallest and the largest value ("minmax") or of the least mean square error ("mse").
-    `requantize` takes the tensors that are quantized already, too. Raises UsageError for an impossible dtype.
+    `requantize` takes the tensors that are quantized already, too. `only` and `excepted` are shell patterns of the
+    names of weights to take (all, when it is empty) and to leave as they are. Raises
+    UsageError for an impossible dtype.
     """
 
     dtype: np.dtype[Any]
@@ -76,6 +79,8 @@ class Scheme:
     scales: Literal["minmax", "mse"] = "minmax"
     scale_dtype: np.dtype[Any] = FLOAT_DTYPES["float32"]
     requantize: bool = False
+    only: tuple[str, ...] = ()
+    excepted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_DTYPES.values():
@@ -92,8 +97,15 @@ class Scheme:
             *(["mse"] if self.scales == "mse" else []),
             *([f"scale={self.scale_dtype}"] if self.scale_dtype != np.float32 else []),
             *(["requantize"] if self.requantize else []),
+            *([f"only={'|'.join(self.only)}"] if self.only else []),
+            *([f"except={'|'.join(self.excepted)}"] if self.excepted else []),
         ]
         return ",".join(words)
+
+    def takes(self, name: str) -> bool:
+        """Whether a weight of that name is to be quantized."""
+        chosen = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+        return chosen and not any(fnmatchcase(name, pattern) for pattern in self.excepted)
 
     @property
     def storage(self) -> np.dtype[Any]:
@@ -136,8 +148,12 @@ _EXCLUSIVE = (
     ("full", "narrow"),
     ("minmax", "mse"),
 )
+_WITH_VALUE = ("block", "axis", "scale", "only", "except")
 _MOST_DIGITS = 18
-_POSSIBLE = f"{', '.join(CODE_DTYPES)}; {', '.join(_WORDS)}, block=N, axis=N, scale={'|'.join(FLOAT_DTYPES)}"
+_POSSIBLE = (
+    f"{', '.join(CODE_DTYPES)}; {', '.join(_WORDS)}, block=N, axis=N, scale={'|'.join(FLOAT_DTYPES)}, only=NAMES, "
+    "except=NAMES"
+)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -151,6 +167,7 @@ def parse_scheme(text: str) -> Scheme:
     scheme = Scheme(dtype, symmetric=dtype in _SIGNED)
     for word in words:
         scheme = _WORDS.get(word, _unchanged)(scheme)
+    scheme = replace(scheme, only=_patterns(words, "only"), excepted=_patterns(words, "except"))
     axis = _number(text, words, "axis")
     block = _number(text, words, "block")
     if block is not None:
@@ -169,7 +186,7 @@ def _words(text: str) -> dict[str, str]:
     words: dict[str, str] = {}
     for word in text.split(","):
         key, equals, value = word.strip().partition("=")
-        known = key in ("block", "axis", "scale") if equals else key in _WORDS or key in CODE_DTYPES
+        known = key in _WITH_VALUE if equals else key in _WORDS or key in CODE_DTYPES
         if not known:
             raise _refused(text, f"'{word.strip()}' is none of {_POSSIBLE}")
         if key in words:
@@ -180,6 +197,10 @@ def _words(text: str) -> dict[str, str]:
         if len(both) > 1:
             raise _refused(text, f"'{both[0]}' and '{both[1]}' exclude each other")
     return words
+
+
+def _patterns(words: Mapping[str, str], key: str) -> tuple[str, ...]:
+    return tuple(pattern for pattern in words.get(key, "").split("|") if pattern)
 
 
 def _unchanged(scheme: Scheme) -> Scheme:

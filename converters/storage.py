@@ -87,6 +87,36 @@ class Computed:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """Data one after the other."""
+
+    sources: tuple[Data, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(data.nbytes for data in self.sources)
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        pieces = [data.read(first, last) for data, first, last in self._within(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint8), *pieces])
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of what these bytes take."""
+        for data, first, last in self._within(start, stop):
+            if isinstance(data, Releasable):
+                data.release(first, last)
+
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Data, int, int]]:
+        """The data that bytes [start, stop) lie in, with the range of each."""
+        begin = 0
+        for data in self.sources:
+            first, last = max(start, begin), min(stop, begin + data.nbytes)
+            if first < last:
+                yield data, first - begin, last - begin
+            begin += data.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MappedFile:
     """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.storage import Computed
+from converters.storage import FileRange, InMemory
 
 if TYPE_CHECKING:  # imported when there is something to compute
     from concurrent.futures import Future
@@ -25,7 +25,7 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     parts = tensor.cut(nbytes)
-    if threads < 2 or tensor.nbytes <= nbytes or not isinstance(tensor.data, Computed):
+    if threads < 2 or tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory):
         for part in parts:
             yield part.packed()
             part.release()

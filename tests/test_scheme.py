@@ -27,6 +27,8 @@ INT4, UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
             "int4,block=128,asymmetric,mse,scale=float16,requantize",
             Scheme(INT4, Blocked(128), False, False, "mse", np.dtype(np.float16), True),
         ),
+        ("int4,except=lm_head*|*embed*", Scheme(INT4, excepted=("lm_head*", "*embed*"))),
+        ("int4,only=*.mlp.*", Scheme(INT4, only=("*.mlp.*",))),
         ("int4,symmetric,full,minmax,per-channel,scale=float32", Scheme(INT4)),
     ],
 )
@@ -52,6 +54,7 @@ def test_texts(text: str, expected: Scheme) -> None:
         ("int4,block=" + "9" * 5000, "a whole number"),
         ("int4,axis=x", "axis=x: a whole number"),
         ("int4,axis=1,axis=1", "'axis' is given twice"),
+        ("int4,only=a,only=b", "'only' is given twice"),
         ("int4,symmetric,asymmetric", "'symmetric' and 'asymmetric' exclude each other"),
         ("int4,per-tensor,block=32", "'per-tensor' and 'block' exclude each other"),
         ("int4,per-tensor,axis=0", "'per-tensor' and 'axis' exclude each other"),
@@ -82,3 +85,9 @@ def test_ranges_of_codes() -> None:
         "uint8": (0, 128, 255),
     }
     assert Scheme(INT4, narrow=True).lowest == -7
+
+
+def test_only_and_except_choose_weights_by_name() -> None:
+    scheme = parse_scheme("int4,only=*.weight,except=lm_head*|*embed*")
+    names = ("layers.0.weight", "layers.0.bias", "lm_head.weight", "embed.weight")
+    assert [scheme.takes(name) for name in names] == [True, False, False, False]

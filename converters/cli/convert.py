@@ -24,6 +24,7 @@ from converters.cli.arguments import (
 )
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError, printable
+from converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
     from converters.quantize import Accuracy
@@ -34,7 +35,7 @@ _SHOWN_TENSORS = 10
 
 def convert(
     source: Source,
-    targets: Annotated[list[Path], typer.Argument(help="The files to write; each suffix picks a format.")],
+    targets: Annotated[list[Path], typer.Argument(help="The files or folders to write; each suffix picks a format.")],
     to: Annotated[str | None, typer.Option(help="The format to write, when the suffix does not tell.")] = None,
     dequantize: Annotated[
         str | None, typer.Option(help="Turn codes into plain float32 (the default), float16 or bfloat16.")
@@ -51,6 +52,7 @@ def convert(
     verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
     fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything (exit 5).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the shards that a run before has completed.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,6 +71,7 @@ def convert(
             verify=verify,
             fail_on_loss=fail_on_loss,
             dry_run=dry_run,
+            resume=resume,
             progress=progress,
             **_options(opt or (), budget),
         )
@@ -84,9 +87,11 @@ def _options(given: Sequence[str], budget: str | None) -> dict[str, str]:
 
 
 def _print(conversion: api.Conversion, dry_run: bool) -> None:
-    for file in conversion.files:
-        verb = "would write" if dry_run else "wrote"
-        print(f"{verb} {printable(str(file.path))} ({human_bytes(file.nbytes)})")
+    for path, files in _by_output(conversion).items():
+        verb, nbytes = "would write" if dry_run else "wrote", [file.nbytes for file in files]
+        size = human_bytes(None if None in nbytes else sum(each or 0 for each in nbytes))
+        count = f"{len(files)} files, " if files[0].folder is not None else ""
+        print(f"{verb} {printable(str(path))} ({count}{size})")
     for path, comparison in conversion.verified.items():
         if comparison is None:
             print(f"not verified: {printable(str(path))} (its format has no reader)")
@@ -105,6 +110,14 @@ def _print(conversion: api.Conversion, dry_run: bool) -> None:
         print(f"lost: {printable(str(loss))}", file=sys.stderr)
     if len(conversion.losses) > _SHOWN_LOSSES:
         print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
+
+
+def _by_output(conversion: api.Conversion) -> dict[Path, list[OutputFile]]:
+    """The files, those of a folder under its name."""
+    outputs: dict[Path, list[OutputFile]] = {}
+    for file in conversion.files:
+        outputs.setdefault(file.folder or file.path, []).append(file)
+    return outputs
 
 
 def _print_accuracy(quantized: Sequence[Accuracy]) -> None:

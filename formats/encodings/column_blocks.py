@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
+from converters.packing import SUB_BYTE
 from converters.storage import Releasable
 
-_BLOCK_ELEMENTS = 1 << 26
+_BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22
+_STRIP_ROWS = 16
 
 
 class ColumnBlocks:
@@ -32,7 +34,7 @@ class ColumnBlocks:
         self.nbytes = codes.shape[1] // step * row_bytes
         self.sources = (codes.data,)
         self._codes, self._step, self._row_bytes, self._take = replace(codes, quantization=None), step, row_bytes, take
-        self._rows = max(1, _BLOCK_ELEMENTS // max(1, codes.shape[0] * step))
+        self._rows = max(1, _BLOCK_BYTES // max(1, codes.shape[0] * step * codes.dtype.itemsize))
         self._lock = Lock()
         self._number, self._block = -1, np.zeros(0, np.uint8)
 
@@ -72,9 +74,19 @@ class ColumnBlocks:
         if codes.shape[0] == 1 or codes.nbytes <= _PART_BYTES:
             return codes.codes()[:, first:last]
         rows = max(1, _PART_BYTES * codes.shape[0] // codes.nbytes // codes.row_step) * codes.row_step
-        columns = []
+        element = SUB_BYTE[codes.dtype][1] if codes.dtype in SUB_BYTE else codes.dtype
+        columns = np.empty((codes.shape[0], last - first), element)
         for start in range(0, codes.shape[0], rows):
-            part = codes.rows(start, min(codes.shape[0], start + rows))
-            columns.append(part.codes()[:, first:last])
+            stop = min(codes.shape[0], start + rows)
+            part = codes.rows(start, stop)
+            columns[start:stop] = part.codes()[:, first:last]  # a copy, so that the rest of the rows can go
             part.release()
-        return np.concatenate(columns)
+        return columns
+
+
+def flipped(matrix: NDArray[Any]) -> NDArray[Any]:
+    """A matrix with rows and columns exchanged, as an array of its own."""
+    columns = np.empty(matrix.shape[::-1], matrix.dtype)
+    for start in range(0, matrix.shape[0], _STRIP_ROWS):  # few rows at once stay in the processor's cache
+        columns[:, start : start + _STRIP_ROWS] = matrix[start : start + _STRIP_ROWS].T
+    return columns

@@ -17,7 +17,7 @@ from converters.ir import blocked, grid_shape, per_tensor
 from formats.encodings.checkpoint import Checkpoint, Stored
 
 #: Layouts that are known by name only.
-UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"))
+UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
 #: Names that say nothing about the layout of one weight.
 _ANY = frozenset(("", "mixed-precision"))
 #: The dtypes of scales in the layouts whose scales are not of the model's dtype.

@@ -144,7 +144,7 @@ def _integers(weight: Tensor) -> Encoded:
     integer_quantization(weight)
     scaled, of_offsets = offsets_as_zero_points(weight)
     scaled, of_factor = without_factor(scaled)
-    scaled, of_scales = rounded_with_scales(scaled)
+    scaled, of_scales = rounded_with_scales(scaled, widened=True)
     codes, bits = signed(scaled), weight.bits
     quantization = _quantization(codes)
     zero_point = quantization.zero_point
@@ -189,7 +189,7 @@ def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     if _has_exponents(quantization, weight):
         return _in_mx_blocks(weight, codes, Scheme(8, "float", "group", MX_BLOCK, (0, 0), "mxfp8-quantized"))
     weight, of_factor = without_factor(weight)
-    weight, of_scales = rounded_with_scales(weight)
+    weight, of_scales = rounded_with_scales(weight, widened=True)
     scheme = _scheme(weight, 8, "float", "float-quantized", grouped=True)
     stored = {**codes, f"{module}.weight_scale": _scale(module, _quantization(weight).scale, scheme)}
     return _encoded(weight, stored, Written(scheme), of_factor + of_scales)

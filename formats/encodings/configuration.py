@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from converters.errors import CorruptFile
 
+CONFIG = "config.json"
+
 _MOST_BYTES = 64 << 20
+
+#: What config.json calls the part about quantization, and the `quant_method` where that part does not say.
+QUANTIZATION_KEYS: Mapping[str, str] = MappingProxyType(
+    {"quantization_config": "", "compression_config": "compressed-tensors", "quantization": "mlx"}
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,16 +52,12 @@ def quantization_config(folder: Path) -> dict[str, Any]:
 
 def model_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, which has the sizes of a model's layers; {} where there is none."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     return read_json(path) if path.is_file() else {}
 
 
 def _of_config(document: Mapping[str, Any]) -> dict[str, Any]:
-    for key, method in (
-        ("quantization_config", ""),
-        ("compression_config", "compressed-tensors"),
-        ("quantization", "mlx"),
-    ):
+    for key, method in QUANTIZATION_KEYS.items():
         config = document.get(key)
         if isinstance(config, dict) and config:
             return {**({"quant_method": method} if method else {}), **config}
@@ -79,9 +83,12 @@ def _of_quanto(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _SOURCES = {
-    "config.json": _of_config,
+    CONFIG: _of_config,
     "hf_quant_config.json": _of_modelopt,
     "quantize_config.json": _of_gptq,
     "quant_config.json": _of_awq,
     "quanto_qmap.json": _of_quanto,
 }
+
+#: The files that are about quantization only.
+QUANTIZATION_FILES = frozenset(_SOURCES) - {CONFIG}

@@ -260,13 +260,13 @@ def computed_with_scales(weight: Tensor, dtype: np.dtype[Any] | None = None) -> 
     return computed_so, (*losses, *changes)
 
 
-def rounded_with_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
-    """The weight as libraries give it that multiply once, and round values to the dtype of the scales; these are made
-    float32 where values are, and where they are no plain floats."""
+def rounded_with_scales(weight: Tensor, *, widened: bool) -> tuple[Tensor, tuple[Loss, ...]]:
+    """The weight as libraries give it that multiply once, and round values to the dtype of the scales. These are made
+    float32 where they are no plain floats and, `widened`, where values are float32; else these are rounded."""
     quantization = weight.quantization
     if quantization is None:
         return weight, ()
-    scaled, losses = _scales_as(weight, _FLOAT32 if own_dtype(quantization) == _FLOAT32 else None)
+    scaled, losses = _scales_as(weight, _FLOAT32 if widened and own_dtype(quantization) == _FLOAT32 else None)
     scale = (scaled.quantization or quantization).scale
     rounded_so, changes = rounded_to(scaled, scale.dtype, "the dtype of its scales")
     return rounded_so, (*losses, *changes)

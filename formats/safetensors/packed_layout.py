@@ -17,21 +17,23 @@ a quantization of its own. docs/safetensors.md has a reader of it in ten lines o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import Activation, GroupIndex, Model, Quantization, Tensor, Use
+from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
+from formats.encodings import float6
 from formats.safetensors.container import DTYPES, StoredTensor
 
 METADATA_NAME = "nibblecast"
 VERSION = 1
 
-_DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
-    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, np.dtype(np.complex128))
+#: What the layout holds: the container's dtypes, and others whose canonical bytes are stored as U8.
+DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
+    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, *float6.BY_NAME.values(), np.dtype(np.complex128))
 }
 _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 
@@ -39,10 +41,53 @@ _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 StoreUnder = Callable[[Tensor, str], str]
 
 
-def describe(model: Model, store: StoreUnder) -> str:
-    """The JSON that describes `model`; `store` is called for every tensor and parameter with bytes to store."""
-    tensors = {name: _described(tensor, name, store) for name, tensor in model.items()}
+def described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
+    """TENSOR for a tensor; `store` is called for it and every parameter with bytes to store."""
+    description: dict[str, Any] = {
+        "data": store(tensor, name),
+        "dtype": tensor.dtype.name,
+        "shape": list(tensor.shape),
+    }
+    quantization = tensor.quantization
+    if quantization is not None:
+        description["quantization"] = {"block_shape": list(quantization.block_shape)} | {
+            role: described(parameter, f"{name}.{role}", store) for role, parameter in quantization.parameters()
+        }
+        if quantization.group_index is not None:
+            description["quantization"]["group_axis"] = quantization.group_index.axis
+        if quantization.compute_dtype != np.float32:
+            description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
+        if quantization.value_dtype is not None:
+            description["quantization"]["value_dtype"] = quantization.value_dtype.name
+        if quantization.factor != 1:
+            description["quantization"]["factor"] = quantization.factor
+    if tensor.uses:
+        description["uses"] = [_described_use(use) for use in tensor.uses]
+    if tensor.parameter_of is not None:
+        description["parameter_of"] = tensor.parameter_of
+    return description
+
+
+def description_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:
+    """The JSON of `described` tensors."""
     return json.dumps({"version": VERSION, "tensors": tensors}, ensure_ascii=False, separators=(",", ":"))
+
+
+def merged(descriptions: Iterable[str]) -> str:
+    """The description of several files together, none of whose names may be in two. Raises CorruptFile."""
+    tensors: dict[str, Any] = {}
+    for description in descriptions:
+        try:
+            document = json.loads(description)
+            if document["version"] != VERSION:
+                return description  # `build` refuses it
+            twice = tensors.keys() & document["tensors"].keys()
+            tensors |= document["tensors"]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CorruptFile(f"its nibblecast metadata is damaged ({type(error).__name__}: {error})") from error
+        if twice:
+            raise CorruptFile("is described in two files", tensor=min(twice))
+    return description_of(tensors)
 
 
 def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
@@ -63,38 +108,12 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
         raise CorruptFile(f"its nibblecast metadata is damaged ({reason}): convert the source again") from error
 
 
-def _described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
-    description: dict[str, Any] = {
-        "data": store(tensor, name),
-        "dtype": tensor.dtype.name,
-        "shape": list(tensor.shape),
-    }
-    quantization = tensor.quantization
-    if quantization is not None:
-        description["quantization"] = {"block_shape": list(quantization.block_shape)} | {
-            role: _described(parameter, f"{name}.{role}", store) for role, parameter in quantization.parameters()
-        }
-        if quantization.group_index is not None:
-            description["quantization"]["group_axis"] = quantization.group_index.axis
-        if quantization.compute_dtype != np.float32:
-            description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
-        if quantization.value_dtype is not None:
-            description["quantization"]["value_dtype"] = quantization.value_dtype.name
-        if quantization.factor != 1:
-            description["quantization"]["factor"] = quantization.factor
-    if tensor.uses:
-        description["uses"] = [_described_use(use) for use in tensor.uses]
-    if tensor.parameter_of is not None:
-        description["parameter_of"] = tensor.parameter_of
-    return description
-
-
 def _built(
     name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
 ) -> Tensor:
     key = description["data"]
     shape = tuple(_count(size) for size in description["shape"])
-    dtype = _DTYPES_BY_NAME[description["dtype"]]
+    dtype = DTYPES_BY_NAME[description["dtype"]]
     shared = models.get(key)
     if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
         return shared
@@ -130,7 +149,7 @@ def _built_activation(described: list[Any] | None) -> Activation | None:
     if described is None:
         return None
     dtype, shape, scale, zero_point = described
-    return Activation(_DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
+    return Activation(DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
 
 
 def _built_quantization(
@@ -151,9 +170,9 @@ def _built_quantization(
         offset=parameters.get("offset"),
         codebook=parameters.get("codebook"),
         group_index=group_index,
-        compute_dtype=_DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
+        compute_dtype=DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
         factor=float(description.get("factor", 1)),
-        value_dtype=_DTYPES_BY_NAME[description["value_dtype"]] if "value_dtype" in description else None,
+        value_dtype=DTYPES_BY_NAME[description["value_dtype"]] if "value_dtype" in description else None,
     )
 
 

@@ -31,6 +31,7 @@ def write(
     encoded = {weight.name: encoding.encode(weight) for weight in weights}
     configuration = encoding.configuration(encoded, plain)
     stored = {key: tensor for one in encoded.values() for key, tensor in one.stored.items()}
+    stored |= configuration.stored
     assert all(tensor.name == key and tensor.quantization is None for key, tensor in stored.items())
     arrays = {key: tensor.numpy() for key, tensor in stored.items()} | dict(plain)
     folder.mkdir(exist_ok=True)

@@ -1,0 +1,187 @@
+"""Folders that appear whole or not at all, and can be resumed shard by shard.
+
+All files are written to a folder beside the target, `.NAME.nibblecast-part`, each under a temporary name until it is
+complete and on the disk; when the last one is, that folder is renamed. A run that is killed leaves it behind: the next
+one begins anew or, asked to resume, keeps the shards that are complete, provided that the very same was to be written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from converters.atomic import sync_folder
+from converters.errors import UsageError
+from converters.interfaces import Companion, FolderPlan
+from converters.version import __version__
+
+_INTENT = ".nibblecast-intent"
+_LOCK = ".nibblecast-lock"
+_INCOMPLETE = ".incomplete"
+_COPIED_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class StagedFolder:
+    """A folder that is being written."""
+
+    path: Path
+
+    def has(self, name: str, nbytes: int | None) -> bool:
+        """Whether the file is there, complete, from a run before this one."""
+        try:
+            return (self.path / name).stat().st_size == nbytes
+        except OSError:
+            return False
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write, which gets its name when the block ends without an exception."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incomplete = path.with_name(path.name + _INCOMPLETE)
+        with incomplete.open("w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        incomplete.replace(path)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any file is complete."""
+        return any(not entry.name.startswith(".") and entry.suffix != _INCOMPLETE for entry in self.path.iterdir())
+
+
+def write_folder(plan: FolderPlan, staged: StagedFolder, wrote: Callable[[int], None]) -> None:
+    """Writes what of the plan is not there yet; `wrote` is told of bytes of shards."""
+    for shard in plan.shards:
+        name = str(shard.file.path.relative_to(plan.folder))
+        if staged.has(name, shard.file.nbytes):
+            wrote(shard.file.nbytes or 0)
+            continue
+        with staged.file(name) as stream:
+            shard.write(stream, wrote)
+    for companion in plan.companions:
+        with staged.file(str(companion.file.path.relative_to(plan.folder))) as stream:
+            _write_companion(companion, stream)
+
+
+def _write_companion(companion: Companion, stream: BinaryIO) -> None:
+    if isinstance(companion.content, bytes):
+        stream.write(companion.content)
+        return
+    with companion.content.open("rb") as source:
+        shutil.copyfileobj(source, stream, _COPIED_BYTES)
+
+
+def intent(plan: FolderPlan, request: Mapping[str, Any]) -> str:
+    """What a run is to write, as text: two runs of the same intent write the same bytes. `request` says what was asked
+    for and of which files."""
+    document = {
+        "nibblecast": __version__,
+        "request": dict(request),
+        "shards": [[str(s.file.path.relative_to(plan.folder)), s.file.nbytes, s.digest] for s in plan.shards],
+        "companions": [[str(c.file.path.relative_to(plan.folder)), _digest(c)] for c in plan.companions],
+    }
+    return json.dumps(document, sort_keys=True, default=str)
+
+
+def _digest(companion: Companion) -> str:
+    if isinstance(companion.content, bytes):
+        return sha256(companion.content).hexdigest()
+    status = companion.content.stat()
+    return f"{companion.content} {status.st_size} {status.st_mtime_ns}"
+
+
+@contextmanager
+def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[StagedFolder]:
+    """A folder to write files to, which becomes the plan's when the block ends without an exception. After an
+    interruption or an error of the system (a full disk) complete files are kept for `resume`; after any other exception
+    nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
+    around it is missing, and where another run is writing it."""
+    folder = plan.folder
+    _check_replaceable(plan)
+    path = folder.with_name(f".{folder.name}.nibblecast-part")
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
+    with (path / _LOCK).open("w") as lock:
+        _hold(lock.fileno(), folder)
+        staged = StagedFolder(path)
+        if not (resume and _text_of(path / _INTENT) == intended):
+            _empty(path)
+            (path / _INTENT).write_text(intended)
+        try:
+            yield staged
+            _put_in_place(path, folder)
+        except (KeyboardInterrupt, SystemExit, OSError):
+            if not staged.is_begun:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+
+def _check_replaceable(plan: FolderPlan) -> None:
+    """A folder is replaced where all that is in it is of the kind that is written to it."""
+    folder = plan.folder
+    if folder.exists() and not folder.is_dir():
+        raise UsageError("is a file; the name of a folder is needed", path=folder)
+    if not folder.is_dir():
+        return
+    written = {file.path.relative_to(folder).parts[0] for file in plan.files}
+    suffixes = {"".join(shard.file.path.suffixes[-1:]) for shard in plan.shards}
+    for entry in folder.iterdir():
+        if entry.name not in written and entry.suffix not in suffixes and not entry.name.endswith(".index.json"):
+            raise UsageError(
+                f"is a folder that holds '{entry.name}', which would be lost: name a new folder, or empty this one",
+                path=folder,
+            )
+
+
+def _hold(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UsageError("is being written by another run: wait for it, or stop it", path=folder) from error
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _empty(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()
+
+
+def _put_in_place(path: Path, folder: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            sync_folder(entry)
+    (path / _INTENT).unlink()
+    (path / _LOCK).unlink()
+    sync_folder(path)
+    former = folder.with_name(f".{folder.name}.nibblecast-former")
+    if folder.exists():
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
+    path.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
+    sync_folder(folder.parent)

@@ -1,0 +1,81 @@
+"""Where the tensors of one safetensors file will lie: its header, and what is written at which offset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from converters.errors import Unsupported
+from converters.interfaces import OutputFile
+from converters.ir import Tensor
+from converters.packing import SUB_BYTE, bits_of
+from converters.streaming import pieces
+from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
+
+#: The container's name of each dtype that it stores as it is.
+KINDS: Mapping[Any, str] = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}
+
+_PIECE_BYTES = 1 << 22
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileLayout:
+    """A file: its beginning, which is the header with its length, and the tensors by key with the offsets of their
+    bytes."""
+
+    file: OutputFile
+    beginning: bytes
+    placed: Mapping[str, tuple[Tensor, int]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the header, which names all that is in the file."""
+        return sha256(self.beginning).hexdigest()
+
+    def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        """Writes the whole file."""
+        stream.write(self.beginning)
+        wrote(len(self.beginning))
+        for tensor, offset in self.placed.values():
+            write_at(stream, offset, tensor, wrote)
+            tensor.release()
+
+
+def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path | None) -> FileLayout:
+    """The layout of a file. Raises Unsupported when its header would pass the container's limit."""
+    # widest elements first, as the official writer does: everything is aligned without holes
+    spans, end = {}, 0
+    for key in sorted(stored, key=lambda key: -max(8, bits_of(stored[key].dtype))):
+        spans[key] = (end, end + stored[key].nbytes)
+        end += stored[key].nbytes
+    header: dict[str, Any] = {METADATA_KEY: dict(metadata)}
+    header |= {key: _entry(stored[key], *span) for key, span in spans.items()}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise Unsupported(
+            f"would need a header of {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}: "
+            "write it in several files with --only"
+        )
+    start = 8 + len(text)
+    placed = {key: (stored[key], start + first) for key, (first, _) in spans.items()}
+    return FileLayout(OutputFile(path, start + end, folder=folder), len(text).to_bytes(8, "little") + text, placed)
+
+
+def write_at(stream: BinaryIO, offset: int, tensor: Tensor, wrote: Callable[[int], None]) -> None:
+    """Writes a tensor's bytes in pieces; says how many each has."""
+    stream.seek(offset)
+    for piece in pieces(tensor, _PIECE_BYTES):
+        stream.write(piece.data)
+        wrote(piece.size)
+
+
+def _entry(tensor: Tensor, first: int, last: int) -> dict[str, Any]:
+    kind = KINDS.get(tensor.dtype)
+    shape = [tensor.nbytes] if kind is None else list(tensor.shape)
+    return {"dtype": kind or "U8", "shape": shape, "data_offsets": [first, last]}

@@ -1,0 +1,211 @@
+"""Model -> a folder as transformers has them: shards by size with an index, config.json, and the source's other files.
+
+    model.safetensors                                        one file, or
+    model-00001-of-00002.safetensors, …, model.safetensors.index.json
+
+The layout `packed` describes its weights in each file's metadata; the others store them as an encoding of
+`formats.encodings` does. Floats are the same in all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from converters.errors import Unsupported
+from converters.interfaces import Companion, OutputFile
+from converters.ir import Loss, Model, Tensor
+from formats.encodings.configuration import CONFIG
+from formats.encodings.encoded import Configuration, Encoded, writable_encoding
+from formats.encodings.lowering import computed_with_scales
+from formats.safetensors.companions import copied, json_companion, rewritten_config
+from formats.safetensors.file_layout import KINDS, FileLayout, laid_out
+from formats.safetensors.float_model import as_float_model
+from formats.safetensors.packed_keys import PackedKeys
+from formats.safetensors.packed_layout import METADATA_NAME, description_of
+
+if TYPE_CHECKING:
+    from formats.safetensors.writer import SafetensorsOptions
+
+_INDEX = "model.safetensors.index.json"
+_FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FolderLayout:
+    """The folder's files; `expected` is what reading them gives."""
+
+    report: ClassVar[Sequence[str]] = ()
+    folder: Path
+    shards: Sequence[FileLayout]
+    companions: Sequence[Companion]
+    expected: Model
+    losses: Sequence[Loss]
+    notes: Sequence[str]
+
+    @property
+    def files(self) -> Sequence[OutputFile]:
+        return (*(shard.file for shard in self.shards), *(companion.file for companion in self.companions))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Contents:
+    """What is to be stored: tensors by key that stay together, with the metadata that describes them."""
+
+    units: Sequence[Mapping[str, Tensor]]
+    descriptions: Sequence[Mapping[str, Any]]
+    configuration: Configuration
+    expected: Model
+    losses: Sequence[Loss] = field(default_factory=tuple)
+
+
+def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> FolderLayout:
+    """The folder for a model. Raises Unsupported where the layout cannot hold it, with what to do about it."""
+    model, losses = as_float_model(model)
+    contents = _packed(model) if options.layout == "packed" else _encoded(model, options)
+    shards = _shards(contents, folder, options.shard_size)
+    companions = {companion.file.path: companion for companion in copied(model, folder)}
+    for companion in _written(model, contents, shards, folder):
+        companions[companion.file.path] = companion
+    return FolderLayout(
+        folder,
+        shards,
+        tuple(companions.values()),
+        contents.expected,
+        (*losses, *contents.losses),
+        contents.configuration.notes,
+    )
+
+
+def _packed(model: Model) -> _Contents:
+    """Parameters that are tensors of their own stay with their owners."""
+    keys = PackedKeys(model)
+    together: dict[str, list[str]] = {}
+    for name, tensor in model.items():
+        owner = tensor.parameter_of
+        together.setdefault(owner if owner is not None and owner in model else name, []).append(name)
+    units, descriptions = [], []
+    for names in together.values():
+        units.append({key: tensor for name in names for key, tensor in keys.stored[name].items()})
+        descriptions.append({} if keys.say_nothing else {name: keys.descriptions[name] for name in names})
+    return _Contents(units, descriptions, Configuration({}), model)
+
+
+def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
+    """Quantized weights as the layout's library stores them."""
+    encoding = writable_encoding(options.layout)
+    dtype = None if options.scale_dtype is None else np.dtype(options.scale_dtype)
+    weights: dict[str, Encoded] = {}
+    tensors: dict[str, Tensor] = {}
+    losses: list[Loss] = []
+    for name, tensor in model.items():
+        if tensor.parameter_of in model.tensors:
+            continue
+        tensors[name] = tensor
+        if tensor.quantization is None:
+            _check_plain(tensor, options.layout)
+            continue
+        try:
+            rounded, lost = computed_with_scales(tensor, dtype) if dtype else (tensor, ())
+            weights[name] = encoding.encode(rounded)
+            losses += (*lost, *weights[name].losses)
+            tensors[name] = weights[name].weight
+        except Unsupported as error:
+            tensors[name] = _dequantized_instead(tensor, error, options)
+            losses.append(Loss(name, "widened", f"its codes become {tensors[name].dtype} values: it {error.message}"))
+    configuration = encoding.configuration(weights, [name for name in tensors if name not in weights])
+    units = [
+        {key: configuration.stored.get(key, part) for key, part in weights[name].stored.items()}
+        if name in weights
+        else {name: tensor}
+        for name, tensor in tensors.items()
+    ]
+    _refuse_twice(units)
+    expected = Model(tensors, model.metadata, losses=model.losses)
+    return _Contents(units, [{}] * len(units), configuration, expected, losses)
+
+
+def _check_plain(tensor: Tensor, layout: str) -> None:
+    if tensor.dtype not in KINDS:
+        raise Unsupported(
+            f"is plain {tensor.dtype}, which only the layout packed can hold, and not {layout}: leave it out with "
+            "--skip",
+            tensor=tensor.name,
+        )
+
+
+def _dequantized_instead(tensor: Tensor, error: Unsupported, options: SafetensorsOptions) -> Tensor:
+    if options.others == "refuse":
+        raise Unsupported(
+            f"cannot be held by the layout {options.layout}: it {error.message}. --opt others=dequantize writes such "
+            "weights as floats, --quantize int4,block=128,requantize makes new codes",
+            tensor=tensor.name,
+        ) from error
+    quantization = tensor.quantization
+    dtype = np.dtype(np.float32) if quantization is None else quantization.compute_dtype
+    return tensor.dequantized(dtype if dtype in _FLOATS else np.dtype(np.float32))
+
+
+def _refuse_twice(units: Iterable[Mapping[str, Tensor]]) -> None:
+    counted = Counter(key for unit in units for key in unit)
+    for key, count in counted.items():
+        if count > 1:
+            raise Unsupported(
+                "would be stored twice, as itself and as a part of a weight: leave one out with --skip", tensor=key
+            )
+
+
+def _shards(contents: _Contents, folder: Path, most: int) -> list[FileLayout]:
+    parts = list(_cut(contents, most))
+    found = []
+    for number, (stored, description) in enumerate(parts, 1):
+        name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        described = {METADATA_NAME: description_of(description)} if description else {}
+        found.append(laid_out(folder / name, stored, {**contents.configuration.metadata, **described}, folder))
+    return found
+
+
+def _cut(contents: _Contents, most: int) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The files' tensors with their descriptions: as many as go into `most` bytes, at least one unit."""
+    stored: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    nbytes = 0
+    for unit, description in zip(contents.units, contents.descriptions, strict=True):
+        size = sum(tensor.nbytes for tensor in unit.values())
+        if stored and nbytes + size > most:
+            yield stored, described
+            stored, described, nbytes = {}, {}, 0
+        stored |= unit
+        described |= description
+        nbytes += size
+    yield stored, described
+
+
+def _written(model: Model, contents: _Contents, shards: Sequence[FileLayout], folder: Path) -> Iterator[Companion]:
+    """The files that are made: the index, the configuration, and what the layout has beside."""
+    if len(shards) > 1:
+        weight_map = {key: shard.file.path.name for shard in shards for key in shard.placed}
+        total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.placed.values())
+        yield json_companion(folder, _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = rewritten_config(model, contents.configuration.entries, _dtype_of_values(contents.expected))
+    if config:
+        yield json_companion(folder, CONFIG, config)
+    for name, document in contents.configuration.files.items():
+        yield json_companion(folder, name, document)
+
+
+def _dtype_of_values(model: Model) -> str | None:
+    """The dtype of a model that has floats only, and of most of these; None for others."""
+    sizes: Counter[str] = Counter()
+    for tensor in model.values():
+        if tensor.quantization is not None:
+            return None
+        if tensor.dtype in _FLOATS:
+            sizes[tensor.dtype.name] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None

@@ -1,0 +1,49 @@
+"""Under which keys the layout `packed` stores a model's tensors and their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converters.ir import Model, Tensor
+from formats.safetensors.container import METADATA_KEY
+from formats.safetensors.file_layout import KINDS
+from formats.safetensors.packed_layout import described
+
+
+class PackedKeys:
+    """Gives every stored tensor its key: the model's tensors their names, parameters `NAME.scale` and so on, and one
+    that is a tensor of the model as well (TFLite's blockwise scales) no second copy."""
+
+    def __init__(self, model: Model) -> None:
+        #: What is stored for each of the model's tensors, by key.
+        self.stored: dict[str, dict[str, Tensor]] = {name: {} for name in model}
+        self._model = model
+        self._names = {id(tensor): name for name, tensor in model.items()}
+        self._taken: set[str] = set()
+        self.descriptions = {name: self._described(name, tensor) for name, tensor in model.items()}
+
+    @property
+    def say_nothing(self) -> bool:
+        """Whether the descriptions tell nothing that the container does not: plain tensors of its own dtypes."""
+        return all(
+            tensor.dtype in KINDS
+            and self.descriptions[name] == {"data": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+            for name, tensor in self._model.items()
+        )
+
+    def _described(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        return described(tensor, name, lambda stored, wish: self._key_of(name, stored, wish))
+
+    def _key_of(self, owner: str, tensor: Tensor, wish: str) -> str:
+        name = self._names.get(id(tensor))
+        if name is not None and name != METADATA_KEY:
+            self.stored[name][name] = tensor
+            self._taken.add(name)
+            return name
+        key, number = wish, 0
+        while key in self._model or key in self._taken or key == METADATA_KEY:
+            number += 1
+            key = f"{wish}:{number}"
+        self.stored[owner][key] = tensor
+        self._taken.add(key)
+        return key

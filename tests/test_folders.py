@@ -1,0 +1,226 @@
+"""Folders that appear whole or not at all, and what a killed run leaves for the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import converters
+from converters import pipeline
+from converters.errors import Error, UsageError
+from converters.ir import Model, Tensor
+from converters.storage import Computed
+from formats.safetensors.file_layout import FileLayout
+from tests.formats.encodings.checkpoints import write_folder
+
+SHARDS = 6
+TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range(SHARDS)}
+ONE_EACH = {"shard_size": "17K"}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "source", TENSORS, config={"model_type": "llama"})
+
+
+def converted(source: Path, target: Path, **options: Any) -> converters.Conversion:
+    return converters.convert(source, target, to="safetensors", **(ONE_EACH | options))
+
+
+def test_a_dry_run_knows_every_file_and_size(source: Path, tmp_path: Path) -> None:
+    planned = converted(source, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    written = converted(source, tmp_path / "out")
+    assert planned.files == written.files
+    assert {str(file.path) for file in written.files} == {str(path) for path in (tmp_path / "out").iterdir()}
+    assert listing(tmp_path) == ["out", "source"]
+
+
+def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        converted(source, tmp_path / name)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_folder_and_a_file_in_one_run(source: Path, tmp_path: Path) -> None:
+    done = converters.convert(
+        source, tmp_path / "out", tmp_path / "x.safetensors", to="safetensors", verify=True, **ONE_EACH
+    )
+    assert all(comparison is not None and comparison.equal for comparison in done.verified.values())
+    assert len(done.verified) == 2
+
+
+KILLED = """
+import os, signal, sys
+import converters
+from formats.safetensors import file_layout
+write, done = file_layout.FileLayout.write, 0
+def killed_at(self, stream, wrote):
+    global done
+    if done == int(sys.argv[3]):
+        stream.write(self.beginning)
+        stream.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    done += 1
+    write(self, stream, wrote)
+file_layout.FileLayout.write = killed_at
+converters.convert(sys.argv[1], sys.argv[2], to="safetensors", resume=True, shard_size="17K")
+"""
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_killed_run_is_resumed_from_the_last_whole_shard(
+    after: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    process = subprocess.run([sys.executable, "-c", KILLED, str(source), str(target), str(after)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert not target.exists()
+    written: list[str] = []
+    write = FileLayout.write
+
+    def counted(self: FileLayout, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        written.append(self.file.path.name)
+        write(self, stream, wrote)
+
+    monkeypatch.setattr(FileLayout, "write", counted)
+    told: list[tuple[int, int]] = []
+    converted(source, target, resume=True, progress=lambda done, total: told.append((done, total)))
+    assert len(written) == SHARDS - after
+    assert told[-1][0] == told[-1][1]
+    monkeypatch.undo()
+    converted(source, tmp_path / "whole")
+    assert contents(target) == contents(tmp_path / "whole")
+    assert listing(tmp_path) == ["out", "source", "whole"]
+
+
+@pytest.mark.parametrize("change", ["nothing but --resume", "options", "source"])
+def test_what_another_run_left_is_not_mixed_in(change: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", KILLED, str(source), str(target), "4"], check=False)
+    if change == "source":
+        shard = next(source.glob("*.safetensors"))
+        changed = {name: array + 1 for name, array in TENSORS.items()}
+        time = shard.stat().st_mtime_ns
+        write_folder(source, changed, config={"model_type": "llama"})
+        os.utime(shard, ns=(time + 1, time + 1))
+    options: dict[str, Any] = {"dequantize": np.float32} if change == "options" else {}
+    converted(source, target, resume=change != "nothing but --resume", **options)
+    converted(source, tmp_path / "whole", **options)
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def failing(error: BaseException, target: Path) -> list[pipeline.PlannedOutput]:
+    """Two tensors, the second of which cannot be read."""
+
+    def fail(start: int, stop: int) -> np.ndarray:
+        raise error
+
+    tensors = {
+        "good": Tensor.from_array("good", np.zeros(1000, np.float32)),
+        "bad": Tensor("bad", (1000,), np.dtype(np.float32), Computed(4000, fail)),
+    }
+    format = converters.plugins.format_named("safetensors")
+    return pipeline.plan(Model(tensors), [pipeline.Target(target, format, {"shard_size": "4K"})])
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(converters.Error, match="damaged"):
+        pipeline.run(failing(converters.errors.CorruptFile("is damaged"), tmp_path / "out"))
+    assert listing(tmp_path) == []
+
+
+def test_a_full_disk_says_that_shards_are_kept(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No space left on device; complete shards are kept: go on with --resume"):
+        pipeline.run(failing(OSError(28, "No space left on device"), tmp_path / "out"))
+    assert listing(tmp_path) == [".out.nibblecast-part"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_run_keeps_whole_shards_only(interruption: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(interruption)):
+        pipeline.run(failing(interruption, tmp_path / "out"))
+    kept = sorted(path.name for path in (tmp_path / ".out.nibblecast-part").glob("*"))
+    assert "model-00001-of-00002.safetensors" in kept
+    assert "model-00002-of-00002.safetensors" not in kept
+
+
+def test_a_folder_of_ours_is_replaced(source: Path, tmp_path: Path) -> None:
+    converted(source, tmp_path / "out")
+    converted(source, tmp_path / "out", shard_size="1G")
+    assert listing(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert listing(tmp_path) == ["out", "source"]
+
+
+def test_a_folder_with_other_files_is_not(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(UsageError, match="holds 'thesis.tex', which would be lost"):
+        converted(source, tmp_path / "out")
+    assert listing(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_filled(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    converted(source, tmp_path / "out", verify=True)
+
+
+def test_the_source_is_not_a_target(source: Path) -> None:
+    before = contents(source)
+    with pytest.raises(UsageError, match="is the input as well as"):
+        converted(source, source)
+    assert contents(source) == before
+
+
+def test_a_target_within_the_source_is_not_copied_into_itself(source: Path) -> None:
+    converted(source, source / "out")
+    converted(source, source / "out")
+    assert not (source / "out" / "out").exists()
+
+
+def test_a_missing_folder_around_it_is_said(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written: No such file"):
+        converted(source, tmp_path / "missing" / "out")
+
+
+def test_two_runs_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
+    part = tmp_path / ".out.nibblecast-part"
+    part.mkdir()
+    with (part / ".nibblecast-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="is being written by another run"):
+            converted(source, tmp_path / "out")
+    converted(source, tmp_path / "out")
+
+
+def test_a_layout_that_needs_a_folder_says_so(tmp_path: Path) -> None:
+    model = Model({"w": Tensor.from_array("w", np.zeros(3, np.float32))})
+    with pytest.raises(UsageError, match=r"name a folder, not a file \(.*out, say\)"):
+        converters.save(model, tmp_path / "out.safetensors", layout="gptq")
+
+
+def test_a_plain_int4_tensor_is_refused_by_other_layouts(tmp_path: Path) -> None:
+    plain = Tensor.from_array("w", np.zeros((2, 3), ml_dtypes.int4))
+    with pytest.raises(Error, match="only the layout packed can hold"):
+        converters.save(
+            Model({"w": replace(plain, quantization=None)}), tmp_path / "out", to="safetensors", layout="mlx"
+        )
