@@ -117,7 +117,10 @@ def test_weights_of_every_kind_are_read_as_they_were(tmp_path):
     encoded, _ = write(tmp_path, LAYOUT, weights, PLAIN)
     model = check(tmp_path, encoded, weights)
     assert set(model) == set(encoded) | set(PLAIN)
-    assert not any(one.losses for one in encoded.values())
+    losses = {name: [loss.kind for loss in one.losses] for name, one in encoded.items() if one.losses}
+    assert losses == {"mxfp4.float16.weight": ["widened"]}
+    for name in ("mxfp4.float32.weight", "mxfp4.bfloat16.weight"):
+        assert encoded[name].weight.quantization.value_dtype == BFLOAT16
 
 
 def test_the_files_of_a_model_all_have_its_metadata(tmp_path):
@@ -349,7 +352,7 @@ def kinds(name: str, shape: tuple[int, int], kind: str, dtype: np.dtype) -> Tens
         ("asymmetric", BFLOAT16, 3),
         ("several", FLOATS[2], 1),
         ("embeddings", FLOATS[2], 1),
-        ("mxfp4", FLOATS[2], 1),
+        ("mxfp4", BFLOAT16, 1),
         ("nvfp4", FLOATS[2], 2),
     ],
 )
