@@ -87,7 +87,6 @@ def in_words(name: str, codes: Tensor) -> Tensor:
         part = plain if last - first == rows else plain.rows(first, last)
         fields = np.zeros((last - first, words * _WORD_BITS // codes.bits), np.uint8)
         fields[:, :columns] = part.codes()
-        part.release()
         return pack(fields, codes.bits) if codes.bits < 8 else fields
 
     return Tensor(name, shape, _INT32, by_rows(shape, _INT32, packed, codes.data, step=plain.row_step))

@@ -42,6 +42,7 @@ from formats.encodings.offsets import offsets_as_zero_points
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 from formats.encodings.torchao_safetensors import NAMES
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32 = np.dtype(np.float32)
 _INT8 = np.dtype(np.int8)
 _FLOAT8S = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
@@ -134,23 +135,27 @@ def _integers(weight: Tensor) -> Encoded:
     codes, target = _signed(weight)
     quantization = _quantization(codes)
     zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, _INT8)
-    symmetric = is_integer(zero_point.dtype) and extent(zero_point) == (0, 0)
     scale = replace(quantization.scale, name="scale")
     quantization = replace(quantization, scale=scale, zero_point=replace(zero_point, name="zero_point"))
-    parts = {
-        "qdata": Tensor("qdata", weight.shape, _INT8, widened(codes, _INT8)),
-        "scale": scale,
-        "zero_point": zero_point,
-    }
-    blocks = quantization.block_shape
+    qdata = Tensor("qdata", weight.shape, _INT8, widened(codes, _INT8))
+    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point}
     attributes = {
         "target_dtype": _dtype(target),
-        "block_size": list(blocks),
+        "block_size": list(quantization.block_shape),
         "dtype": _dtype(quantization.compute_dtype.name),
         "activation_quantization": None,
     }
-    is_grouped = prod(blocks) == blocks[-1] < weight.shape[-1]
+    entry = _entry("IntxUnpackedToInt8Tensor", attributes, parts)
+    written = Written(entry, _intx_configuration(target, weight.shape, quantization))
+    return _encoded(replace(codes, quantization=quantization), parts, written, of_offsets + of_factor + of_scales)
+
+
+def _intx_configuration(target: str, shape: tuple[int, ...], quantization: Quantization) -> dict[str, Any]:
+    """The configuration of such weights; it knows groups along the last axis, and whole rows."""
+    blocks, zero_point = quantization.block_shape, quantization.zero_point
+    is_grouped = prod(blocks) == blocks[-1] < shape[-1]
     granularity = ("PerGroup", {"group_size": blocks[-1]}) if is_grouped else ("PerAxis", {"axis": 0})
+    symmetric = zero_point is None or (is_integer(zero_point.dtype) and extent(zero_point) == (0, 0))
     made_by = {
         "weight_dtype": _dtype(target),
         "granularity": _object(*granularity, version=1),
@@ -159,11 +164,7 @@ def _integers(weight: Tensor) -> Encoded:
         "intx_packing_format": _object("IntxPackingFormat", "UNPACKED_TO_INT8"),
         "intx_choose_qparams_algorithm": _object("IntxChooseQParamsAlgorithm", "AFFINE"),
     }
-    result = replace(codes, quantization=quantization)
-    written = Written(
-        _entry("IntxUnpackedToInt8Tensor", attributes, parts), _object("IntxWeightOnlyConfig", made_by, version=2)
-    )
-    return _encoded(result, parts, written, of_offsets + of_factor + of_scales)
+    return _object("IntxWeightOnlyConfig", made_by, version=2)
 
 
 def _in_whole_blocks(weight: Tensor) -> Tensor:
@@ -224,7 +225,9 @@ def _are_integers(zero_point: Tensor) -> bool:
 
 
 def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
+    """torchao's own way to MXTensors of float4 is from bfloat16, which has all their values."""
     scale = replace(quantization.scale, name="scale")
+    shown = _BFLOAT16 if weight.dtype == FLOAT4 else _shown(quantization)
     parts = {"qdata": _bytes(weight), "scale": scale}
     element = _dtype("float4_e2m1fn_x2" if weight.dtype == FLOAT4 else weight.dtype.name)
     float8, emulated = _dtype(FLOAT8_E4M3.name), _object("KernelPreference", "EMULATED")
@@ -238,7 +241,7 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     attributes = {
         "elem_dtype": element,
         "block_size": _MX_BLOCK,
-        "orig_dtype": _dtype(_shown(quantization).name),
+        "orig_dtype": _dtype(shown.name),
         "kernel_preference": emulated,
         "act_quant_kwargs": _object("QuantizeTensorToMXKwargs", activations),
         "is_swizzled_scales": False,
@@ -253,7 +256,9 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     written = Written(
         _entry("MXTensor", attributes, parts), _object("MXDynamicActivationMXWeightConfig", made_by, version=1)
     )
-    return _small_floats(weight, scale, parts, written)
+    is_exact = weight.dtype == FLOAT4 and own_dtype(quantization) == _FLOAT32
+    encoded = _small_floats(weight, scale, parts, written, shown)
+    return replace(encoded, losses=()) if is_exact else encoded
 
 
 def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
@@ -274,7 +279,7 @@ def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
     }
     made_by = {"use_dynamic_per_tensor_scale": "per_tensor_scale" in parts}
     written = Written(_entry("NVFP4Tensor", attributes, parts), _object("NVFP4WeightOnlyConfig", made_by, version=1))
-    return _small_floats(weight, scale, parts, written)
+    return _small_floats(weight, scale, parts, written, _shown(quantization))
 
 
 def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tuple[Tensor, tuple[int, ...]]:
@@ -297,8 +302,10 @@ def _shown(quantization: Quantization) -> np.dtype[Any]:
     return own if own in FLOATS else _FLOAT32
 
 
-def _small_floats(weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: Written) -> Encoded:
-    weight, losses = rounded_to(weight, _shown(_quantization(weight)), "which the tensor shows")
+def _small_floats(
+    weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: Written, shown: np.dtype[Any]
+) -> Encoded:
+    weight, losses = rounded_to(weight, shown, "which the tensor shows")
     quantization = replace(_quantization(weight), scale=scale)
     return _encoded(replace(weight, quantization=quantization), parts, written, losses)
 

@@ -17,6 +17,7 @@ from converters.errors import Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, grid_shape
 from converters.storage import Computed, InMemory
 from formats.encodings.compressed_tensors_writing import configuration, encode
+from formats.encodings.encoded import Configuration
 from formats.encodings.parameters import FLOAT8_E4M3, FLOAT8_E8M0
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, limits, matrices
@@ -135,15 +136,39 @@ def test_zero_points_that_are_all_zero_are_left_out():
         assert encoded.setting.symmetric
 
 
-def test_zero_points_of_more_bits_than_the_codes_are_not_packed(tmp_path):
+def strategy(made: Configuration) -> str:
+    (group,) = made.entries["quantization_config"]["config_groups"].values()
+    return group["weights"]["strategy"]
+
+
+@pytest.mark.parametrize(
+    ("zeros", "wanted"),
+    [((-8, 7), "group"), ((-9, 7), "block"), ((-8, 8), "block"), ((-128, 127), "block")],
+)
+def test_zero_points_of_more_bits_than_the_codes_are_not_packed(tmp_path, zeros, wanted):
     weight = integers(random(), "m.weight", CODES[2], (4, 32), (1, 16))
-    zeros = Tensor.from_array("zero_point", np.array([[-9, 8], [127, -128], [0, 1], [2, 3]], np.int8))
-    weight = replace(weight, quantization=replace(weight.quantization, zero_point=zeros))
+    weight = changed(weight, zero_point=Tensor.from_array("zero_point", np.tile(np.array(zeros, np.int8), (4, 1))))
     encoded, made = write(tmp_path, LAYOUT, [weight])
     check(tmp_path, encoded, [weight])
-    (group,) = made.entries["quantization_config"]["config_groups"].values()
-    assert group["weights"]["strategy"] == "block"
-    assert encoded["m.weight"].stored["m.weight_zero_point"].dtype == np.int8
+    assert strategy(made) == wanted
+    assert encoded["m.weight"].stored["m.weight_zero_point"].dtype == (np.int32 if wanted == "group" else np.int8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "wanted"),
+    [
+        ((4, 32), (4, 32), "tensor"),
+        ((4, 32), (9, 99), "tensor"),
+        ((4, 32), (1, 32), "channel"),
+        ((4, 32), (1, 16), "group"),
+        ((4, 30), (1, 16), "block"),  # the library refuses groups that do not divide
+        ((4, 32), (2, 16), "block"),
+        ((4, 32), (4, 1), "block"),
+    ],
+)
+def test_the_strategy_is_that_of_the_blocks(tmp_path, shape, blocks, wanted):
+    _, made = write(tmp_path, LAYOUT, [integers(random(), "m.weight", CODES[3], shape, blocks, zero_points="codes")])
+    assert strategy(made) == wanted
 
 
 def test_offsets_that_are_multiples_of_scales_become_zero_points(tmp_path):

@@ -16,6 +16,7 @@ import converters
 from converters.errors import Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, per_axis
 from converters.storage import Computed, InMemory
+from formats.encodings.codes import widened
 from formats.encodings.parameters import FLOAT8_E8M0
 from formats.encodings.torchao_writing import configuration, encode
 from tests.formats.encodings import random_weights
@@ -116,7 +117,10 @@ def test_weights_of_every_kind_are_read_as_they_were(tmp_path):
     encoded, _ = write(tmp_path, LAYOUT, weights, PLAIN)
     model = check(tmp_path, encoded, weights)
     assert set(model) == set(encoded) | set(PLAIN)
-    assert not any(one.losses for one in encoded.values())
+    losses = {name: [loss.kind for loss in one.losses] for name, one in encoded.items() if one.losses}
+    assert losses == {"mxfp4.float16.weight": ["widened"]}
+    for name in ("mxfp4.float32.weight", "mxfp4.bfloat16.weight"):
+        assert encoded[name].weight.quantization.value_dtype == BFLOAT16
 
 
 def test_the_files_of_a_model_all_have_its_metadata(tmp_path):
@@ -181,6 +185,21 @@ def test_blocks_that_do_not_divide_the_shape_are_made_smaller(tmp_path):
     encoded, _ = write(tmp_path, LAYOUT, [weight])
     check(tmp_path, encoded, [weight])
     assert encoded["m.weight"].weight.quantization.block_shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("codes", "wide"),
+    [*((codes, CODES[4]) for codes in CODES[:4]), (CODES[0], CODES[2]), (CODES[1], CODES[2])],
+    ids=str,
+)
+def test_any_range_of_widened_codes_is_part_of_the_whole(codes, wide):
+    weight = integers(random(), "m.weight", codes, (3, 7), (3, 7))
+    data = widened(weight, wide)
+    whole = Tensor("m", weight.shape, wide, data)
+    np.testing.assert_array_equal(whole.codes(), weight.codes())
+    for start in range(data.nbytes):
+        for stop in range(start, data.nbytes + 1):
+            np.testing.assert_array_equal(data.read(start, stop), whole.packed()[start:stop])
 
 
 QUANTIZED = integers(random(), "m.weight", CODES[3], (4, 32), (1, 16), zero_points="codes")
@@ -333,7 +352,7 @@ def kinds(name: str, shape: tuple[int, int], kind: str, dtype: np.dtype) -> Tens
         ("asymmetric", BFLOAT16, 3),
         ("several", FLOATS[2], 1),
         ("embeddings", FLOATS[2], 1),
-        ("mxfp4", FLOATS[2], 1),
+        ("mxfp4", BFLOAT16, 1),
         ("nvfp4", FLOATS[2], 2),
     ],
 )
