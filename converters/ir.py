@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, InMemory, Releasable
+from converters.storage import Data, InMemory, release
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -397,8 +397,7 @@ class Tensor:
 
     def release(self) -> None:
         """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
-        if isinstance(self.data, Releasable):
-            self.data.release(0, self.nbytes)
+        release(self.data, 0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
 
@@ -507,5 +506,4 @@ class _Part:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, Releasable):
-            self.data.release(self.start + start, self.start + stop)
+        release(self.data, self.start + start, self.start + stop)

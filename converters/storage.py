@@ -31,13 +31,12 @@ class Data(Protocol):
         ...
 
 
-@runtime_checkable
-class Releasable(Protocol):
-    """Data that can let go of memory."""
-
-    def release(self, start: int, stop: int) -> None:
-        """Lets go of what bytes [start, stop) take; a later `read` brings them back."""
-        ...
+def release(data: Data, start: int, stop: int) -> None:
+    """Lets go of the memory that bytes [start, stop) of `data` take, where these have a `release` of their own; a later
+    `read` brings them back."""
+    let_go = getattr(data, "release", None)
+    if let_go is not None:
+        let_go(start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,9 +80,8 @@ class Computed:
         if stop <= start:
             return
         for source in self.sources:
-            if isinstance(source, Releasable):
-                first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
-                source.release(first, source.nbytes if is_end else last)
+            first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
+            release(source, first, source.nbytes if is_end else last)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

