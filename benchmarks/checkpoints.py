@@ -26,7 +26,7 @@ from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from formats.gguf.blocks import BLOCK_TYPES, Blocks
 
 #: What conversions write.
-TARGET = "out.safetensors"
+TARGET = "out"
 
 _GIGABYTES = float(os.environ.get("NIBBLECAST_BENCHMARK_GB", "2"))
 _LARGE_GIGABYTES = float(os.environ.get("NIBBLECAST_BENCHMARK_LARGE_GB", _GIGABYTES))
@@ -147,6 +147,7 @@ def _conversion(folder: Path, kind: str, dtype: str, gigabytes: float) -> tuple[
     else:
         source = files.write_checkpoint(folder / "model", stored, count)
     command = [sys.executable, "-m", "converters", "convert", str(source), str(folder / TARGET)]
+    command += ["--to", "safetensors"]
     return source, [*command, "--dequantize", dtype] if dtype else command
 
 

@@ -101,8 +101,7 @@ class Joined:
     def release(self, start: int, stop: int) -> None:
         """Lets go of what these bytes take."""
         for data, first, last in self._within(start, stop):
-            if isinstance(data, Releasable):
-                data.release(first, last)
+            release(data, first, last)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Data, int, int]]:
         """The data that bytes [start, stop) lie in, with the range of each."""

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from converters.errors import Unsupported
 from converters.ir import Tensor
 from formats.encodings.awq import PER_WORD, PLACES
-from formats.encodings.column_blocks import ColumnBlocks, flipped
+from formats.encodings.column_blocks import ColumnBlocks
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.lowering import computed, integer_quantization
 from formats.encodings.module_names import HEADS, Modules, last_part, linear_module
+from formats.encodings.rearranged import turned
 from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups
 
 _INT32 = np.dtype(np.int32)
@@ -82,7 +83,7 @@ def _words(codes: NDArray[Any]) -> NDArray[np.int32]:
     words = np.zeros((of_word.shape[0], codes.shape[1]), np.uint32)
     for output, place in enumerate(PLACES):
         words |= of_word[:, output].astype(np.uint32) << np.uint32(4 * place)
-    return flipped(words).view(np.int32)
+    return turned(words).view(np.int32)
 
 
 def _columns(weight: Tensor) -> ColumnBlocks:

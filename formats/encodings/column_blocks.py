@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE
-from converters.storage import Releasable
+from converters.storage import release
 
 _BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22
-_STRIP_ROWS = 16
 
 
 class ColumnBlocks:
@@ -56,8 +55,7 @@ class ColumnBlocks:
         with self._lock:
             self._number, self._block = -1, np.zeros(0, np.uint8)
         data = self._codes.data
-        if isinstance(data, Releasable):
-            data.release(0, data.nbytes)
+        release(data, 0, data.nbytes)
 
     def _block_of(self, number: int) -> NDArray[np.uint8]:
         with self._lock:
@@ -82,11 +80,3 @@ class ColumnBlocks:
             columns[start:stop] = part.codes()[:, first:last]  # a copy, so that the rest of the rows can go
             part.release()
         return columns
-
-
-def flipped(matrix: NDArray[Any]) -> NDArray[Any]:
-    """A matrix with rows and columns exchanged, as an array of its own."""
-    columns = np.empty(matrix.shape[::-1], matrix.dtype)
-    for start in range(0, matrix.shape[0], _STRIP_ROWS):  # few rows at once stay in the processor's cache
-        columns[:, start : start + _STRIP_ROWS] = matrix[start : start + _STRIP_ROWS].T
-    return columns

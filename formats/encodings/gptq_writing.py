@@ -19,12 +19,13 @@ from converters.errors import Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor
 from converters.packing import pack
 from converters.version import __version__
-from formats.encodings.column_blocks import ColumnBlocks, flipped
+from formats.encodings.column_blocks import ColumnBlocks
 from formats.encodings.encoded import Configuration, Encoded
 from formats.encodings.gptq import ONES
 from formats.encodings.lowering import computed, elementwise, integer_quantization
 from formats.encodings.module_names import HEADS, Modules, last_part, linear_module, stack_of
 from formats.encodings.parameters import group_index
+from formats.encodings.rearranged import turned
 from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups, sizes_for
 
 _INT32 = np.dtype(np.int32)
@@ -128,7 +129,7 @@ def _grouped(name: str, inputs: int, quantization: Quantization) -> tuple[GroupS
 def _qweight(key: str, weight: Tensor) -> Tensor:
     """The rows' words as columns."""
     outputs, words = weight.shape[0], weight.shape[1] * weight.bits // 32
-    data = ColumnBlocks(Tensor(weight.name, (outputs, words), _UINT32, weight.data), 1, outputs * 4, flipped)
+    data = ColumnBlocks(Tensor(weight.name, (outputs, words), _UINT32, weight.data), 1, outputs * 4, turned)
     return Tensor(key, (words, outputs), _INT32, data)
 
 
