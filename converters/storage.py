@@ -31,6 +31,13 @@ class Data(Protocol):
         ...
 
 
+def read_into(data: Data, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes [start, stop), in the first bytes of `out` where the data can be computed there, and elsewhere otherwise:
+    new memory costs as much as the work."""
+    into = getattr(data, "read_into", None)
+    return data.read(start, stop) if into is None else into(start, stop, out)
+
+
 def release(data: Data, start: int, stop: int) -> None:
     """Lets go of the memory that bytes [start, stop) of `data` take, where these have a `release` of their own; a later
     `read` brings them back."""
@@ -62,15 +69,21 @@ class InMemory:
 class Computed:
     """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
     are the data that it reads: `in_order` says that a share of the bytes is made of about the same share of each of
-    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only."""
+    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only.
+    `compute_into` is a way to make them in memory that the caller has, at least stop - start bytes."""
 
     nbytes: int
     compute: Callable[[int, int], NDArray[np.uint8]]
     sources: tuple[Data, ...] = ()
     in_order: bool = True
+    compute_into: Callable[[int, int, NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.compute(start, stop)
+
+    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Like `read`, perhaps in `out`."""
+        return self.compute(start, stop) if self.compute_into is None else self.compute_into(start, stop, out)
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of what of the sources bytes [start, stop) were made of."""
