@@ -26,7 +26,7 @@ from formats.encodings.encoded import Configuration, Encoded, writable_encoding
 from formats.encodings.lowering import computed_with_scales
 from formats.safetensors.companions import copied, json_companion, rewritten_config
 from formats.safetensors.file_layout import KINDS, FileLayout, laid_out
-from formats.safetensors.float_model import as_float_model
+from formats.safetensors.float_model import as_float_model, unheld_scales
 from formats.safetensors.packed_keys import PackedKeys
 from formats.safetensors.packed_layout import METADATA_NAME, description_of
 
@@ -103,7 +103,7 @@ def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
     dtype = None if options.scale_dtype is None else np.dtype(options.scale_dtype)
     weights: dict[str, Encoded] = {}
     tensors: dict[str, Tensor] = {}
-    losses: list[Loss] = []
+    losses = unheld_scales(model, options.layout)
     for name, tensor in model.items():
         if tensor.parameter_of in model.tensors:
             continue
