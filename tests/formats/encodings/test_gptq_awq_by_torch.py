@@ -18,8 +18,9 @@ import pytest
 import converters
 from converters.ir import Tensor
 from converters.quantize import parse_scheme, quantize_model
+from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.row_weights import weight, with_index
-from tests.formats.encodings.written import write
+from tests.formats.encodings.written import own_dtype, write
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -102,10 +103,10 @@ def test_torch_decodes_the_same_bits_of_groups_in_another_order(torch: Any, tmp_
 def _same_by_torch(torch: Any, folder: Path, layout: str, source: Tensor) -> None:
     encoded, configuration = write(folder, layout, [source])
     ((module, got),) = decoded_by_torch(torch, folder, layout, configuration.entries["quantization_config"])
-    wanted = encoded[f"{module}.weight"].weight.dequantize(np.float32)
+    wanted = library_values(encoded[f"{module}.weight"].weight)
     assert got.dtype == getattr(torch, np.dtype(source.quantization.scale.dtype).name)  # type: ignore[union-attr]
     np.testing.assert_array_equal(got.float().numpy(), wanted)
-    np.testing.assert_array_equal(got.float().numpy(), source.dequantize(np.float32))
+    np.testing.assert_array_equal(got.float().numpy(), source.dequantize(own_dtype(source)).astype(np.float32))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_a_model_of_transformers_computes_the_same(
     decoded = dict(decoded_by_torch(torch, tmp_path / "m", layout, config))
     assert set(decoded) == _replaced_modules(torch, model, layout, config)
     read = converters.load(tmp_path / "m")
-    ours = {name: torch.from_numpy(tensor.dequantize(np.float32).copy()) for name, tensor in read.items()}
+    ours = {name: torch.from_numpy(library_values(tensor).copy()) for name, tensor in read.items()}
     theirs = ours | {f"{module}.weight": each.float() for module, each in decoded.items()}
     tokens = torch.arange(16)[None]
     logits = []
