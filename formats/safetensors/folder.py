@@ -91,9 +91,10 @@ def _packed(model: Model) -> _Contents:
         owner = tensor.parameter_of
         together.setdefault(owner if owner is not None and owner in model else name, []).append(name)
     units, descriptions = [], []
+    is_plain = keys.say_nothing
     for names in together.values():
         units.append({key: tensor for name in names for key, tensor in keys.stored[name].items()})
-        descriptions.append({} if keys.say_nothing else {name: keys.descriptions[name] for name in names})
+        descriptions.append({} if is_plain else {name: keys.descriptions[name] for name in names})
     return _Contents(units, descriptions, Configuration({}), model)
 
 
