@@ -18,7 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converters.atomic import sync_folder
+from converters.atomic import new_file, sync_folder
 from converters.errors import UsageError
 from converters.interfaces import Companion, FolderPlan
 from converters.version import __version__
@@ -48,7 +48,7 @@ class StagedFolder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + _INCOMPLETE)
-        with incomplete.open("w+b") as stream:
+        with new_file(incomplete) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
