@@ -22,6 +22,7 @@ _HALF, _LEAST, _BEYOND = np.uint32(0x3F000000), np.uint32(0x38800000), np.uint32
 #: What makes float32's exponent float16's, and rounds to the nearest.
 _REBIASED = np.uint32(0xC8000FFF)
 _ONE, _13, _16 = np.uint32(1), np.uint32(13), np.uint32(16)
+_112 = np.float32(2.0**112)
 
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 _TABLE = types.Array(types.float32, 1, "C", readonly=True)
@@ -103,13 +104,14 @@ def _to_float16(values: Any, bits: Any, spare: Any, spare_bits: Any, out: Any, f
 
 @njit(cache=True, nogil=True)
 def _from_float16(half: Any, values: Any, bits: Any, count: int) -> None:
-    """The inverse of it."""
+    """The inverse of it: a half's bits, moved, are float32's of a number that is less by 112 of exponent."""
     for i in range(count):
-        size = np.uint32(half[i] & np.uint16(0x7FFF))
-        sign = np.uint32(half[i] & np.uint16(0x8000)) << _16
-        values[i] = np.float32(size) * np.float32(2.0**-24)  # right for what is below the least normal number
-        wide = bits[i] if size < np.uint32(0x0400) else (size << _13) + np.uint32(0x38000000)
-        bits[i] = sign | (wide if size < np.uint32(0x7C00) else _INFINITY)
+        bits[i] = np.uint32(half[i] & np.uint16(0x7FFF)) << _13
+    for i in range(count):
+        values[i] = values[i] * _112
+    for i in range(count):
+        size = bits[i] if bits[i] < _BEYOND else _INFINITY
+        bits[i] = size | (np.uint32(half[i] & np.uint16(0x8000)) << _16)
 
 
 @njit(cache=True, nogil=True)
