@@ -8,7 +8,7 @@ converters.convert("model.tflite", "weights.h", "weights.safetensors", "weights.
 
 from typing import TYPE_CHECKING, Any
 
-from converters.api import Conversion, compare_outputs, convert, load, save, verify
+from converters.api import Conversion, batch, compare_outputs, convert, load, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
@@ -28,6 +28,7 @@ __all__ = [
     "Quantization",
     "Scheme",
     "Tensor",
+    "batch",
     "compare_outputs",
     "convert",
     "load",

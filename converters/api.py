@@ -20,7 +20,8 @@ from converters.ir import Loss, Model
 from converters.options import describe
 from converters.running import OutputDifference
 
-if TYPE_CHECKING:  # quantization is imported when it is asked for
+if TYPE_CHECKING:  # quantization and batches are imported when they are asked for
+    from converters.batches.run import BatchResult, OnResult, Settings
     from converters.quantize import Accuracy
     from converters.scheme import Scheme
 
@@ -108,6 +109,56 @@ def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None 
         raise UsageError(f"reading these files takes no option '{unknown[0]}'")
     first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
+
+
+def batch(
+    source: AnyPath,
+    target: AnyPath,
+    to: str | Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = False,
+    fail_on_loss: bool = False,
+    settings: Settings | None = None,
+    on_result: OnResult | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Converts every model in a folder and below it, or those that a file lists ("-": standard input), to folder
+    `target`, each on its own in a process of its own: what fails is a record, and the others go on.
+
+    `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
+    a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
+    of how many; the other arguments are `convert`'s. The report is `nibblecast-report.jsonl` in the target. Raises
+    converters.Error for what concerns the batch as a whole, before anything is written.
+    """
+    from converters.batches.jobs import Request
+    from converters.batches.run import Settings, run_batch
+
+    request = Request(
+        dequantize=None if dequantize is None else np.dtype(dequantize).name,
+        quantize=None if quantize is None else str(_scheme(quantize)),
+        only=tuple(only),
+        skip=tuple(skip),
+        verify=verify,
+        fail_on_loss=fail_on_loss,
+        options=options,
+    )
+    formats = [to] if isinstance(to, str) else list(to)
+    return run_batch(
+        source,
+        target,
+        formats,
+        request,
+        settings or Settings(),
+        include=include,
+        exclude=exclude,
+        on_result=on_result,
+    )
 
 
 def compare_outputs(

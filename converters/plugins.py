@@ -205,6 +205,23 @@ def format_of_target(path: Path) -> Format:
     )
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the files of a folder are one model together: of a format that has folders, with an index of the files or
+    a configuration beside them."""
+    patterns = [pattern for format in all_formats().values() for pattern in format.folder]
+    has_weights = any(any(path.glob(pattern)) for pattern in patterns)
+    return has_weights and any(any(path.glob(pattern)) for pattern in ("*.index.json", "*config.json"))
+
+
+def target_in(format: Format, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
+    """Where the format's output for a model called `path` goes, by itself or in a folder of models: what its writer
+    says, or the name with the format's extension instead of its own (a folder has none)."""
+    named = getattr(writer(format), "target", None)
+    if named is not None:
+        return cast("Path", named(path, options, is_folder=is_folder))
+    return path.with_name((path.name if is_folder else path.stem) + format.extensions[0])
+
+
 def reader(format: Format) -> Reader:
     """The format's reader, its module imported now. Raises UsageError when it has none."""
     if not format.reader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
@@ -48,6 +48,12 @@ class SafetensorsWriter:
     capabilities: ClassVar[Capabilities] = Capabilities(
         frozenset({*KINDS, *SUB_BYTE, np.dtype(np.complex128)}), factor=True
     )
+
+    def target(self, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
+        """A folder for folders, and in layouts that need one."""
+        if is_folder:
+            return path
+        return path.with_suffix("" if options.get("layout", "packed") != "packed" else _EXTENSION)
 
     def plan(self, model: Model, target: Path, options: SafetensorsOptions) -> Plan | FolderPlan:
         """Lays out the files. Raises Unsupported when a header would pass the container's limit, or for what the layout

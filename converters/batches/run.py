@@ -1,0 +1,221 @@
+"""A batch from beginning to end: what there is to do, what was done already, workers, report."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+from converters.batches.jobs import Job, Request, run_job
+from converters.batches.outputs import planned_jobs
+from converters.batches.records import REPORT, Failure, Record, append, read_report, write_report
+from converters.batches.sources import digest_of, find_sources
+from converters.batches.workers import LocalWorkers, Workers
+from converters.errors import ExitCode, UsageError
+from converters.version import __version__
+
+_LOCK = ".nibblecast-lock"
+_WAIT_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A record for each model, in the order of their names, and how long all of it took. `kept` of them were done by a
+    run before this one."""
+
+    records: tuple[Record, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """Those that were not converted."""
+        return tuple(record for record in self.records if not record.done)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a batch is run: `jobs` workers (None: as many as processors), seconds and bytes of memory for each model
+    (None: no limit), how often one is tried again after what may pass, whether what an earlier run has done is kept,
+    and whether the first failure ends the batch."""
+
+    jobs: int | None = None
+    timeout: float | None = None
+    memory: int | None = None
+    retries: int = 0
+    resume: bool = False
+    fail_fast: bool = False
+    dry_run: bool = False
+
+
+#: Told of each record, with how many there are of how many.
+OnResult = Callable[[Record, int, int], None]
+
+
+def run_batch(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    formats: Sequence[str],
+    request: Request,
+    settings: Settings,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_result: OnResult | None = None,
+) -> BatchResult:
+    """Converts every model of a folder or a list. A model that fails is a record; the others go on. Raises UsageError
+    before anything is written: for names that clash, a target that another run is writing, formats that there are not."""
+    began = time.perf_counter()
+    folder = Path(target)
+    sources = find_sources(source, include, exclude, folder)
+    jobs = planned_jobs(sources, folder, formats, request)
+    if settings.dry_run:
+        records = [run_job(job, dry_run=True) for job in jobs]
+        return BatchResult(tuple(records), time.perf_counter() - began)
+    with _held(folder):
+        report = folder / REPORT
+        before = read_report(report) if settings.resume else {}
+        batch = _Batch(len(jobs), on_result)
+        todo = list(batch.kept(jobs, before))
+        write_report(report, batch.records.values())
+        with report.open("a", encoding="utf-8") as stream:
+            batch.stream = stream
+            if todo:
+                _work(batch, todo, settings)
+        write_report(report, batch.records.values())
+    ordered = tuple(batch.records[job.name] for job in jobs if job.name in batch.records)
+    return BatchResult(ordered, time.perf_counter() - began)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The records so far; each is reported when it comes."""
+
+    total: int
+    on_result: OnResult | None
+    records: dict[str, Record] = field(default_factory=dict)
+    stream: IO[str] | None = None
+
+    def kept(self, jobs: Iterable[Job], before: Mapping[str, Record]) -> Iterator[Job]:
+        """The jobs that are not done; what a run before has done is a record again."""
+        for job in jobs:
+            record = before.get(job.name)
+            if record is None or not _is_current(record, job):
+                yield job
+            else:
+                self.add(replace(record, kept=True))
+
+    def add(self, record: Record) -> None:
+        """Takes a record, and writes it to the report."""
+        self.records[record.source] = record
+        if self.stream is not None:
+            append(self.stream, record)
+        if self.on_result is not None:
+            self.on_result(record, len(self.records), self.total)
+
+
+def _is_current(record: Record, job: Job) -> bool:
+    """Whether a record stands for what would be done now: same request, same version, same source, outputs there."""
+    if not record.done or record.request != job.text or record.nibblecast != __version__:
+        return False
+    for output in record.outputs:
+        try:
+            if (job.folder / output.path).stat().st_size != output.bytes:
+                return False
+        except OSError:
+            return False
+    try:
+        return digest_of(job.source) == record.sha256
+    except OSError:
+        return False
+
+
+def _work(batch: _Batch, todo: Sequence[Job], settings: Settings) -> None:
+    workers = LocalWorkers(_count(settings, todo), timeout=settings.timeout, memory=settings.memory)
+    try:
+        _supervise(batch, todo, settings, workers)
+    except BaseException:
+        workers.stop()
+        for job in todo:
+            _tidy(job)
+        raise
+    workers.close()
+
+
+def _count(settings: Settings, todo: Sequence[Job]) -> int:
+    return max(1, min(settings.jobs or os.cpu_count() or 1, len(todo)))
+
+
+def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
+    """Hands out the jobs, and takes their records. No more are handed out than are worked on, and as many again: what
+    is interrupted loses little, and a first failure that ends the batch ends it soon."""
+    waiting = iter(todo)
+    running: dict[Future[Record], tuple[Job, int]] = {}
+    ahead = 2 * _count(settings, todo)
+    while True:
+        for job in waiting:
+            running[workers.submit(job)] = (job, 1)
+            if len(running) >= ahead:
+                break
+        if not running:
+            return
+        done, _ = wait(running, timeout=_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            job, attempt = running.pop(future)
+            record = replace(_record(future, job, workers), attempts=attempt)
+            if record.failure is not None:
+                _tidy(job)
+                if record.failure.transient and attempt <= settings.retries:
+                    running[workers.submit(job)] = (job, attempt + 1)
+                    continue
+            batch.add(record)
+            if settings.fail_fast and not record.done:
+                workers.stop()
+                for unfinished, _ in running.values():
+                    _tidy(unfinished)
+                return
+
+
+def _record(future: Future[Record], job: Job, workers: Workers) -> Record:
+    error = future.exception()
+    if error is None:
+        return future.result()
+    failure: Failure = workers.failure_of(error, job)
+    return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)
+
+
+def _tidy(job: Job) -> None:
+    """Removes the temporary files of a process that was ended; a folder's complete shards stay for the next attempt."""
+    for _, target in job.targets:
+        for part in target.parent.glob(".*.nibblecast-part"):
+            if part.is_file() and part.name.startswith(f".{target.stem[:100]}"):
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder, and clears away what one that was killed has left."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK).open("w")
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError("is being written by another batch: wait for it, or stop it", path=folder) from error
+        for part in folder.rglob(".*.nibblecast-part"):
+            if part.is_file():
+                part.unlink(missing_ok=True)
+        yield
+
+
+def exit_code(result: BatchResult) -> ExitCode:
+    """0 where all models were converted, 7 otherwise."""
+    return ExitCode.BATCH_FAILED if result.failed else ExitCode.DONE
