@@ -38,9 +38,10 @@ class Magic:
 class Format:
     """A format: how to recognise it, and where its code is.
 
-    `folder` is a pattern of the files that a folder has which is a model of this format (empty: none is). `magic` are
-    alternatives; `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and
-    `install_runner` say what to install when the module's imports fail.
+    A folder with a file that one of the patterns `folder` matches is a model of this format, unless it is one of a
+    format of those that this one `yields_to` as well. `magic` are alternatives;
+    `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and `install_runner` say what
+    to install when the module's imports fail.
     """
 
     name: str
@@ -50,7 +51,8 @@ class Format:
     reader: str = ""
     writer: str = ""
     install: str = ""
-    folder: str = ""
+    folder: tuple[str, ...] = ()
+    yields_to: tuple[str, ...] = ()
     runner: str = ""
     install_runner: str = ""
 
@@ -85,6 +87,8 @@ FORMATS = (
         "PyTorch: state dicts, checkpoints, modules, TorchScript and exported programs, none of it executed",
         (".pt", ".pth", ".bin", ".ckpt", ".pt2", ".ptl", ".pkl"),
         (Magic(0, b"PK\x03\x04"), Magic(0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+        folder=("*.bin", "*.bin.index.json", "*.pt", "*.pth"),
+        yields_to=("safetensors",),  # as in transformers, where a repository has its weights in both
         reader="formats.pytorch.reader:PyTorchReader",
     ),
     Format(
@@ -92,7 +96,7 @@ FORMATS = (
         "safetensors: packed codes with self-describing metadata, or plain floats",
         (".safetensors",),
         (Magic(8, b"{"),),
-        folder="*.safetensors",
+        folder=("*.safetensors", "*.safetensors.index.json"),
         reader="formats.safetensors.reader:SafetensorsReader",
         writer="formats.safetensors.writer:SafetensorsWriter",
     ),
@@ -179,10 +183,11 @@ def detect(path: Path) -> Format:
 
 def _of_folder(path: Path) -> Format:
     for known in (_known_built_in, all_formats):
-        for format in known().values():
-            if format.folder and any(path.glob(format.folder)):
+        having = {f.name: f for f in known().values() if any(any(path.glob(pattern)) for pattern in f.folder)}
+        for format in having.values():
+            if having.keys().isdisjoint(format.yields_to):
                 return format
-    patterns = ", ".join(format.folder for format in all_formats().values() if format.folder)
+    patterns = ", ".join(pattern for format in all_formats().values() for pattern in format.folder)
     raise CorruptFile(f"is a folder without a model: {patterns} would be one", path=path)
 
 

@@ -95,13 +95,14 @@ def _whole_bytes(stored: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any], s
 
 def _fields(packed: NDArray[np.uint8], bits: int, columns: int, *, signed: bool, dense: bool) -> NDArray[Any]:
     """The first `columns` fields of each row of bytes, one in an element."""
-    fields = _dense_fields(packed, bits) if dense else _fields_of_words(packed, bits)
+    fields = dense_fields(packed, bits) if dense else _fields_of_words(packed, bits)
     codes: NDArray[Any] = fields.reshape(packed.shape[0], -1)[:, :columns]
     return (codes - np.uint8(1 << bits - 1)).view(np.int8) if signed else codes
 
 
-def _dense_fields(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Eight fields are as many bytes as one has bits."""
+def dense_fields(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """The fields that follow each other across bytes, shape (rows, n, 8): eight of them are as many bytes as one has
+    bits. Rows that end before are filled up with zeros."""
     groups = np.pad(packed, ((0, 0), (0, -packed.shape[1] % bits))).reshape(packed.shape[0], -1, bits)
     fields = np.empty((*groups.shape[:2], 8), np.uint8)
     for position in range(8):

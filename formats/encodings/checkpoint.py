@@ -19,6 +19,7 @@ from typing import Any, Protocol, cast
 
 from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Tensor
+from formats.encodings.unread import unread_codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,7 +87,7 @@ class _Encoding(Protocol):
     def decode(self, stored: Stored) -> Weight: ...
 
 
-#: The ends of keys that only encoded weights have, and the encodings that may be behind them, in the order in which
+#: The ends of keys that encoded weights have, and the encodings that may be behind them, in the order in which
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -95,20 +96,27 @@ MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ".bitmask": ("compressed_tensors",),
         ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
         ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),
+        ".qscale_weight": ("finegrained_fp8",),
         ".qweight": ("gptq", "awq"),
+        ".scale": ("finegrained_fp8",),
         ".scales": ("mlx", "dynamic_activation_linear"),
         ".weight._data": ("quanto",),
         ".weight._data._data": ("quanto",),
         ".weight_packed": ("compressed_tensors",),
         ".weight_scale": ("compressed_tensors", "modelopt"),
         "_blocks": ("mxfp4",),
+        "_scale_inv": ("finegrained_fp8",),
+        "_weight_scale": ("modelopt_experts",),
     }
 )
+#: Of these, those that other tensors have as well.
+_AMBIGUOUS = frozenset((".scale",))
 
 
 def is_encoded(keys: Iterable[str]) -> bool:
     """Whether any of these keys is one that only encoded weights have."""
-    return any(key.endswith(tuple(MARKERS)) for key in keys)
+    markers = tuple(MARKERS.keys() - _AMBIGUOUS)
+    return any(key.endswith(markers) for key in keys)
 
 
 def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Loss]]:
@@ -125,8 +133,15 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
                 made_of |= {prefix + suffix for suffix in found.made_of}
                 break
     tensors, losses = _in_order(checkpoint, weights, made_of)
+    left = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in weights and key not in made_of}
     if checkpoint.method and not weights:
         detail = f"nothing of quant_method '{checkpoint.method}' was recognised: tensors are as they are stored"
+        losses.append(Loss("", "reinterpreted", detail))
+    elif unread := unread_codes(left):
+        named = f"'{unread[0]}'" + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")
+        detail = (
+            f"{named}: codes by their looks, with scales beside them, of no encoding known here: they are as stored"
+        )
         losses.append(Loss("", "reinterpreted", detail))
     return tensors, losses
 

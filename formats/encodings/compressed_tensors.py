@@ -5,6 +5,7 @@
     float-quantized        weight float8
     nvfp4-pack-quantized   weight_packed uint8, float4 codes; weight_scale float8, divided by weight_global_scale
     mxfp4-pack-quantized   weight_packed uint8, float4 codes; weight_scale uint8, exponents
+    mxfp6-pack-quantized   weight_packed uint8, float6 codes, four in three bytes; weight_scale uint8, exponents
     mxfp8-quantized        weight float8; weight_scale uint8, exponents
 
     weight[o, i] = scale * (code - zero_point), in the dtype of the scales; values of nvfp4 are rounded to bfloat16
@@ -31,6 +32,7 @@ from formats.encodings.bit_fields import across_rows, along_rows, words_for
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.codes import dtype_for, narrowed
 from formats.encodings.compressed_tensors_scheme import UNREAD, Scheme, layout_names, schemes
+from formats.encodings.float6 import FLOAT6_E2M3, float6
 from formats.encodings.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
@@ -84,7 +86,7 @@ def decode(stored: Stored) -> Weight:
     if packed.dtype == np.int32:
         return _packed_integers(stored, packed, stored[".weight_scale"])
     if packed.dtype == np.uint8:
-        return _packed_float4(stored, packed, stored[".weight_scale"])
+        return _packed_floats(stored, packed, stored[".weight_scale"])
     raise CorruptFile(f"has weight_packed of {packed.dtype}, where int32 or uint8 is needed")
 
 
@@ -235,18 +237,21 @@ def _zero_point(stored: Stored, grid: tuple[int, ...], packing: tuple[int, bool]
     return replace(zero_point, name="zero_point", shape=grid)
 
 
-def _packed_float4(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
+def _packed_floats(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
     name = f"{stored.prefix}.weight"
     zero_point = stored.get(".weight_zero_point")
     if zero_point is not None and zero_point.codes().any():
-        raise Unsupported("has float4 codes with zero points, which compressed-tensors leaves out when it decodes")
+        raise Unsupported("has small floats with zero points, which compressed-tensors leaves out when it decodes")
     if scale.dtype == FLOAT8_E4M3:
         schemes(stored, frozenset(("nvfp4-pack-quantized",)))
         divided = _divided(scale, stored[".weight_global_scale"])
         loss = Loss(name, "widened", "its scales, float8 by a divisor, are divided to float32")
         return Weight(small_floats(name, FLOAT4, packed, divided, _NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
-        raise Unsupported(f"is in the layout 'mxfp6-pack-quantized' of compressed-tensors: {_DECOMPRESS}")
+        schemes(stored, frozenset(("mxfp6-pack-quantized",)))
+        shape = (*packed.shape[:-1], scale.shape[-1] * _MX_BLOCK)
+        codes = float6(name, shape, FLOAT6_E2M3, packed.data)
+        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), _MX_BLOCK), _PARTS)
     schemes(stored, frozenset(("mxfp4-pack-quantized",)))
     return Weight(small_floats(name, FLOAT4, packed, exponents(scale), _MX_BLOCK), _PARTS)
 

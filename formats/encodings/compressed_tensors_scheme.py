@@ -16,7 +16,7 @@ from converters.ir import blocked, grid_shape, per_tensor
 from formats.encodings.checkpoint import Stored
 
 #: Layouts that are known by name only.
-UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized"))
+UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
 #: Names that say nothing about the layout of one weight.
 _ANY = frozenset(("", "mixed-precision"))
 

@@ -17,23 +17,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, group_size, small_floats
-from formats.encodings.rearranged import made_by_rows
+from formats.encodings.rearranged import paired_rows
 
 METHODS = frozenset(("modelopt", "modelopt_fp4", "modelopt_mixed"))
 
 _INT4 = np.dtype(ml_dtypes.int4)
-_NVFP4_BLOCK = 16
-_MX_BLOCK = 32
+NVFP4_BLOCK = 16
+MX_BLOCK = 32
 _PARTS = (".weight", ".weight_scale", ".weight_scale_2")
 
 #: What the configuration calls each layout.
@@ -68,23 +66,23 @@ def decode(stored: Stored) -> Weight:
     name = f"{stored.prefix}.weight"
     if weight.dtype == np.uint8:
         if scale.dtype == FLOAT8_E4M3:
-            _agree(stored, "nvfp4", _NVFP4_BLOCK)
-            nested = _nested(scale, stored[".weight_scale_2"])
-            return Weight(small_floats(name, FLOAT4, weight, nested, _NVFP4_BLOCK), _PARTS)
+            agree(stored, "nvfp4", NVFP4_BLOCK)
+            scales = nested(scale, stored[".weight_scale_2"])
+            return Weight(small_floats(name, FLOAT4, weight, scales, NVFP4_BLOCK), _PARTS)
         if scale.dtype == np.uint8:
-            _agree(stored, "mxfp4", _MX_BLOCK)
-            return Weight(small_floats(name, FLOAT4, weight, exponents(scale), _MX_BLOCK), _PARTS)
+            agree(stored, "mxfp4", MX_BLOCK)
+            return Weight(small_floats(name, FLOAT4, weight, exponents(scale), MX_BLOCK), _PARTS)
         return Weight(_int4(stored, name, weight, float_scales(scale)), _PARTS)
     if scale.dtype == np.uint8:
-        _agree(stored, "mxfp8", _MX_BLOCK)
-        return Weight(small_floats(name, weight.dtype, weight, exponents(scale), _MX_BLOCK), _PARTS)
-    _agree(stored, "int8" if weight.dtype == np.int8 else "fp8", None)
+        agree(stored, "mxfp8", MX_BLOCK)
+        return Weight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
+    agree(stored, "int8" if weight.dtype == np.int8 else "fp8", None)
     blocks = _blocks(weight.shape, scale.shape)
     scale = replace(float_scales(scale), name="scale", shape=grid_shape(weight.shape, blocks))
     return Weight(replace(weight, name=name, quantization=Quantization(scale, blocks)), _PARTS)
 
 
-def _agree(stored: Stored, layout: str, size: int | None) -> None:
+def agree(stored: Stored, layout: str, size: int | None) -> None:
     """Raises CorruptFile where the configuration says another algorithm or group size than the tensors are of."""
     algorithm = stored.setting("quant_algo", str, "")
     every = stored.checkpoint.config.get("quantized_layers")
@@ -98,7 +96,7 @@ def _agree(stored: Stored, layout: str, size: int | None) -> None:
         raise CorruptFile(f"has tensors of {layout}, in groups of {size}, but its configuration says {told!r:.40}")
 
 
-def _nested(scale: Tensor, outer: Tensor) -> Tensor:
+def nested(scale: Tensor, outer: Tensor) -> Tensor:
     """The scales of blocks, of which `outer` is the scale: one for all, or for each expert."""
     if outer.dtype != np.float32 or not scale.shape:
         raise CorruptFile(f"has weight_scale_2 of {outer.dtype} for weight_scale of shape {scale.shape}")
@@ -114,22 +112,14 @@ def _int4(stored: Stored, name: str, weight: Tensor, scale: Tensor) -> Tensor:
     """int4 codes of two outputs in a byte."""
     if stored.get(".weight_scale_2") is not None:
         raise Unsupported("is W4A8_AWQ of ModelOpt, whose codes are of float8 ones: save it as W4A16_AWQ or NVFP4")
-    _agree(stored, "int4", None)
+    agree(stored, "int4", None)
     shape = (*weight.shape[:-2], weight.shape[-2] * 2, weight.shape[-1])
-    columns = shape[-1]
     if scale.shape[:-1] != shape[:-1]:
         raise CorruptFile(
             f"has weight of shape {weight.shape} and weight_scale of {scale.shape}: (O / 2, I) and (O, G)"
         )
-    size = group_size(stored.setting("group_size", int, 0), columns, scale.shape[-1])
-
-    def rows(first: int, last: int) -> NDArray[Any]:
-        start, stop = first // 2, -(-last // 2)
-        pairs = weight.data.read(start * columns, stop * columns).reshape(stop - start, 1, columns)
-        codes = np.concatenate((pairs & np.uint8(15), pairs >> np.uint8(4)), axis=1).reshape(-1, columns)
-        return codes[first - start * 2 : last - start * 2]
-
-    codes = made_by_rows(name, shape, _INT4, rows, weight.data)
+    size = group_size(stored.setting("group_size", int, 0), shape[-1], scale.shape[-1])
+    codes = paired_rows(name, weight, _INT4)
     quantization = Quantization(replace(scale, name="scale"), blocked(shape, len(shape) - 1, size))
     return replace(codes, quantization=quantization)
 

@@ -8,7 +8,10 @@
 
 Each operation is rounded to the dtype of the scales. Where a row of the weight has more than 128 elements, its groups
 are of the first of 128, 96, 64 and 32 that divides it. The weight's own shape is then nowhere in the file: the bias has
-as many elements as it has rows, or the architecture's config.json tells.
+as many elements as it has rows, or the architecture's config.json tells; of a convolution's other axes nothing does.
+
+quanto's layers quantize along the first axis (nn/qmodule.py). quantize_weight can do so along the last one, with scales
+(1, …, I): bytes are read so, packed codes are not, whose axis is told by nothing where they are in groups.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
-from converters.ir import Quantization, Tensor, is_float, is_integer, per_axis, per_tensor
+from converters.ir import Loss, Quantization, Tensor, grid_shape, is_float, is_integer, per_axis, per_tensor
 from converters.storage import Computed
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.flat_blocks import flat_blocks
@@ -37,6 +40,7 @@ _PLAIN = ".weight._data"
 _SCALE, _SHIFT = ".weight._scale", ".weight._shift"
 _ACTIVATIONS = (".input_scale", ".output_scale")
 _CODES: Mapping[int, np.dtype[Any]] = MappingProxyType({2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4)})
+_NO_SHAPE = "is taken for a matrix: its shape is not in the file, and a convolution's has more axes"
 _GROUP_SIZES = (128, 96, 64, 32)
 _TYPES = ("qint2", "qint4", "qint8", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2")
 #: The sizes of an architecture that say how many rows the layers of these names have (transformers' names).
@@ -97,12 +101,18 @@ def _bytes(stored: Stored, name: str, type_: str) -> Tensor:
     if type_ and (type_ == "qint8") != (data.dtype == np.int8):
         raise CorruptFile(f"has data of {data.dtype}, but is {type_} in its configuration")
     shape = data.shape
-    block_shape = per_tensor(shape) if scale.size == 1 else per_axis(shape, 0)
-    grid = tuple(1 for _ in shape) if scale.size == 1 else (shape[0] if shape else 1, *(1 for _ in shape[1:]))
+    axis = len(shape) - 1 if _is_along_last(scale) else 0
+    block_shape = per_tensor(shape) if scale.size == 1 or not shape else per_axis(shape, axis)
+    grid = grid_shape(shape, block_shape)
     if scale.size != prod(grid):
         raise CorruptFile(f"has {scale.size} scales for data of shape {shape}")
     quantization = Quantization(replace(scale, shape=grid), block_shape, compute_dtype=scale.dtype)
     return replace(data, name=name, quantization=quantization)
+
+
+def _is_along_last(scale: Tensor) -> bool:
+    """Whether there is a scale for each position of the last axis, and not of the first one."""
+    return len(scale.shape) > 1 and scale.shape[-1] == scale.size > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,10 @@ def _packed(stored: Stored, name: str, type_: str, made_of: tuple[str, ...]) -> 
         raise CorruptFile(f"has codes of {data.dtype} and shape {data.shape}: a matrix of uint8 is needed")
     if shift.size != scale.size or not (is_float(shift.dtype) or is_integer(shift.dtype)):
         raise CorruptFile(f"has {shift.size} shifts of {shift.dtype} for {scale.size} scales")
+    if _is_along_last(scale):
+        raise Unsupported(
+            f"has scales of shape {scale.shape}, along its last axis: quantize it along the first with quanto"
+        )
     matrix = _Matrix(scale.size, prod(data.shape[1:]), (scale.size, *data.shape[1:]))
     bits = _bits(matrix, data.shape[0], type_)
     shape = _shape(stored, matrix)
@@ -137,7 +151,8 @@ def _packed(stored: Stored, name: str, type_: str, made_of: tuple[str, ...]) -> 
         compute_dtype=scale.dtype,
     )
     codes = fields(data, matrix.rows, bits, _CODES[bits], highest_first=False)
-    return Weight(Tensor(name, shape, _CODES[bits], codes, quantization), made_of)
+    losses = () if shape == matrix.shape or _is_linear(stored) else (Loss(name, "reinterpreted", _NO_SHAPE),)
+    return Weight(Tensor(name, shape, _CODES[bits], codes, quantization), made_of, losses)
 
 
 def _bits(matrix: _Matrix, packed_rows: int, type_: str) -> int:
@@ -158,6 +173,11 @@ def _shape(stored: Stored, matrix: _Matrix) -> tuple[int, ...]:
         return matrix.shape
     rows = _row_count(stored, matrix)
     return (rows, matrix.rows // rows * matrix.columns)
+
+
+def _is_linear(stored: Stored) -> bool:
+    """Whether the layer's name is one of linear layers."""
+    return stored.prefix.rpartition(".")[2] in _ROWS
 
 
 def _row_count(stored: Stored, matrix: _Matrix) -> int:

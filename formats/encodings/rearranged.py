@@ -91,6 +91,20 @@ def swapped_nibbles(data: Data, count: int) -> Data:
     return Computed(packed_size(count, 4), read, (data,))
 
 
+def paired_rows(name: str, stored: Tensor, dtype: np.dtype[Any]) -> Tensor:
+    """Elements of 4 bits, shape (..., 2 * rows, columns), in the bytes of `stored`, (..., rows, columns): row 2r in the
+    low nibbles of row r, row 2r + 1 in the high ones."""
+    columns = stored.shape[-1]
+
+    def rows(first: int, last: int) -> NDArray[Any]:
+        start, stop = first // 2, -(-last // 2)
+        pairs = stored.data.read(start * columns, stop * columns).reshape(stop - start, 1, columns)
+        found = np.concatenate((pairs & np.uint8(15), pairs >> np.uint8(4)), axis=1).reshape(-1, columns)
+        return found[first - start * 2 : last - start * 2]
+
+    return made_by_rows(name, (*stored.shape[:-2], stored.shape[-2] * 2, columns), dtype, rows, stored.data)
+
+
 def fields(words: Tensor, rows: int, bits: int, dtype: np.dtype[Any], *, highest_first: bool) -> Data:
     """The canonical bytes of codes of `bits` bits that lie in the fields of unsigned `words`, shape (p, columns): the
     first p rows of the codes in the first field, the next p in the next one, up to `rows`."""

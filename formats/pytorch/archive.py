@@ -21,6 +21,8 @@ from converters.storage import FileRange, MappedFile
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
 _ENCRYPTED = 1
+#: What TorchScript archives have beside the pickle of their modules.
+CONSTANTS = "constants.pkl"
 #: What torch.export wrote its programs to before torch 2.8.
 OLD_PROGRAM = "serialized_exported_program.json"
 

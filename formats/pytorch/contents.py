@@ -42,6 +42,13 @@ class StateDict:
 
 def state_dict_of(saved: Any) -> StateDict:
     """The tensors in what was saved. Raises CorruptFile where it nests without end."""
+    found = as_saved(saved)
+    strip_wrappers(found)
+    return found
+
+
+def as_saved(saved: Any) -> StateDict:
+    """Likewise, under the names that they were saved by, those of wrappers included."""
     found = StateDict()
     model = _unwrapped(saved, found)
     walk = _Walk(found)
@@ -49,9 +56,13 @@ def state_dict_of(saved: Any) -> StateDict:
         found.leaves["tensor"] = model
     else:
         walk.visit(model, "", 0)
+    return found
+
+
+def strip_wrappers(found: StateDict) -> None:
+    """Takes the prefixes off the names that wrappers of a model put before all of them."""
     for prefix in _WRAPPER_PREFIXES:
         _strip(found, prefix)
-    return found
 
 
 def _unwrapped(saved: Any, found: StateDict) -> Any:

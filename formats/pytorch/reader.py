@@ -15,16 +15,17 @@ from converters.ir import Loss, Metadata, Model, Tensor
 from converters.storage import MappedFile
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint, is_encoded
 from formats.encodings.configuration import model_config, quantization_config
-from formats.pytorch.archive import Archive
+from formats.encodings.shards import Shards
+from formats.pytorch.archive import CONSTANTS, Archive
 from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
 from formats.pytorch.contents import Leaf, StateDict, state_dict_of
 from formats.pytorch.fake_quantizers import quantize_weights
 from formats.pytorch.packed_parameters import unpack_parameters
+from formats.pytorch.shards import checkpoint_files, together
 from formats.pytorch.tensors import tensor_of
 from formats.pytorch.values import StridedTensor, SubclassTensor
 
-_CONSTANTS = "constants.pkl"
 _NOT_FOLDED = "its scale was trained with the batch norm folded into it: --opt fold-batch-norm=true does that"
 
 
@@ -42,29 +43,41 @@ class PyTorchOptions:
 
 
 class PyTorchReader:
-    """Reads .pt, .pth, .bin, .ckpt and .pt2 files."""
+    """Reads .pt, .pth, .bin, .ckpt and .pt2 files, and folders whose model is in one of them or in shards."""
 
     options: ClassVar[type] = PyTorchOptions
 
     def read(self, path: Path, options: PyTorchOptions = PyTorchOptions()) -> Model:
         """The tensors as the float model's state dict names them. Raises CorruptFile for damage and for pickles that
         name what they must not, Unsupported for what is valid but not handled."""
-        file = MappedFile.open(path)
-        if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
-            return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
-        archive = Archive.open(file)
-        if archive.is_exported:
-            return _program(archive, path, options)
-        found = state_dict_of(saved_value(archive))
-        if _CONSTANTS not in archive:
-            return _model(found, "", path, options)
-        # what torch.jit.freeze has taken for constants, as the code calls it
-        constants = saved_value(archive, _CONSTANTS, "constants/")
-        if isinstance(constants, tuple):
-            values = {f"CONSTANTS.c{number}": value for number, value in enumerate(constants)}
-            found.leaves |= state_dict_of(values).leaves
-        found.losses.append(Loss("", "dropped", "the code of its TorchScript modules"))
-        return _model(found, "TorchScript", path, options)
+        files = checkpoint_files(path) if path.is_dir() else Shards((path,))
+        if files.index is not None or len(files.files) > 1:
+            return _model(together(files), "", path, options)
+        try:
+            return _of_file(files.files[0], path, options)
+        except Error as error:
+            error.path = error.path or files.files[0]
+            raise
+
+
+def _of_file(name: Path, path: Path, options: PyTorchOptions) -> Model:
+    """What is in the file `name`, of the model that is called by `path`: the file itself, or its folder."""
+    file = MappedFile.open(name)
+    if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
+        return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
+    archive = Archive.open(file)
+    if archive.is_exported:
+        return _program(archive, path, options)
+    found = state_dict_of(saved_value(archive))
+    if CONSTANTS not in archive:
+        return _model(found, "", path, options)
+    # what torch.jit.freeze has taken for constants, as the code calls it
+    constants = saved_value(archive, CONSTANTS, "constants/")
+    if isinstance(constants, tuple):
+        values = {f"CONSTANTS.c{number}": value for number, value in enumerate(constants)}
+        found.leaves |= state_dict_of(values).leaves
+    found.losses.append(Loss("", "dropped", "the code of its TorchScript modules"))
+    return _model(found, "TorchScript", path, options)
 
 
 def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
@@ -89,8 +102,8 @@ def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions)
     for name, leaf in found.leaves.items():
         tensors[name], more = _tensor(name, leaf, options)
         losses += more
-    if is_encoded(tensors):
-        folder = path.parent
+    if path.is_dir() or is_encoded(tensors):  # what lies beside a lone file may belong to another one
+        folder = path if path.is_dir() else path.parent
         checkpoint = Checkpoint(tensors, quantization_config(folder), model_config(folder), found.values)
         tensors, more = decode_checkpoint(checkpoint)
         losses += more

@@ -18,12 +18,13 @@ import numpy as np
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import bits_of
-from converters.storage import FileRange, MappedFile
+from converters.storage import Data, MappedFile
+from formats.encodings import float6
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
 
-#: The container's dtypes that have a NumPy (or ml_dtypes) equivalent.
+#: The container's dtypes whose bytes are those of a NumPy (or ml_dtypes) equivalent: all 22 but float6.
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
         "BOOL": np.dtype(np.bool_),
@@ -52,11 +53,12 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
-    """An entry of the header: logical shape, dtype, and its bytes in the file."""
+    """An entry of the header: logical shape, dtype, and its canonical bytes: a range of the file, or what is computed
+    from one (float6, which the file has in six bits and NumPy in eight)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    data: FileRange
+    data: Data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,16 +124,22 @@ def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, in
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise CorruptFile(f"has shape {shape!r} and data_offsets {offsets!r}; counts are needed", tensor=name)
-    if not isinstance(kind, str) or kind not in DTYPES:
-        reason = "has no NumPy form" if kind in ("F6_E2M3", "F6_E3M2") else "is unknown to safetensors 0.8"
-        raise Unsupported(f"is of dtype {kind!r}, which {reason}: leave it out with its producer's tools", tensor=name)
+    dtype = DTYPES.get(kind, float6.BY_NAME.get(kind)) if isinstance(kind, str) else None
+    if dtype is None:
+        raise Unsupported(
+            f"is of dtype {kind!r:.40}, which is unknown to safetensors 0.8: leave it out with its producer's tools",
+            tensor=name,
+        )
     first, last = offsets
-    dtype, bits = DTYPES[kind], prod(shape) * bits_of(DTYPES[kind])
+    is_float6 = kind in float6.BY_NAME
+    bits = prod(shape) * (float6.BITS if is_float6 else bits_of(dtype))
     if bits % 8 or last - first != bits // 8:
         raise CorruptFile(
             f"has {last - first} bytes for shape {shape} of {kind}, which takes {bits / 8:g}", tensor=name
         )
-    return name, first, last, StoredTensor(tuple(shape), dtype, file.range(start + first, last - first))
+    stored = file.range(start + first, last - first)
+    data = float6.one_in_a_byte(stored, prod(shape)) if is_float6 else stored
+    return name, first, last, StoredTensor(tuple(shape), dtype, data)
 
 
 def _counts(values: Any) -> TypeGuard[list[int]]:

@@ -24,13 +24,15 @@ import numpy as np
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
+from formats.encodings import float6
 from formats.safetensors.container import DTYPES, StoredTensor
 
 METADATA_NAME = "nibblecast"
 VERSION = 1
 
-_DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
-    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, np.dtype(np.complex128))
+#: What the layout holds: the container's dtypes, and others whose canonical bytes are stored as U8.
+DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
+    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, *float6.BY_NAME.values(), np.dtype(np.complex128))
 }
 _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 
@@ -108,7 +110,7 @@ def _built(
 ) -> Tensor:
     key = description["data"]
     shape = tuple(_count(size) for size in description["shape"])
-    dtype = _DTYPES_BY_NAME[description["dtype"]]
+    dtype = DTYPES_BY_NAME[description["dtype"]]
     shared = models.get(key)
     if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
         return shared
@@ -144,7 +146,7 @@ def _built_activation(described: list[Any] | None) -> Activation | None:
     if described is None:
         return None
     dtype, shape, scale, zero_point = described
-    return Activation(_DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
+    return Activation(DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
 
 
 def _built_quantization(
@@ -165,7 +167,7 @@ def _built_quantization(
         offset=parameters.get("offset"),
         codebook=parameters.get("codebook"),
         group_index=group_index,
-        compute_dtype=_DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
+        compute_dtype=DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
         factor=float(description.get("factor", 1)),
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.ir import Metadata, Model, Tensor
+from converters.ir import Loss, Metadata, Model, Tensor
 from formats.encodings import torchao_safetensors
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from formats.encodings.configuration import model_config, quantization_config
+from formats.encodings.float6 import BY_NAME
 from formats.safetensors.packed_layout import METADATA_NAME, build
 from formats.safetensors.shards import open_checkpoint
+
+_FLOAT6 = "its float6 tensors are taken to have the lowest bits first, an order that safetensors leaves open"
 
 
 class SafetensorsReader:
@@ -18,17 +21,20 @@ class SafetensorsReader:
     def read(self, path: Path) -> Model:
         """The tensors in the header's order, as the metadata of nibblecast or torchao describe them, or as the float
         model's weights that their encoding stands for; headers and small parameters only."""
-        container = open_checkpoint(path)
+        container, left_out = open_checkpoint(path)
+        losses = list(left_out)
+        if any(entry.dtype in BY_NAME.values() for entry in container.entries.values()):
+            losses.append(Loss("", "reinterpreted", _FLOAT6))
         description = container.metadata.get(METADATA_NAME)
         if description is not None:
             tensors = build(description, container.entries)
-            return Model(tensors, Metadata("safetensors", "nibblecast", path))
+            return Model(tensors, Metadata("safetensors", "nibblecast", path), losses=tuple(losses))
         plain = {name: Tensor(name, e.shape, e.dtype, e.data) for name, e in container.entries.items()}
         if torchao_safetensors.describes(container.metadata):
-            weights, losses = torchao_safetensors.grouped(plain, container.metadata)
-            return Model(weights, Metadata("safetensors", "torchao", path), losses=losses)
+            weights, found = torchao_safetensors.grouped(plain, container.metadata)
+            return Model(weights, Metadata("safetensors", "torchao", path), losses=(*losses, *found))
         folder = path if path.is_dir() else path.parent
         config = quantization_config(folder)
-        decoded, found = decode_checkpoint(Checkpoint(plain, config, model_config(folder)))
+        decoded, more = decode_checkpoint(Checkpoint(plain, config, model_config(folder)))
         producer = str(config.get("quant_method", "")) or container.metadata.get("format", "")
-        return Model(decoded, Metadata("safetensors", producer, path), losses=tuple(found))
+        return Model(decoded, Metadata("safetensors", producer, path), losses=(*losses, *more))

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
-import numpy as np
-
 from converters.errors import UsageError
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Size, option
 from converters.ir import Loss, Model, Tensor
-from converters.packing import SUB_BYTE
-from formats.safetensors.file_layout import KINDS, FileLayout, laid_out, write_at
+from formats.safetensors.file_layout import FileLayout, laid_out, write_at
 from formats.safetensors.packed_keys import PackedKeys
-from formats.safetensors.packed_layout import METADATA_NAME, description_of
+from formats.safetensors.packed_layout import DTYPES_BY_NAME, METADATA_NAME, description_of
 
 _EXTENSION = ".safetensors"
 
@@ -45,9 +42,7 @@ class SafetensorsWriter:
     a library needs beside: any target that neither ends in .safetensors nor is a file."""
 
     options: ClassVar[type] = SafetensorsOptions
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        frozenset({*KINDS, *SUB_BYTE, np.dtype(np.complex128)}), factor=True
-    )
+    capabilities: ClassVar[Capabilities] = Capabilities(frozenset(DTYPES_BY_NAME.values()), factor=True)
 
     def target(self, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
         """A folder for folders, and in layouts that need one."""

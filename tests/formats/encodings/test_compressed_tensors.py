@@ -243,11 +243,6 @@ def test_targets_that_are_regular_expressions_are_not_run():
         (int4(), config("marlin-24"), "'marlin-24'"),
         ({"m.weight_packed": np.zeros((4, 8), np.int32), "m.meta": np.zeros((2, 2), np.int16)}, {}, "'marlin-24'"),
         ({"m.weight.bitmask": np.zeros(4, np.uint8), "m.weight.compressed": np.zeros(4, np.float32)}, {}, "sparse"),
-        (
-            {"m.weight_packed": np.zeros((4, 24), np.uint8), "m.weight_scale": np.zeros((4, 1), np.uint8)},
-            {},
-            "'mxfp6-pack-quantized'",
-        ),
     ],
 )
 def test_other_layouts_are_refused_by_name(arrays, told, word):

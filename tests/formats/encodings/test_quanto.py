@@ -73,6 +73,32 @@ def test_the_architecture_tells_the_rows_where_no_bias_does(
     assert converters.load(folder)[f"{module}.weight"].shape == shape
 
 
+def test_a_shape_that_is_nowhere_is_said(tmp_path: Path) -> None:
+    """A convolution of (2, 64, 2, 2) has the same tensors as a matrix of (2, 256)."""
+    (loss,) = converters.load(checkpoints.write_folder(tmp_path / "any", tensors("layer"))).losses
+    assert (loss.tensor, loss.kind) == ("layer.weight", "reinterpreted")
+    assert "a convolution's has more axes" in loss.detail
+    assert converters.load(checkpoints.write_folder(tmp_path / "linear", tensors("up_proj"))).losses == ()
+    ungrouped = tensors(weight__scale=np.ones((4, 1, 1), np.float32), weight__shift=np.ones((4, 1, 1), np.float32))
+    ungrouped["fc.weight._data._data"] = np.zeros((2, 8, 16), np.uint8)
+    model = converters.load(checkpoints.write_folder(tmp_path / "ungrouped", ungrouped))
+    assert (model["fc.weight"].shape, model.losses) == ((4, 8, 16), ())
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 4), (2, 3, 4)])
+def test_bytes_that_are_quantized_along_the_last_axis(shape: tuple[int, ...], tmp_path: Path) -> None:
+    data = np.arange(np.prod(shape), dtype=np.int8).reshape(shape)
+    scale = np.array([1, 2, 4, 8], np.float32).reshape(*(1 for _ in shape[1:]), 4)
+    folder = checkpoints.write_folder(tmp_path, {"fc.weight._data": data, "fc.weight._scale": scale})
+    weight = converters.load(folder)["fc.weight"]
+    np.testing.assert_array_equal(weight.dequantize(np.float32), data * scale)
+
+
+def test_packed_codes_along_the_last_axis_are_refused_by_name(tmp_path: Path) -> None:
+    changed = {"weight__scale": np.ones((1, 4), np.float32), "weight__shift": np.ones((1, 4), np.float32)}
+    checkpoints.refused(checkpoints.write_folder(tmp_path, tensors(**changed)), "along its last axis")
+
+
 def test_scales_of_activations_are_kept(tmp_path: Path) -> None:
     plain = converters.load(checkpoints.write_folder(tmp_path / "plain", tensors()))
     assert set(plain) == {"fc.bias", "fc.weight"}
