@@ -21,7 +21,12 @@ def planned_jobs(sources: Sequence[Source], folder: Path, formats: Sequence[str]
     jobs, taken = [], {folder / REPORT: "the report"}
     for source in sources:
         targets = tuple(
-            (name, plugins.target_in(format, folder / source.name, _own(request.options, name), is_folder=source.is_folder))
+            (
+                name,
+                plugins.target_in(
+                    format, folder / source.name, _own(request.options, name), is_folder=source.is_folder
+                ),
+            )
             for name, format in writers.items()
         )
         for _, target in targets:

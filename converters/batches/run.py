@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from converters.batches.jobs import Job, Request, run_job
 from converters.batches.outputs import planned_jobs
@@ -68,8 +68,9 @@ def run_batch(
     exclude: Sequence[str] = (),
     on_result: OnResult | None = None,
 ) -> BatchResult:
-    """Converts every model of a folder or a list. A model that fails is a record; the others go on. Raises UsageError
-    before anything is written: for names that clash, a target that another run is writing, formats that there are not."""
+    """Converts every model of a folder or a list. A model that fails is a record; the others go on. Raises UsageError,
+    before anything is written, for names that clash, a target that another run is writing, formats that there are
+    not."""
     began = time.perf_counter()
     folder = Path(target)
     sources = find_sources(source, include, exclude, folder)

@@ -50,7 +50,9 @@ def find_sources(
         if (not include or _matches(source.name, include)) and not _matches(source.name, exclude)
     ]
     if not chosen:
-        raise UsageError("has no model in it" + (f" that --include {list(include)} takes" if include else ""), path=path)
+        raise UsageError(
+            "has no model in it" + (f" that --include {list(include)} takes" if include else ""), path=path
+        )
     return chosen
 
 
@@ -65,7 +67,9 @@ def _text_of(path: Path) -> str:
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror or error}", path=path) from error
     except UnicodeDecodeError as error:
-        raise UsageError("is no list of paths: give a folder, a text file with a path in each line, or -", path=path) from error
+        raise UsageError(
+            "is no list of paths: give a folder, a text file with a path in each line, or -", path=path
+        ) from error
 
 
 def _listed(text: str, given: str) -> list[Source]:
@@ -107,9 +111,12 @@ def _looks_like_a_model(path: Path) -> bool:
             head = stream.read(_HEAD_BYTES)
     except OSError:
         return False
-    return any(
-        len(magic.content) >= _TELLING_MAGIC and magic.matches(head) for format in readable for magic in format.magic
-    )
+    having = [
+        format
+        for format in readable
+        if any(len(magic.content) >= _TELLING_MAGIC and magic.matches(head) for magic in format.magic)
+    ]
+    return len(having) == 1  # ZIP files are of many kinds
 
 
 def digest_of(path: Path) -> str:

@@ -8,14 +8,12 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Protocol
 
 from converters.batches.jobs import Job, run_job
 from converters.batches.records import Failure, Record
 from converters.errors import ExitCode, MissingDependency
-from converters.version import __version__
 
 _PR_SET_PDEATHSIG = 1
 
@@ -61,18 +59,20 @@ class LocalWorkers:
 
     def failure_of(self, error: BaseException, job: Job) -> Failure:
         if isinstance(error, TimeoutError):
-            return Failure(int(ExitCode.UNREADABLE), f"{job.source}: took longer than {self._timeout:g} s", transient=True)
+            return Failure(
+                int(ExitCode.UNREADABLE), f"{job.source}: took longer than {self._timeout:g} s", transient=True
+            )
         if isinstance(error, self._expired):
             how = _ending(int(getattr(error, "exitcode", 0) or 0))
             return Failure(int(ExitCode.BUG), f"{job.source}: its process {how}", transient=True)
         return Failure(int(ExitCode.BUG), f"{job.source}: {type(error).__name__}: {error}", transient=True)
 
     def close(self) -> None:
-        self._pool.close()
+        self._pool.close()  # type: ignore[no-untyped-call]
         self._pool.join()
 
     def stop(self) -> None:
-        self._pool.stop()
+        self._pool.stop()  # type: ignore[no-untyped-call]
         self._pool.join()
 
 

@@ -32,7 +32,9 @@ def batch(
     exclude: Annotated[list[str] | None, typer.Option(help="No sources whose path matches this pattern.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="How many at a time; as many as processors.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one model may take.")] = None,
-    memory: Annotated[str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often to try again what may pass.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done and unchanged.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")] = False,
@@ -98,7 +100,13 @@ def _progress(*, quiet: bool) -> Iterator[OnResult | None]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("batch"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[last]}"))
+    columns = (
+        TextColumn("batch"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[last]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("batch", total=None, last="")
 
@@ -117,7 +125,7 @@ def _log(record: Record, done: int, total: int) -> None:
 
 def _line(record: Record) -> str:
     if record.failure is not None:
-        return printable(f"failed: {record.source}: {record.failure.message}")
+        return printable(f"failed: {record.failure.message}")
     nbytes = human_bytes(sum(output.bytes for output in record.outputs))
     return printable(f"done: {record.source} ({nbytes}, {record.seconds:.1f} s)")
 
