@@ -61,7 +61,7 @@ def save(
 def convert(
     source: AnyPath,
     *targets: AnyPath,
-    to: str | None = None,
+    to: str | Sequence[str] | None = None,
     dequantize: DTypeLike | None = None,
     quantize: str | Scheme | None = None,
     only: Sequence[str] = (),
@@ -75,12 +75,12 @@ def convert(
 ) -> Conversion:
     """Converts a file to one or several targets in one read.
 
-    `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
-    plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only` and `skip` are shell patterns
-    of tensor names; `verify` re-opens what was written and compares every value, where its format can be read;
-    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps
-    what an interrupted run has completed of a folder; other keyword arguments are the reader's and
-    the writers' own options. Raises converters.Error.
+    `to` names the format when the extensions do not tell, or each target's; `dequantize` (float32, float16 or
+    bfloat16) turns codes into plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only`
+    and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares every value, where
+    its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps what
+    an interrupted run has completed of a folder; other keyword arguments are the reader's and the writers' own options.
+    Raises converters.Error.
     """
     read_with, write_with = _divided(options, Path(source))
     return _convert(
@@ -181,7 +181,7 @@ def _convert(
     model: Model,
     targets: Sequence[Path],
     *,
-    to: str | None = None,
+    to: str | Sequence[str] | None = None,
     dequantize: np.dtype[Any] | None = None,
     quantize: Scheme | None = None,
     only: Sequence[str] = (),
@@ -195,7 +195,11 @@ def _convert(
 ) -> Conversion:
     if not targets:
         raise UsageError("there is no target: name at least one file to write")
-    formats = [plugins.format_named(to) if to else plugins.format_of_target(path) for path in targets]
+    names = [to] * len(targets) if to is None or isinstance(to, str) else to
+    formats = [
+        plugins.format_named(name) if name else plugins.format_of_target(path)
+        for path, name in zip(targets, names, strict=True)
+    ]
     assigned = _assigned(options, formats)
     planned = pipeline.plan(
         model,

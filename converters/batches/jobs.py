@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,14 +63,12 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""
     began = time.perf_counter()
     _forget_peak()
-    digest, converted, failure = job.digest, [], None
+    digest, done, failure = job.digest, None, None
+    outputs: tuple[Output, ...] = ()
     try:
         digest = digest or digest_of(job.source)
-        for format, target in job.targets:
-            if not dry_run:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            converted.append((format, _converted(job, format, target, dry_run)))
-        outputs = tuple(output for format, done in converted for output in _outputs(job, format, done, dry_run))
+        done = _converted(job, dry_run=dry_run)
+        outputs = tuple(_outputs(job, done, dry_run=dry_run))
     except Error as error:
         failure = Failure(int(error.exit_code), str(error), transient=_is_transient(error))
     except MemoryError:
@@ -80,14 +78,14 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     except Exception as error:  # one model's bug is its own result, as it would be the exit code 1 of its own process
         text = f"{job.source}: a bug of nibblecast: {type(error).__name__}: {error}"
         failure = Failure(int(ExitCode.BUG), printable(text))
-    losses = tuple(dict.fromkeys(loss for _, done in converted for loss in done.losses))
+    losses = () if done is None else done.losses
     return Record(
         source=job.name,
         sha256=digest,
         request=job.text,
-        outputs=() if failure else outputs,
+        outputs=outputs,
         losses=tuple({"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in losses),
-        verified=_verified(job, [done for _, done in converted]) if failure is None else None,
+        verified=None if done is None else _verified(job, done),
         seconds=round(time.perf_counter() - began, 3),
         peak_memory=_peak(),
         failure=failure,
@@ -95,12 +93,16 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     )
 
 
-def _converted(job: Job, format: str, target: Path, dry_run: bool) -> api.Conversion:
+def _converted(job: Job, *, dry_run: bool) -> api.Conversion:
+    """All targets in one read, all or none of them."""
     request = job.request
+    if not dry_run:
+        for _, target in job.targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
     return api.convert(
         job.source,
-        target,
-        to=format,
+        *(target for _, target in job.targets),
+        to=[format for format, _ in job.targets],
         dequantize=None if request.dequantize is None else FLOAT_DTYPES[request.dequantize],
         quantize=request.quantize,
         only=request.only,
@@ -113,19 +115,15 @@ def _converted(job: Job, format: str, target: Path, dry_run: bool) -> api.Conver
     )
 
 
-def _outputs(job: Job, format: str, done: api.Conversion, dry_run: bool) -> list[Output]:
-    return [
-        Output(
-            os.path.relpath(file.path, job.folder), file.nbytes or 0, "" if dry_run else digest_of(file.path), format
-        )
-        for file in done.files
-    ]
+def _outputs(job: Job, done: api.Conversion, *, dry_run: bool) -> Iterator[Output]:
+    for file in done.files:
+        digest = "" if dry_run else digest_of(file.path)
+        yield Output(os.path.relpath(file.path, job.folder), file.nbytes or 0, digest)
 
 
-def _verified(job: Job, done: Sequence[api.Conversion]) -> bool | None:
-    if not job.request.verify:
-        return None
-    compared = [comparison for each in done for comparison in each.verified.values()]
+def _verified(job: Job, done: api.Conversion) -> bool | None:
+    """True where every target was compared; None where that was not asked for, or not possible."""
+    compared = list(done.verified.values())
     return True if compared and all(comparison is not None for comparison in compared) else None
 
 

@@ -24,12 +24,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A file that was written: its path below the target folder, bytes, SHA-256, and the format it is of."""
+    """A file that was written: its path below the target folder, bytes, SHA-256 (empty where nothing was written)."""
 
     path: str
     bytes: int
     sha256: str
-    format: str
 
 
 @dataclass(frozen=True, slots=True)
