@@ -2,7 +2,8 @@
 
 Where both tensors are quantized, their codes must be equal and their parameters, and so their values. Codes of
 different dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only
-one is quantized, values are compared in the other one's dtype; plain tensors are compared as they are. NaN equals NaN.
+one is quantized, values are compared in the other one's dtype; plain tensors are compared as they are. Quantizations of
+another arithmetic are compared by their float32 values. NaN equals NaN.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
         return _differences(a, b, "values", _plain_view(a, b))
     differences = _differences(a, b, "codes", _codes_view(a, b))
     same_blocks = a.quantization.block_shape == b.quantization.block_shape
-    arithmetic = [(q.compute_dtype, q.factor) for q in (a.quantization, b.quantization)]
+    arithmetic = [(q.compute_dtype, q.factor, q.value_dtype) for q in (a.quantization, b.quantization)]
     if (
         a.dtype == b.dtype
         and same_blocks

@@ -5,7 +5,9 @@
 Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
 order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
 Where the quantization names another `compute_dtype`, each of the operations is rounded to it, which is what
-PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors.
+PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors. Where
+it has a `value_dtype`, values are rounded to that first when another dtype of 16 bits is wanted: as `Tensor.to` finds
+them. float32 values are not.
 The work is done in pieces that stay in the processor's cache.
 """
 
@@ -13,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
+from math import gcd, prod
 from typing import Any
 
 import ml_dtypes
@@ -21,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import Unsupported, UsageError
-from converters.ir import Loss, Model, Quantization, Tensor, is_float, is_integer
+from converters.float16 import Float16
+from converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
 from converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
 from converters.storage import Computed
 
@@ -44,12 +48,14 @@ _EXACT_IN_FLOAT32 = 1 << 23  # likewise, less 16-bit codes: below 2 ** 24
 def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The values of `tensor` in its shape, as `dtype`: float32, float16 or bfloat16.
 
-    Raises UsageError for another dtype and Unsupported for complex tensors, which have no real values.
+    Raises UsageError for another dtype and Unsupported for complex tensors and for opaque blocks, which have no real
+    values.
     """
     if dtype not in FLOAT_DTYPES.values():
         raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
-    if tensor.dtype.kind == "c":
-        raise Unsupported(f"{tensor.dtype} values have no float form: leave it out with --skip", tensor=tensor.name)
+    if tensor.dtype.kind == "c" or tensor.dtype.names:
+        name = dtype_name(tensor.dtype)
+        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
     values = np.empty(tensor.size, dtype)
     start = 0
     for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
@@ -136,20 +142,20 @@ def _flattened(parameter: Tensor) -> Tensor:
 
 
 def compute_in_float32(model: Model) -> Model:
-    """Every quantization with another `compute_dtype` as one that is computed in float32; a Loss records each whose
-    values change. Reads the scales of float64, of which most are float32 numbers: nothing changes by those."""
+    """Every quantization with another `compute_dtype`, or a `value_dtype`, as one that is computed in float32 and not
+    rounded further; a Loss records each whose values change. Reads the scales of float64, of which most are float32
+    numbers: nothing changes by those."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
-        if quantization is None or quantization.compute_dtype == _FLOAT32:
+        if quantization is None or (quantization.compute_dtype == _FLOAT32 and quantization.value_dtype is None):
             continue
         scale, offset = (_as_float32(t) for t in (quantization.scale, quantization.offset))
-        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32)
+        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32, value_dtype=None)
         tensors[name] = replace(tensor, quantization=changed)
-        if quantization.compute_dtype != _FLOAT64:
-            detail = (
-                f"values are computed in float32, and not rounded to {quantization.compute_dtype} as its producer does"
-            )
+        rounded = quantization.value_dtype or quantization.compute_dtype
+        if rounded != _FLOAT64:
+            detail = f"values are computed in float32, and not rounded to {rounded} as its producer does"
             losses.append(Loss(name, "widened", detail))
         elif offset is not None or not _equal(scale, quantization.scale):
             losses.append(Loss(name, "rounded", "its scales of float64, and the products with them, become float32"))
@@ -185,7 +191,7 @@ class _Step:
     parameter: NDArray[Any]
     rounded_to: np.dtype[Any] | None = None
 
-    def apply(self, values: NDArray[Any], where: _Where) -> None:
+    def apply(self, values: NDArray[Any], where: _Where, rounding: _Rounding) -> None:
         """Does it in place; `values` are the flat elements at `where`."""
         parameter = self.parameter
         if not where.view_shape:
@@ -198,12 +204,44 @@ class _Step:
         with np.errstate(over="ignore", invalid="ignore"):  # beyond float32's range is infinity, as in every framework
             self.operation(view, parameter, out=view)
             if self.rounded_to is not None and values.dtype.kind == "f":
-                values[...] = values.astype(self.rounded_to)
+                rounding.round(values, self.rounded_to)
+
+
+class _Rounding:
+    """Casts and rounds up to `most` floats at a time, in memory that is held."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    @cached_property
+    def _float16(self) -> Float16:
+        return Float16()
+
+    @cached_property
+    def _bfloat16(self) -> NDArray[Any]:
+        return np.empty(self._most, ml_dtypes.bfloat16)
+
+    def cast(self, values: NDArray[Any], out: NDArray[Any]) -> None:
+        """Writes `values` to `out`; beyond a dtype's range is infinity, as in every framework."""
+        if out.dtype == np.float16 and values.dtype == np.float32:
+            self._float16.cast(values, out)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):  # signalling NaNs
+            out[...] = values
+
+    def round(self, values: NDArray[Any], dtype: np.dtype[Any]) -> None:
+        """Rounds in place to `dtype`, float16 or bfloat16; their dtype stays."""
+        if dtype == np.float16 and values.dtype == np.float32:
+            self._float16.round(values)
+            return
+        rounded = self._bfloat16[: values.size].view(dtype)
+        self.cast(values, rounded)
+        values[...] = rounded
 
 
 def _decode(part: Tensor, out: NDArray[Any]) -> None:
     """Writes the values of `part`, flat, to `out`, in pieces that stay in the cache from unpacking to rounding."""
-    steps = _steps(part)
+    steps = _steps(part, out.dtype)
     if steps and steps[-1].rounded_to == out.dtype:  # as `out` does by itself
         steps[-1] = replace(steps[-1], rounded_to=None)
     table = _table(part)
@@ -211,10 +249,11 @@ def _decode(part: Tensor, out: NDArray[Any]) -> None:
     view_shape = _view_shape(part) if steps else (part.size,)
     axis = next((axis for axis, size in enumerate(view_shape) if size != 1), 0)
     count, unit = (view_shape[axis], prod(view_shape[axis + 1 :])) if view_shape else (1, 1)
-    piece = max(1, _PIECE_ELEMENTS // max(1, unit) // 8) * 8  # a multiple of 8 elements ends on a whole byte
-    packed = part.packed()
-    elements_of = _unpacker(part.dtype, min(piece, count) * unit)
-    scratch = None if out.dtype == computed else np.empty(min(piece, count) * unit, computed)
+    whole = 8 // gcd(8, unit * part.bits)  # that many end on a whole byte
+    piece = max(1, _PIECE_ELEMENTS // max(1, unit * whole)) * whole
+    most = min(piece, count) * unit
+    packed, elements_of, rounding = part.packed(), _unpacker(part.dtype, most), _Rounding(most)
+    scratch = None if out.dtype == computed else np.empty(most, computed)
     for start in range(0, count, piece):
         where = _Where(view_shape, axis, start, min(count, start + piece))
         first, last = start * unit, where.stop * unit
@@ -225,12 +264,11 @@ def _decode(part: Tensor, out: NDArray[Any]) -> None:
         if table is not None:
             _look_up(table, codes, values)
         else:
-            remaining = _widen(elements_of(codes, target.size), steps, where, values)
+            remaining = _widen(elements_of(codes, target.size), steps, where, values, rounding)
         for step in remaining:
-            step.apply(values, where)
+            step.apply(values, where, rounding)
         if scratch is not None:
-            with np.errstate(over="ignore"):  # beyond float16's range is infinity, as in every framework
-                target[...] = values
+            rounding.cast(values, target)
 
 
 def _unpacker(dtype: np.dtype[Any], most: int) -> Callable[[NDArray[np.uint8], int], NDArray[Any]]:
@@ -241,25 +279,26 @@ def _unpacker(dtype: np.dtype[Any], most: int) -> Callable[[NDArray[np.uint8], i
     return lambda packed, count: unpack(packed, dtype, count, workspace)
 
 
-def _widen(elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: NDArray[Any]) -> Sequence[_Step]:
+def _widen(
+    elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: NDArray[Any], rounding: _Rounding
+) -> Sequence[_Step]:
     """Writes `elements` to `out`, less their zero points where those are subtracted as integers; gives the steps that
     remain."""
     if steps and steps[0].parameter.dtype.kind == "i":
         wanted = steps[0].parameter.dtype
         exact = elements.astype(wanted, copy=wanted != np.int8)  # unpacked codes are no one else's
-        steps[0].apply(exact, where)
+        steps[0].apply(exact, where, rounding)
         out[...] = exact
         if steps[0].rounded_to is not None:
-            with np.errstate(over="ignore"):
-                out[...] = out.astype(steps[0].rounded_to)
+            rounding.round(out, steps[0].rounded_to)
         return steps[1:]
     with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32; signalling NaNs
         out[...] = elements
     return steps
 
 
-def _steps(part: Tensor) -> list[_Step]:
-    """The operations that follow the look-up, in order."""
+def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
+    """The operations that follow the look-up, in order, for values that are wanted as that dtype."""
     quantization = part.quantization
     if quantization is None or part.size == 0:
         return []
@@ -267,7 +306,10 @@ def _steps(part: Tensor) -> list[_Step]:
     rounded_to = None if dtype in (_FLOAT32, _FLOAT64) else dtype
 
     def step(operation: np.ufunc, parameter: NDArray[Any]) -> _Step:
-        return _Step(operation, _spread(parameter, part.shape, quantization), rounded_to)
+        spread = _spread(parameter, part.shape, quantization)
+        if spread.dtype.kind == "i" and (spread == spread.flat[0]).all():
+            spread = spread[(slice(1),) * spread.ndim]  # NumPy is faster with one for all than with one for each block
+        return _Step(operation, spread, rounded_to)
 
     steps = []
     if quantization.zero_point is not None:
@@ -281,6 +323,8 @@ def _steps(part: Tensor) -> list[_Step]:
     if quantization.factor != 1:
         factor = np.full((1,) * len(_view_shape(part)), quantization.factor, np.float32)
         steps.append(_Step(np.multiply, factor, rounded_to))
+    if quantization.value_dtype is not None and wanted != _FLOAT32:
+        steps[-1] = replace(steps[-1], rounded_to=quantization.value_dtype)
     return steps
 
 

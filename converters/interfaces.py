@@ -40,7 +40,8 @@ class NoOptions:
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a writer can hold as it is; the planner compares this with the model before any payload is read.
-    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so.
+    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so, by
+    its `compute_dtype` or its `value_dtype`.
     `factor`: whether it multiplies by one at the end."""
 
     dtypes: frozenset[np.dtype[Any]]

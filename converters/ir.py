@@ -47,7 +47,9 @@ MOST_DIMENSIONS = 32
 _MOST_ELEMENTS = 1 << 58
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-_COMPUTE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
+#: What a library may round its values to when it has computed them.
+VALUE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))
+_COMPUTE_DTYPES = (*VALUE_DTYPES, _FLOAT32, np.dtype(np.float64))
 
 LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
 
@@ -60,6 +62,12 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 def is_integer(dtype: np.dtype[Any]) -> bool:
     """Whether `dtype` is an integer type, int2/uint2/int4/uint4 included, bool not."""
     return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype not in SMALL_FLOATS)
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
+    field is called as their type."""
+    return dtype.names[0] if dtype.names else dtype.name
 
 
 def grid_shape(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,9 +132,10 @@ class Quantization:
     were stored with. `zero_point` lives in the domain of codes, `offset` in that of values; None is not zeros.
     `codebook` has shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is
     the number of groups, and the positions of that axis find theirs by index. The result of each operation of the
-    formula is rounded to `compute_dtype`: float32, or what the producing library computes in (a checkpoint's bfloat16,
-    the float64 of PyTorch's per-channel scales). `factor`, a float32, is multiplied last (LLM.int8()'s 1 / 127); 1 is
-    no operation.
+    formula is rounded to `compute_dtype`: float32, or what the producing library computes in (MLX's bfloat16, the
+    float64 of PyTorch's per-channel scales). `factor`, a float32, is multiplied last (LLM.int8()'s 1 / 127); 1 is no
+    operation. `value_dtype`, float16 or bfloat16, is what that library rounds its values to in the end, and only then
+    (GPTQ's float16): values that are wanted as float32 are those before this rounding. None: it rounds them no more.
     """
 
     scale: Tensor
@@ -137,11 +146,17 @@ class Quantization:
     group_index: GroupIndex | None = None
     compute_dtype: np.dtype[Any] = _FLOAT32
     factor: float = 1.0
+    value_dtype: np.dtype[Any] | None = None
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in _COMPUTE_DTYPES:
             names = ", ".join(dtype.name for dtype in _COMPUTE_DTYPES)
             raise CorruptFile(f"values cannot be computed in {self.compute_dtype}: {names} are possible")
+        if self.value_dtype not in (None, *VALUE_DTYPES) or (self.value_dtype and self.compute_dtype in VALUE_DTYPES):
+            raise CorruptFile(
+                f"values computed in {self.compute_dtype} cannot be rounded to {self.value_dtype} in the end: "
+                "float16 and bfloat16 are possible, for wider ones"
+            )
         if not abs(self.factor) <= _LARGEST_FLOAT32:
             raise CorruptFile(f"values cannot be multiplied by {self.factor}: a finite float32 is needed")
 
@@ -314,7 +329,8 @@ class Tensor:
         return self.codes().view(self.dtype) if self.dtype in SUB_BYTE else self.codes()
 
     def dequantize(self, dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        """The values in logical shape: computed in float32, rounded once to `dtype` (float32, float16 or bfloat16).
+        """The values in logical shape, rounded to `dtype` (float32, float16 or bfloat16): the library's that made the
+        tensor, bit for bit in its own dtype; as float32 those that it has before it rounds them to 16 bits in the end.
         A tensor without quantization gives its values, cast. Raises Unsupported for complex values and other dtypes."""
         from converters.dequantize import dequantize
 
@@ -352,9 +368,14 @@ class Tensor:
         return replace(self, shape=shape, data=_Part(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
+        """The pieces that `cut` gives, each of them released when the next one is asked for."""
+        for part in self.cut(nbytes):
+            yield part
+            part.release()
+
+    def cut(self, nbytes: int) -> Iterator[Tensor]:
         """The tensor in pieces of about `nbytes` canonical bytes, in order; their data put together is this one's.
-        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large); when
-        the next one is asked for, its pages may be dropped from memory."""
+        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large)."""
         count = self.shape[self._row_axis] if self.shape else 1
         if self.nbytes <= nbytes or count <= self.row_step:
             yield self
@@ -362,13 +383,11 @@ class Tensor:
         row_bytes = max(1, self.nbytes // count)
         if row_bytes > nbytes and self.row_step == 1:
             for row in range(count):
-                yield from self.rows(row, row + 1).parts(nbytes)
+                yield from self.rows(row, row + 1).cut(nbytes)
             return
         step = max(1, nbytes // row_bytes // self.row_step) * self.row_step
         for start in range(0, count, step):
-            part = self.rows(start, min(start + step, count))
-            yield part
-            part.release()
+            yield self.rows(start, min(start + step, count))
 
     def stored(self) -> Iterator[Data]:
         """Its data and those of all its parameters, theirs included."""

@@ -24,7 +24,7 @@ from converters.dequantize import compute_in_float32, dequantize_model, flatten_
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
 from converters.folders import atomic_folder, intent, write_folder
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Progress, Rearranging, Shard, Sink
-from converters.ir import Loss, Model, Tensor
+from converters.ir import Loss, Model, Tensor, dtype_name
 from converters.options import parse
 from converters.storage import FileRange, InMemory, MappedFile, files_of
 
@@ -262,10 +262,12 @@ def _in_memory(tensor: Tensor) -> Tensor:
 
 def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | None:
     """The first thing about `tensor` that a writer cannot hold, and what to do about it."""
-    leave_out = "leave the tensor out with --skip"
-    if tensor.dtype not in capabilities.dtypes:
-        return f"{tensor.dtype} values", leave_out
     quantization = tensor.quantization
+    if tensor.dtype not in capabilities.dtypes:
+        leave_out = "leave the tensor out with --skip"
+        if quantization is not None:
+            return f"{dtype_name(tensor.dtype)} codes", f"add --dequantize float32, or {leave_out}"
+        return f"{dtype_name(tensor.dtype)} values", leave_out
     if quantization is None:
         return None
     for what, part, held in (

@@ -67,10 +67,13 @@ FORMATS = (
     ),
     Format(
         "gguf",
-        "GGUF: the weights of llama.cpp and ggml, without the metadata",
+        "GGUF: the weights of llama.cpp and ggml, in ggml's own types of blocks",
         (".gguf",),
         (Magic(0, b"GGUF"),),
+        folder=("*.gguf",),
+        yields_to=("pytorch", "safetensors"),
         reader="formats.gguf.reader:GGUFReader",
+        writer="formats.gguf.writer:GGUFWriter",
     ),
     Format(
         "onnx",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import frexp, inf, log10, prod
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any
 
@@ -218,6 +219,7 @@ class QuantizedCodes:
         self._source = source
         self._fitted: dict[int, Parameters] = {}
         self._errors: dict[int, tuple[float, float, float]] = {}
+        self._lock = Lock()  # two readers at a time would compute the same parameters; each has all threads anyway
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the packed codes."""
@@ -226,7 +228,8 @@ class QuantizedCodes:
         codes = np.empty(max(0, last - first), self._scheme.storage)
         numbers = self._overlapping(self._starts, first, last)
         wanted = [(n, box) for n in numbers for box in self._groups[n].boxes if box.start < last and box.stop > first]
-        self._quantize_all(wanted, codes, first)
+        with self._lock:
+            self._quantize_all(wanted, codes, first)
         return self._packed(codes)
 
     def read_scale(self, start: int, stop: int) -> NDArray[np.uint8]:
@@ -289,10 +292,11 @@ class QuantizedCodes:
     def _of_blocks(self, first: int, last: int, parameter: Callable[[Parameters], Floats]) -> Floats:
         """A parameter of blocks [first, last)."""
         numbers = self._overlapping(self._first_blocks, first, last)
-        _in_threads(self._parameters, numbers)
         if not numbers:
             return np.empty(0, np.float32)
-        found = np.concatenate([parameter(self._parameters(number)) for number in numbers])
+        with self._lock:
+            _in_threads(self._parameters, numbers)
+            found = np.concatenate([parameter(self._parameters(number)) for number in numbers])
         skipped = self._first_blocks[numbers[0]]
         return found[first - skipped : last - skipped]
 

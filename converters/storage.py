@@ -62,14 +62,28 @@ class InMemory:
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed:
     """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
-    are the data that it reads."""
+    are the data that it reads: `in_order` says that a share of the bytes is made of about the same share of each of
+    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only."""
 
     nbytes: int
     compute: Callable[[int, int], NDArray[np.uint8]]
     sources: tuple[Data, ...] = ()
+    in_order: bool = True
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.compute(start, stop)
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of what of the sources bytes [start, stop) were made of."""
+        is_end = stop >= self.nbytes
+        if not self.in_order:
+            start, stop = 0, self.nbytes if is_end else 0
+        if stop <= start:
+            return
+        for source in self.sources:
+            if isinstance(source, Releasable):
+                first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
+                source.release(first, source.nbytes if is_end else last)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

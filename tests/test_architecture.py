@@ -19,6 +19,7 @@ FOR_FORMATS = {
     "converters.ir",
     "converters.packing",
     "converters.storage",
+    "converters.streaming",
     "converters.version",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -100,6 +101,43 @@ def tensors(draw: st.DrawFn) -> Tensor:
             parameter("offset", rng.normal(size=grid).astype(np.float32)) if draw(st.booleans()) else None,
         ),
     )
+
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(tensors(), st.sampled_from(HALVES))
+def test_a_library_rounds_its_values_once_and_float32_is_before_that(tensor: Tensor, dtype: np.dtype[Any]) -> None:
+    plain = formula(tensor)
+    rounding = replace(tensor, quantization=replace(tensor.quantization, value_dtype=dtype))
+    other = HALVES[1 - HALVES.index(dtype)]
+    with np.errstate(over="ignore"):
+        library = plain.astype(dtype)
+        np.testing.assert_array_equal(rounding.dequantize(np.float32), plain)
+        np.testing.assert_array_equal(rounding.dequantize(dtype), library)
+        np.testing.assert_array_equal(rounding.dequantize(other), library.astype(other))
+
+
+def test_what_a_format_cannot_round_to_is_a_loss_and_its_float32_values_stay() -> None:
+    scale = Tensor.from_array("s", np.float16([[0.1], [0.3]]))
+    quantization = Quantization(scale, (1, 4), value_dtype=np.dtype(np.float16))
+    tensor = Tensor.from_array("w", np.arange(8, dtype=np.int8).reshape(2, 4), quantization)
+    model = stage.compute_in_float32(Model({"w": tensor}))
+    assert [str(loss) for loss in model.losses] == [
+        "w: widened: values are computed in float32, and not rounded to float16 as its producer does"
+    ]
+    changed = model["w"].quantization
+    assert changed is not None
+    assert changed.value_dtype is None
+    np.testing.assert_array_equal(model["w"].dequantize(), tensor.dequantize())
+
+
+def test_a_library_that_computes_in_16_bits_rounds_no_more_in_the_end() -> None:
+    scale = Tensor.from_array("s", np.ones((1,), np.float32))
+    for compute_dtype, value_dtype in ((*HALVES,), (np.dtype(np.float32), np.dtype(np.float32))):
+        with pytest.raises(CorruptFile, match="in the end"):
+            Quantization(scale, (1,), compute_dtype=compute_dtype, value_dtype=value_dtype)
 
 
 @settings(max_examples=300, deadline=None)

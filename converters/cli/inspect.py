@@ -7,7 +7,7 @@ from typing import Any
 from converters import api
 from converters.cli.arguments import Json, ReaderOptions, Source, human_bytes, key_values, print_json, table_console
 from converters.errors import printable
-from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use
+from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
 
 _READ_BYTES = 1 << 16
 
@@ -69,7 +69,7 @@ def _print(model: Model) -> None:
         table.add_row(
             Text(printable(name)),
             "×".join(map(str, tensor.shape)) or "scalar",
-            tensor.dtype.name,
+            printable(dtype_name(tensor.dtype)),
             tensor.granularity,
             _zero_points(quantization),
             f"{_bits_per_weight(tensor):.2f}",
@@ -157,7 +157,7 @@ def _tensor_document(tensor: Tensor) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": tensor.name,
         "shape": list(tensor.shape),
-        "dtype": tensor.dtype.name,
+        "dtype": dtype_name(tensor.dtype),
         "bits_per_weight": _bits_per_weight(tensor),
         "bytes": tensor.nbytes + _parameter_bytes(tensor.quantization),
         "quantization": _quantization_document(tensor),

@@ -4,24 +4,23 @@
     qzeros  int32 (G, O / 8)     likewise
     scales  float (G, O)
 
-    weight[o, i] = scales[i // group_size, o] * (code - zero), rounded to the dtype of the scales
+    weight[o, i] = scales[i // group_size, o] * (code - zero), rounded once to the dtype of the scales
 
 gptqmodel and auto-round write it too; autoawq's other layouts are for single kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Quantization, Tensor
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import float_scales, group_size
-from formats.encodings.rearranged import made_by_rows, transposed
+from formats.encodings.parameters import float_scales, group_size, value_dtype
+from formats.encodings.rearranged import columns_in_words, transposed
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
 
@@ -70,11 +69,11 @@ def decode(stored: Stored) -> Weight:
     quantization = Quantization(
         transposed("scale", scales, (outputs, groups)),
         (1, size),
-        _outputs_first("zero_point", qzeros),
-        compute_dtype=scales.dtype,
+        columns_in_words("zero_point", qzeros, outputs, _UINT4, fields=_PLACES),
+        value_dtype=value_dtype(scales.dtype),
     )
-    codes = _outputs_first(f"{stored.prefix}.weight", qweight)
-    return Weight(Tensor(codes.name, codes.shape, codes.dtype, codes.data, quantization), _PARTS)
+    codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=_PLACES)
+    return Weight(replace(codes, quantization=quantization), _PARTS)
 
 
 def _is_gemm(qweight: Tensor, scales: Tensor) -> bool:
@@ -100,17 +99,3 @@ def _other_layout(stored: Stored) -> str:
         return "gemv_fast"
     in_words = qweight.shape[1] in (scales.shape[1], scales.shape[1] // _PER_WORD)
     return "gemv" if qweight.shape[0] == scales.shape[0] == qzeros.shape[0] and not in_words else ""
-
-
-def _outputs_first(name: str, stored: Tensor) -> Tensor:
-    """The codes of words (rows, O / 8) as (O, rows)."""
-    shape = (stored.shape[1] * _PER_WORD, stored.shape[0])
-
-    def rows(first: int, last: int) -> NDArray[Any]:
-        start, stop = first // _PER_WORD, -(-last // _PER_WORD)
-        words = np.ascontiguousarray(stored.numpy()[:, start:stop].T).view(np.uint32)
-        shifts = np.array(_PLACES, np.uint32)[:, None] * np.uint32(4)
-        codes = ((words[:, None, :] >> shifts) & np.uint32(15)).astype(np.uint8).reshape(-1, shape[1])
-        return codes[first - start * _PER_WORD : last - start * _PER_WORD]
-
-    return made_by_rows(name, shape, _UINT4, rows, stored.data)

@@ -16,7 +16,7 @@ from converters.ir import Tensor
 from converters.packing import bits_of
 from converters.storage import Computed, Data
 from formats.encodings.codes import dtype_for
-from formats.encodings.rearranged import by_rows, made_by_rows
+from formats.encodings.rearranged import by_rows, made_by_rows, turned
 
 _WORD_BITS = 32
 
@@ -63,7 +63,7 @@ def across_rows(name: str, stored: Tensor, shape: tuple[int, ...], bits: int, *,
         for plane in range(first // height, -(-last // height)):
             start, stop = max(0, first - plane * height), min(height, last - plane * height)
             top, bottom = start // step, -(-stop // step)
-            words = np.ascontiguousarray(planes[plane, top * step_words : bottom * step_words].T)
+            words = turned(planes[plane, top * step_words : bottom * step_words])
             codes = _fields(words.view(np.uint8), bits, stop - top * step, signed=True, dense=dense)
             found.append(codes[:, start - top * step :].T)
         return np.concatenate(found)

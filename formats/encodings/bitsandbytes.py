@@ -30,6 +30,7 @@ from converters.ir import Loss, Quantization, Tensor
 from converters.packing import packed_size
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.flat_blocks import FlatBlocks, flat_blocks
+from formats.encodings.parameters import value_dtype
 from formats.encodings.rearranged import swapped_nibbles
 
 METHODS = frozenset(("bitsandbytes", "bitsandbytes_4bit"))
@@ -79,7 +80,10 @@ def decode(stored: Stored) -> Weight:
     blocks = flat_blocks(state.shape, state.blocksize)
     codebook = _table(stored, ".quant_map", 16)
     quantization = Quantization(
-        blocks.spread(_absmax(stored, state)), blocks.block_shape, codebook=codebook, compute_dtype=state.dtype
+        blocks.spread(_absmax(stored, state)),
+        blocks.block_shape,
+        codebook=codebook,
+        value_dtype=value_dtype(state.dtype),
     )
     tensor = Tensor(stored.name, state.shape, _UINT4, swapped_nibbles(packed.data, count), quantization)
     return Weight(tensor, _PARTS, _losses(stored.name, state, blocks))

@@ -130,7 +130,10 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
             # an encoding may have several markers, of which one is enough
             if prefix != key and key not in made_of and (found := _weight(Stored(prefix, checkpoint), names)):
                 weights[key] = (prefix, found)
-                made_of |= {prefix + suffix for suffix in found.made_of}
+                stored = [prefix + suffix for suffix in found.made_of if prefix + suffix in checkpoint.tensors]
+                for part in stored:  # what was read to check it is read again when it is wanted
+                    checkpoint.tensors[part].release()
+                made_of.update(stored)
                 break
     tensors, losses = _in_order(checkpoint, weights, made_of)
     left = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in weights and key not in made_of}

@@ -42,6 +42,7 @@ from formats.encodings.parameters import (
     group_index,
     kept_index,
     small_floats,
+    value_dtype,
 )
 from formats.encodings.rearranged import made_by_rows
 
@@ -196,7 +197,7 @@ def _affine(
         block_shape,
         _zero_point(stored, grid, packing),
         group_index=index if index is None else kept_index(index, len(shape) - 1),
-        compute_dtype=scale.dtype,
+        value_dtype=value_dtype(scale.dtype),
     )
     return Weight(replace(codes, quantization=quantization), _PARTS)
 

@@ -26,7 +26,7 @@ WRITABLE: Mapping[str, str] = MappingProxyType(
         "awq": "awq",
         "compressed-tensors": "compressed_tensors_writing",
         "gptq": "gptq",
-        "mlx": "mlx",
+        "mlx": "mlx_writing",
         "torchao": "torchao_writing",
     }
 )

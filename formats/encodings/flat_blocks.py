@@ -126,7 +126,7 @@ class Cycle:
 
         data = parameter.data
         if self.is_expanded:
-            data = Computed(prod(self.shape) * itemsize, compute, (parameter.data,))
+            data = Computed(prod(self.shape) * itemsize, compute, (parameter.data,), in_order=False)
         return replace(parameter, shape=self.grid, data=data)
 
 

@@ -5,7 +5,7 @@
     scales  float (G, O)
     g_idx   int32 (I)                    the group of each row of the input
 
-    weight[o, i] = scales[g_idx[i], o] * (code - zero), rounded to the dtype of the scales
+    weight[o, i] = scales[g_idx[i], o] * (code - zero), rounded once to the dtype of the scales
 
 In `checkpoint_format` "gptq" (v1; also where there is none) the stored zero is one less: the writer subtracts 1 from
 every field of the whole word, so that a zero of 0 borrows from its neighbour; adding it back with carry undoes that.
@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, is_float
-from converters.packing import bits_of
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import group_index, kept_index
-from formats.encodings.rearranged import by_rows, transposed
+from formats.encodings.parameters import group_index, kept_index, value_dtype
+from formats.encodings.rearranged import by_rows, columns_in_words, transposed, turned
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
@@ -61,17 +60,15 @@ def decode(stored: Stored) -> Weight:
     dtype = _CODES[bits]
 
     def codes(first: int, last: int) -> NDArray[Any]:
-        words = qweight.numpy()[:, first:last]
-        return np.ascontiguousarray(words.T)
+        return turned(qweight.numpy()[:, first:last])
 
-    data = by_rows((outputs, inputs), dtype, codes, qweight.data)
-    zeros = _zeros(qzeros, bits, outputs, 0 if layout == "gptq_v2" else _ONES[bits])
+    data = by_rows((outputs, inputs), dtype, codes, qweight.data, in_order=False)
+    added = 0 if layout == "gptq_v2" else _ONES[bits]
+    zero_point = columns_in_words("zero_point", qzeros, outputs, dtype, added=added)
     scale = transposed("scale", scales, (outputs, groups))
-    zero_point = Tensor.from_array("zero_point", np.ascontiguousarray(zeros.T).astype(dtype))
     grouping = _grouping(stored, inputs, groups)
-    compute_dtype = scales.dtype if bits_of(scales.dtype) <= 32 else np.dtype(np.float32)
     quantization = Quantization(
-        scale, (1, grouping.size), zero_point, group_index=grouping.index, compute_dtype=compute_dtype
+        scale, (1, grouping.size), zero_point, group_index=grouping.index, value_dtype=value_dtype(scales.dtype)
     )
     tensor = Tensor(f"{stored.prefix}.weight", (outputs, inputs), dtype, data, quantization)
     return Weight(tensor, _PARTS)
@@ -87,15 +84,6 @@ def _bits(stored: Stored, qzeros: Tensor, groups: int, outputs: int) -> int:
     if bits not in _CODES or words * 32 != bits * outputs:
         raise Unsupported(f"has codes of {bits} bits: 2, 4 and 8 are read")
     return bits
-
-
-def _zeros(qzeros: Tensor, bits: int, outputs: int, added: int) -> NDArray[np.uint8]:
-    """The zeros, shape (G, O); `added` is added to every word, with carry."""
-    with np.errstate(over="ignore"):
-        words = np.ascontiguousarray(qzeros.numpy()).view(np.uint32) + np.uint32(added)
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    fields = (words[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
-    return fields.reshape(words.shape[0], words.shape[1] * shifts.size)[:, :outputs].astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

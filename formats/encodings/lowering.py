@@ -6,7 +6,7 @@ change a value is refused, or is a Loss that the caller gets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from types import MappingProxyType
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported
 from converters.ir import Loss, Quantization, Tensor, grid_shape, is_integer
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Computed, Data
 from formats.encodings.parameters import FLOATS
+from formats.encodings.rearranged import by_rows
 
 _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
     {
@@ -34,6 +35,9 @@ _SIGNED = MappingProxyType({unsigned: signed for signed, unsigned in _UNSIGNED.i
 _HIGHEST_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
 _FLOAT32 = np.dtype(np.float32)
 _INT16 = np.dtype(np.int16)
+#: So many elements of any dtype are whole bytes.
+_WHOLE_BYTES = 4
+_PIECE_ELEMENTS = 1 << 18
 
 
 def integer_quantization(weight: Tensor) -> Quantization:
@@ -134,13 +138,58 @@ def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return SUB_BYTE[dtype][1] if dtype in SUB_BYTE else dtype
 
 
+def from_elements(
+    role: str, parameters: Mapping[str, Tensor], dtype: np.dtype[Any], function: Callable[..., NDArray[Any]]
+) -> Tensor:
+    """What `function` makes of the elements of parameters of one shape, as many of each as are asked for, which it gets
+    by their names: integers, or float32 values of those that are quantized themselves. `dtype` is a byte wide or more.
+    """
+    values = {name: flat(parameter) for name, parameter in parameters.items()}
+    shape, sources = next(iter(values.values())).shape, tuple(each.data for each in values.values())
+
+    def compute(start: int, stop: int) -> NDArray[np.uint8]:
+        first = start // dtype.itemsize // _WHOLE_BYTES * _WHOLE_BYTES
+        last = -(-stop // dtype.itemsize)
+        made = function(**{name: elements(each, first, last) for name, each in values.items()}).astype(dtype)
+        return made.view(np.uint8)[start - first * dtype.itemsize : stop - first * dtype.itemsize]
+
+    return Tensor(role, shape, dtype, Computed(prod(shape) * dtype.itemsize, compute, sources))
+
+
+def elements(parameter: Tensor, first: int, last: int) -> NDArray[Any]:
+    """Elements [first, last) of a parameter, flattened, as `codes` gives them; `first` is a multiple of 4, so that no
+    byte is cut."""
+    packed = parameter.data.read(first * parameter.bits // 8, packed_size(last, parameter.bits))
+    if parameter.dtype in SUB_BYTE:
+        return unpack(packed, parameter.dtype, last - first)
+    return packed.view(parameter.dtype)
+
+
+def in_pieces(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, NDArray[Any]]]:
+    """The elements of parameters of one shape, flattened and of their dtypes, many at a time; float32 values of those
+    that are quantized themselves."""
+    values = {name: flat(parameter) for name, parameter in parameters.items()}
+    size = next(iter(values.values())).size
+    for first in range(0, size, _PIECE_ELEMENTS):
+        last = min(first + _PIECE_ELEMENTS, size)
+        yield {name: elements(each, first, last).view(each.dtype) for name, each in values.items()}
+
+
 def flat(parameter: Tensor) -> Tensor:
     """A parameter that is quantized itself as its float32 values, which are what decoding computes first; any other as
     it is."""
     if parameter.quantization is None:
         return parameter
-    make = lambda: parameter.dequantize(np.float32)  # noqa: E731
-    return computed(parameter.name, parameter.shape, _FLOAT32, make, *parameter.stored())
+    if not parameter.shape:
+        make = lambda: parameter.dequantize(np.float32)  # noqa: E731
+        return computed(parameter.name, (), _FLOAT32, make, *parameter.stored())
+    outer = next((axis for axis, size in enumerate(parameter.shape) if size != 1), 0)
+
+    def rows(first: int, last: int) -> NDArray[Any]:
+        return parameter.rows(first, last).dequantize(np.float32)
+
+    data = by_rows(parameter.shape[outer:], _FLOAT32, rows, *parameter.stored(), step=parameter.row_step)
+    return Tensor(parameter.name, parameter.shape, _FLOAT32, data)
 
 
 def refined(weight: Tensor, block_shape: tuple[int, ...]) -> Tensor:

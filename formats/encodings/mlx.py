@@ -26,15 +26,21 @@ METHODS = frozenset(("mlx",))
 
 _PARTS = (".weight", ".scales", ".biases")
 #: Size of a group and bits of a code where the configuration leaves them out.
-_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 _BITS = frozenset((1, 2, 3, 4, 5, 6, 8))
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class Setting:
+    """What MLX is told of a module's codes; `size` is that of a group."""
+
     mode: str
     size: int
     bits: int
+
+    def entries(self) -> dict[str, Any]:
+        """As a configuration says it."""
+        return {"group_size": self.size, "bits": self.bits, "mode": self.mode}
 
 
 def claims(stored: Stored) -> bool:
@@ -67,7 +73,7 @@ def decode(stored: Stored) -> Weight:
     return Weight(small_floats(name, dtype, weight, scale, setting.size), _PARTS)
 
 
-def _affine(stored: Stored, name: str, weight: Tensor, scales: Tensor, setting: _Setting) -> Tensor:
+def _affine(stored: Stored, name: str, weight: Tensor, scales: Tensor, setting: Setting) -> Tensor:
     biases = float_scales(stored[".biases"])
     if biases.shape != scales.shape or biases.dtype != scales.dtype:
         raise CorruptFile(
@@ -84,7 +90,7 @@ def _affine(stored: Stored, name: str, weight: Tensor, scales: Tensor, setting: 
     return replace(codes, quantization=quantization)
 
 
-def _setting(stored: Stored) -> _Setting:
+def _setting(stored: Stored) -> Setting:
     """What the configuration says about the module. Without biases and without a mode for the module itself, it has
     the mode of the model."""
     config = stored.checkpoint.config
@@ -97,18 +103,18 @@ def _setting(stored: Stored) -> _Setting:
         if has_biases and not {"group_size", "bits"} <= config.keys():
             raise CorruptFile("is quantized by MLX, but no config.json says its group_size and bits")
     mode = own.get("mode") or ("affine" if has_biases else config.get("mode", "affine"))
-    if not isinstance(mode, str) or mode not in _DEFAULTS:
-        raise Unsupported(f"is in MLX's mode {mode!r:.40}, which is not known here: {', '.join(_DEFAULTS)} are")
+    if not isinstance(mode, str) or mode not in DEFAULTS:
+        raise Unsupported(f"is in MLX's mode {mode!r:.40}, which is not known here: {', '.join(DEFAULTS)} are")
     if has_biases != (mode == "affine"):
         raise CorruptFile(f"is in mode '{mode}', but has {'' if has_biases else 'no '}biases")
     size, bits = _number(own, "group_size", mode), _number(own, "bits", mode)
-    if (mode == "affine" and bits not in _BITS) or (mode != "affine" and (size, bits) != _DEFAULTS[mode]):
+    if (mode == "affine" and bits not in _BITS) or (mode != "affine" and (size, bits) != DEFAULTS[mode]):
         raise CorruptFile(f"has codes of {bits} bits in groups of {size}, which mode '{mode}' has not")
-    return _Setting(mode, size, bits)
+    return Setting(mode, size, bits)
 
 
 def _number(config: Mapping[str, Any], key: str, mode: str) -> int:
-    default = _DEFAULTS[mode][key == "bits"]
+    default = DEFAULTS[mode][key == "bits"]
     value = config.get(key, default)
     if type(value) is not int or value < 1:
         raise CorruptFile(f"has {key} {value!r:.40} in its configuration, where a positive integer is needed")

@@ -10,15 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import CorruptFile
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, is_integer
+from converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked, is_integer
 from converters.packing import bits_of
 from converters.storage import InMemory
 
 FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 FLOAT8_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 FLOAT8_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-
-_FLOAT32 = np.dtype(np.float32)
 
 #: The dtypes of scales in which the libraries of checkpoints compute.
 FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -29,6 +27,11 @@ def float_scales(scale: Tensor) -> Tensor:
     if scale.dtype not in FLOATS:
         raise CorruptFile(f"has scales of {scale.dtype}, where float16, bfloat16 or float32 is needed")
     return scale
+
+
+def value_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """What values are rounded to by a library that decodes to `dtype`: nothing, where that is float32 or wider."""
+    return dtype if dtype in VALUE_DTYPES else None
 
 
 def exponents(scale: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def small_floats(
     stored: Tensor,
     scale: Tensor,
     size: int,
-    compute_dtype: np.dtype[Any] = _FLOAT32,
+    value_dtype: np.dtype[Any] | None = None,
 ) -> Tensor:
     """The weight of float4 codes, two in a byte of `stored` with the first one in its low nibble, or of float8 codes:
     bytes in words or in bytes, of shape (..., n). `size` inputs share a scale. Raises CorruptFile where the shape of
@@ -53,7 +56,7 @@ def small_floats(
         raise CorruptFile("has codes of no axis, where a matrix is needed")
     shape = (*stored.shape[:-1], stored.shape[-1] * stored.bits // bits_of(dtype))
     block_shape = blocked(shape, len(shape) - 1, size)
-    return Tensor(name, shape, dtype, stored.data, Quantization(scale, block_shape, compute_dtype=compute_dtype))
+    return Tensor(name, shape, dtype, stored.data, Quantization(scale, block_shape, value_dtype=value_dtype))
 
 
 def group_size(told: int, size: int, groups: int) -> int:

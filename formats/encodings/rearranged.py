@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import gcd, prod
 from typing import Any
 
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from converters.storage import Computed, Data, InMemory
+
+_STRIP_ROWS, _SPARE_BYTES = 128, 16
 
 #: Gives rows [first, last) of a tensor, all its axes but the last taken as one: shape (last - first, columns), elements
 #: of dtypes narrower than a byte one in each.
@@ -24,10 +26,11 @@ def by_rows(
     rows: Callable[[int, int], NDArray[Any]],
     *sources: Data,
     step: int = 1,
+    in_order: bool = True,
 ) -> Data:
     """The canonical bytes of a tensor of that shape and dtype, of which `rows(first, last)` gives rows [first, last) of
     the first axis: any array whose bytes are theirs. Rows must be whole bytes, or else come `step` at a time (at the
-    end, fewer)."""
+    end, fewer). `in_order`: whether they lie in the sources one after the other (`converters.storage.Computed`)."""
     count, nbytes = shape[0], packed_size(prod(shape), bits_of(dtype))
     row_bits = prod(shape[1:]) * bits_of(dtype)
 
@@ -40,11 +43,13 @@ def by_rows(
         skipped = first * row_bits // 8
         return taken[start - skipped : stop - skipped]
 
-    return Computed(nbytes, read, sources)
+    return Computed(nbytes, read, sources, in_order)
 
 
-def made_by_rows(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows, *sources: Data) -> Tensor:
-    """A tensor whose rows are made when they are read, from `sources`."""
+def made_by_rows(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: Rows, *sources: Data, in_order: bool = True
+) -> Tensor:
+    """A tensor whose rows are made when they are read, from `sources`, in which they lie `in_order` or not."""
     count, bits = prod(shape), bits_of(dtype)
     if not count:
         return Tensor(name, shape, dtype, InMemory(np.zeros(0, np.uint8)))
@@ -56,7 +61,21 @@ def made_by_rows(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], rows: 
         elements = rows(first, last).reshape(-1)[begin - first * columns : end - first * columns]
         return pack(elements, bits) if dtype in SUB_BYTE else np.ascontiguousarray(elements).view(np.uint8)
 
-    return Tensor(name, shape, dtype, Computed(packed_size(count, bits), compute, sources))
+    return Tensor(name, shape, dtype, Computed(packed_size(count, bits), compute, sources, in_order))
+
+
+def turned(matrix: NDArray[Any]) -> NDArray[Any]:
+    """The transposed of a matrix, in memory of its own. The rows of mapped weights lie powers of two apart, for which a
+    cache has few places; so strips of them are copied to rows that do not."""
+    rows, columns = matrix.shape
+    out = np.empty((columns, rows), matrix.dtype)
+    strip = np.empty((_STRIP_ROWS, (columns | 1) + _SPARE_BYTES // matrix.itemsize), matrix.dtype)
+    for row in range(0, rows, _STRIP_ROWS):
+        taken = matrix[row : row + _STRIP_ROWS]
+        held = strip[: taken.shape[0], :columns]
+        held[...] = taken
+        out[:, row : row + _STRIP_ROWS] = held.T
+    return out
 
 
 def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | None = None) -> Tensor:
@@ -70,12 +89,33 @@ def transposed(role: str, stored: Tensor, grid: tuple[int, ...], plane: int | No
         start, stop = first // height, -(-last // height)
         top = start * height
         if stop - start == 1:  # the most common one: no other rows are read
-            one: NDArray[Any] = array[start, :columns, first - top : last - top].T
-            return one
+            return turned(array[start, :columns, first - top : last - top])
         several = array[start:stop, :columns, :height].swapaxes(1, 2).reshape(-1, columns)
         return several[first - top : last - top]
 
-    return made_by_rows(role, grid, stored.dtype, rows, stored.data)
+    return made_by_rows(role, grid, stored.dtype, rows, stored.data, in_order=False)
+
+
+def columns_in_words(
+    name: str, words: Tensor, columns: int, dtype: np.dtype[Any], *, fields: Sequence[int] = (), added: int = 0
+) -> Tensor:
+    """Unsigned codes of shape (columns, rows), of words of 32 bits of shape (rows, p), each of which has a row's codes
+    of neighbouring columns: that of column j in field `fields[j]`, or in field j. `added` is added to each word first,
+    modulo 2 ** 32."""
+    bits, height = bits_of(dtype), words.shape[0]
+    per_word = 32 // bits
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    order = list(fields or range(per_word))
+
+    def rows(first: int, last: int) -> NDArray[Any]:
+        start, stop = first // per_word, -(-last // per_word)
+        taken = words.numpy()[:, start:stop].view(np.uint32)
+        octets = turned((taken + np.uint32(added) if added else taken).view(np.uint8))
+        codes = (octets[:, None, :] >> shifts) & np.uint8((1 << bits) - 1)
+        found = codes.reshape(stop - start, per_word, height)[:, order].reshape(-1, height)
+        return found[first - start * per_word : last - start * per_word]
+
+    return made_by_rows(name, (columns, height), dtype, rows, words.data, in_order=False)
 
 
 def swapped_nibbles(data: Data, count: int) -> Data:
@@ -121,4 +161,4 @@ def fields(words: Tensor, rows: int, bits: int, dtype: np.dtype[Any], *, highest
         return pack(found, bits_of(dtype)) if bits_of(dtype) < 8 else found.astype(dtype)
 
     step = 8 // gcd(8, columns * bits_of(dtype)) if columns else 1
-    return by_rows((rows, columns), dtype, codes, words.data, step=step)
+    return by_rows((rows, columns), dtype, codes, words.data, step=step, in_order=False)

@@ -43,7 +43,7 @@ _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _EXPONENT8 = np.dtype(ml_dtypes.float8_e8m0fnu)
 _FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 
-_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _UE4M3_ZERO = 0x7F
 
 
@@ -113,12 +113,15 @@ def _negated(start: int) -> _Take:
 
 def _halves(stored: _Bytes, half: int) -> _Bytes:
     """Canonical bytes of nibbles that lie in groups of `half` bytes: first all the low ones, then all the high ones."""
-    groups = stored.reshape(-1, half)
-    even, odd = groups[:, 0::2], groups[:, 1::2]
-    packed = np.empty((groups.shape[0], 2, half // 2), np.uint8)
-    packed[:, 0] = (even & 0x0F) | (odd << 4)
-    packed[:, 1] = (even >> 4) | (odd & 0xF0)
-    return packed
+    pairs = np.ascontiguousarray(stored).reshape(-1).view("<u2")
+    moved = pairs >> np.uint16(4)
+    low = (pairs & np.uint16(0x0F)) | (moved & np.uint16(0xF0))
+    high = (moved & np.uint16(0x0F)) | ((pairs >> np.uint16(8)) & np.uint16(0xF0))
+    words = np.dtype(f"u{min(8, half // 2)}")  # NumPy is slow with many short rows of bytes
+    packed = np.empty((stored.size // half, 2, half // 2 // words.itemsize), words)
+    for place, nibbles in enumerate((low, high)):
+        packed[:, place] = nibbles.astype(np.uint8).view(words).reshape(packed.shape[0], -1)
+    return packed.view(np.uint8)
 
 
 def _fields(stored: _Bytes, group: int, bits: int) -> _Bytes:
@@ -246,13 +249,14 @@ def _q6_k(blocks: Blocks) -> Tensor:
     return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
 
 
-def _iq4_codebook() -> Tensor:
-    return Tensor.from_array("codebook", np.array(_IQ4_VALUES, np.float32))
+def iq4_codebook() -> Tensor:
+    """What IQ4_NL and IQ4_XS multiply."""
+    return Tensor.from_array("codebook", np.array(IQ4_VALUES, np.float32))
 
 
 def _iq4_nl(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=_iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=iq4_codebook())
 
 
 def _iq4_xs(blocks: Blocks) -> Tensor:
@@ -262,7 +266,7 @@ def _iq4_xs(blocks: Blocks) -> Tensor:
 
     d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     scale = blocks.nested("scale", _INT8, 8, scales, d)
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=_iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=iq4_codebook())
 
 
 def _tq1_0(blocks: Blocks) -> Tensor:
@@ -338,25 +342,31 @@ PLAIN_TYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     }
 )
 
-#: Types that are known by name only: lattices (IQ1 to IQ3), those that exist while llama.cpp runs, and former ones.
+#: Types whose blocks are carried whole and not decoded (lattices, and bits of a sign): name, elements, bytes.
+OPAQUE_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
+    {
+        16: ("IQ2_XXS", 256, 66),
+        17: ("IQ2_XS", 256, 74),
+        18: ("IQ3_XXS", 256, 98),
+        19: ("IQ1_S", 256, 50),
+        21: ("IQ3_S", 256, 110),
+        22: ("IQ2_S", 256, 82),
+        29: ("IQ1_M", 256, 56),
+        41: ("Q1_0", 128, 18),
+    }
+)
+
+#: Types that no file should have: those that exist while llama.cpp runs, and former ones.
 OTHER_TYPES: Mapping[int, str] = MappingProxyType(
     {
         4: "Q4_2",
         5: "Q4_3",
         9: "Q8_1",
-        16: "IQ2_XXS",
-        17: "IQ2_XS",
-        18: "IQ3_XXS",
-        19: "IQ1_S",
-        21: "IQ3_S",
-        22: "IQ2_S",
-        29: "IQ1_M",
         31: "Q4_0_4_4",
         32: "Q4_0_4_8",
         33: "Q4_0_8_8",
         36: "IQ4_NL_4_4",
         37: "IQ4_NL_4_8",
         38: "IQ4_NL_8_8",
-        41: "Q1_0",
     }
 )

@@ -20,10 +20,10 @@ from converters.storage import FileRange, MappedFile
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT = "general.alignment"
-_DEFAULT_ALIGNMENT = 32
+DEFAULT_ALIGNMENT = 32
 _MOST_NESTED = 8
 
-_STRING, _ARRAY = 8, 9
+UINT32, STRING, _ARRAY = 4, 8, 9
 #: struct's formats for the types of values that have a size of their own.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LAYOUTS = {kind: struct.Struct(f"<{kind}") for kind in _NUMBERS.values()}
@@ -43,7 +43,7 @@ _NAMES = {
     12: "float64",
 }
 #: The fewest bytes that an element of an array, a key-value and a tensor can take.
-_LEAST = {_STRING: 8, _ARRAY: 12}
+_LEAST = {STRING: 8, _ARRAY: 12}
 _LEAST_KEY_VALUE = 8 + 4 + 1
 _LEAST_TENSOR = 8 + 4 + 4 + 8
 
@@ -68,10 +68,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Container:
-    """The key-values and the tensors of a file, in its order; `data_offset` is where the data begin."""
+    """The key-values and the tensors of a file, in its order; `data_offset` is where the data begin. `entries` are the
+    bytes of each key-value as they stand in the file, its key included."""
 
     file: MappedFile
     metadata: dict[str, Value]
+    entries: dict[str, FileRange]
     tensors: dict[str, TensorInfo]
     alignment: int
     data_offset: int
@@ -103,11 +105,14 @@ def open_container(file: MappedFile) -> Container:
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
     cursor.expect(tensor_count * _LEAST_TENSOR + value_count * _LEAST_KEY_VALUE, "tensors and key-values")
     metadata: dict[str, Value] = {}
+    entries: dict[str, FileRange] = {}
     for _ in range(value_count):
+        start = cursor.position
         key = cursor.string()
         if key in metadata:
             raise CorruptFile(f"has the key '{key}' twice")
         metadata[key] = cursor.value()
+        entries[key] = file.range(start, cursor.position - start)
     tensors: dict[str, TensorInfo] = {}
     for _ in range(tensor_count):
         info = cursor.tensor()
@@ -115,11 +120,12 @@ def open_container(file: MappedFile) -> Container:
             raise CorruptFile("is there twice", tensor=info.name)
         tensors[info.name] = info
     alignment = _alignment(metadata)
-    return Container(file, metadata, tensors, alignment, -(-cursor.position // alignment) * alignment)
+    data_offset = -(-cursor.position // alignment) * alignment
+    return Container(file, metadata, entries, tensors, alignment, data_offset)
 
 
 def _alignment(metadata: dict[str, Value]) -> int:
-    found = metadata.get(_ALIGNMENT, Value("uint32", _DEFAULT_ALIGNMENT))
+    found = metadata.get(_ALIGNMENT, Value("uint32", DEFAULT_ALIGNMENT))
     alignment = found.value
     if found.kind != "uint32" or alignment == 0 or alignment & (alignment - 1):
         raise CorruptFile(f"has the {_ALIGNMENT} {found.value!r:.40} ({found.kind}): a power of two is needed")
@@ -166,7 +172,7 @@ class _Cursor:
         kind = self.number("I")
         if kind in _NUMBERS:
             return Value(_NAMES[kind], self.number(_NUMBERS[kind]))
-        if kind == _STRING:
+        if kind == STRING:
             return Value(_NAMES[kind], self.string())
         if kind == _ARRAY:
             return Value(_NAMES[kind], self._skip_array(0))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from converters.errors import CorruptFile, Unsupported
+import numpy as np
+
+from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import Loss, Metadata, Model, Tensor
-from converters.storage import MappedFile
-from formats.gguf.blocks import BLOCK_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks, BlockType
-from formats.gguf.container import Container, TensorInfo, open_container
+from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
+from formats.gguf.container import Container, TensorInfo
+from formats.gguf.split import SPLIT_KEYS, open_files
+from formats.gguf.stored import StoredBlocks
 
 _SHOWN_KEYS = 3
 
@@ -19,18 +23,37 @@ class GGUFReader:
     """Reads .gguf files."""
 
     def read(self, path: Path) -> Model:
-        """The tensors in the header's order; the header only. Raises CorruptFile for damage, Unsupported for types of
-        blocks that are not read."""
-        container = open_container(MappedFile.open(path))
-        extents: list[tuple[int, int, str]] = []
+        """The tensors in the header's order, those of all files that a model was split into; headers only. Raises
+        CorruptFile for damage, Unsupported for types of blocks that ggml no longer has."""
+        containers = open_files(path)
         tensors: dict[str, Tensor] = {}
-        for info in container.tensors.values():
-            tensors[info.name], nbytes = _tensor(container, info)
-            extents.append((info.offset, info.offset + nbytes, info.name))
-        _check_apart(extents)
-        quantized_by = container.metadata.get("general.quantized_by")
+        for container in containers:
+            try:
+                tensors |= _tensors(container)
+            except Error as error:
+                error.path = error.path or container.file.path
+                raise
+        quantized_by = containers[0].metadata.get("general.quantized_by")
         producer = quantized_by.value if quantized_by and quantized_by.kind == "string" else ""
-        return Model(tensors, Metadata("gguf", producer, path), losses=tuple(_losses(container)))
+        return Model(tensors, Metadata("gguf", producer, path), losses=tuple(metadata_losses(containers[0])))
+
+
+def metadata_losses(container: Container) -> Iterator[Loss]:
+    """The key-values that the representation has no place for."""
+    keys = [key for key in container.metadata if not key.startswith(("general.", SPLIT_KEYS))]
+    if keys:
+        shown = ", ".join(keys[:_SHOWN_KEYS]) + (", …" if len(keys) > _SHOWN_KEYS else "")
+        yield Loss("", "dropped", f"{len(keys)} key-values of its metadata ({shown})")
+
+
+def _tensors(container: Container) -> dict[str, Tensor]:
+    extents: list[tuple[int, int, str]] = []
+    tensors: dict[str, Tensor] = {}
+    for info in container.tensors.values():
+        tensors[info.name], nbytes = _tensor(container, info)
+        extents.append((info.offset, info.offset + nbytes, info.name))
+    _check_apart(extents)
+    return tensors
 
 
 def _tensor(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
@@ -40,28 +63,40 @@ def _tensor(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
         nbytes = prod(info.shape) * plain.itemsize
         return Tensor(info.name, info.shape, plain, container.data_of(info, nbytes)), nbytes
     type_ = BLOCK_TYPES.get(info.type_id)
-    if type_ is None:
-        raise _unknown(info)
-    return _of_blocks(container, info, type_)
+    if type_ is not None:
+        blocks = _blocks(container, info, type_.name, type_.elements, type_.nbytes)
+        tensor = type_.tensor(blocks)
+        stored = StoredBlocks(tensor.data, blocks.data, info.type_id, info.shape, tensor.quantization)
+        return replace(tensor, data=stored), blocks.data.nbytes
+    if info.type_id in OPAQUE_TYPES:
+        return _opaque(container, info)
+    raise _unknown(info)
 
 
-def _of_blocks(container: Container, info: TensorInfo, type_: BlockType) -> tuple[Tensor, int]:
-    if prod(info.shape) == 0 or not info.shape or info.shape[-1] % type_.elements:
+def _blocks(container: Container, info: TensorInfo, type_name: str, elements: int, nbytes: int) -> Blocks:
+    if prod(info.shape) == 0 or not info.shape or info.shape[-1] % elements:
         raise CorruptFile(
-            f"has shape {info.shape}, whose last size is not whole blocks of {type_.elements} elements ({type_.name})",
+            f"has shape {info.shape}, whose last size is not whole blocks of {elements} elements ({type_name})",
             tensor=info.name,
         )
-    nbytes = prod(info.shape) // type_.elements * type_.nbytes
-    data = container.data_of(info, nbytes)
-    return type_.tensor(Blocks(info.name, info.shape, type_.elements, type_.nbytes, data)), nbytes
+    data = container.data_of(info, prod(info.shape) // elements * nbytes)
+    return Blocks(info.name, info.shape, elements, nbytes, data)
+
+
+def _opaque(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
+    """A tensor whose elements are whole blocks, of a dtype that is called as their type: no other format holds them."""
+    name, elements, nbytes = OPAQUE_TYPES[info.type_id]
+    data = _blocks(container, info, name, elements, nbytes).data
+    shape = (*info.shape[:-1], info.shape[-1] // elements)
+    stored = StoredBlocks(data, data, info.type_id, info.shape, None)
+    return Tensor(info.name, shape, np.dtype([(name, f"V{nbytes}")]), stored), data.nbytes
 
 
 def _unknown(info: TensorInfo) -> Exception:
     name = OTHER_TYPES.get(info.type_id)
     if name is None:
         return CorruptFile(f"is of type {info.type_id}, which ggml does not have", tensor=info.name)
-    advice = "llama-quantize --allow-requantize makes one that is (Q4_K, say)"
-    return Unsupported(f"is of type {name}, which is not read: {advice}", tensor=info.name)
+    return Unsupported(f"is of type {name}, which no file has now: make it again from the source", tensor=info.name)
 
 
 def _check_apart(extents: list[tuple[int, int, str]]) -> None:
@@ -72,13 +107,3 @@ def _check_apart(extents: list[tuple[int, int, str]]) -> None:
             raise CorruptFile(f"shares bytes with '{last_name}'", tensor=name)
         if stop > last_stop:
             last_stop, last_name = stop, name
-
-
-def _losses(container: Container) -> Iterator[Loss]:
-    keys = [key for key in container.metadata if not key.startswith("general.")]
-    if keys:
-        shown = ", ".join(keys[:_SHOWN_KEYS]) + (", …" if len(keys) > _SHOWN_KEYS else "")
-        yield Loss("", "dropped", f"{len(keys)} key-values of its metadata ({shown})")
-    count = container.metadata.get("split.count")
-    if count is not None and isinstance(count.value, int) and count.value > 1:
-        yield Loss("", "dropped", f"the tensors in the other files of the {count.value} that it was split into")

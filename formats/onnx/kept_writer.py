@@ -12,6 +12,7 @@ from converters.errors import CorruptFile, Unsupported, UsageError
 from converters.interfaces import OutputFile
 from converters.ir import Loss, Model, Tensor, is_float
 from converters.storage import MappedFile
+from converters.streaming import pieces
 from formats.onnx import schema
 from formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
 from formats.onnx.made_graph import Lowerable, made_graph
@@ -70,9 +71,8 @@ class _Place:
         """Writes the payload, made of its owner."""
         made = self.payload.make(tensor)
         go_to(self.stream, self.position)
-        for part in made.parts(_PIECE_BYTES):
-            self.stream.write(part.packed().data)
-            part.release()
+        for piece in pieces(made, _PIECE_BYTES):
+            self.stream.write(piece.data)
 
 
 class KeptSink:

@@ -186,7 +186,7 @@ def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
             np.uint8
         )
 
-    return Tensor(tensor.name, tensor.shape, dtype, Computed(tensor.size, compute))
+    return Tensor(tensor.name, tensor.shape, dtype, Computed(tensor.size, compute, (tensor.data,)))
 
 
 def is_wide(*dtypes: np.dtype[Any]) -> bool:

@@ -41,7 +41,7 @@ def transposed(tensor: Tensor) -> Tensor:
         return packed[start - offset : stop - offset]
 
     quantization = tensor.quantization and _transposed_parameters(tensor.quantization)
-    data = Computed(tensor.nbytes, compute)
+    data = Computed(tensor.nbytes, compute, (tensor.data,), in_order=False)
     return replace(tensor, shape=(columns, rows), data=data, quantization=quantization, uses=())
 
 
@@ -81,7 +81,8 @@ def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
             None if group is None else GroupIndex(permutation.index(group.axis), group.index),
         )
     shape = tuple(tensor.shape[axis] for axis in permutation)
-    return replace(tensor, shape=shape, data=Computed(tensor.nbytes, compute), quantization=q, uses=())
+    data = Computed(tensor.nbytes, compute, (tensor.data,), in_order=False)
+    return replace(tensor, shape=shape, data=data, quantization=q, uses=())
 
 
 def narrowed(tensor: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def narrowed(tensor: Tensor) -> Tensor:
         packed = pack(codes, bits) if bits < 8 else codes.astype(np.uint8).reshape(-1)
         return packed[start:stop]
 
-    data = Computed(packed_size(zero_point.size, bits), compute)
+    data = Computed(packed_size(zero_point.size, bits), compute, (zero_point.data,))
     return replace(tensor, quantization=replace(q, zero_point=replace(zero_point, dtype=tensor.dtype, data=data)))
 
 
@@ -124,7 +125,7 @@ def _as_int32(tensor: Tensor) -> Tensor:
         codes = tensor.codes().reshape(-1)[start // 4 : -(-stop // 4)].astype(np.int32)
         return codes.view(np.uint8)[start % 4 : start % 4 + stop - start]
 
-    return replace(tensor, dtype=np.dtype(np.int32), data=Computed(4 * tensor.size, compute))
+    return replace(tensor, dtype=np.dtype(np.int32), data=Computed(4 * tensor.size, compute, (tensor.data,)))
 
 
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -252,7 +253,7 @@ class Blobs:
             packed = _padded_rows(weight, first, last, row_nbytes, flip)
             return packed.reshape(-1)[start - first * row_nbytes : stop - first * row_nbytes]
 
-        return Tensor(weight.name, self.shape, _UINT8, Computed(prod(self.shape), compute))
+        return Tensor(weight.name, self.shape, _UINT8, Computed(prod(self.shape), compute, (weight.data,)))
 
     def scales(self, dtype: np.dtype[Any]) -> Tensor:
         """The scales, (rows, blocks) of `dtype`."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from converters.errors import Unsupported
 from converters.ir import Tensor
+from converters.streaming import pieces
 from formats.onnx import schema
 from formats.onnx.graph import Node
 from formats.onnx.lowering import Constant, Initializer
@@ -146,9 +147,8 @@ class Stream:
         if place.offset is not None:
             target = self.streams[1]
             go_to(target, place.offset)
-        for part in tensor.parts(_PIECE_BYTES):
-            target.write(part.packed().data)
-            part.release()
+        for piece in pieces(tensor, _PIECE_BYTES):
+            target.write(piece.data)
 
 
 def go_to(stream: BinaryIO, position: int) -> None:

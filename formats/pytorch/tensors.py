@@ -60,7 +60,7 @@ def row_major(name: str, value: StridedTensor) -> Data:
             f"repeats a storage of {stored.nbytes} bytes to {count * itemsize}: it would fill the memory", tensor=name
         )
     gather = _Gather(stored, value.dtype, value.offset, value.shape, value.strides)
-    return Computed(count * itemsize, gather.read, (stored,))
+    return Computed(count * itemsize, gather.read, (stored,), in_order=False)
 
 
 def quantization_of(name: str, shape: tuple[int, ...], quantizer: Quantizer) -> Quantization:

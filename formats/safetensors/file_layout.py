@@ -13,6 +13,7 @@ from converters.errors import Unsupported
 from converters.interfaces import OutputFile
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of
+from converters.streaming import pieces
 from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
 
 #: The container's name of each dtype that it stores as it is.
@@ -69,9 +70,9 @@ def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, st
 def write_at(stream: BinaryIO, offset: int, tensor: Tensor, wrote: Callable[[int], None]) -> None:
     """Writes a tensor's bytes in pieces; says how many each has."""
     stream.seek(offset)
-    for part in tensor.parts(_PIECE_BYTES):
-        stream.write(part.packed().data)
-        wrote(part.nbytes)
+    for piece in pieces(tensor, _PIECE_BYTES):
+        stream.write(piece.data)
+        wrote(piece.size)
 
 
 def _entry(tensor: Tensor, first: int, last: int) -> dict[str, Any]:

@@ -6,7 +6,8 @@
     USE = [OPERATOR, INPUT, AXIS] or [OPERATOR, INPUT, AXIS, ACTIVATION, RESULT], these two being null or
           ["int8", SHAPE, SCALE, ZERO_POINT]
     QUANTIZATION = {"block_shape": [..], "scale": TENSOR, "zero_point": TENSOR, "offset": TENSOR, "codebook": TENSOR,
-                    "group_index": TENSOR, "group_axis": N, "compute_dtype": "bfloat16", "factor": X}
+                    "group_index": TENSOR, "group_axis": N, "compute_dtype": "bfloat16", "value_dtype": "float16",
+                    "factor": X}
 
 KEY is the key of the stored bytes. Dtypes that the container lacks (int4, int2, …) are stored as U8 of shape [bytes] in
 the IR's canonical order: row-major, low bits first. Everything optional is absent when there is none. A scale may have
@@ -56,6 +57,8 @@ def described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
             description["quantization"]["group_axis"] = quantization.group_index.axis
         if quantization.compute_dtype != np.float32:
             description["quantization"]["compute_dtype"] = quantization.compute_dtype.name
+        if quantization.value_dtype is not None:
+            description["quantization"]["value_dtype"] = quantization.value_dtype.name
         if quantization.factor != 1:
             description["quantization"]["factor"] = quantization.factor
     if tensor.uses:
@@ -169,6 +172,7 @@ def _built_quantization(
         group_index=group_index,
         compute_dtype=DTYPES_BY_NAME[description.get("compute_dtype", "float32")],
         factor=float(description.get("factor", 1)),
+        value_dtype=DTYPES_BY_NAME[description["value_dtype"]] if "value_dtype" in description else None,
     )
 
 

@@ -34,11 +34,18 @@ def check(case: Path) -> converters.Model:
         names = {key.partition("/")[2] for key in truth.files}
         for key in truth.files:
             kind, _, name = key.partition("/")
-            got = model[name].codes() if kind == "c" else model[name].dequantize(np.float32)
+            got = model[name].codes() if kind == "c" else library_values(model[name])
             np.testing.assert_array_equal(got, truth[key], err_msg=key)
             assert got.shape == truth[key].shape, key
     assert all(name in names or name.endswith(".bias") for name in model), list(model)
     return model
+
+
+def library_values(tensor: converters.Tensor) -> NDArray[np.float32]:
+    """The values as the producing library has them, rounded to its dtype, as float32."""
+    quantization = tensor.quantization
+    dtype = None if quantization is None else quantization.value_dtype
+    return tensor.dequantize(dtype or np.float32).astype(np.float32)
 
 
 def write_file(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None) -> Path:

@@ -45,6 +45,14 @@ def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> Non
     comparison = converters.convert(case, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
+    rounded = [
+        {
+            name: tensor.quantization and tensor.quantization.value_dtype
+            for name, tensor in converters.load(path).items()
+        }
+        for path in (case, target)
+    ]
+    assert rounded[0] == rounded[1]
 
 
 def test_the_high_nibble_is_first(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import converters
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, check_fixture, decoded, refused
 
 CASES = sorted(FIXTURES.glob("compressed_tensors_*"))
@@ -113,8 +114,9 @@ def test_experts_are_packed_expert_by_expert():
     np.testing.assert_array_equal(weight.codes(), codes)
     np.testing.assert_array_equal(weight.quantization.zero_point.codes(), zeros)
     scale = arrays["m.weight_scale"].astype(np.float32).repeat(12, axis=2)
-    wanted = ((codes - zeros.repeat(12, axis=2)).astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
-    np.testing.assert_array_equal(weight.dequantize(np.float32), wanted.astype(np.float32))
+    wanted = (codes - zeros.repeat(12, axis=2)).astype(np.float32) * scale
+    np.testing.assert_array_equal(weight.dequantize(np.float32), wanted)
+    np.testing.assert_array_equal(library_values(weight), wanted.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 def test_zero_points_that_are_not_packed():

@@ -1,0 +1,51 @@
+"""A tensor's canonical bytes one piece after the other, as sinks write them: computed ahead by a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.ir import Tensor
+from converters.storage import FileRange, InMemory
+
+if TYPE_CHECKING:  # imported when there is something to compute
+    from concurrent.futures import Future
+
+_MOST_THREADS = 4
+
+
+def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
+    """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go
+    when the next one is asked for. Data that are computed are so in threads (NumPy works without holding the
+    interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    parts = tensor.cut(nbytes)
+    if threads < 2 or tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory):
+        for part in parts:
+            yield part.packed()
+            part.release()
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for part in parts:
+                ahead.append((part, pool.submit(part.packed)))
+                if len(ahead) > threads:
+                    yield from _first(ahead)
+            while ahead:
+                yield from _first(ahead)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _first(ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]]) -> Iterator[NDArray[np.uint8]]:
+    part, packed = ahead.popleft()
+    yield packed.result()
+    part.release()

@@ -1,0 +1,317 @@
+"""Quantized tensors as ggml's types have them: the same values, in codes and parameters of one of its blocks.
+
+    Q4_0     int4 codes (or 2-bit ones) less their zero point, if that is what int4 holds: uint4 with zero point 8, say
+    Q4_1     other 4-bit and 2-bit codes, unsigned; the minimum is offset - scale * zero point
+    Q8_0     int8 codes, or uint8 ones less the zero point 128
+    IQ4_NL   uint4 codes with its codebook
+    MXFP4    float4 with scales that are powers of two       NVFP4    float4 with scales that E4M3 holds
+
+Parameters for more than a block are repeated. Nothing is rounded: scales and minima must be float16 numbers, and where
+zero points become minima, all codes are decoded both ways first. Those parameters are read for that when a file is
+planned, in pieces. (Two zeros are one value here: ggml's may have the other sign.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import Unsupported
+from converters.ir import Loss, Quantization, Tensor, blocked, is_float
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from converters.storage import Computed, Data
+from formats.encodings.rearranged import by_rows
+from formats.gguf.blocks import iq4_codebook
+
+_INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
+_INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)
+_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
+_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
+_FLOAT16, _FLOAT32, _FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
+
+#: The lowest and the highest code of each dtype that can be arranged.
+_CODES = {_INT2: (-2, 1), _UINT2: (0, 3), _INT4: (-8, 7), _UINT4: (0, 15), _INT8: (-128, 127), _UINT8: (0, 255)}
+_PIECE_BLOCKS = 1 << 16
+#: Zero points beyond it are far from any code, and differences with these are exact in float32 up to it.
+_LARGEST_ZERO_POINT = 1 << 16
+
+_Floats = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A type of blocks to write: `elements` in a block, of which `shared` have the same scale."""
+
+    type_id: int
+    name: str
+    elements: int
+    shared: int
+    dtype: np.dtype[Any]
+    scale_dtype: np.dtype[Any]
+
+
+Q4_0 = Kind(2, "Q4_0", 32, 32, _INT4, _FLOAT16)
+Q4_1 = Kind(3, "Q4_1", 32, 32, _UINT4, _FLOAT16)
+Q8_0 = Kind(8, "Q8_0", 32, 32, _INT8, _FLOAT16)
+IQ4_NL = Kind(20, "IQ4_NL", 32, 32, _UINT4, _FLOAT16)
+MXFP4 = Kind(39, "MXFP4", 32, 32, _FLOAT4, np.dtype(ml_dtypes.float8_e8m0fnu))
+NVFP4 = Kind(40, "NVFP4", 64, 16, _FLOAT4, np.dtype(ml_dtypes.float8_e4m3fn))
+
+
+def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, tuple[Loss, ...]]:
+    """The type for a quantized tensor; the tensor as that type's blocks are read; what its codes lose. Reads parameters
+    that may not fit. Raises Unsupported where no type has exactly these values."""
+    source = _Source(tensor, quantization)
+    kind = _kind(source)
+    if source.scale_is_doubtful(kind):
+        _check_scales(source, kind)
+    if kind is Q4_1:
+        _check_minima(source)
+    losses = []
+    if tensor.dtype in (_INT2, _UINT2):
+        losses.append(Loss(tensor.name, "widened", f"codes of {tensor.dtype} become those of {kind.name}, 4 bits wide"))
+    return kind, arranged(tensor, quantization, kind), tuple(losses)
+
+
+def arranged(tensor: Tensor, quantization: Quantization, kind: Kind) -> Tensor:
+    """A tensor that fits `kind` in codes and parameters of that."""
+    source = _Source(tensor, quantization)
+    scale = source.parameter("scale", kind, source.scale)
+    offset = source.parameter("offset", kind, source.minimum) if kind is Q4_1 else None
+    block_shape = blocked(tensor.shape, len(tensor.shape) - 1, kind.shared)
+    codebook = iq4_codebook() if kind is IQ4_NL else None
+    wanted = Quantization(scale, block_shape, None, offset, codebook)
+    return replace(tensor, dtype=kind.dtype, data=source.codes(kind), quantization=wanted)
+
+
+def _kind(source: _Source) -> Kind:
+    """The type whose codes these can be, in blocks that fit."""
+    tensor, q = source.tensor, source.quantization
+    if tensor.dtype == _FLOAT4:
+        kind = _float_kind(source)
+    elif tensor.dtype not in _CODES:
+        raise source.refusal(f"has codes of {tensor.dtype}, which no type of ggml has")
+    elif q.codebook is not None:
+        kind = IQ4_NL
+        if not source.is_iq4():
+            raise source.refusal("has a codebook that is not that of IQ4_NL, the only one of ggml")
+    elif tensor.bits == 8:
+        kind = Q8_0
+        if q.offset is not None or not source.less_zero_point_fits(kind):
+            raise source.refusal(f"has {tensor.dtype} codes that are not symmetric around zero, as those of Q8_0 are")
+    else:
+        kind = Q4_0 if q.offset is None and source.less_zero_point_fits(Q4_0) else Q4_1
+    source.check_blocks(kind)
+    return kind
+
+
+def _float_kind(source: _Source) -> Kind:
+    """MXFP4 where all scales are powers of two, or blocks fit no other type."""
+    q = source.quantization
+    if q.zero_point is not None or q.offset is not None:
+        raise source.refusal("has float4 codes with a zero point or an offset, which no type of ggml has")
+    if not source.has_blocks_for(NVFP4):
+        return MXFP4
+    if not source.has_blocks_for(MXFP4):
+        return NVFP4
+    return MXFP4 if q.scale.dtype == MXFP4.scale_dtype or source.scales_fit(MXFP4) else NVFP4
+
+
+def _check_scales(source: _Source, kind: Kind) -> None:
+    for first, last in source.pieces():
+        scale = source.scale(first, last)
+        wrong = scale[~_fits(scale, kind)]
+        if wrong.size:
+            raise source.refusal(f"has the scale {wrong[0]!s}, which {kind.scale_dtype} ({kind.name}) does not hold")
+
+
+def _check_minima(source: _Source) -> None:
+    """Raises Unsupported unless d * q + m, in float32, is the value of every code."""
+    lowest, highest = _CODES[source.tensor.dtype]
+    codes = np.arange(lowest, highest + 1, dtype=np.float32)[:, None]
+    for first, last in source.pieces():
+        scale, minimum = source.scale(first, last), source.minimum(first, last)
+        zero_point = source.zero_point(first, last)
+        with np.errstate(over="ignore", invalid="ignore"):
+            stored = minimum.astype(np.float16).astype(np.float32)
+            wanted = scale * (codes - zero_point.astype(np.float32))
+            if source.quantization.offset is not None:
+                wanted += source.offset(first, last)
+            equal = _equal(scale * (codes - np.float32(lowest)) + stored, wanted).all(axis=0)
+            equal &= (np.abs(zero_point) < _LARGEST_ZERO_POINT) & _equal(stored, minimum)
+        if not equal.all():
+            place = int(np.argmin(equal))
+            raise source.refusal(
+                f"has the scale {scale[place]!s} with the minimum {minimum[place]!s} (its zero points and offsets), "
+                "which a block of Q4_1, d * q + m with float16 numbers, does not give exactly"
+            )
+
+
+def _fits(scale: _Floats, kind: Kind) -> NDArray[np.bool_]:
+    """Which of the scales are exactly numbers of the kind's dtype; ggml's E8M0 has no NaN, its E4M3 no sign."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = _equal(scale.astype(kind.scale_dtype).astype(np.float32), scale)
+    if kind.scale_dtype == _FLOAT16:
+        return exact
+    positive: NDArray[np.bool_] = exact & (scale >= 0) & ~np.signbit(scale)
+    return positive
+
+
+def _equal(a: _Floats, b: _Floats) -> NDArray[np.bool_]:
+    return np.asarray((a == b) | ((a != a) & (b != b)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """A quantized tensor, with its parameters by their flat position in their grid."""
+
+    tensor: Tensor
+    quantization: Quantization
+
+    def scale(self, first: int, last: int) -> _Floats:
+        return _values(self.quantization.scale, first, last).astype(np.float32)
+
+    def zero_point(self, first: int, last: int) -> _Floats:
+        """As float64; zeros where there is none."""
+        parameter = self.quantization.zero_point
+        return np.zeros(last - first) if parameter is None else _values(parameter, first, last)
+
+    def offset(self, first: int, last: int) -> _Floats:
+        """Zeros where there is none."""
+        parameter = self.quantization.offset
+        if parameter is None:
+            return np.zeros(last - first, np.float32)
+        return _values(parameter, first, last).astype(np.float32)
+
+    def minimum(self, first: int, last: int) -> _Floats:
+        """The value of the lowest code."""
+        lowest = _CODES[self.tensor.dtype][0]
+        with np.errstate(over="ignore", invalid="ignore"):
+            steps = self.scale(first, last).astype(np.float64) * (lowest - self.zero_point(first, last))
+            minimum: _Floats = (steps + self.offset(first, last)).astype(np.float32) + np.float32(0)
+        return minimum
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Ranges of the grid."""
+        count = self.quantization.scale.size
+        for first in range(0, count, _PIECE_BLOCKS):
+            yield first, min(count, first + _PIECE_BLOCKS)
+
+    def has_blocks_for(self, kind: Kind) -> bool:
+        """Whether elements that share a parameter there do so here."""
+        if not self.tensor.shape or self.tensor.shape[-1] % kind.elements:
+            return False
+        block = self.quantization.block_shape[-1]
+        return block >= self.tensor.shape[-1] or block % kind.shared == 0
+
+    def check_blocks(self, kind: Kind) -> None:
+        """Raises Unsupported unless they do."""
+        shape = self.tensor.shape
+        if not shape or shape[-1] % kind.elements:
+            last = f"has the last size {shape[-1]}" if shape else "has no axes"
+            raise self.refusal(f"{last}, and {kind.name} has blocks of {kind.elements} elements along the last axis")
+        if not self.has_blocks_for(kind):
+            raise self.refusal(
+                f"has parameters for blocks of {self.quantization.block_shape}: "
+                f"those of {kind.name} are for {kind.shared} elements along the last axis"
+            )
+
+    def scale_is_doubtful(self, kind: Kind) -> bool:
+        """Whether scales must be read to know that the kind holds them."""
+        scale = self.quantization.scale
+        return scale.dtype != _FLOAT16 or kind.scale_dtype != _FLOAT16 or scale.quantization is not None
+
+    def scales_fit(self, kind: Kind) -> bool:
+        """Whether the kind holds all scales."""
+        return all(_fits(self.scale(*piece), kind).all() for piece in self.pieces())
+
+    def less_zero_point_fits(self, kind: Kind) -> bool:
+        """Whether code - zero point is a code of the kind, whatever the code."""
+        if self.quantization.zero_point is None and self.tensor.dtype not in (_UINT4, _UINT8):
+            return True
+        lowest, highest = _CODES[self.tensor.dtype]
+        least, most = _CODES[kind.dtype]
+        for piece in self.pieces():
+            zero_point = self.zero_point(*piece)
+            if not ((zero_point >= highest - most) & (zero_point <= lowest - least) & (zero_point % 1 == 0)).all():
+                return False
+        return True
+
+    def is_iq4(self) -> bool:
+        """Whether the codebook is IQ4_NL's, and nothing is subtracted or added."""
+        q = self.quantization
+        if q.codebook is None or self.tensor.dtype != _UINT4 or q.zero_point is not None or q.offset is not None:
+            return False
+        return bool(np.array_equal(q.codebook.dequantize(np.float32), iq4_codebook().numpy()))
+
+    def refusal(self, what: str) -> Unsupported:
+        """The error, with what would make a tensor that can be written."""
+        advice = "add --dequantize float16 (or float32)"
+        if len(self.tensor.shape) >= 2 and self.tensor.shape[-1] % Q4_0.elements == 0:
+            advice += ", or --quantize int4,block=32,axis=-1,scale=float16,requantize"
+        return Unsupported(f"{what}: {advice}, or leave it out with --skip", tensor=self.tensor.name)
+
+    def parameter(self, role: str, kind: Kind, of_grid: Callable[[int, int], _Floats]) -> Tensor:
+        """A parameter of the kind's dtype, one for each of its blocks."""
+        shape = (*self.tensor.shape[:-1], self.tensor.shape[-1] // kind.shared)
+
+        def rows(first: int, last: int) -> NDArray[Any]:
+            return self._spread(of_grid, kind, first, last).astype(kind.scale_dtype)
+
+        count = self.tensor.size // kind.shared
+        sources = [data for _, parameter in self.quantization.parameters() for data in parameter.stored()]
+        return Tensor(role, shape, kind.scale_dtype, by_rows((count, 1), kind.scale_dtype, rows, *sources))
+
+    def codes(self, kind: Kind) -> Data:
+        """The codes of the kind, as canonical bytes."""
+        tensor = self.tensor
+        if tensor.dtype == kind.dtype:
+            return tensor.data
+        if tensor.bits == bits_of(kind.dtype):  # the zero point is the middle, or not subtracted
+            signs = np.uint8(0x88 if tensor.bits == 4 else 0x80)
+            return Computed(tensor.nbytes, lambda start, stop: tensor.data.read(start, stop) ^ signs, (tensor.data,))
+        is_less_zero_point = kind is Q4_0 and self.quantization.zero_point is not None
+
+        def rows(first: int, last: int) -> NDArray[Any]:
+            stored = _elements(tensor, first * kind.shared, last * kind.shared).reshape(-1, kind.shared)
+            if is_less_zero_point:
+                stored = stored - self._spread(self.zero_point, kind, first, last).astype(np.int8)[:, None]
+            elif kind is Q4_1:
+                stored = stored - np.int8(_CODES[tensor.dtype][0])
+            return pack(stored.astype(np.int8), 4)
+
+        return by_rows((tensor.size // kind.shared, kind.shared), kind.dtype, rows, *tensor.stored())
+
+    def _spread(self, of_grid: Callable[[int, int], _Floats], kind: Kind, first: int, last: int) -> _Floats:
+        """A parameter of the kind's blocks [first, last)."""
+        shape = (*self.tensor.shape[:-1], self.tensor.shape[-1] // kind.shared)
+        blocks = (*self.quantization.block_shape[:-1], max(1, self.quantization.block_shape[-1] // kind.shared))
+        index = np.unravel_index(np.arange(first, last), shape)
+        where = tuple(positions // block for positions, block in zip(index, blocks, strict=True))
+        at = np.ravel_multi_index(where, self.quantization.scale.shape)
+        lowest = int(at.min())
+        return of_grid(lowest, int(at.max()) + 1)[at - lowest]
+
+
+def _elements(tensor: Tensor, first: int, last: int) -> NDArray[Any]:
+    """Elements [first, last) of a tensor, flat, as they are stored."""
+    stored = tensor.data.read(first * tensor.bits // 8, packed_size(last, tensor.bits))
+    if tensor.dtype not in SUB_BYTE:
+        return stored.view(tensor.dtype)
+    skipped = first - first * tensor.bits // 8 * 8 // tensor.bits
+    return unpack(stored, tensor.dtype, skipped + last - first)[skipped:]
+
+
+def _values(parameter: Tensor, first: int, last: int) -> NDArray[np.float64]:
+    """Values [first, last) of a parameter, flat; of one with a second-level scale, as decoding computes them."""
+    if parameter.quantization is not None:
+        return parameter.dequantize(np.float32).reshape(-1)[first:last].astype(np.float64)
+    elements = _elements(parameter, first, last)
+    if parameter.dtype in SUB_BYTE and is_float(parameter.dtype):
+        elements = elements.view(parameter.dtype)
+    return elements.astype(np.float64)

@@ -1,0 +1,190 @@
+"""Model -> one GGUF file, laid out as gguf's GGUFWriter does: version 3, tensors in their order, padded with zeros.
+
+Plain values are written as they are. A quantized tensor is written as its blocks where it was read from such, whatever
+their type, and no stage has changed it; else as the type that has exactly its values (`formats.gguf.arranged`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from converters.errors import Unsupported
+from converters.interfaces import Capabilities, OutputFile, option
+from converters.ir import Loss, Model, Tensor
+from converters.storage import Data, Releasable
+from formats.gguf.arranged import Kind, arrange, arranged
+from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
+from formats.gguf.container import TensorInfo
+from formats.gguf.encoding import encode
+from formats.gguf.key_values import KeyValues
+from formats.gguf.stored import stored_blocks
+
+_MOST_AXES = 4
+_MOST_NAME_BYTES = 63
+_PIECE_BYTES = 1 << 20
+_TYPE_IDS = {dtype: type_id for type_id, dtype in PLAIN_TYPES.items()}
+_CODES = (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.uint8, ml_dtypes.float4_e2m1fn)
+_OPAQUE = [np.dtype([(name, f"V{nbytes}")]) for name, _, nbytes in OPAQUE_TYPES.values()]
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFOptions:
+    """Options of the GGUF writer."""
+
+    architecture: str = option(
+        "", "general.architecture, for programs that take tensors by the names that they have here"
+    )
+
+
+class GGUFWriter:
+    """Writes .gguf files."""
+
+    options: ClassVar[type] = GGUFOptions
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        frozenset({*_TYPE_IDS, *map(np.dtype, _CODES), *_OPAQUE}), group_index=False, compute_dtype=False
+    )
+
+    def plan(self, model: Model, target: Path, options: GGUFOptions) -> GGUFPlan:
+        """Lays out the file. Reads the header of a GGUF source again, for its key-values, and those parameters of which
+        it is not certain that ggml's types hold them. Raises Unsupported for what no type of ggml holds."""
+        key_values = KeyValues.of(model)
+        places: dict[str, _Place] = {}
+        losses: list[Loss] = []
+        end = 0
+        for name, tensor in model.items():
+            if tensor.parameter_of not in model.tensors:
+                places[name], lost = _place(tensor, end)
+                losses += lost
+                end += -(-places[name].nbytes // key_values.alignment) * key_values.alignment
+        header = key_values.header([place.info for place in places.values()], options.architecture)
+        data_offset = -(-sum(part.nbytes for part in header) // key_values.alignment) * key_values.alignment
+        kept = key_values.losses
+        expected = replace(
+            model,
+            tensors={name: place.tensor for name, place in places.items()},
+            losses=tuple(loss for loss in model.losses if loss not in kept),
+            graph=None,
+        )
+        files = (OutputFile(target, data_offset + end),)
+        return GGUFPlan(files, losses, key_values.notes, header, key_values.alignment, places, expected)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """A tensor's entry in the header and how many bytes it takes; `tensor` is what reading it will give. `blocks` are
+    those that are copied; `kind` is what those are which are made."""
+
+    info: TensorInfo
+    nbytes: int
+    tensor: Tensor
+    blocks: Data | None = None
+    kind: Kind | None = None
+
+
+def _place(tensor: Tensor, offset: int) -> tuple[_Place, tuple[Loss, ...]]:
+    _check_limits(tensor)
+    name, stored, quantization = tensor.name, stored_blocks(tensor), tensor.quantization
+    if stored is not None:
+        info = TensorInfo(name, stored.shape, stored.type_id, offset)
+        return _Place(info, stored.blocks.nbytes, tensor, blocks=stored.blocks), ()
+    if quantization is not None:
+        kind, made, losses = arrange(tensor, quantization)
+        nbytes = tensor.size // kind.elements * BLOCK_TYPES[kind.type_id].nbytes
+        return _Place(TensorInfo(name, tensor.shape, kind.type_id, offset), nbytes, made, kind=kind), losses
+    type_id = _TYPE_IDS.get(tensor.dtype)
+    if type_id is None:
+        message = f"has plain {tensor.dtype} values, for which ggml has no type: leave it out with --skip"
+        raise Unsupported(message, tensor=name)
+    return _Place(TensorInfo(name, tensor.shape, type_id, offset), tensor.nbytes, tensor), ()
+
+
+def _check_limits(tensor: Tensor) -> None:
+    """What llama.cpp's loader takes (ggml, gguf.cpp, gguf_init_from_reader): it divides by sizes, for example."""
+    name = tensor.name.encode(errors="backslashreplace")
+    reason = ""
+    if len(tensor.shape) > _MOST_AXES:
+        reason = f"has {len(tensor.shape)} axes, and ggml takes {_MOST_AXES} at most"
+    elif prod(tensor.shape) == 0:
+        reason = "has no elements, which ggml does not take"
+    elif len(name) > _MOST_NAME_BYTES:
+        reason = f"has a name of {len(name)} bytes, and ggml takes {_MOST_NAME_BYTES} at most"
+    elif b"\0" in name or name.decode() != tensor.name:
+        reason = "has a name with a zero byte, or one that is not Unicode, which ggml does not take"
+    if reason:
+        raise Unsupported(f"{reason}: leave it out with --skip", tensor=tensor.name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFPlan:
+    """The header in parts, and the tensors' places."""
+
+    report: ClassVar[Sequence[str]] = ()
+
+    files: Sequence[OutputFile]
+    losses: Sequence[Loss]
+    notes: Sequence[str]
+    header: Sequence[Data]
+    alignment: int
+    places: dict[str, _Place]
+    expected: Model
+
+    def open(self, streams: Sequence[BinaryIO]) -> GGUFSink:
+        """Writes the header."""
+        (stream,) = streams
+        sink = GGUFSink(stream, self.places, self.alignment)
+        for part in self.header:
+            sink.copy(part)
+        sink.pad()
+        return sink
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GGUFSink:
+    """Writes tensors as they come, which is the order of their places."""
+
+    stream: BinaryIO
+    places: dict[str, _Place]
+    alignment: int
+
+    def write(self, tensor: Tensor) -> None:
+        """Writes the tensor's blocks or values, and zeros up to where the next one begins."""
+        place = self.places.get(tensor.name)
+        if place is None:  # a parameter, which is in the blocks of its owner
+            return
+        if place.blocks is not None:
+            self.copy(place.blocks)
+        else:
+            for part in _encoded(tensor, place.kind):
+                self.stream.write(part)
+        self.pad()
+
+    def copy(self, data: Data) -> None:
+        """Writes data as they are."""
+        for start in range(0, data.nbytes, _PIECE_BYTES):
+            stop = min(data.nbytes, start + _PIECE_BYTES)
+            self.stream.write(data.read(start, stop).data)
+            if isinstance(data, Releasable):
+                data.release(start, stop)
+
+    def pad(self) -> None:
+        """Writes zeros up to the next multiple of the alignment."""
+        self.stream.write(bytes(-self.stream.tell() % self.alignment))
+
+    def close(self) -> None:
+        """Everything is written already."""
+
+
+def _encoded(tensor: Tensor, kind: Kind | None) -> Iterator[Any]:
+    quantization = tensor.quantization
+    if kind is None or quantization is None:
+        yield from (part.packed().data for part in tensor.parts(_PIECE_BYTES))
+        return
+    for part in arranged(tensor, quantization, kind).parts(_PIECE_BYTES):
+        yield encode(part, kind).data
