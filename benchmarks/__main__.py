@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import c_compile, c_text, dequantize, onnx_graph, pytorch, quantize, start_up, tflite_to_onnx
+from benchmarks import (
+    c_compile,
+    c_text,
+    checkpoints,
+    dequantize,
+    onnx_graph,
+    pytorch,
+    quantize,
+    start_up,
+    tflite_to_onnx,
+)
 from benchmarks.measure import table
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +36,7 @@ TOPICS = {
     "onnx_graph": onnx_graph,
     "tflite_to_onnx": tflite_to_onnx,
     "pytorch": pytorch,
+    "checkpoints": checkpoints,
 }
 IN_MEMORY = ("c_text", "c_compile")
 MEMORY = Path("/dev/shm")

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import compiled
 from converters.errors import Unsupported, UsageError
 from converters.float16 import Float16
 from converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
@@ -39,6 +40,7 @@ FLOAT_DTYPES = {
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 _PART_ELEMENTS = 1 << 22
+_NOTHING = np.empty(0, np.uint8)
 _PIECE_ELEMENTS = 1 << 17  # 512 KiB of float32: inside a common second-level cache
 
 _EXACT_IN_INT8 = 112  # less 4-bit codes, that is: -128 <= code - zero_point <= 127
@@ -51,16 +53,9 @@ def dequantize(tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     Raises UsageError for another dtype and Unsupported for complex tensors and for opaque blocks, which have no real
     values.
     """
-    if dtype not in FLOAT_DTYPES.values():
-        raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
-    if tensor.dtype.kind == "c" or tensor.dtype.names:
-        name = dtype_name(tensor.dtype)
-        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
+    _check_real(tensor, dtype)
     values = np.empty(tensor.size, dtype)
-    start = 0
-    for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
-        _decode(part, values[start : start + part.size])
-        start += part.size
+    _decode_parts(tensor, values)
     return values.reshape(tensor.shape)
 
 
@@ -68,24 +63,38 @@ def dequantized(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """`tensor` with its values as plain `dtype` elements, computed when they are read; a plain tensor as it is."""
     if tensor.quantization is None:
         return tensor
+    _check_real(tensor, dtype)
     itemsize = dtype.itemsize
-    rows = next((size for size in tensor.shape if size != 1), 1)
-    row_bytes = tensor.size // max(1, rows) * itemsize
+
+    def compute_into(start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        part, begin = tensor.around(start // itemsize, -(-stop // itemsize))
+        nbytes, skipped = part.size * itemsize, start - begin * itemsize
+        held = out if out.size >= nbytes else np.empty(nbytes, np.uint8)
+        _decode_parts(part, held[:nbytes].view(dtype))
+        part.release()
+        return held[skipped : skipped + stop - start]
 
     def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        if not row_bytes or (start == 0 and stop >= tensor.size * itemsize):
-            return dequantize(tensor, dtype).reshape(-1).view(np.uint8)[start:stop]
-        step_bytes = row_bytes * tensor.row_step
-        first = start // step_bytes * tensor.row_step
-        last = min(rows, -(-stop // step_bytes) * tensor.row_step)
-        part = tensor.rows(first, last)
-        values = dequantize(part, dtype).reshape(-1).view(np.uint8)
-        part.release()
-        return values[start - first * row_bytes : stop - first * row_bytes]
+        return compute_into(start, stop, _NOTHING)
 
-    return replace(
-        tensor, dtype=dtype, data=Computed(tensor.size * itemsize, compute, tuple(tensor.stored())), quantization=None
-    )
+    data = Computed(tensor.size * itemsize, compute, tuple(tensor.stored()), compute_into=compute_into)
+    return replace(tensor, dtype=dtype, data=data, quantization=None)
+
+
+def _decode_parts(tensor: Tensor, values: NDArray[Any]) -> None:
+    """Writes the values of `tensor`, flat, to `values`."""
+    start = 0
+    for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
+        _decode(part, values[start : start + part.size])
+        start += part.size
+
+
+def _check_real(tensor: Tensor, dtype: np.dtype[Any]) -> None:
+    if dtype not in FLOAT_DTYPES.values():
+        raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
+    if tensor.dtype.kind == "c" or tensor.dtype.names:
+        name = dtype_name(tensor.dtype)
+        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
 
 
 def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
@@ -247,12 +256,17 @@ def _decode(part: Tensor, out: NDArray[Any]) -> None:
     table = _table(part)
     computed = _FLOAT64 if _compute_dtype(part) == _FLOAT64 else _FLOAT32
     view_shape = _view_shape(part) if steps else (part.size,)
+    packed = part.packed()
+    if computed == _FLOAT32 and steps:
+        operations = [(step.operation, step.parameter, step.rounded_to) for step in steps]
+        if compiled.decode(packed, part.dtype, table, operations, view_shape, out):
+            return
     axis = next((axis for axis, size in enumerate(view_shape) if size != 1), 0)
     count, unit = (view_shape[axis], prod(view_shape[axis + 1 :])) if view_shape else (1, 1)
     whole = 8 // gcd(8, unit * part.bits)  # that many end on a whole byte
     piece = max(1, _PIECE_ELEMENTS // max(1, unit * whole)) * whole
     most = min(piece, count) * unit
-    packed, elements_of, rounding = part.packed(), _unpacker(part.dtype, most), _Rounding(most)
+    elements_of, rounding = _unpacker(part.dtype, most), _Rounding(most)
     scratch = None if out.dtype == computed else np.empty(most, computed)
     for start in range(0, count, piece):
         where = _Where(view_shape, axis, start, min(count, start + piece))
@@ -314,8 +328,10 @@ def _steps(part: Tensor, wanted: np.dtype[Any]) -> list[_Step]:
     steps = []
     if quantization.zero_point is not None:
         zero_point = _zero_point(part, quantization.zero_point)
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            is_needed = bool(zero_point.any())
         # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
-        if zero_point.any() or part.dtype == np.uint64:
+        if is_needed or part.dtype == np.uint64:
             steps.append(step(np.subtract, zero_point))
     steps.append(step(np.multiply, _parameter(quantization.scale, dtype)))
     if quantization.offset is not None:

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, InMemory, Releasable
+from converters.storage import Data, InMemory, read_into, release
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -313,6 +313,23 @@ class Tensor:
             return f"per-axis {split[0]}"
         return f"blockwise {block_shape}"
 
+    def around(self, first: int, last: int) -> tuple[Tensor, int]:
+        """The smallest part that `rows`, perhaps several times, cuts out around elements [first, last) of the flattened
+        tensor, and the element that it begins with."""
+        if not self.shape or last <= first:
+            return self, 0
+        count, step = self.shape[self._row_axis], self.row_step
+        row = self.size // count
+        start = first // (row * step) * step
+        stop = min(count, -(-last // (row * step)) * step)
+        if (start, stop) == (0, count):
+            return self, 0
+        part = self.rows(start, stop)
+        if stop - start > 1:
+            return part, start * row
+        inner, begin = part.around(first - start * row, last - start * row)
+        return inner, start * row + begin
+
     def packed(self) -> NDArray[np.uint8]:
         """The canonical bytes, shape (nbytes,); do not write to them."""
         return self.data.read(0, self.nbytes)
@@ -397,8 +414,7 @@ class Tensor:
 
     def release(self) -> None:
         """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
-        if isinstance(self.data, Releasable):
-            self.data.release(0, self.nbytes)
+        release(self.data, 0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
 
@@ -506,6 +522,8 @@ class _Part:
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
+    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return read_into(self.data, self.start + start, self.start + min(stop, self.nbytes), out)
+
     def release(self, start: int, stop: int) -> None:
-        if isinstance(self.data, Releasable):
-            self.data.release(self.start + start, self.start + stop)
+        release(self.data, self.start + start, self.start + stop)

@@ -31,7 +31,7 @@ from converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from converters.rounding import Floats, Parameters
 from converters.scheme import Blocked, PerTensor, Scheme, parse_scheme
-from converters.storage import Computed, Data, Releasable
+from converters.storage import Computed, release
 
 __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]
 
@@ -363,10 +363,8 @@ class QuantizedCodes:
                 self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
 
     def _release_floats(self, start: int, stop: int) -> None:
-        data: Data = self._floats.data
-        if isinstance(data, Releasable):
-            itemsize = self._floats.dtype.itemsize
-            data.release(start * itemsize, min(stop, self._floats.size) * itemsize)
+        itemsize = self._floats.dtype.itemsize
+        release(self._floats.data, start * itemsize, min(stop, self._floats.size) * itemsize)
 
 
 def _measured(blocks: Floats, decoded: Floats) -> tuple[float, float, float]:

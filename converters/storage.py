@@ -31,13 +31,19 @@ class Data(Protocol):
         ...
 
 
-@runtime_checkable
-class Releasable(Protocol):
-    """Data that can let go of memory."""
+def read_into(data: Data, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes [start, stop), in the first bytes of `out` where the data can be computed there, and elsewhere otherwise:
+    new memory costs as much as the work."""
+    into = getattr(data, "read_into", None)
+    return data.read(start, stop) if into is None else into(start, stop, out)
 
-    def release(self, start: int, stop: int) -> None:
-        """Lets go of what bytes [start, stop) take; a later `read` brings them back."""
-        ...
+
+def release(data: Data, start: int, stop: int) -> None:
+    """Lets go of the memory that bytes [start, stop) of `data` take, where these have a `release` of their own; a later
+    `read` brings them back."""
+    let_go = getattr(data, "release", None)
+    if let_go is not None:
+        let_go(start, stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,15 +69,21 @@ class InMemory:
 class Computed:
     """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
     are the data that it reads: `in_order` says that a share of the bytes is made of about the same share of each of
-    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only."""
+    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only.
+    `compute_into` is a way to make them in memory that the caller has, at least stop - start bytes."""
 
     nbytes: int
     compute: Callable[[int, int], NDArray[np.uint8]]
     sources: tuple[Data, ...] = ()
     in_order: bool = True
+    compute_into: Callable[[int, int, NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.compute(start, stop)
+
+    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Like `read`, perhaps in `out`."""
+        return self.compute(start, stop) if self.compute_into is None else self.compute_into(start, stop, out)
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of what of the sources bytes [start, stop) were made of."""
@@ -81,9 +93,8 @@ class Computed:
         if stop <= start:
             return
         for source in self.sources:
-            if isinstance(source, Releasable):
-                first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
-                source.release(first, source.nbytes if is_end else last)
+            first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
+            release(source, first, source.nbytes if is_end else last)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,8 +114,7 @@ class Joined:
     def release(self, start: int, stop: int) -> None:
         """Lets go of what these bytes take."""
         for data, first, last in self._within(start, stop):
-            if isinstance(data, Releasable):
-                data.release(first, last)
+            release(data, first, last)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Data, int, int]]:
         """The data that bytes [start, stop) lie in, with the range of each."""

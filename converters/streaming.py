@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.storage import FileRange, InMemory
+from converters.storage import FileRange, InMemory, read_into
 
 if TYPE_CHECKING:  # imported when there is something to compute
     from concurrent.futures import Future
@@ -20,9 +20,9 @@ _MOST_THREADS = 4
 
 
 def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
-    """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go
-    when the next one is asked for. Data that are computed are so in threads (NumPy works without holding the
-    interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
+    """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go, or
+    used again, when the next one is asked for. Data that are computed are so in threads (NumPy works without holding
+    the interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
     threads = min(_MOST_THREADS, os.cpu_count() or 1)
     parts = tensor.cut(nbytes)
     if threads < 2 or tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory):
@@ -33,10 +33,14 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     from concurrent.futures import ThreadPoolExecutor
 
     ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]] = deque()
+    memory = [np.empty(0, np.uint8)] * (threads + 2)  # for those ahead, and the one that was asked for last
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for part in parts:
-                ahead.append((part, pool.submit(part.packed)))
+            for number, part in enumerate(parts):
+                at = number % len(memory)
+                if memory[at].size < part.nbytes:
+                    memory[at] = np.empty(part.nbytes, np.uint8)
+                ahead.append((part, pool.submit(read_into, part.data, 0, part.nbytes, memory[at])))
                 if len(ahead) > threads:
                     yield from _first(ahead)
             while ahead:

@@ -274,6 +274,18 @@ def test_plain_tensors_are_cast() -> None:
         )
 
 
+def test_a_zero_point_that_is_a_signalling_nan_is_one() -> None:
+    """Found by random damage: NumPy's `any` warned of it."""
+    zero_point = np.array([0x7C01, 0x3C00], np.uint16).view(np.float16)
+    quantization = Quantization(
+        Tensor.from_array("scale", np.ones((2, 1), np.float32)),
+        (1, 2),
+        Tensor.from_array("zero_point", zero_point.reshape(2, 1)),
+    )
+    tensor = Tensor.from_array("w", np.array([[1, 2], [3, 4]], np.int8), quantization)
+    np.testing.assert_array_equal(tensor.dequantize(np.float32), [[np.nan, np.nan], [2, 3]])
+
+
 def test_scalars_and_empty_tensors() -> None:
     scale = Tensor.from_array("scale", np.array(0.5, np.float32))
     assert Tensor.from_array("w", np.array(-3, np.int8), Quantization(scale, ())).dequantize(np.float32) == -1.5

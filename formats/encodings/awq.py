@@ -25,9 +25,10 @@ from formats.encodings.rearranged import columns_in_words, transposed
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
 
 _UINT4 = np.dtype(ml_dtypes.uint4)
-_PER_WORD = 8
+#: How many codes a word has.
+PER_WORD = 8
 #: Where in a word each of its outputs is.
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 #: What the configuration calls layouts of this shape; "exllama" and "ipex" are rearranged when they are loaded.
 _GEMM = frozenset(("gemm", "exllama", "exllamav2", "ipex"))
 _OTHER_LAYOUTS = frozenset(("gemv", "gemv_fast", "marlin", "llm-awq"))
@@ -60,7 +61,7 @@ def decode(stored: Stored) -> Weight:
         raise CorruptFile(f"has qweight of {qweight.dtype} and qzeros of {qzeros.dtype}, where int32 is needed")
     groups, outputs = scales.shape
     inputs = qweight.shape[0]
-    if not _is_gemm(qweight, scales) or qzeros.shape != (groups, outputs // _PER_WORD):
+    if not _is_gemm(qweight, scales) or qzeros.shape != (groups, outputs // PER_WORD):
         raise CorruptFile(
             f"has qweight of shape {qweight.shape}, qzeros of {qzeros.shape} and scales of {scales.shape}: "
             "(I, O / 8), (G, O / 8) and (G, O) are needed"
@@ -69,15 +70,15 @@ def decode(stored: Stored) -> Weight:
     quantization = Quantization(
         transposed("scale", scales, (outputs, groups)),
         (1, size),
-        columns_in_words("zero_point", qzeros, outputs, _UINT4, fields=_PLACES),
+        columns_in_words("zero_point", qzeros, outputs, _UINT4, fields=PLACES),
         value_dtype=value_dtype(scales.dtype),
     )
-    codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=_PLACES)
+    codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=PLACES)
     return Weight(replace(codes, quantization=quantization), _PARTS)
 
 
 def _is_gemm(qweight: Tensor, scales: Tensor) -> bool:
-    return qweight.shape[1] * _PER_WORD == scales.shape[1]
+    return qweight.shape[1] * PER_WORD == scales.shape[1]
 
 
 def _layout(stored: Stored) -> str:
@@ -97,5 +98,5 @@ def _other_layout(stored: Stored) -> str:
         return "marlin" if qweight.shape[1] == scales.shape[1] * 2 else ""
     if qweight.dtype == np.int16:
         return "gemv_fast"
-    in_words = qweight.shape[1] in (scales.shape[1], scales.shape[1] // _PER_WORD)
+    in_words = qweight.shape[1] in (scales.shape[1], scales.shape[1] // PER_WORD)
     return "gemv" if qweight.shape[0] == scales.shape[0] == qzeros.shape[0] and not in_words else ""

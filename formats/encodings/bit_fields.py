@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits in the fields of words, lowest bits first: taken apart row by row when they are read.
+"""Codes of 1 to 8 bits in the fields of words, lowest bits first: taken apart and put in row by row when it is read.
 
 Rows are the words of the last axis. In a dense row the fields follow each other across words; else each word has as
 many as fit into it, and its highest bits are unused. Both are the same for 1, 2, 4 and 8 bits.
@@ -6,6 +6,7 @@ many as fit into it, and its highest bits are unused. Both are the same for 1, 2
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.packing import bits_of
+from converters.packing import bits_of, pack
 from converters.storage import Computed, Data
 from formats.encodings.codes import dtype_for
+from formats.encodings.lowering import computed
 from formats.encodings.rearranged import by_rows, made_by_rows, turned
 
 _WORD_BITS = 32
+_INT32 = np.dtype(np.int32)
 
 
 def words_for(count: int, bits: int, *, dense: bool) -> int:
@@ -69,6 +72,39 @@ def across_rows(name: str, stored: Tensor, shape: tuple[int, ...], bits: int, *,
         return np.concatenate(found)
 
     return made_by_rows(name, shape, code_dtype(bits, signed=True), rows, stored.data)
+
+
+def in_words(name: str, codes: Tensor) -> Tensor:
+    """Unsigned codes of 2, 4 or 8 bits, shape (rows, columns), in words of their rows: int32 of shape (rows, words).
+    What is left of a row's last word is zero."""
+    rows, columns = codes.shape
+    words, plain = words_for(columns, codes.bits, dense=True), replace(codes, quantization=None)
+    shape = (rows, words)
+    if columns * codes.bits == words * _WORD_BITS:
+        return Tensor(name, shape, _INT32, codes.data)
+
+    def packed(first: int, last: int) -> NDArray[Any]:
+        part = plain if last - first == rows else plain.rows(first, last)
+        fields = np.zeros((last - first, words * _WORD_BITS // codes.bits), np.uint8)
+        fields[:, :columns] = part.codes()
+        return pack(fields, codes.bits) if codes.bits < 8 else fields
+
+    return Tensor(name, shape, _INT32, by_rows(shape, _INT32, packed, codes.data, step=plain.row_step))
+
+
+def in_words_across(name: str, parameter: Tensor, bits: int) -> Tensor:
+    """Unsigned integers below 2 ** bits, shape (rows, columns), in words across their rows: int32 of shape (words,
+    columns), made whole."""
+    rows, columns = parameter.shape
+    words = words_for(rows, bits, dense=True)
+
+    def packed() -> NDArray[np.int32]:
+        fields = np.zeros((columns, words * _WORD_BITS // bits), np.uint8)
+        fields[:, :rows] = parameter.codes().T
+        whole = pack(fields, bits) if bits < 8 else fields
+        return whole.view("<i4").reshape(columns, words).T
+
+    return computed(name, (words, columns), _INT32, packed, parameter.data)
 
 
 def _whole_bytes(stored: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any], signed: bool) -> Data:

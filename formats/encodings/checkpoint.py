@@ -21,6 +21,9 @@ from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Tensor
 from formats.encodings.unread import unread_codes
 
+#: Beyond this a setting is no number of bits, or of elements in a group.
+_LARGEST_SIZE = (1 << 31) - 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
@@ -63,10 +66,13 @@ class Stored:
         return tensor
 
     def setting(self, name: str, kind: type, default: Any) -> Any:
-        """What the configuration has under that name. Raises CorruptFile where it is of another type."""
+        """What the configuration has under that name. Raises CorruptFile where it is of another type, or an integer
+        that is no size of anything."""
         value = self.checkpoint.config.get(name, default)
-        if type(value) is not kind and value is not default:
-            raise CorruptFile(f"has '{name}': {value!r:.80} in its configuration, where {kind.__name__} is needed")
+        is_size = type(value) is not int or abs(value) <= _LARGEST_SIZE
+        if (type(value) is not kind and value is not default) or not is_size:
+            needed = "int of 32 bits" if kind is int else kind.__name__
+            raise CorruptFile(f"has '{name}': {value!r:.80} in its configuration, where {needed} is needed")
         return value
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from converters.errors import CorruptFile
 from converters.ir import Tensor
-from converters.packing import bits_of, pack, packed_size
+from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Computed, Data
 
 #: The range of codes that each dtype holds, narrowest first.
@@ -55,5 +55,22 @@ def narrowed(codes: Tensor, dtype: np.dtype[Any]) -> Data:
             seen = int(wide.min() if wide.min() < low else wide.max())
             raise CorruptFile(f"has the code {seen}, where {low} to {high} are possible", tensor=codes.name)
         return pack(wide, bits) if bits < 8 else wide.astype(dtype).view(np.uint8)
+
+    return Computed(packed_size(codes.size, bits), read, (codes.data,))
+
+
+def widened(codes: Tensor, dtype: np.dtype[Any]) -> Data:
+    """The elements of `codes`, integers of 2, 4 or 8 bits, as the canonical bytes of `dtype`, which has at least as
+    many and holds them all; made when they are read."""
+    if codes.dtype not in SUB_BYTE or codes.dtype == dtype:
+        return codes.data
+    narrow, bits = codes.bits, bits_of(dtype)
+
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        first, last = start * 8 // bits, min(stop * 8 // bits, codes.size)
+        begin, end = first * narrow // 8, packed_size(last, narrow)
+        skipped = first - begin * 8 // narrow
+        elements = unpack(codes.data.read(begin, end), codes.dtype, skipped + last - first)[skipped:]
+        return pack(elements, bits) if bits < 8 else elements.view(np.uint8)
 
     return Computed(packed_size(codes.size, bits), read, (codes.data,))

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
-from converters.storage import Releasable
+from converters.packing import SUB_BYTE
+from converters.storage import release
 
-_BLOCK_ELEMENTS = 1 << 26
+_BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22
 
 
@@ -32,7 +33,7 @@ class ColumnBlocks:
         self.nbytes = codes.shape[1] // step * row_bytes
         self.sources = (codes.data,)
         self._codes, self._step, self._row_bytes, self._take = replace(codes, quantization=None), step, row_bytes, take
-        self._rows = max(1, _BLOCK_ELEMENTS // max(1, codes.shape[0] * step))
+        self._rows = max(1, _BLOCK_BYTES // max(1, codes.shape[0] * step * codes.dtype.itemsize))
         self._lock = Lock()
         self._number, self._block = -1, np.zeros(0, np.uint8)
 
@@ -54,8 +55,7 @@ class ColumnBlocks:
         with self._lock:
             self._number, self._block = -1, np.zeros(0, np.uint8)
         data = self._codes.data
-        if isinstance(data, Releasable):
-            data.release(0, data.nbytes)
+        release(data, 0, data.nbytes)
 
     def _block_of(self, number: int) -> NDArray[np.uint8]:
         with self._lock:
@@ -72,9 +72,11 @@ class ColumnBlocks:
         if codes.shape[0] == 1 or codes.nbytes <= _PART_BYTES:
             return codes.codes()[:, first:last]
         rows = max(1, _PART_BYTES * codes.shape[0] // codes.nbytes // codes.row_step) * codes.row_step
-        columns = []
+        element = SUB_BYTE[codes.dtype][1] if codes.dtype in SUB_BYTE else codes.dtype
+        columns = np.empty((codes.shape[0], last - first), element)
         for start in range(0, codes.shape[0], rows):
-            part = codes.rows(start, min(codes.shape[0], start + rows))
-            columns.append(part.codes()[:, first:last])
+            stop = min(codes.shape[0], start + rows)
+            part = codes.rows(start, stop)
+            columns[start:stop] = part.codes()[:, first:last]  # a copy, so that the rest of the rows can go
             part.release()
-        return np.concatenate(columns)
+        return columns

@@ -57,8 +57,8 @@ _ZERO_POINTS = _INTEGERS | _FLOATS8 | FLOATS
 _PARTS = tuple(
     f".weight{part}" for part in ("_packed", "", "_scale", "_zero_point", "_shape", "_g_idx", "_global_scale")
 )
-_NVFP4_BLOCK = 16
-_MX_BLOCK = 32
+NVFP4_BLOCK = 16
+MX_BLOCK = 32
 _MXFP6_BYTES = 24
 _DECOMPRESS = "save the model dense, or in another layout, with the compressed-tensors that wrote it"
 #: The first version whose codes cross words.
@@ -163,7 +163,7 @@ def _one_in_an_element(stored: Stored, weight: Tensor, scale: Tensor) -> Weight:
     if weight.dtype in _FLOATS8:
         if scale.dtype == np.uint8:
             schemes(stored, frozenset(("mxfp8-quantized",)))
-            return Weight(small_floats(name, weight.dtype, weight, exponents(scale), _MX_BLOCK), _PARTS)
+            return Weight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
         candidates = schemes(stored, frozenset(("float-quantized", "naive-quantized")))
         fitting = [scheme for scheme in candidates if scheme.kind == "float" and scheme.bits == 8]
         _some(candidates, fitting, weight)
@@ -245,19 +245,19 @@ def _packed_floats(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
         raise Unsupported("has small floats with zero points, which compressed-tensors leaves out when it decodes")
     if scale.dtype == FLOAT8_E4M3:
         schemes(stored, frozenset(("nvfp4-pack-quantized",)))
-        divided = _divided(scale, stored[".weight_global_scale"])
+        scales = divided(scale, stored[".weight_global_scale"])
         loss = Loss(name, "widened", "its scales, float8 by a divisor, are divided to float32")
-        return Weight(small_floats(name, FLOAT4, packed, divided, _NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
+        return Weight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
         schemes(stored, frozenset(("mxfp6-pack-quantized",)))
-        shape = (*packed.shape[:-1], scale.shape[-1] * _MX_BLOCK)
+        shape = (*packed.shape[:-1], scale.shape[-1] * MX_BLOCK)
         codes = float6(name, shape, FLOAT6_E2M3, packed.data)
-        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), _MX_BLOCK), _PARTS)
+        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), MX_BLOCK), _PARTS)
     schemes(stored, frozenset(("mxfp4-pack-quantized",)))
-    return Weight(small_floats(name, FLOAT4, packed, exponents(scale), _MX_BLOCK), _PARTS)
+    return Weight(small_floats(name, FLOAT4, packed, exponents(scale), MX_BLOCK), _PARTS)
 
 
-def _divided(scale: Tensor, divisor: Tensor) -> Tensor:
+def divided(scale: Tensor, divisor: Tensor) -> Tensor:
     """The scales divided by the global one: a float32 division, which multiplying by a reciprocal is not."""
     if divisor.dtype != np.float32 or divisor.size != 1:
         raise CorruptFile(
@@ -268,7 +268,7 @@ def _divided(scale: Tensor, divisor: Tensor) -> Tensor:
     def rows(first: int, last: int) -> NDArray[Any]:
         stored = scale.numpy().reshape(-1, columns)[first:last].astype(np.float32)
         with np.errstate(all="ignore"):
-            divided: NDArray[np.float32] = stored / divisor.numpy().reshape(())
-        return divided
+            quotients: NDArray[np.float32] = stored / divisor.numpy().reshape(())
+        return quotients
 
     return made_by_rows("scale", scale.shape, np.dtype(np.float32), rows, scale.data, divisor.data)

@@ -2,23 +2,32 @@
 
 `config_groups` have one scheme each, for the modules that its targets name by name, by class or by regular expression.
 Classes are not in a checkpoint's tensors, and a file's regular expressions are not run: where no target is the weight's
-name, its scheme is the one that its tensors fit.
+name, its scheme is the one that its tensors fit, of those groups that are not for modules by name only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from converters.errors import CorruptFile
 from converters.ir import blocked, grid_shape, per_tensor
-from formats.encodings.checkpoint import Stored
+from formats.encodings.checkpoint import Checkpoint, Stored
 
 #: Layouts that are known by name only.
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
 #: Names that say nothing about the layout of one weight.
 _ANY = frozenset(("", "mixed-precision"))
+#: The dtypes of scales in the layouts whose scales are not of the model's dtype.
+SCALE_DTYPES = MappingProxyType(
+    {
+        "mxfp4-pack-quantized": "torch.uint8",
+        "mxfp8-quantized": "torch.uint8",
+        "nvfp4-pack-quantized": "torch.float8_e4m3fn",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,32 @@ class Scheme:
         return blocks if scales in (grid, grid[:-1] if grid[-1] == 1 else grid) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How a weight is written: the scheme, and whether it has no zero points."""
+
+    scheme: Scheme
+    symmetric: bool = True
+
+    def group(self, targets: list[str]) -> dict[str, Any]:
+        """The entry of `config_groups` for weights of this kind, as compressed-tensors 0.20 writes it."""
+        scheme = self.scheme
+        weights: dict[str, Any] = {
+            "num_bits": scheme.bits,
+            "type": scheme.kind,
+            "symmetric": self.symmetric,
+            "group_size": scheme.group if scheme.group > 0 else None,
+            "strategy": scheme.strategy,
+            "dynamic": False,
+        }
+        if scheme.strategy == "block":
+            weights["block_structure"] = list(scheme.block)
+        if scheme.layout in SCALE_DTYPES:
+            weights["scale_dtype"] = SCALE_DTYPES[scheme.layout]
+        nothing = {"input_activations": None, "output_activations": None}
+        return {"targets": targets, "weights": weights, **nothing, "format": scheme.layout}
+
+
 def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
     """The schemes of the configuration that are of one of `layouts`; empty where there is no configuration. Raises
     CorruptFile where it has some, but none of these, or means that the weight is not quantized."""
@@ -65,6 +100,8 @@ def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
         raise CorruptFile(f"has config_groups that are no object in its configuration: {groups!r:.80}")
     default = config.get("format")
     named = {name: group for name, group in groups.items() if _targets(group, stored.prefix)}
+    if not named:
+        named = {name: group for name, group in groups.items() if not _only_names(group, stored.checkpoint)}
     found = [_scheme(name, group, default) for name, group in (named or groups).items()]
     weights = [scheme for scheme in found if scheme is not None]
     fitting = tuple(scheme for scheme in weights if scheme.layout in layouts or scheme.layout in _ANY)
@@ -83,6 +120,18 @@ def layout_names(stored: Stored) -> frozenset[str]:
         *(_of(group, "format") for group in (groups if isinstance(groups, dict) else {}).values()),
     ]
     return frozenset(value for value in values if isinstance(value, str))
+
+
+def _only_names(group: Any, checkpoint: Checkpoint) -> bool:
+    """Whether all targets are names of modules, so that the group is for no other. Names without a dot could be those
+    of classes, unless there are tensors of such a module."""
+    targets = _of(group, "targets")
+    return isinstance(targets, list) and all(
+        isinstance(target, str)
+        and not target.startswith("re:")
+        and ("." in target or f"{target}.weight_scale" in checkpoint.tensors)
+        for target in targets
+    )
 
 
 def _targets(group: Any, prefix: str) -> bool:

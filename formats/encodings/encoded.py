@@ -23,9 +23,9 @@ from converters.ir import Loss, Tensor
 #: The layouts of `--opt layout=` that are encodings, and the module of each.
 WRITABLE: Mapping[str, str] = MappingProxyType(
     {
-        "awq": "awq",
+        "awq": "awq_writing",
         "compressed-tensors": "compressed_tensors_writing",
-        "gptq": "gptq",
+        "gptq": "gptq_writing",
         "mlx": "mlx_writing",
         "torchao": "torchao_writing",
     }
@@ -47,12 +47,14 @@ class Encoded:
 @dataclass(frozen=True, slots=True)
 class Configuration:
     """What stands beside the tensors: `entries` of config.json, other JSON `files` by name, the `metadata` of the
-    safetensors files; notes are for the user, a sentence each."""
+    safetensors files; notes are for the user, a sentence each. `stored` are tensors whose contents depend on what is
+    decided for the whole model: they replace those of the same keys, shapes and dtypes in `Encoded.stored`."""
 
     entries: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
     notes: tuple[str, ...] = ()
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class WritableEncoding(Protocol):

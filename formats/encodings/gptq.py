@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import GroupIndex, Quantization, Tensor, is_float
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import group_index, kept_index, value_dtype
+from formats.encodings.parameters import group_index, value_dtype
 from formats.encodings.rearranged import by_rows, columns_in_words, transposed, turned
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
-_CODES = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
-#: A one in every field of a word.
-_ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
+#: The dtype of codes of so many bits.
+CODES = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
+#: A one in every field of a word: what version 1 has subtracted from words of zeros.
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _OTHER_LAYOUTS = ("marlin", "bitblas", "exl2", "exllamav2")
 _PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
@@ -57,13 +58,13 @@ def decode(stored: Stored) -> Weight:
     groups, outputs = scales.shape
     bits = _bits(stored, qzeros, groups, outputs)
     inputs = qweight.shape[0] * 32 // bits
-    dtype = _CODES[bits]
+    dtype = CODES[bits]
 
     def codes(first: int, last: int) -> NDArray[Any]:
         return turned(qweight.numpy()[:, first:last])
 
     data = by_rows((outputs, inputs), dtype, codes, qweight.data, in_order=False)
-    added = 0 if layout == "gptq_v2" else _ONES[bits]
+    added = 0 if layout == "gptq_v2" else ONES[bits]
     zero_point = columns_in_words("zero_point", qzeros, outputs, dtype, added=added)
     scale = transposed("scale", scales, (outputs, groups))
     grouping = _grouping(stored, inputs, groups)
@@ -81,7 +82,7 @@ def _bits(stored: Stored, qzeros: Tensor, groups: int, outputs: int) -> int:
     told = stored.setting("bits", int, bits)
     if bits != told:
         raise CorruptFile(f"has zeros of shape {qzeros.shape} for {outputs} outputs: {bits} bits, not {told}")
-    if bits not in _CODES or words * 32 != bits * outputs:
+    if bits not in CODES or words * 32 != bits * outputs:
         raise Unsupported(f"has codes of {bits} bits: 2, 4 and 8 are read")
     return bits
 
@@ -101,9 +102,10 @@ def _grouping(stored: Stored, inputs: int, groups: int) -> _Grouping:
     if g_idx is None:
         if max(1, -(-inputs // size)) != groups:
             raise CorruptFile(f"has {groups} groups of scales for {inputs} inputs in groups of {size}")
-        return _Grouping(size)
-    index = group_index(replace(g_idx, shape=(g_idx.size,)), inputs, groups)
+        return _Grouping(min(size, max(1, inputs)))
+    kept = replace(g_idx, name="group_index", shape=(g_idx.size,))
+    index = group_index(kept, inputs, groups)
     for candidate in dict.fromkeys((size, max(1, -(-inputs // max(1, groups))))):
         if max(1, -(-inputs // candidate)) == groups and np.array_equal(index, np.arange(inputs) // candidate):
-            return _Grouping(candidate)
-    return _Grouping(max(1, -(-inputs // max(1, groups))), kept_index(index, 1))
+            return _Grouping(min(candidate, max(1, inputs)))
+    return _Grouping(max(1, -(-inputs // max(1, groups))), GroupIndex(1, kept))

@@ -139,7 +139,8 @@ def _as(dtype: np.dtype[Any], name: str, parameter: Tensor) -> Tensor:
     """A parameter as it is computed with: HQQ casts them to compute_dtype when it loads them."""
     if parameter.dtype == dtype:
         return replace(parameter, name=name, shape=(parameter.size,))
-    return Tensor.from_array(name, parameter.numpy().reshape(-1).astype(dtype))
+    with np.errstate(over="ignore", invalid="ignore"):  # what the narrower dtype cannot hold; signalling NaNs
+        return Tensor.from_array(name, parameter.numpy().reshape(-1).astype(dtype))
 
 
 def _parameters(stored: Stored) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.errors import Unsupported
-from converters.ir import Loss, Quantization, Tensor, grid_shape, is_integer
+from converters.ir import Loss, LossKind, Quantization, Tensor, grid_shape, is_integer
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Computed, Data
-from formats.encodings.parameters import FLOATS
+from formats.encodings.parameters import FLOAT4, FLOATS, value_dtype
 from formats.encodings.rearranged import by_rows
 
 _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
@@ -33,6 +33,7 @@ _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
 _SIGNED = MappingProxyType({unsigned: signed for signed, unsigned in _UNSIGNED.items()})
 #: In every code of a byte the highest bit, by which signed and unsigned codes differ.
 _HIGHEST_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32 = np.dtype(np.float32)
 _INT16 = np.dtype(np.int16)
 #: So many elements of any dtype are whole bytes.
@@ -252,6 +253,28 @@ def in_row_groups(weight: Tensor) -> tuple[Tensor, int]:
 def computed_with_scales(weight: Tensor, dtype: np.dtype[Any] | None = None) -> tuple[Tensor, tuple[Loss, ...]]:
     """The weight as libraries compute that round each operation to the dtype of the scales: with scales of `dtype`
     (None: as they are; float64 and nested ones become float32), and the losses where values change."""
+    scaled, losses = _scales_as(weight, dtype)
+    if scaled.quantization is None:
+        return weight, ()
+    computed_so, changes = computed_in(scaled, scaled.quantization.scale.dtype, "the dtype of its scales")
+    return computed_so, (*losses, *changes)
+
+
+def rounded_with_scales(weight: Tensor, *, widened: bool) -> tuple[Tensor, tuple[Loss, ...]]:
+    """The weight as libraries give it that multiply once, and round values to the dtype of the scales. These are made
+    float32 where they are no plain floats and, `widened`, where values are float32; else these are rounded."""
+    quantization = weight.quantization
+    if quantization is None:
+        return weight, ()
+    scaled, losses = _scales_as(weight, _FLOAT32 if widened and own_dtype(quantization) == _FLOAT32 else None)
+    scale = (scaled.quantization or quantization).scale
+    rounded_so, changes = rounded_to(scaled, scale.dtype, "the dtype of its scales")
+    return rounded_so, (*losses, *changes)
+
+
+def _scales_as(weight: Tensor, dtype: np.dtype[Any] | None) -> tuple[Tensor, tuple[Loss, ...]]:
+    """With scales and offsets of `dtype` (None: as they are; float64 and nested ones become float32), and the losses
+    where they are rounded."""
     quantization = weight.quantization
     if quantization is None:
         return weight, ()
@@ -267,16 +290,46 @@ def computed_with_scales(weight: Tensor, dtype: np.dtype[Any] | None = None) -> 
             exact = np.array_equal(values.astype(wanted).astype(values.dtype), values, equal_nan=True)
         if not exact:
             losses.append(Loss(weight.name, "rounded", f"its {role} of {values.dtype} is rounded to {wanted}"))
-    if quantization.compute_dtype != wanted:
-        as_before = quantization.compute_dtype
-        losses.append(
-            Loss(
-                weight.name,
-                "rounded" if bits_of(wanted) < bits_of(as_before) else "widened",
-                f"its values are computed in {wanted}, the dtype of its scales, and no longer in {as_before}",
-            )
-        )
-    return replace(weight, quantization=replace(quantization, compute_dtype=wanted, **changed)), tuple(losses)
+    return replace(weight, quantization=replace(quantization, **changed)), tuple(losses)
+
+
+def own_dtype(quantization: Quantization) -> np.dtype[Any]:
+    """The dtype of the values that the library gives that made the weight."""
+    return quantization.value_dtype or quantization.compute_dtype
+
+
+def computed_in(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor, tuple[Loss, ...]]:
+    """The weight as a library computes that rounds each operation to `dtype`, which is `what`, and the loss where
+    values were of another one. Codes less zero points must be numbers of all these dtypes."""
+    return _given_as(weight, dtype, what, dtype, None)
+
+
+def rounded_to(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor, tuple[Loss, ...]]:
+    """Likewise of a library that computes in float32 and rounds values to `dtype` in the end."""
+    return _given_as(weight, dtype, what, _FLOAT32, value_dtype(dtype))
+
+
+def _given_as(
+    weight: Tensor, dtype: np.dtype[Any], what: str, compute: np.dtype[Any], value: np.dtype[Any] | None
+) -> tuple[Tensor, tuple[Loss, ...]]:
+    quantization = weight.quantization
+    if quantization is None:
+        return weight, ()
+    given = replace(weight, quantization=replace(quantization, compute_dtype=compute, value_dtype=value))
+    before = own_dtype(quantization)
+    if before == dtype:
+        return given, ()
+    kind: LossKind = "rounded" if bits_of(dtype) < bits_of(before) else "widened"
+    return given, (Loss(weight.name, kind, f"its values are of {dtype}, {what}, and no longer of {before}"),)
+
+
+def powers_in_float32(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
+    """A weight of small floats, scales of which are powers of two, computed in float32, which holds the products; so
+    does bfloat16 those of float4, so that nothing is lost."""
+    quantization = weight.quantization
+    exact, losses = rounded_to(weight, _FLOAT32, "which holds them exactly")
+    is_same = quantization is not None and weight.dtype == FLOAT4 and own_dtype(quantization) == _BFLOAT16
+    return exact, () if is_same else losses
 
 
 def without_factor(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:

@@ -20,6 +20,7 @@ import numpy as np
 from converters.errors import CorruptFile
 from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.codes import dtype_for, narrowed
+from formats.encodings.parameters import value_dtype
 from formats.encodings.rearranged import made_by_rows, swapped_nibbles, transposed
 from formats.encodings.torchao_affine import (
     affine,
@@ -176,7 +177,8 @@ def _mx(parts: Parts) -> Tensor:
         raise parts.corrupt(f"has codes of {stored.dtype} for elements of {element!r:.40}")
     block_shape = _last_axis_blocks(parts)
     scale = _block_scale(parts, _as_e8m0(parts, parts.tensor("scale", "_scale_e8m0")), block_shape)
-    return Tensor(parts.name, parts.shape, codes.dtype, codes.data, Quantization(scale, block_shape))
+    quantization = Quantization(scale, block_shape, value_dtype=value_dtype(parts.compute_dtype))
+    return Tensor(parts.name, parts.shape, codes.dtype, codes.data, quantization)
 
 
 def _nvfp4(parts: Parts) -> Tensor:
@@ -198,7 +200,8 @@ def _nvfp4(parts: Parts) -> Tensor:
         dtype = parts.compute_dtype if is_old else _FLOAT32
         outer = as_dtype(outer, dtype) if outer.dtype != dtype else outer
         scale = replace(scale, quantization=Quantization(replace(outer, name="scale"), blocks, compute_dtype=dtype))
-    return Tensor(parts.name, parts.shape, _FLOAT4, codes.data, Quantization(scale, block_shape))
+    quantization = Quantization(scale, block_shape, value_dtype=value_dtype(parts.compute_dtype))
+    return Tensor(parts.name, parts.shape, _FLOAT4, codes.data, quantization)
 
 
 def _float8(parts: Parts) -> Tensor:

@@ -11,7 +11,7 @@ _SCALES = (
     *("_scale", "_scales", "_scale_2", "_scale_inv", "_weight_scale", "_weight_scale_2", "_absmax", "_qzeros"),
     *(".scale", ".scales", ".scale_weight", ".qscale_weight", ".absmax", ".qzeros", ".SCB", "._scale"),
 )
-_CODES = ("", "_packed", "_blocks", ".weight", ".qweight", ".weight_packed", ".W_q", "._data")
+_CODES = ("", "_packed", "_blocks", "_qdata", ".weight", ".qweight", ".weight_packed", ".W_q", "._data")
 _WIDEST_CODES = 4  # int64 tensors are indices and counters
 
 

@@ -126,9 +126,11 @@ def _halves(stored: _Bytes, half: int) -> _Bytes:
 
 def _fields(stored: _Bytes, group: int, bits: int) -> _Bytes:
     """Fields of `bits` bits that lie in groups of `group` bytes, all the lowest of a group first: (n, elements)."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    fields = (stored.reshape(stored.shape[0], -1, 1, group) >> shifts) & np.uint8((1 << bits) - 1)
-    return fields.reshape(stored.shape[0], -1)
+    word = np.dtype(f"u{min(8, group)}")  # as many bytes at once; what is shifted out of one is masked in the next
+    words = np.ascontiguousarray(stored).view(word).reshape(stored.shape[0], -1, 1, group // word.itemsize)
+    mask = np.full(word.itemsize, (1 << bits) - 1, np.uint8).view(word)
+    fields: NDArray[Any] = (words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask
+    return fields.reshape(stored.shape[0], -1).view(np.uint8)
 
 
 def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Quantization, Tensor
-from converters.storage import Data, Releasable
+from converters.storage import Data, release
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,9 +39,8 @@ class StoredBlocks:
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of the blocks that bytes [start, stop) of the codes are in."""
-        if isinstance(self.blocks, Releasable):
-            first, last = start * self.blocks.nbytes // self.nbytes, -(-stop * self.blocks.nbytes // self.nbytes)
-            self.blocks.release(first, last)
+        first, last = start * self.blocks.nbytes // self.nbytes, -(-stop * self.blocks.nbytes // self.nbytes)
+        release(self.blocks, first, last)
 
 
 def stored_blocks(tensor: Tensor) -> StoredBlocks | None:

@@ -18,7 +18,7 @@ import numpy as np
 from converters.errors import Unsupported
 from converters.interfaces import Capabilities, OutputFile, option
 from converters.ir import Loss, Model, Tensor
-from converters.storage import Data, Releasable
+from converters.storage import Data, release
 from formats.gguf.arranged import Kind, arrange, arranged
 from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
 from formats.gguf.container import TensorInfo
@@ -170,8 +170,7 @@ class GGUFSink:
         for start in range(0, data.nbytes, _PIECE_BYTES):
             stop = min(data.nbytes, start + _PIECE_BYTES)
             self.stream.write(data.read(start, stop).data)
-            if isinstance(data, Releasable):
-                data.release(start, stop)
+            release(data, start, stop)
 
     def pad(self) -> None:
         """Writes zeros up to the next multiple of the alignment."""

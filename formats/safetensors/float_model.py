@@ -33,6 +33,12 @@ def as_float_model(model: Model) -> tuple[Model, tuple[Loss, ...]]:
     return model, ()
 
 
+def unheld_scales(model: Model, layout: str) -> list[Loss]:
+    """What is lost where codes of layers whose inputs are scaled are stored in a layout that has no such scales."""
+    detail = f"multiplies the inputs of a layer, which libraries of the layout {layout} do not: kept as a tensor"
+    return [Loss(name, "reinterpreted", detail) for name in model if name.endswith(_PRE_QUANT_SCALE)]
+
+
 def _with_transposed_experts(model: Model) -> Model:
     tensors = {
         name: _transposed(tensor) if name.endswith(_EXPERTS) and len(tensor.shape) == 3 else tensor

@@ -26,7 +26,7 @@ from formats.encodings.encoded import Configuration, Encoded, writable_encoding
 from formats.encodings.lowering import computed_with_scales
 from formats.safetensors.companions import copied, json_companion, rewritten_config
 from formats.safetensors.file_layout import KINDS, FileLayout, laid_out
-from formats.safetensors.float_model import as_float_model
+from formats.safetensors.float_model import as_float_model, unheld_scales
 from formats.safetensors.packed_keys import PackedKeys
 from formats.safetensors.packed_layout import METADATA_NAME, description_of
 
@@ -103,7 +103,7 @@ def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
     dtype = None if options.scale_dtype is None else np.dtype(options.scale_dtype)
     weights: dict[str, Encoded] = {}
     tensors: dict[str, Tensor] = {}
-    losses: list[Loss] = []
+    losses = unheld_scales(model, options.layout)
     for name, tensor in model.items():
         if tensor.parameter_of in model.tensors:
             continue
@@ -120,7 +120,12 @@ def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
             tensors[name] = _dequantized_instead(tensor, error, options)
             losses.append(Loss(name, "widened", f"its codes become {tensors[name].dtype} values: it {error.message}"))
     configuration = encoding.configuration(weights, [name for name in tensors if name not in weights])
-    units = [weights[name].stored if name in weights else {name: tensor} for name, tensor in tensors.items()]
+    units = [
+        {key: configuration.stored.get(key, part) for key, part in weights[name].stored.items()}
+        if name in weights
+        else {name: tensor}
+        for name, tensor in tensors.items()
+    ]
     _refuse_twice(units)
     expected = Model(tensors, model.metadata, losses=model.losses)
     return _Contents(units, [{}] * len(units), configuration, expected, losses)

@@ -145,6 +145,15 @@ def test_one_of_several_groups_is_found_by_name_then_by_shape():
     refused({key.replace("m.", "n."): array for key, array in int4().items()}, told, "group_size 8")
 
 
+def test_groups_for_modules_by_name_are_for_no_other():
+    told = config(**GROUPS)
+    told["config_groups"]["group_1"] = {"targets": ["a.b", "n"], "weights": {"num_bits": 2, "strategy": "channel"}}
+    small = int4(columns=8, groups=1) | {"m.weight_shape": np.array([6, 8])}  # 2 bits would be one word, too
+    others = {f"n.{key.removeprefix('m.')}": array for key, array in small.items()}
+    tensors = decoded(small | others, told)
+    assert [tensors["m.weight"].dtype, tensors["n.weight"].dtype] == [ml_dtypes.int4, ml_dtypes.int2]
+
+
 def test_nvfp4_scales_are_divided_and_not_multiplied_by_a_reciprocal():
     scales = np.arange(1, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).reshape(126, 1)
     arrays = {

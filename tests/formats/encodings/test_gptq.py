@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import converters
 from converters.errors import CorruptFile, Error, Unsupported
+from converters.storage import files_of
 from tests.formats.encodings.checkpoints import write_folder
 
 
@@ -163,12 +164,26 @@ def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
     assert comparison.equal
 
 
+def test_parameters_stay_in_the_file(tmp_path: Path) -> None:
+    layer = random_layer(8, 4, 16, 64, 32, shuffled=True)
+    folder = write_folder(
+        tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
+    )
+    quantization = converters.load(folder)["model.fc.weight"].quantization
+    assert quantization is not None
+    roles = dict(quantization.parameters())
+    assert set(roles) == {"scale", "zero_point", "group_index"}
+    for role, parameter in roles.items():
+        assert list(files_of(parameter.data)), f"the {role} is held in memory"
+
+
 @pytest.mark.parametrize(
     ("changed", "config", "error", "message"),
     [
         ({}, {"checkpoint_format": "marlin"}, Unsupported, "marlin"),
         ({}, {"bits": 8}, CorruptFile, "4 bits, not 8"),
-        ({}, {"bits": "4"}, CorruptFile, "int is needed"),
+        ({}, {"bits": "4"}, CorruptFile, "int of 32 bits is needed"),
+        ({}, {"group_size": 1 << 70}, CorruptFile, "int of 32 bits is needed"),
         ({}, {"quant_method": "awq"}, CorruptFile, "quant_method 'awq'"),
         ({"g_idx": np.full(32, 7, np.int32)}, {}, CorruptFile, "g_idx from 7 to 7 for 1 groups"),
         ({"g_idx": np.zeros(31, np.int32)}, {}, CorruptFile, "g_idx of shape"),

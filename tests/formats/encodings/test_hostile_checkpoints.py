@@ -1,32 +1,41 @@
 """Parts of any dtype and shape, and configurations of any value: one-line errors or a weight, and nothing else."""
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.errors import Error
-from tests.formats.encodings.checkpoints_in_memory import decoded
+from converters.ir import Tensor
+from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from formats.encodings.configuration import model_config, quantization_config
+from formats.safetensors.shards import open_checkpoint
+from tests.formats.encodings.checkpoints_in_memory import FIXTURES, decoded
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.uint32, np.int64, np.float16, np.float32, np.float64, np.bool_]
 DTYPES += [np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu]
-PARTS = ["weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_shape", "weight_zero_point"]
-PARTS += [
-    "weight_g_idx",
-    "weight_global_scale",
-    "qweight",
-    "qzeros",
-    "scales",
-    "biases",
-    "g_idx",
-    "x_blocks",
-    "x_scales",
-]
+DTYPES += [ml_dtypes.float4_e2m1fn, ml_dtypes.float6_e2m3fn]
+#: Parts of one weight by the encodings that have them.
+FAMILIES = (
+    ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+    ("weight", "weight_scale", "weight_scale_2", "weight_zero_point", "weight_scale_inv", "scale", "qscale_weight"),
+    ("qweight", "qzeros", "scales", "g_idx", "bias"),
+    ("weight", "scales", "biases", "zeros", "SCB", "weight_format"),
+    ("x", "x_blocks", "x_scales", "x_weight_scale", "x_weight_scale_2", "x_scale_inv"),
+    ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"),
+    ("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing", "compute_dtype"),
+    ("weight._data", "weight._data._data", "weight._scale", "weight._shift", "bias", "input_scale"),
+)
+PARTS = sorted({part for family in FAMILIES for part in family})
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32])
-NAMES = ["", "awq", "gptq", "gptq_v2", "compressed-tensors", "modelopt", "mxfp4", "mlx", "gemm", "pack-quantized"]
+METHODS = ["", "awq", "gptq", "compressed-tensors", "modelopt", "mxfp4", "mlx", "fp8", "bitsandbytes", "hqq", "quanto"]
+NAMES = [*METHODS, "gptq_v2", "gemm", "pack-quantized", "float-quantized", "mxfp6-pack-quantized"]
 NAMES += ["nvfp4-pack-quantized", "naive-quantized", "group", "channel", "tensor", "block", "int", "float", "NVFP4"]
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(-2, 64), st.floats(), st.sampled_from(NAMES))
-KEYS = ["bits", "group_size", "version", "mode", "format", "quant_algo", "checkpoint_format", "ignore", "m"]
+KEYS = ["bits", "group_size", "version", "mode", "format", "quant_algo", "checkpoint_format", "ignore", "m", "modules"]
+KEYS += ["weight_block_size", "quantized_layers", "load_in_8bit"]
 WEIGHTS = ["num_bits", "type", "strategy", "group_size", "block_structure", "symmetric"]
 
 
@@ -50,7 +59,8 @@ def arrays(draw):
             (rows * 2, columns),
         ]
     )
-    parts = draw(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6, unique=True))
+    among = st.sampled_from(draw(st.sampled_from([*FAMILIES, PARTS])))
+    parts = draw(st.lists(among, min_size=1, max_size=8, unique=True))
     random = np.random.default_rng(draw(st.integers(0, 9)))
     found = {}
     for part in parts:
@@ -63,8 +73,8 @@ def arrays(draw):
 @settings(deadline=None, max_examples=600, suppress_health_check=list(HealthCheck))
 @given(
     arrays=arrays(),
-    method=st.sampled_from(NAMES[:8]),
-    config=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
+    method=st.sampled_from(METHODS),
+    config=st.dictionaries(st.sampled_from(KEYS), VALUES | st.lists(VALUES, max_size=3), max_size=4),
     weights=st.one_of(VALUES, st.dictionaries(st.sampled_from(WEIGHTS), VALUES | st.lists(VALUES, max_size=3))),
     grouped=st.booleans(),
 )
@@ -76,5 +86,52 @@ def test_nothing_but_errors(arrays, method, config, weights, grouped):
         for tensor in decoded(arrays, config).values():
             if tensor.dtype.kind != "c":
                 assert tensor.dequantize(np.float32).shape == tensor.shape
+    except Error as error:
+        assert "\n" not in str(error)
+
+
+@cache
+def real_weights():
+    """The tensors of each module of the fixtures, with the configuration beside them."""
+    found = []
+    for case in sorted(FIXTURES.glob("*/model.safetensors")):
+        entries = open_checkpoint(case)[0].entries
+        plain = {key: Tensor(key, entry.shape, entry.dtype, entry.data).numpy() for key, entry in entries.items()}
+        config, architecture = quantization_config(case.parent), model_config(case.parent)
+        modules = dict.fromkeys(key.partition(".weight")[0].rpartition(".")[0] or key for key in plain)
+        modules |= dict.fromkeys(key.partition(".weight")[0] for key in plain if ".weight" in key)
+        found += [({k: v for k, v in plain.items() if k.startswith(m)}, config, architecture) for m in modules]
+    return found
+
+
+@st.composite
+def damaged(draw):
+    """A real weight with a part that is gone, of another shape or dtype, or with other bytes."""
+    parts, config, architecture = draw(st.sampled_from(real_weights()))
+    key = draw(st.sampled_from(sorted(parts)))
+    array = parts[key]
+    dtype = np.dtype(draw(st.sampled_from([array.dtype, *DTYPES])))
+    shape = list(array.shape)
+    for _ in range(draw(st.integers(0, 2))):
+        axis = draw(st.integers(0, max(0, len(shape) - 1)))
+        shape[axis : axis + 1] = draw(st.sampled_from([[], [1], [0], [3], [33], [1, 2], [*shape[axis : axis + 1], 1]]))
+    content = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+    changed = (content[..., 0] > 127) if dtype == np.bool_ else content.view(dtype).reshape(shape)
+    kept = {name: part for name, part in parts.items() if name != key}
+    told = draw(st.one_of(st.just({}), st.dictionaries(st.sampled_from([*KEYS, *config]), VALUES, max_size=1)))
+    return kept | ({key: changed} if draw(st.integers(0, 9)) else {}), config | told, architecture
+
+
+@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+@given(damaged())
+def test_a_real_weight_that_is_damaged_is_read_or_refused(checkpoint):
+    parts, config, architecture = checkpoint
+    tensors = {key: Tensor.from_array(key, array) for key, array in parts.items()}
+    try:
+        for tensor in decode_checkpoint(Checkpoint(tensors, config, architecture))[0].values():
+            if tensor.dtype.kind != "c":
+                values = tensor.dequantize(np.float32)
+                pieces = [part.dequantize(np.float32).reshape(-1) for part in tensor.parts(64)]
+                np.testing.assert_array_equal(np.concatenate([values.reshape(-1)[:0], *pieces]), values.reshape(-1))
     except Error as error:
         assert "\n" not in str(error)

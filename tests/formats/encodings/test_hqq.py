@@ -116,3 +116,9 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "awq"}}
     checkpoints.refused(checkpoints.write_folder(tmp_path, tensors(), config=config), "quant_method 'awq'")
+
+
+def test_scales_beyond_the_dtype_that_is_computed_in_are_infinite(tmp_path: Path) -> None:
+    """Found by random damage: NumPy warned of it."""
+    folder = checkpoints.write_folder(tmp_path, tensors(scale=np.full((4, 1), 1e300)))
+    assert np.isinf(converters.load(folder)["fc.weight"].dequantize(np.float32)).all()

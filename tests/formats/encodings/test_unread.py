@@ -32,6 +32,7 @@ def losses(arrays: dict[str, Any]) -> list[str]:
         {"m.weight": BYTES, "m.weight.absmax": SCALES},
         {"m.weight": np.ones((4, 8), np.int8), "m.scales": SCALES},
         {"m.qweight": np.ones((4, 8), np.int16), "m.qzeros": SCALES},
+        {"fc1._weight_qdata": BYTES, "fc1._weight_scale": SCALES},  # torchao's, without its metadata
         {"m_packed": np.ones((4, 8), np.int32), "m_scale": SCALES},
     ],
 )

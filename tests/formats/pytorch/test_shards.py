@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import converters
 from converters.errors import CorruptFile, Error, Unsupported
+from converters.storage import files_of
 from tests.formats.encodings.checkpoints import FIXTURES, write_file
 from tests.formats.pytorch.hostile_pickles import zipped
 
@@ -157,6 +158,16 @@ def test_a_configuration_that_nothing_fits_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "strange"}}')
     (loss,) = converters.load(two_shards(tmp_path)).losses
     assert "nothing of quant_method 'strange' was recognised" in str(loss)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_opening_shards_reads_no_payload(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="pip install torch==2.13.0")
+    for name, key in ((ONE, "a"), (TWO, "b")):
+        torch.save({key: torch.zeros(1000, 1000)}, tmp_path / name)
+    model = converters.load(indexed(tmp_path, {"a": ONE, "b": TWO}))
+    assert {key: [file.path.name for file in files_of(model[key].data)] for key in model} == {"a": [ONE], "b": [TWO]}
 
 
 @pytest.mark.peers

@@ -142,3 +142,23 @@ def test_damaged_descriptions_of_shards_are_refused(description: str, tmp_path: 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(converters.Error, match="metadata is damaged"):
         converters.load(tmp_path)
+
+
+def test_scales_of_inputs_go_into_floats_and_are_said_where_codes_stay(tmp_path: Path) -> None:
+    codes = np.array([[0x21, 0x43, 0x65, 0x07] * 8] * 16, np.uint8)
+    stored = {
+        "layers.0.q.weight": codes,
+        "layers.0.q.weight_scale": np.full((32, 2), 0.5, np.float16),
+        "layers.0.q.pre_quant_scale": np.linspace(0.5, 2, 32, dtype=np.float16),
+    }
+    config = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 16}}
+    source = write_folder(tmp_path / "source", stored, hf_quant_config=config)
+    weight = converters.load(source)["layers.0.q.weight"].dequantize(np.float32)
+    done = converters.convert(source, tmp_path / "floats", to="safetensors", dequantize="float32", verify=True)
+    assert "pre_quant_scale" in done.losses[-1].detail
+    floats = converters.load(tmp_path / "floats")
+    assert list(floats) == ["layers.0.q.weight"]
+    scaled = weight * stored["layers.0.q.pre_quant_scale"].astype(np.float32)
+    np.testing.assert_array_equal(floats["layers.0.q.weight"].numpy(), scaled)
+    done = converters.convert(source, tmp_path / "gptq", to="safetensors", layout="gptq", verify=True)
+    assert [loss.kind for loss in done.losses if loss.tensor == "layers.0.q.pre_quant_scale"] == ["reinterpreted"]

@@ -1,0 +1,113 @@
+"""Decoding in one pass of compiled code, for much of it: where numba is installed (`nibblecast[fast]`).
+
+The same operations in the same order as `converters.dequantize` does them with NumPy, bit for bit. Importing numba
+takes longer than converting a small model: so it is used when a process has decoded much, and has more to decode.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.packing import SUB_BYTE
+
+#: So many elements are decoded without; "0" in the environment: none, "never": all.
+_WORTH = os.environ.get("NIBBLECAST_COMPILE_AFTER", str(1 << 27))
+#: Shorter blocks, and fewer elements at once, are not worth the calls.
+_SHORTEST_BLOCK = 8
+_EXACT = 1 << 23
+
+_UINT4, _INT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4)
+_KINDS: Mapping[np.dtype[Any], str] = MappingProxyType(
+    {_UINT4: "UNSIGNED4", _INT4: "SIGNED4", np.dtype(np.uint8): "UNSIGNED8", np.dtype(np.int8): "SIGNED8"}
+)
+_OPERATIONS: Mapping[np.ufunc, str] = MappingProxyType(
+    {np.subtract: "SUBTRACT", np.multiply: "MULTIPLY", np.add: "ADD"}
+)
+_ROUNDED: Mapping[np.dtype[Any] | None, str] = MappingProxyType(
+    {None: "KEPT", np.dtype(np.float16): "FLOAT16", np.dtype(ml_dtypes.bfloat16): "BFLOAT16"}
+)
+_GIVEN: Mapping[np.dtype[Any], str] = MappingProxyType(
+    {np.dtype(np.float32): "KEPT", np.dtype(np.float16): "FLOAT16", np.dtype(ml_dtypes.bfloat16): "BFLOAT16"}
+)
+_decoded = 0
+
+#: An operation, its parameter, which broadcasts to the view, and what its result is rounded to.
+Operation = tuple[np.ufunc, NDArray[Any], np.dtype[Any] | None]
+
+
+def decode(
+    packed: NDArray[np.uint8],
+    dtype: np.dtype[Any],
+    table: NDArray[np.float32] | None,
+    steps: Sequence[Operation],
+    view_shape: tuple[int, ...],
+    out: NDArray[Any],
+) -> bool:
+    """Writes the values of elements of `dtype` to `out`, shape (n,), which are looked up in `table` where there is one.
+    False, with nothing done that counts, where this is not for compiled code."""
+    kernels = _kernels(out.size)
+    if kernels is None or (table is None and dtype not in _KINDS):
+        return False
+    blocks = _blocks(steps, view_shape)
+    block = out.size // max(1, blocks)
+    per_byte = 8 // SUB_BYTE[dtype][0] if dtype in SUB_BYTE else 1
+    exact = all(step.dtype.kind == "f" or int(np.abs(step).max(initial=0)) < _EXACT for _, step, _ in steps)
+    if not blocks or block < _SHORTEST_BLOCK or block % per_byte or not exact:
+        return False
+    parameters = np.empty((len(steps), blocks), np.float32)
+    for row, (_, parameter, _) in zip(parameters, steps, strict=True):
+        row[...] = np.repeat(parameter.reshape(-1), blocks // parameter.size)
+    stored = kernels.TABLE if table is not None else getattr(kernels, _KINDS[dtype])
+    looked_up = np.zeros(1, np.float32) if table is None else np.ascontiguousarray(table).reshape(-1)
+    is_float32 = out.dtype == np.float32
+    done: bool = kernels.decode(
+        packed,
+        stored,
+        looked_up,
+        per_byte,
+        np.array([getattr(kernels, _OPERATIONS[operation]) for operation, _, _ in steps], np.int64),
+        parameters,
+        np.array([getattr(kernels, _ROUNDED[rounded]) for _, _, rounded in steps], np.int64),
+        block,
+        getattr(kernels, _GIVEN[out.dtype]),
+        out if is_float32 else np.empty(0, np.float32),
+        np.empty(0, np.uint16) if is_float32 else out.view(np.uint16),
+    )
+    return done
+
+
+def _blocks(steps: Sequence[Operation], view_shape: tuple[int, ...]) -> int:
+    """Into how many runs of equal length the elements fall so that none has two parameters of one operation; 0 where
+    there are no such runs that parameters are in the order of."""
+    most = 1
+    for _, parameter, _ in steps:
+        split = next((axis for axis, size in enumerate(parameter.shape) if size != view_shape[axis]), parameter.ndim)
+        if any(size != 1 for size in parameter.shape[split:]):
+            return 0
+        most = max(most, prod(parameter.shape[:split]))
+    return most
+
+
+def _kernels(count: int) -> Any:
+    """The compiled functions; None where there are none, or there was too little to decode so far."""
+    global _decoded
+    if _WORTH == "never":
+        return None
+    _decoded += count
+    return _imported() if _decoded > int(_WORTH) else None
+
+
+@cache
+def _imported() -> Any:
+    return import_module("converters.compiled_kernels") if find_spec("numba") else None
