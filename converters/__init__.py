@@ -14,7 +14,7 @@ from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
 
 if TYPE_CHECKING:
-    from converters.quantize import Accuracy
+    from converters.accuracy import Accuracy
     from converters.scheme import Scheme
 
 __all__ = [
@@ -39,7 +39,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Quantization is imported when it is asked for: most programs need none, and start faster."""
-    module = {"Accuracy": "converters.quantize", "Scheme": "converters.scheme"}.get(name)
+    module = {"Accuracy": "converters.accuracy", "Scheme": "converters.scheme"}.get(name)
     if module is None:
         raise AttributeError(f"module 'converters' has no attribute '{name}'")
     from importlib import import_module

@@ -21,8 +21,8 @@ from converters.options import describe
 from converters.running import OutputDifference
 
 if TYPE_CHECKING:  # quantization and batches are imported when they are asked for
+    from converters.accuracy import Accuracy
     from converters.batches.run import BatchResult, OnResult, Settings
-    from converters.quantize import Accuracy
     from converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
