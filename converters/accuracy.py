@@ -35,7 +35,8 @@ class Accuracy:
         """In decibels."""
         if self.squared_error == 0:
             return inf
-        return 10 * log10(self.squared_values / self.squared_error) if self.squared_values else -inf
+        ratio = self.squared_values / self.squared_error
+        return 10 * log10(ratio) if ratio else -inf
 
     @classmethod
     def total(cls, parts: Sequence[Accuracy]) -> Accuracy:
