@@ -8,7 +8,7 @@ converters.convert("model.tflite", "weights.h", "weights.safetensors", "weights.
 
 from typing import TYPE_CHECKING, Any
 
-from converters.api import Conversion, batch, compare_outputs, convert, load, save, verify
+from converters.api import Conversion, batch, compare_outputs, convert, load, report, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "compare_outputs",
     "convert",
     "load",
+    "report",
     "save",
     "verify",
 ]

@@ -53,7 +53,8 @@ class Codes:
 @dataclass(frozen=True, slots=True)
 class Spread:
     """The numbers that a parameter has. `lowest`, `highest` and `mean` are those of the finite ones (NaN where there
-    are none). `bins` are pairs, ascending: i, and how many absolute values are in [2 ** (i / 4), 2 ** ((i + 1) / 4))."""
+    are none). `bins` are pairs, ascending: i, and how many absolute values lie in [2 ** (i / 4), 2 ** ((i + 1) / 4)).
+    """
 
     count: int
     lowest: float

@@ -140,16 +140,23 @@ def measure(model: Model, reference: Model | None = None, progress: Progress | N
         if progress is not None:
             progress(done, total)
         tensor.release()
+        if name in matched:
+            floats[name].release()
     metadata = model.metadata
     return ModelStatistics(
-        source=metadata.source.name if metadata.source else "",
+        source=_source_name(model),
         format=metadata.format,
         producer=metadata.producer,
         tensors=tuple(measured),
         losses=model.losses,
-        reference=None if reference is None else reference.metadata.source.name if reference.metadata.source else "",
+        reference=None if reference is None else _source_name(reference),
         unmatched=() if reference is None else tuple(name for name in weights if name not in matched),
     )
+
+
+def _source_name(model: Model) -> str:
+    source = model.metadata.source
+    return "" if source is None else source.absolute().name
 
 
 def _is_comparable(a: Tensor, b: Tensor) -> bool:
