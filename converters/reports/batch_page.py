@@ -11,6 +11,7 @@ from converters.reports.batches import BatchStatistics, output_bytes
 from converters.reports.page import Cell, Column, Detail, Page, Section, Table
 from converters.reports.words import bytes_text, seconds_text, shown, thousands
 
+_LONGEST_MESSAGE = 500
 _MOST_LINES = 50
 _FEWEST_FOR_PLOTS = 2
 
@@ -40,9 +41,9 @@ def _figures(statistics: BatchStatistics) -> Iterator[tuple[str, str]]:
 
 def _sections(statistics: BatchStatistics) -> Iterator[Section]:
     if statistics.failed:
-        columns = [Column("Exit code"), Column("Meaning", numbers=False), Column("Models")]
+        columns = [Column("Meaning", numbers=False), Column("Exit code"), Column("Models")]
         rows = [
-            [Cell(str(code)), Cell(_meaning(code)), Cell(thousands(count), count)]
+            [Cell(_meaning(code)), Cell(str(code)), Cell(thousands(count), count)]
             for code, count in statistics.exit_codes.items()
         ]
         yield Section("failures", "Failures", table=Table("failure-table", "Failures", columns, rows))
@@ -53,7 +54,7 @@ def _sections(statistics: BatchStatistics) -> Iterator[Section]:
             yield Section(
                 "amounts",
                 "Sizes and times",
-                text="Of the models that were converted; both axes of amounts are logarithmic.",
+                text="Of the models that were converted. The axes of bytes and seconds are logarithmic.",
                 plots=[
                     plots.amounts_plot([output_bytes(r) for r in drawn], "Models by bytes written", bytes_text),
                     plots.amounts_plot([r.seconds for r in drawn], "Models by seconds", seconds_text),
@@ -66,29 +67,32 @@ def _sections(statistics: BatchStatistics) -> Iterator[Section]:
 
 def _meaning(exit_code: int) -> str:
     known = exit_code in ExitCode.__members__.values()
-    return ExitCode(exit_code).name.replace("_", " ").lower() if known else ""
+    return ExitCode(exit_code).name.replace("_", " ").lower() if known else "unknown"
 
 
 def _models(statistics: BatchStatistics) -> Section:
     columns = [Column("Model", numbers=False), Column("Status", numbers=False)]
-    columns += map(Column, ("Exit code", "Written", "Seconds", "Peak memory", "Attempts", "Losses"))
-    columns += [Column("Verified", numbers=False), Column("Error", numbers=False, sentences=True)]
-    rows = [list(_cells(record)) for record in statistics.records]
+    if statistics.failed:
+        columns += [Column("Exit code"), Column("Error", numbers=False, sentences=True)]
+    columns += map(Column, ("Written", "Seconds", "Peak memory", "Attempts", "Losses"))
+    columns.append(Column("Verified", numbers=False))
+    rows = [list(_cells(record, with_errors=bool(statistics.failed))) for record in statistics.records]
     return Section("models", "Models", table=Table("model-table", "Models", columns, rows, search="Search models"))
 
 
-def _cells(record: Record) -> Iterator[Cell]:
+def _cells(record: Record, *, with_errors: bool) -> Iterator[Cell]:
     failure, nbytes = record.failure, output_bytes(record)
     yield Cell(shown(record.source))
     yield Cell("done" if failure is None else "failed", bad=failure is not None)
-    yield Cell("" if failure is None else str(failure.exit_code))
+    if with_errors:
+        yield Cell("" if failure is None else str(failure.exit_code))
+        yield Cell("" if failure is None else shown(failure.message, _LONGEST_MESSAGE))
     yield Cell(bytes_text(nbytes), nbytes) if record.outputs else Cell("")
-    yield Cell(f"{record.seconds:.2f}", record.seconds)
+    yield Cell(f"{record.seconds:.3g}", record.seconds)
     yield Cell("") if record.peak_memory is None else Cell(bytes_text(record.peak_memory), record.peak_memory)
     yield Cell(str(record.attempts))
     yield Cell(str(len(record.losses)))
-    yield Cell({True: "yes", False: "no", None: ""}[record.verified])
-    yield Cell("" if failure is None else shown(failure.message))
+    yield Cell("" if record.verified is None else "yes" if record.verified else "no")
 
 
 def _losses(record: Record, anchor: str) -> Detail:

@@ -17,7 +17,6 @@ from converters.reports.words import bytes_text, number, percent, shown, thousan
 _MOST_DETAILS = 256
 _MOST_LINES = 200
 _LISTED_CODES = 16
-_BAD_SHARE = 0.05
 
 _ACCURACY = (Column("Largest error"), Column("Mean square error"), Column("Signal to noise, dB"))
 
@@ -43,12 +42,12 @@ def model_page(statistics: ModelStatistics, title: str | None = None) -> Page:
 def _figures(statistics: ModelStatistics) -> Iterator[tuple[str, str]]:
     whole, quantized = statistics.whole, Layer("", statistics.quantized)
     yield "Tensors", thousands(len(statistics.tensors))
-    yield "of them quantized", thousands(len(quantized.tensors))
+    yield "Quantized", thousands(len(quantized.tensors))
     yield "Elements", thousands(whole.elements)
     yield "Size", bytes_text(whole.bytes)
     yield "Bits per weight", f"{whole.bits_per_weight:.2f}"
     if quantized.tensors:
-        yield "Bits per quantized weight", f"{quantized.bits_per_weight:.2f}"
+        yield "Bits per weight, quantized", f"{quantized.bits_per_weight:.2f}"
     if statistics.accuracy is not None:
         yield "Signal to noise", f"{_decibels(statistics.accuracy)} dB"
         yield "Largest error", number(statistics.accuracy.max_error)
@@ -65,8 +64,8 @@ def _layers(statistics: ModelStatistics) -> Section | None:
         return None
     rows = [
         [
-            Cell(str(position)),
             Cell(shown(layer.name)),
+            Cell(str(position)),
             Cell(str(len(layer.tensors))),
             Cell(thousands(layer.elements), layer.elements),
             Cell(bytes_text(layer.bytes), layer.bytes),
@@ -80,12 +79,12 @@ def _layers(statistics: ModelStatistics) -> Section | None:
         [layer.bytes - layer.quantized_bytes for layer in layers],
         [layer.bits_per_weight for layer in layers],
     )
-    columns = [Column("#"), Column("Layer", numbers=False)]
-    columns += map(Column, ("Tensors", "Elements", "Size", "Share", "Bits per weight"))
+    columns = [Column("Layer", numbers=False)]
+    columns += map(Column, ("Number", "Tensors", "Elements", "Size", "Share", "Bits per weight"))
     return Section(
         "layers",
         "Size by layer",
-        text="Scales and other parameters included; in the plot, what is not quantized is grey.",
+        text="Scales and other parameters included. What is not quantized is grey; layers are numbered as below.",
         plots=drawn,
         table=Table("layer-table", "Size by layer", columns, rows),
     )
@@ -136,7 +135,7 @@ def _tensor_cells(tensor: TensorStatistics, anchor: str) -> Iterator[Cell]:
     else:
         yield Cell(f"{codes.unused} of {len(codes.values)}", codes.unused)
         for share in (codes.lowest_share, codes.highest_share):
-            yield Cell(percent(share), share, bad=share >= _BAD_SHARE)
+            yield Cell(percent(share), share)
     if scale is None:
         yield from (Cell(""),) * 2
     else:
@@ -178,7 +177,7 @@ def _plots(tensor: TensorStatistics) -> Iterator[Markup]:
     if tensor.codes is not None:
         yield plots.codes_plot(tensor.codes, "Codes")
     if tensor.scale is not None and tensor.scale.count > 1 and tensor.scale.bins:
-        yield plots.spread_plot(tensor.scale, "Scales")
+        yield plots.spread_plot(tensor.scale, "Scales, absolute" if tensor.scale.negative else "Scales")
     zero_points = tensor.zero_point_codes
     if zero_points is not None and len(zero_points.counts) - zero_points.unused > 1:
         yield plots.codes_plot(zero_points, "Zero points")

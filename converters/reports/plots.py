@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from converters.reports.counts import BINS_PER_OCTAVE, Codes, Spread
-from converters.reports.words import bytes_text, count_text, number
+from converters.reports.words import bytes_text, bytes_unit, count_text, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def codes_plot(codes: Codes, title: str) -> Markup:
     def draw(axes: Axes) -> None:
         edges = [number - 0.5 for number in range(len(codes.counts) + 1)]
         _steps(axes, codes.counts, edges)
-        step = max(1, -(-len(codes.values) // 16))
+        step = max(1, -(-len(codes.values) // 8))
         places = range(0, len(codes.values), step)
         axes.set_xticks(list(places), [number(codes.values[place]) for place in places])
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
@@ -95,8 +95,7 @@ def spread_plot(spread: Spread, title: str) -> Markup:
         _steps(axes, [counted.get(i, 0) for i in range(first, last + 1)], edges)
         axes.set_xscale("log", base=2)
         inner = edges if len(edges) <= 4 else [edges[(len(edges) - 1) * i // 3] for i in range(4)]
-        axes.set_xticks(inner, [number(edge) for edge in inner])
-        axes.set_xticks([], minor=True)
+        _marks(axes, inner, lambda edge: f"{edge:.3g}")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
 
     return _drawn(draw, title, f"histogram of {spread.count} from {number(spread.lowest)} to {number(spread.highest)}")
@@ -106,12 +105,11 @@ def layer_plots(quantized: Sequence[int], plain: Sequence[int], bits: Sequence[f
     """Bytes, and bits per weight, of layers in their order."""
     edges = [position + 0.5 for position in range(len(bits) + 1)]
     both = [a + b for a, b in zip(quantized, plain, strict=True)]
+    unit, size = bytes_unit(max(both))
 
     def sizes(axes: Axes) -> None:
-        _steps(axes, both, edges, _SECOND)
-        _steps(axes, quantized, edges)
-        axes.set_ylim(0, max(1, max(both) * 1.05))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
+        _steps(axes, [nbytes / size for nbytes in both], edges, _SECOND)
+        _steps(axes, [nbytes / size for nbytes in quantized], edges)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     def widths(axes: Axes) -> None:
@@ -119,7 +117,7 @@ def layer_plots(quantized: Sequence[int], plain: Sequence[int], bits: Sequence[f
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     return [
-        _drawn(sizes, "Bytes by layer", f"from {bytes_text(min(both))} to {bytes_text(max(both))}"),
+        _drawn(sizes, f"{unit} by layer", f"from {bytes_text(min(both))} to {bytes_text(max(both))}"),
         _drawn(widths, "Bits per weight by layer", f"from {number(min(bits))} to {number(max(bits))}"),
     ]
 
@@ -137,8 +135,7 @@ def amounts_plot(amounts: Sequence[float], title: str, text: Callable[[float], s
         _steps(axes, counts, edges)
         axes.set_xscale("log")
         places = [edges[0], edges[4], edges[8], edges[12]]
-        axes.set_xticks(places, [text(place) for place in places])
-        axes.set_xticks([], minor=True)
+        _marks(axes, places, text)
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
     return _drawn(draw, title, f"histogram of {len(found)} from {text(found[0])} to {text(found[-1])}")
@@ -160,6 +157,15 @@ def _steps(axes: Axes, counts: Sequence[float], edges: Sequence[float], colour: 
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(0, max(axes.get_ylim()[1], max(counts) * 1.05, 1e-9))
     axes.yaxis.set_major_locator(MaxNLocator(3))
+
+
+def _marks(axes: Axes, places: Sequence[float], text: Callable[[float], str]) -> None:
+    """Labels of the horizontal axis, from end to end and not beyond."""
+    axes.set_xticks(places, [text(place) for place in places])
+    axes.set_xticks([], minor=True)
+    labels = axes.get_xticklabels()
+    labels[0].set_horizontalalignment("left")
+    labels[-1].set_horizontalalignment("right")
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from converters.ir import Loss, Model, Tensor, dtype_name, is_integer
 from converters.reports.counts import Codes, Spread, codes_of, spread_of
 from converters.sizes import bits_per_weight, stored_bytes, weights_of
 
-_FIRST_NUMBER = re.compile(r"(.*?(?:^|[./]))\d+(?=[./]|$)")
+_FIRST_NUMBER = re.compile(r"(?:[^./]*[./])*?[0-9]{1,9}(?=[./]|$)")
+_LAST_NUMBER = re.compile(r"(?<![^./])[0-9]{1,9}$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,19 @@ class ModelStatistics:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The tensors by layer, in the order of the file."""
+        """The tensors by layer, in the order of the file; numbered ones by their numbers, from where the first is."""
         grouped: dict[str, list[TensorStatistics]] = {}
+        places: dict[str, int] = {}
         for tensor in self.tensors:
             grouped.setdefault(layer_of(tensor.name), []).append(tensor)
-        return tuple(Layer(name, tuple(tensors)) for name, tensors in grouped.items())
+        for name in grouped:
+            places.setdefault(_LAST_NUMBER.sub("", name), len(places))
+
+        def place(name: str) -> tuple[int, int]:
+            number = _LAST_NUMBER.search(name)
+            return places[_LAST_NUMBER.sub("", name)], 0 if number is None else int(number[0])
+
+        return tuple(Layer(name, tuple(grouped[name])) for name in sorted(grouped, key=place))
 
     @property
     def accuracy(self) -> Accuracy | None:

@@ -7,16 +7,14 @@ from math import isfinite
 from converters.errors import printable
 
 _LONGEST_NAME = 120
-_SHOWN_OF_LONG_NAMES = 56
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def shown(text: str) -> str:
+def shown(text: str, longest: int = _LONGEST_NAME) -> str:
     """A name from a model or from a file system on one line: what cannot be printed, or would turn the direction of
     writing, as escapes; the middle of a very long one left out."""
-    line = printable(text[:1_000] + text[-1_000:] if len(text) > 2_000 else text)
-    if len(line) <= _LONGEST_NAME:
-        return line
-    return f"{line[:_SHOWN_OF_LONG_NAMES]} … {line[-_SHOWN_OF_LONG_NAMES:]}"
+    line = printable(text if len(text) <= 2 * longest else text[:longest] + text[-longest:])
+    return line if len(line) <= longest else f"{line[: longest // 2]} … {line[-longest // 2 :]}"
 
 
 def number(value: float) -> str:
@@ -32,15 +30,19 @@ def count_text(value: float) -> str:
     return f"{value:.3g}"
 
 
+def bytes_unit(value: float) -> tuple[str, int]:
+    """The unit for a number of bytes, and how many bytes it is."""
+    power = 0
+    while value >= 1024 and power < len(_UNITS) - 1:
+        value /= 1024
+        power += 1
+    return _UNITS[power], 1024**power
+
+
 def bytes_text(value: float) -> str:
     """A number of bytes: 512 B, 1.5 KiB, 3.2 GiB."""
-    if value < 1024:
-        return f"{value:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        value /= 1024
-        if value < 1024:
-            return f"{value:.1f} {unit}"
-    return f"{value / 1024:.1f} TiB"
+    unit, size = bytes_unit(value)
+    return f"{value / size:.{0 if size == 1 else 1}f} {unit}"
 
 
 def percent(share: float) -> str:
@@ -56,6 +58,6 @@ def thousands(count: int) -> str:
 def seconds_text(seconds: float) -> str:
     """A time: 0.12 s, 3.5 s, 2 min 5 s, 3 h 20 min."""
     if seconds < 60:
-        return f"{seconds:.2g} s"
+        return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
