@@ -1,8 +1,10 @@
-"""How large tensors and models are, scales and other parameters included."""
+"""How large tensors and models are, scales and other parameters included, and how to say so."""
 
 from __future__ import annotations
 
 from converters.ir import Model, Quantization, Tensor
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def weights_of(model: Model) -> dict[str, Tensor]:
@@ -36,3 +38,18 @@ def bits_per_quantized_weight(model: Model) -> float:
     """Of all quantized tensors together; 0 where there are none."""
     quantized = [tensor for tensor in model.values() if tensor.quantization is not None]
     return 8 * sum(map(stored_bytes, quantized)) / max(1, sum(tensor.size for tensor in quantized))
+
+
+def bytes_unit(value: float) -> tuple[str, int]:
+    """The unit for a number of bytes, and how many bytes it is."""
+    power = 0
+    while value >= 1024 and power < len(_UNITS) - 1:
+        value /= 1024
+        power += 1
+    return _UNITS[power], 1024**power
+
+
+def bytes_text(value: float) -> str:
+    """A number of bytes: 512 B, 1.5 KiB, 3.2 GiB."""
+    unit, size = bytes_unit(value)
+    return f"{value / size:.{0 if size == 1 else 1}f} {unit}"

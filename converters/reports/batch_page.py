@@ -9,7 +9,8 @@ from converters.errors import ExitCode
 from converters.reports import plots
 from converters.reports.batches import BatchStatistics, output_bytes
 from converters.reports.page import Cell, Column, Detail, Page, Section, Table
-from converters.reports.words import bytes_text, seconds_text, shown, thousands
+from converters.reports.words import seconds_text, shown, thousands
+from converters.sizes import bytes_text
 
 _LONGEST_MESSAGE = 500
 _MOST_LINES = 50

@@ -12,7 +12,8 @@ from converters.reports import plots
 from converters.reports.counts import Codes, Spread
 from converters.reports.page import Cell, Column, Detail, Page, Section, Table
 from converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
-from converters.reports.words import bytes_text, number, percent, shown, thousands
+from converters.reports.words import number, percent, shown, thousands
+from converters.sizes import bytes_text
 
 _MOST_DETAILS = 256
 _MOST_LINES = 200

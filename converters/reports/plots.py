@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from converters.reports.counts import BINS_PER_OCTAVE, Codes, Spread
-from converters.reports.words import bytes_text, bytes_unit, count_text, number
+from converters.reports.words import count_text, number
+from converters.sizes import bytes_text, bytes_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

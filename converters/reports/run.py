@@ -36,9 +36,9 @@ class Report:
             from converters.reports.model_page import model_page
             from converters.reports.page import render
         except ModuleNotFoundError as error:
-            raise MissingDependency(
-                f"a page needs the package '{error.name}': pip install 'nibblecast[report]'"
-            ) from error
+            package = (error.name or "").partition(".")[0]
+            message = f"a page needs the package '{package}': pip install 'nibblecast[report]'"
+            raise MissingDependency(message) from error
         found = self.statistics
         return render(batch_page(found, title) if isinstance(found, BatchStatistics) else model_page(found, title))
 

@@ -7,7 +7,6 @@ from math import isfinite
 from converters.errors import printable
 
 _LONGEST_NAME = 120
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def shown(text: str, longest: int = _LONGEST_NAME) -> str:
@@ -28,21 +27,6 @@ def count_text(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
-
-
-def bytes_unit(value: float) -> tuple[str, int]:
-    """The unit for a number of bytes, and how many bytes it is."""
-    power = 0
-    while value >= 1024 and power < len(_UNITS) - 1:
-        value /= 1024
-        power += 1
-    return _UNITS[power], 1024**power
-
-
-def bytes_text(value: float) -> str:
-    """A number of bytes: 512 B, 1.5 KiB, 3.2 GiB."""
-    unit, size = bytes_unit(value)
-    return f"{value / size:.{0 if size == 1 else 1}f} {unit}"
 
 
 def percent(share: float) -> str:

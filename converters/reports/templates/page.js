@@ -35,7 +35,7 @@
     const input = box.querySelector("input");
     const status = box.querySelector("[role=status]");
     const rows = [...document.getElementById(input.id.replace(/-search$/, "")).tBodies[0].rows];
-    const texts = rows.map((row) => row.textContent.toLowerCase());
+    const texts = rows.map((row) => [...row.cells].map((cell) => cell.textContent).join(" ").toLowerCase());
     const search = () => {
       const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
       let found = 0;
