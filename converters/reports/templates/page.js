@@ -50,17 +50,25 @@
     search(); // a browser may have kept what was typed before
   };
 
-  const openTarget = () => {
-    const target = document.getElementById(location.hash.slice(1));
-    if (target instanceof HTMLDetailsElement) {
-      target.open = true;
-      target.scrollIntoView();
-      target.querySelector("summary").focus();
-    }
+  const openTarget = (hash) => {
+    const target = document.getElementById(hash.slice(1));
+    if (!(target instanceof HTMLDetailsElement)) return false;
+    target.open = true;
+    target.scrollIntoView();
+    target.querySelector("summary").focus();
+    return true;
   };
 
   document.querySelectorAll("table").forEach(makeSortable);
   document.querySelectorAll(".search").forEach(makeSearchable);
-  addEventListener("hashchange", openTarget);
-  openTarget();
+  addEventListener("hashchange", () => openTarget(location.hash));
+  // followed a second time, a link changes no hash, and would take the focus away
+  addEventListener("click", (event) => {
+    const link = event.target.closest("a[href]");
+    if (link && openTarget(link.hash)) {
+      event.preventDefault();
+      history.pushState(null, "", link.hash);
+    }
+  });
+  openTarget(location.hash);
 })();
