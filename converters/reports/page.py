@@ -6,6 +6,7 @@ their SHA-256. jinja2 escapes all text. Without scripts the page is complete; it
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from markupsafe import Markup
 
 from converters.version import __version__
 
+_PARTS = re.compile(r"[^./_]*[./_]+|[^./_]+")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -96,6 +98,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     style, script = ((_TEMPLATES / name).read_text("utf-8") for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
@@ -108,6 +111,11 @@ def render(page: Page) -> str:
         policy=policy,
         version=__version__,
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that lines may break in after its parts."""
+    return Markup("<wbr>").join(_PARTS.findall(name))
 
 
 def _hash(text: str) -> str:

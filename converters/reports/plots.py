@@ -96,7 +96,7 @@ def spread_plot(spread: Spread, title: str) -> Markup:
         _steps(axes, [counted.get(i, 0) for i in range(first, last + 1)], edges)
         axes.set_xscale("log", base=2)
         inner = edges if len(edges) <= 4 else [edges[(len(edges) - 1) * i // 3] for i in range(4)]
-        _marks(axes, inner, lambda edge: f"{edge:.3g}")
+        _marks(axes, inner, number)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
 
     return _drawn(draw, title, f"histogram of {spread.count} from {number(spread.lowest)} to {number(spread.highest)}")
@@ -118,7 +118,11 @@ def layer_plots(quantized: Sequence[int], plain: Sequence[int], bits: Sequence[f
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
     return [
-        _drawn(sizes, f"{unit} by layer", f"from {bytes_text(min(both))} to {bytes_text(max(both))}"),
+        _drawn(
+            sizes,
+            f"{'Bytes' if size == 1 else unit} by layer",
+            f"from {bytes_text(min(both))} to {bytes_text(max(both))}",
+        ),
         _drawn(widths, "Bits per weight by layer", f"from {number(min(bits))} to {number(max(bits))}"),
     ]
 

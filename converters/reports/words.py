@@ -17,8 +17,10 @@ def shown(text: str, longest: int = _LONGEST_NAME) -> str:
 
 
 def number(value: float) -> str:
-    """A number of four significant digits: 0.0703, 1.23e-05, 448, -6."""
-    return f"{value:.4g}" if isfinite(value) else "not finite"
+    """A number of three significant digits, a whole one with all of its: 0.0703, 1.23e-05, 57344, -6."""
+    if not isfinite(value):
+        return "not finite"
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e6 else f"{value:.3g}"
 
 
 def count_text(value: float) -> str:

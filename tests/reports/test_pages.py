@@ -17,7 +17,7 @@ import pytest
 import converters
 from converters.batches.records import REPORT
 from converters.errors import CorruptFile, UsageError
-from converters.reports.words import count_text, percent, seconds_text, shown
+from converters.reports.words import count_text, number, percent, seconds_text, shown
 from converters.sizes import bytes_text
 from tests.reports import samples
 
@@ -26,7 +26,7 @@ INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 FLOATS = ROOT / "fixtures" / "tflite" / "mlp_float32.tflite"
 TAGS = frozenset(
     "a body button caption dd details div dl dt footer h1 h2 head header html input label li main meta nav p path "
-    "script section span style summary svg table tbody td text th thead title tr ul".split()
+    "script section span style summary svg table tbody td text th thead title tr ul wbr".split()
 )
 
 
@@ -214,5 +214,12 @@ def test_a_model_without_tensors_has_a_page(tmp_path: Path) -> None:
 def test_numbers_in_words() -> None:
     assert [bytes_text(n) for n in (0, 1023, 1024, 1536, 5 << 30)] == ["0 B", "1023 B", "1.0 KiB", "1.5 KiB", "5.0 GiB"]
     assert [count_text(n) for n in (0, 12, 1200, 3e6, 2e9)] == ["0", "12", "1.2k", "3M", "2G"]
+    assert [number(n) for n in (-6, 57344.0, 0.07031, 1.2345e-5, 1e30)] == [
+        "-6",
+        "57344",
+        "0.0703",
+        "1.23e-05",
+        "1e+30",
+    ]
     assert [percent(n) for n in (0, 1e-9, 0.0312, 1)] == ["0.00 %", "< 0.01 %", "3.12 %", "100.00 %"]
     assert [seconds_text(n) for n in (0.1234, 59.9, 125, 12000)] == ["0.123 s", "59.9 s", "2 min 5 s", "3 h 20 min"]
