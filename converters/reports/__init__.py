@@ -1,8 +1,9 @@
 """Pages about a model or a batch: what is in the tensors, how large they are, how near to a reference.
 
-statistics.py   the numbers of a model, in one pass over its payload
-batches.py      those of a batch, out of its report
-model_page.py, batch_page.py    the numbers as words, tables and plots
-plots.py        small SVG figures
-page.py         the HTML file around all of it
+run.py           from the source to the file
+statistics.py    the numbers of a model, counted by counts.py, as JSON by documents.py
+batches.py       those of a batch, out of its report
+model_page.py    a model's numbers as words, tables and plots; batch_page.py: a batch's
+plots.py         small SVG figures
+page.py          the HTML file around all of it
 """

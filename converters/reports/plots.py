@@ -49,7 +49,6 @@ _STYLE = {
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "svg.fonttype": "none",
-    "svg.hashsalt": "nibblecast",
     "text.color": _INK,
     "xtick.labelcolor": _INK,
     "xtick.labelsize": 8,
@@ -70,7 +69,7 @@ def codes_plot(codes: Codes, title: str) -> Markup:
     """The histogram of codes."""
 
     def draw(axes: Axes) -> None:
-        edges = [number - 0.5 for number in range(len(codes.counts) + 1)]
+        edges = [place - 0.5 for place in range(len(codes.counts) + 1)]
         _steps(axes, codes.counts, edges)
         step = max(1, -(-len(codes.values) // 8))
         places = range(0, len(codes.values), step)
@@ -190,7 +189,7 @@ def _drawn(draw: Callable[[Axes], None], title: str, found: str) -> Markup:
     draw(axes)
     axes.set_title(title)
     drawn = BytesIO()
-    figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(drawn, format="svg", transparent=True)
     return _inline(ET.fromstring(drawn.getvalue()), f"{title}: {found}")  # noqa: S314  # of our own making
 
 

@@ -17,6 +17,8 @@ import pytest
 import converters
 from converters.batches.records import REPORT
 from converters.errors import CorruptFile, UsageError
+from converters.reports import plots
+from converters.reports.counts import Codes
 from converters.reports.words import count_text, number, percent, seconds_text, shown
 from converters.sizes import bytes_text
 from tests.reports import samples
@@ -117,12 +119,25 @@ def test_hostile_names_are_text(what: str, tmp_path: Path) -> None:
 
 def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     batch = samples.batch(tmp_path / "batch")
+    (tmp_path / "own").write_text("font.size: 30\naxes.grid: False\nxtick.major.size: 9\nsvg.fonttype: path\n")
     for source in (INT4, batch):
-        for seed in ("1", "2"):
-            done = run(source, "-o", tmp_path / f"{seed}.html", PYTHONHASHSEED=seed)
+        for seed, settings in (("1", ""), ("2", str(tmp_path / "own"))):
+            done = run(source, "-o", tmp_path / f"{seed}.html", PYTHONHASHSEED=seed, MATPLOTLIBRC=settings)
             assert done.returncode == 0, done.stderr
             assert re.fullmatch(r".*\.html \(\d+\.\d KiB\)\n", done.stdout)
         assert (tmp_path / "1.html").read_bytes() == (tmp_path / "2.html").read_bytes()
+
+
+def test_the_bars_of_a_figure_are_as_high_as_the_counts() -> None:
+    wanted = (0, 3, 1, 12, 0, 7)
+    with plots.drawing():
+        figure = plots.codes_plot(Codes(tuple(range(-3, 3)), wanted), "Codes <&>")
+    assert 'aria-label="Codes &lt;&amp;&gt;: histogram from -3 to 2, most often 0, 2 of 6 unused"' in figure
+    outline = re.search(r'<path d="([^"]*)" class="fill-first"', figure)
+    assert outline is not None
+    heights = [float(y) for y in re.findall(r"[ML] \S+ (\S+)", outline[1])]
+    ground, bars = heights[0], heights[1:-1:2]
+    assert [round(12 * (ground - y) / (ground - min(bars))) for y in bars] == list(wanted)
 
 
 def test_the_numbers_come_as_json() -> None:
