@@ -1,4 +1,4 @@
-"""What `import converters` offers: load, save, convert, verify."""
+"""What `import converters` offers: load, save, convert, verify, batch, report."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from converters.ir import Loss, Model
 from converters.options import describe
 from converters.running import OutputDifference
 
-if TYPE_CHECKING:  # quantization and batches are imported when they are asked for
+if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
+    from converters.accuracy import Accuracy
     from converters.batches.run import BatchResult, OnResult, Settings
-    from converters.quantize import Accuracy
+    from converters.reports.run import Report
     from converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
@@ -103,10 +104,7 @@ def convert(
 def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None, **options: Any) -> Comparison:
     """Compares two models or files, code for code where both are quantized, value for value otherwise. `options` are
     the readers' own, each for the files whose format has it."""
-    paths = [Path(path) for path in (a, b) if not isinstance(path, Model)]
-    read_with = {path: _divided(options, path)[0] for path in paths}
-    if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
-        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+    read_with = _reader_options(options, [Path(path) for path in (a, b) if not isinstance(path, Model)])
     first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
 
@@ -158,6 +156,39 @@ def batch(
         include=include,
         exclude=exclude,
         on_result=on_result,
+    )
+
+
+def report(
+    source: AnyPath,
+    target: AnyPath | None = None,
+    *,
+    reference: AnyPath | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    title: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Measures a model, or sums up a batch (its target folder or its report), and writes a page about it to `target`,
+    an HTML file, if there is one; `document()` of the result gives the numbers.
+
+    `reference` is a model with the floats that the codes stand for, by the same names; `only` and `skip` are shell
+    patterns of tensor names; `options` are the readers' own. Raises converters.Error: MissingDependency where the page
+    needs `pip install 'nibblecast[report]'`.
+    """
+    from converters.reports.run import make_report
+
+    paths = [Path(path) for path in (source, reference) if path is not None]
+    return make_report(
+        paths[0],
+        None if target is None else Path(target),
+        reference=None if reference is None else paths[1],
+        only=only,
+        skip=skip,
+        title=title,
+        options=_reader_options(options, paths) if options else {},
+        progress=progress,
     )
 
 
@@ -250,6 +281,14 @@ def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], 
     names = {key: key.removeprefix(f"{format.name}.") for key in options}
     read_with = {name: options[key] for key, name in names.items() if name.replace("_", "-") in known}
     return read_with, {key: options[key] for key, name in names.items() if name not in read_with}
+
+
+def _reader_options(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The options of the reader of each file. Raises UsageError for one that none of them has."""
+    read_with = {path: _divided(options, path)[0] for path in paths}
+    if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
+        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+    return read_with
 
 
 def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:

@@ -280,10 +280,19 @@ def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | No
     return None
 
 
-def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
+def refuse_input(model: Model, target: Path) -> None:
+    """Raises UsageError where `target` is one of the files that the model is read from."""
+    if _identity(target) in _inputs(model):
+        raise UsageError("is the input as well as the output: give the output another name", path=target)
+
+
+def _inputs(model: Model) -> set[tuple[int, int] | Path]:
     inputs = {_identity(file.path) for file in _mapped_files(model)}
-    if model.metadata.source is not None:
-        inputs.add(_identity(model.metadata.source))
+    return inputs if model.metadata.source is None else inputs | {_identity(model.metadata.source)}
+
+
+def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
+    inputs = _inputs(model)
     seen: dict[tuple[int, int] | Path, OutputFile] = {}
     for output in planned:
         if isinstance(output.plan, FolderPlan) and _identity(output.plan.folder) in inputs:
