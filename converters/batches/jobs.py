@@ -58,6 +58,16 @@ class Job:
         """The request as the report has it."""
         return self.request.text([format for format, _ in self.targets])
 
+    @property
+    def shown(self) -> str:
+        """The model as messages name it."""
+        return str(self.source)
+
+
+def failed(job: Job, failure: Failure) -> Record:
+    """The record of a job of which nothing more is known."""
+    return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)
+
 
 def run_job(job: Job, *, dry_run: bool = False) -> Record:
     """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""

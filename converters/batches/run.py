@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from converters.batches.jobs import Job, Request, run_job
+from converters.batches.jobs import Job, Request, failed, run_job
 from converters.batches.outputs import planned_jobs
-from converters.batches.records import REPORT, Failure, Record, append, read_report, write_report
+from converters.batches.records import REPORT, Record, append, read_report, write_report
 from converters.batches.sources import digest_of, find_sources
 from converters.batches.workers import LocalWorkers, Workers
 from converters.errors import ExitCode, UsageError
@@ -42,7 +44,8 @@ class BatchResult:
 class Settings:
     """How a batch is run: `jobs` workers (None: as many as processors), seconds and bytes of memory for each model
     (None: no limit), how often one is tried again after what may pass, whether what an earlier run has done is kept,
-    and whether the first failure ends the batch."""
+    and whether the first failure ends the batch. `executor`: "dask://HOST:PORT", the workers of a Dask cluster, however
+    many these are; "dask", those of one on this machine; None: processes."""
 
     jobs: int | None = None
     timeout: float | None = None
@@ -51,6 +54,14 @@ class Settings:
     resume: bool = False
     fail_fast: bool = False
     dry_run: bool = False
+    executor: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an executor that there is not."""
+        if self.executor not in (None, "dask") and not re.fullmatch(r"dask://[^/]+:\d+", self.executor or ""):
+            raise UsageError(f"--executor {self.executor}: dask, or dask://HOST:PORT is needed")
+        if self.executor not in (None, "dask") and self.jobs is not None:
+            raise UsageError(f"--jobs {self.jobs}: a cluster's workers say how many; leave it out")
 
 
 #: Told of each record, with how many there are of how many.
@@ -83,11 +94,12 @@ def run_batch(
         before = read_report(report) if settings.resume else {}
         batch = _Batch(len(jobs), on_result)
         todo = list(batch.kept(jobs, before))
+        workers = _workers(settings, len(todo)) if todo else None  # where there are none, the report stays as it is
         write_report(report, batch.records.values())
         with report.open("a", encoding="utf-8") as stream:
             batch.stream = stream
-            if todo:
-                _work(batch, todo, settings)
+            if workers is not None:
+                _work(batch, todo, settings, workers)
         write_report(report, batch.records.values())
     ordered = tuple(batch.records[job.name] for job in jobs if job.name in batch.records)
     return BatchResult(ordered, time.perf_counter() - began)
@@ -136,8 +148,7 @@ def _is_current(record: Record, job: Job) -> bool:
         return False
 
 
-def _work(batch: _Batch, todo: Sequence[Job], settings: Settings) -> None:
-    workers = LocalWorkers(_count(settings, todo), timeout=settings.timeout, memory=settings.memory)
+def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
     try:
         _supervise(batch, todo, settings, workers)
     except BaseException:
@@ -148,21 +159,23 @@ def _work(batch: _Batch, todo: Sequence[Job], settings: Settings) -> None:
     workers.close()
 
 
-def _count(settings: Settings, todo: Sequence[Job]) -> int:
-    return max(1, min(settings.jobs or os.cpu_count() or 1, len(todo)))
+def _workers(settings: Settings, most: int) -> Workers:
+    if settings.executor is not None:
+        from converters.batches.dask_workers import DaskWorkers
+
+        return DaskWorkers(settings.executor, settings.jobs, timeout=settings.timeout, memory=settings.memory)
+    count = max(1, min(settings.jobs or os.cpu_count() or 1, most))
+    return LocalWorkers(count, timeout=settings.timeout, memory=settings.memory)
 
 
 def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
-    """Hands out the jobs, and takes their records. No more are handed out than are worked on, and as many again: what
-    is interrupted loses little, and a first failure that ends the batch ends it soon."""
+    """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
+    a first failure that ends the batch ends it soon."""
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
-    ahead = 2 * _count(settings, todo)
     while True:
-        for job in waiting:
-            running[workers.submit(job)] = (job, 1)
-            if len(running) >= ahead:
-                break
+        jobs = list(islice(waiting, max(0, workers.ahead - len(running))))
+        running |= {future: (job, 1) for future, job in zip(workers.submit(jobs), jobs, strict=True)}
         if not running:
             return
         done, _ = wait(running, timeout=_WAIT_SECONDS, return_when=FIRST_COMPLETED)
@@ -172,7 +185,8 @@ def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: 
             if record.failure is not None:
                 _tidy(job)
                 if record.failure.transient and attempt <= settings.retries:
-                    running[workers.submit(job)] = (job, attempt + 1)
+                    (again,) = workers.submit([job])
+                    running[again] = (job, attempt + 1)
                     continue
             batch.add(record)
             if settings.fail_fast and not record.done:
@@ -183,11 +197,10 @@ def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: 
 
 
 def _record(future: Future[Record], job: Job, workers: Workers) -> Record:
-    error = future.exception()
-    if error is None:
+    try:
         return future.result()
-    failure: Failure = workers.failure_of(error, job)
-    return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)
+    except Exception as error:  # of whatever kind the executor's are
+        return failed(job, workers.failure_of(error, job))
 
 
 def _tidy(job: Job) -> None:

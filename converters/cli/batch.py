@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +35,9 @@ def batch(
     memory: Annotated[
         str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")
     ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="dask://HOST:PORT, a Dask cluster, or dask, one on this machine; else processes.")
+    ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often to try again what may pass.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done and unchanged.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")] = False,
@@ -62,7 +65,10 @@ def batch(
         resume=resume,
         fail_fast=fail_fast,
         dry_run=dry_run,
+        executor=executor,
     )
+    if executor is not None:
+        _silence_dask()
     with _progress(quiet=quiet or json) as on_result:
         result = api.batch(
             source,
@@ -86,6 +92,16 @@ def batch(
         _print(result, dry_run=dry_run)
     if result.failed:
         raise typer.Exit(ExitCode.BATCH_FAILED)
+
+
+def _silence_dask() -> None:
+    """What Dask logs of lost workers and connections is told by records."""
+    import logging
+
+    with suppress(ImportError):  # it sets its loggers up when it is imported
+        import distributed  # noqa: F401
+    for name in ("asyncio", "distributed", "distributed.client", "tornado", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
 @contextmanager
