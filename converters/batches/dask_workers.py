@@ -115,10 +115,8 @@ def _bundles(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
 
 
 def _is_small(job: Job) -> bool:
-    try:
-        return job.source.is_file() and job.source.stat().st_size <= _SMALL_BYTES
-    except OSError:
-        return False
+    nbytes = job.nbytes
+    return nbytes is not None and nbytes <= _SMALL_BYTES
 
 
 def _share(task: Future[list[Record]], futures: Sequence[Future[Record]]) -> None:

@@ -37,7 +37,8 @@ class Record:
 
     `source` is the model's path below the folder that was converted; `sha256` that of its content, empty where it could
     not be read; `request` what was asked for, as text; `verified` whether what was written was compared with it (None:
-    not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known).
+    not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known); `version`
+    what the store says of the content of a source that is in one (else empty).
     """
 
     source: str
@@ -51,6 +52,7 @@ class Record:
     attempts: int = 1
     failure: Failure | None = None
     nibblecast: str = ""
+    version: str = ""
     kept: bool = field(default=False, compare=False)
 
     @property

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,13 +14,14 @@ from typing import IO
 
 from converters.batches.jobs import Job, Request, failed, run_job
 from converters.batches.outputs import planned_jobs
-from converters.batches.records import REPORT, Record, append, read_report, write_report
+from converters.batches.places import LocalFolder, Place, RemoteFolder
+from converters.batches.records import Record, append, read_report, write_report
+from converters.batches.remote import is_of_this_process, is_remote
 from converters.batches.sources import digest_of, find_sources
-from converters.batches.workers import LocalWorkers, Workers
+from converters.batches.workers import LocalWorkers, OwnProcess, Workers
 from converters.errors import ExitCode, UsageError
 from converters.version import __version__
 
-_LOCK = ".nibblecast-lock"
 _WAIT_SECONDS = 0.2
 
 
@@ -83,18 +82,18 @@ def run_batch(
     before anything is written, for names that clash, a target that another run is writing, formats that there are
     not."""
     began = time.perf_counter()
-    folder = Path(target)
-    sources = find_sources(source, include, exclude, folder)
-    jobs = planned_jobs(sources, folder, formats, request)
+    named = os.fspath(target)
+    place: Place = RemoteFolder(named) if is_remote(named) else LocalFolder(Path(named))
+    sources = find_sources(source, include, exclude, named)
+    jobs = planned_jobs(sources, place.folder, formats, request, place.url)
     if settings.dry_run:
         records = [run_job(job, dry_run=True) for job in jobs]
         return BatchResult(tuple(records), time.perf_counter() - began)
-    with _held(folder):
-        report = folder / REPORT
+    with place.held() as report:
         before = read_report(report) if settings.resume else {}
-        batch = _Batch(len(jobs), on_result)
+        batch = _Batch(place, len(jobs), on_result)
         todo = list(batch.kept(jobs, before))
-        workers = _workers(settings, len(todo)) if todo else None  # where there are none, the report stays as it is
+        workers = _workers(settings, todo) if todo else None  # where there are none, the report stays as it is
         write_report(report, batch.records.values())
         with report.open("a", encoding="utf-8") as stream:
             batch.stream = stream
@@ -109,6 +108,7 @@ def run_batch(
 class _Batch:
     """The records so far; each is reported when it comes."""
 
+    place: Place
     total: int
     on_result: OnResult | None
     records: dict[str, Record] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class _Batch:
         """The jobs that are not done; what a run before has done is a record again."""
         for job in jobs:
             record = before.get(job.name)
-            if record is None or not _is_current(record, job):
+            if record is None or not _is_current(record, job, self.place):
                 yield job
             else:
                 self.add(replace(record, kept=True))
@@ -128,20 +128,19 @@ class _Batch:
         self.records[record.source] = record
         if self.stream is not None:
             append(self.stream, record)
+            self.place.reported()
         if self.on_result is not None:
             self.on_result(record, len(self.records), self.total)
 
 
-def _is_current(record: Record, job: Job) -> bool:
+def _is_current(record: Record, job: Job, place: Place) -> bool:
     """Whether a record stands for what would be done now: same request, same version, same source, outputs there."""
     if not record.done or record.request != job.text or record.nibblecast != __version__:
         return False
-    for output in record.outputs:
-        try:
-            if (job.folder / output.path).stat().st_size != output.bytes:
-                return False
-        except OSError:
-            return False
+    if any(place.nbytes(output.path) != output.bytes for output in record.outputs):
+        return False
+    if job.remote is not None:
+        return bool(record.version) and record.version == job.remote.version
     try:
         return digest_of(job.source) == record.sha256
     except OSError:
@@ -154,17 +153,23 @@ def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Worke
     except BaseException:
         workers.stop()
         for job in todo:
-            _tidy(job)
+            batch.place.tidy(job)
         raise
     workers.close()
 
 
-def _workers(settings: Settings, most: int) -> Workers:
+def _workers(settings: Settings, todo: Sequence[Job]) -> Workers:
+    """Raises UsageError where what is asked for cannot be had together."""
+    own = [url for job in todo for url in (job.shown, job.destination) if is_of_this_process(url)]
+    if own and (settings.executor, settings.timeout, settings.memory) != (None, None, None):
+        raise UsageError(f"{own[0]} is seen by this process only: no --executor, --timeout or --memory holds there")
+    if own:
+        return OwnProcess()
     if settings.executor is not None:
         from converters.batches.dask_workers import DaskWorkers
 
         return DaskWorkers(settings.executor, settings.jobs, timeout=settings.timeout, memory=settings.memory)
-    count = max(1, min(settings.jobs or os.cpu_count() or 1, most))
+    count = max(1, min(settings.jobs or os.cpu_count() or 1, len(todo)))
     return LocalWorkers(count, timeout=settings.timeout, memory=settings.memory)
 
 
@@ -183,7 +188,7 @@ def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: 
             job, attempt = running.pop(future)
             record = replace(_record(future, job, workers), attempts=attempt)
             if record.failure is not None:
-                _tidy(job)
+                batch.place.tidy(job)
                 if record.failure.transient and attempt <= settings.retries:
                     (again,) = workers.submit([job])
                     running[again] = (job, attempt + 1)
@@ -192,7 +197,7 @@ def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: 
             if settings.fail_fast and not record.done:
                 workers.stop()
                 for unfinished, _ in running.values():
-                    _tidy(unfinished)
+                    batch.place.tidy(unfinished)
                 return
 
 
@@ -201,33 +206,6 @@ def _record(future: Future[Record], job: Job, workers: Workers) -> Record:
         return future.result()
     except Exception as error:  # of whatever kind the executor's are
         return failed(job, workers.failure_of(error, job))
-
-
-def _tidy(job: Job) -> None:
-    """Removes the temporary files of a process that was ended; a folder's complete shards stay for the next attempt."""
-    for _, target in job.targets:
-        for part in target.parent.glob(".*.nibblecast-part"):
-            if part.is_file() and part.name.startswith(f".{target.stem[:100]}"):
-                part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder, and clears away what one that was killed has left."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK).open("w")
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError("is being written by another batch: wait for it, or stop it", path=folder) from error
-        for part in folder.rglob(".*.nibblecast-part"):
-            if part.is_file():
-                part.unlink(missing_ok=True)
-        yield
 
 
 def exit_code(result: BatchResult) -> ExitCode:

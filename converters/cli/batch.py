@@ -6,7 +6,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,8 +24,8 @@ _SHOWN_FAILURES = 50
 
 
 def batch(
-    source: Annotated[str, typer.Argument(help="A folder of models, a file that lists them, or - for standard input.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A folder of models or its URL, a file that lists them, or -.")],
+    target: Annotated[str, typer.Argument(help="The folder to write to, or its URL.", show_default=False)],
     to: Annotated[list[str], typer.Option(help="The format to write; several times for several.")],
     include: Annotated[list[str] | None, typer.Option(help="Only sources whose path matches this pattern.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No sources whose path matches this pattern.")] = None,
