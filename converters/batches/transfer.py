@@ -18,7 +18,7 @@ from converters.interfaces import OutputFile
 @contextmanager
 def brought_here(job: Job) -> Iterator[Job]:
     """The job with its source and its target's folder on this machine, in a temporary folder for as long as the block
-    lasts. Errors name the source as the job does."""
+    lasts. Errors name files as they are called where they are."""
     with tempfile.TemporaryDirectory(prefix="nibblecast-", ignore_cleanup_errors=True) as name:
         scratch = Path(name).resolve()
         local = replace(job, remote=None, destination="")
@@ -33,8 +33,9 @@ def brought_here(job: Job) -> Iterator[Job]:
                 _fetch(job.remote, local.source)
             yield local
         except Error as error:
-            text = str(error).replace(str(local.source), job.shown)
-            error.message, error.path, error.tensor = text.replace(f"{scratch}/", ""), None, None
+            text = str(error).replace(str(scratch / "out"), job.destination.rstrip("/"))
+            text = text.replace(str(scratch / "in"), job.shown.rpartition("/")[0])
+            error.message, error.path, error.tensor = text, None, None
             raise
 
 

@@ -14,7 +14,7 @@ from converters.batches import remote
 from converters.batches.records import REPORT
 from converters.batches.run import Settings
 from converters.errors import UsageError
-from tests.batches.places import GOOD, NO_MODELS, objects_of, outputs_of, write_models
+from tests.batches.places import EXTERNAL, FIXTURES, GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
 
 @pytest.fixture
@@ -39,6 +39,37 @@ def test_in_memory(models: Path, tmp_path: Path) -> None:
     assert {record.source for record in again.records if not record.kept} == {"broken.tflite"}
     with pytest.raises(UsageError, match="is seen by this process only"):
         converters.batch("memory://in", "memory://out", "safetensors", settings=Settings(timeout=9))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("model.onnx", {"external_data": 1}), ("model.h", {}), ("model.h", {"style": "incbin"})],
+    ids=["ONNX with external data", "C in two files", "C with a payload"],
+)
+def test_a_file_comes_with_those_that_it_refers_to(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    source = tmp_path / "in" / name
+    source.parent.mkdir()
+    files = converters.convert(FIXTURES / "tflite" / "mlp_int4_per_tensor.tflite", source, **options).files
+    assert len(files) > 1
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for path in source.parent.iterdir():
+        store.put_file(str(path), f"/in/{path.name}")
+    expected = converters.batch(tmp_path / "in", tmp_path / "out", "safetensors", include=[name])
+    result = converters.batch("memory://in", "memory://out", "safetensors", include=[name])
+    assert not result.failed
+    assert [record.outputs for record in result.records] == [record.outputs for record in expected.records]
+
+
+def test_a_file_that_is_missing_there_too_is_that_models_failure(tmp_path: Path) -> None:
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.put_file(str(EXTERNAL), f"/in/{EXTERNAL.name}")
+    (record,) = converters.batch("memory://in", tmp_path / "out", "safetensors").failed
+    assert record.failure is not None
+    assert record.failure.exit_code == 3
+    assert record.failure.message.startswith("memory://in/external_buffer.weights.bin: ")
+    assert record.failure.message.endswith("does not exist")
 
 
 def test_what_breaks_off_in_memory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
