@@ -129,7 +129,7 @@ def batch(
     **options: Any,
 ) -> BatchResult:
     """Converts every model in a folder and below it, or those that a file lists ("-": standard input), to folder
-    `target`, each on its own in a process of its own: what fails is a record, and the others go on.
+    `target`, each on its own in a process of its own: what fails is a record, and the others go on. Both may be URLs.
 
     `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
     a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
