@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from multiprocessing.connection import Connection, Pipe
 
 from converters.batches.jobs import Job, failed, run_job
@@ -24,9 +23,8 @@ class Child:
 
     def __init__(self, timeout: float | None, memory: int | None) -> None:
         self._timeout = timeout
-        self._scratch = tempfile.TemporaryDirectory(prefix="nibblecast-", ignore_cleanup_errors=True)
         self._pipe, theirs = Pipe()
-        arguments = [str(theirs.fileno()), str(os.getpid()), str(memory or 0), self._scratch.name]
+        arguments = [str(theirs.fileno()), str(os.getpid()), str(memory or 0)]
         command = [sys.executable, "-m", "converters.batches.child", *arguments]
         with theirs:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
@@ -47,15 +45,14 @@ class Child:
         return record
 
     def end(self) -> None:
-        """Ends the process, whatever it does, and removes what it has left."""
+        """Ends the process, whatever it does."""
         self.is_over = True
         self._process.kill()
         self._process.wait(_END_SECONDS)
-        self._scratch.cleanup()
 
 
-def _serve(handle: int, parent: int, memory: int, scratch: str) -> None:
-    begin_worker(parent, memory or None, scratch)
+def _serve(handle: int, parent: int, memory: int) -> None:
+    begin_worker(parent, memory or None)
     with Connection(handle) as pipe:
         while True:
             try:
@@ -66,4 +63,4 @@ def _serve(handle: int, parent: int, memory: int, scratch: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    _serve(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -4,7 +4,6 @@ outputs are there."""
 from __future__ import annotations
 
 import fcntl
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -15,6 +14,7 @@ from typing import Protocol
 from converters.batches.jobs import Job
 from converters.batches.records import REPORT
 from converters.batches.remote import RemoteFile, fetch, files_below, joined, put
+from converters.batches.scratch import scratch_folder
 from converters.errors import Error, UsageError
 
 _LOCK = ".nibblecast-lock"
@@ -118,8 +118,8 @@ class RemoteFolder:
     @contextmanager
     def held(self) -> Iterator[Path]:
         """Begins with the report that is there, and puts it there in the end, whatever ends the batch."""
-        with tempfile.TemporaryDirectory(prefix="nibblecast-") as scratch:
-            self._report = Path(scratch, REPORT)
+        with scratch_folder() as scratch:
+            self._report = scratch / REPORT
             self._found = files_below(self.url)
             if REPORT in self._found:
                 fetch(joined(self.url, REPORT), self._report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from converters import pipeline
 from converters.batches.jobs import Job
 from converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
+from converters.batches.scratch import scratch_folder
 from converters.errors import Error, MissingFile
 from converters.interfaces import OutputFile
 
@@ -19,8 +19,7 @@ from converters.interfaces import OutputFile
 def brought_here(job: Job) -> Iterator[Job]:
     """The job with its source and its target's folder on this machine, in a temporary folder for as long as the block
     lasts. Errors name files as they are called where they are."""
-    with tempfile.TemporaryDirectory(prefix="nibblecast-", ignore_cleanup_errors=True) as name:
-        scratch = Path(name).resolve()
+    with scratch_folder() as scratch:
         local = replace(job, remote=None, destination="")
         if job.destination:
             folder = scratch / "out"

@@ -6,13 +6,10 @@ import ctypes
 import multiprocessing
 import os
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from converters.batches.jobs import Job, run_job
@@ -60,9 +57,7 @@ class LocalWorkers:
         context = multiprocessing.get_context("spawn")
         self._expired: type[Exception] = ProcessExpired
         self._timeout = timeout
-        self._scratch = tempfile.TemporaryDirectory(prefix="nibblecast-", ignore_cleanup_errors=True)
-        arguments = (os.getpid(), memory, self._scratch.name)
-        self._pool = ProcessPool(count, initializer=begin_worker, initargs=arguments, context=context)
+        self._pool = ProcessPool(count, initializer=begin_worker, initargs=(os.getpid(), memory), context=context)
         self.ahead = 2 * count
 
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
@@ -77,15 +72,11 @@ class LocalWorkers:
 
     def close(self) -> None:
         self._pool.close()  # type: ignore[no-untyped-call]
-        self._end()
+        self._pool.join()
 
     def stop(self) -> None:
         self._pool.stop()  # type: ignore[no-untyped-call]
-        self._end()
-
-    def _end(self) -> None:
         self._pool.join()
-        self._scratch.cleanup()
 
 
 class OwnProcess:
@@ -130,27 +121,13 @@ def unexpected(error: BaseException, job: Job) -> Failure:
     return Failure(int(ExitCode.BUG), f"{job.shown}: {type(error).__name__}: {error}", transient=True)
 
 
-def begin_worker(parent: int, memory: int | None, scratch: str) -> None:
-    """A worker ends with the process that started it, leaves an interruption to it, and is held to its memory. Its
-    temporary files are in a folder of its own below `scratch`; those of workers that were ended are removed."""
+def begin_worker(parent: int, memory: int | None) -> None:
+    """A worker ends with the process that started it, leaves an interruption to it, and is held to its memory. What a
+    library prints is not part of any report."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-    for former in Path(scratch).iterdir():
-        if not _is_running(int(former.name)):
-            shutil.rmtree(former, ignore_errors=True)
-    own = Path(scratch, str(os.getpid()))
-    own.mkdir(exist_ok=True)
-    tempfile.tempdir = str(own)
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError:
-        return False
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -13,6 +14,7 @@ import converters
 from converters.batches import remote
 from converters.batches.records import REPORT
 from converters.batches.run import Settings
+from converters.batches.scratch import scratch_folder
 from converters.errors import UsageError
 from tests.batches.places import EXTERNAL, FIXTURES, GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
@@ -90,6 +92,30 @@ def test_what_breaks_off_in_memory_is_removed(tmp_path: Path, monkeypatch: pytes
     assert record.failure.transient
     assert record.failure.message == "memory://out/model.safetensors cannot be reached: the disk is gone"
     assert objects_of(store, "/out") == {}
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys\nfrom converters.batches.scratch import scratch_folder\n"
+        "with scratch_folder() as folder:\n    (folder / 'model').touch()\n    print(folder, flush=True)\n"
+        "    sys.stdin.read()"
+    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders, processes = [], []
+    for _ in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        folders.append(Path(process.stdout.readline().strip()))
+    processes[0].kill()
+    processes[0].communicate()
+    with scratch_folder() as own:
+        assert set(tmp_path.iterdir()) == {own, folders[1]}
+        assert (folders[1] / "model").exists()
+    processes[1].communicate("")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_names_that_lead_out_of_the_folder_are_no_models(tmp_path: Path) -> None:
