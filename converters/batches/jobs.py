@@ -55,6 +55,8 @@ class Job:
     request: Request
     remote: RemoteSource | None = None
     destination: str = ""
+    #: What of it is to be done only, of a large one (`converters.batches.parts`).
+    part: int | None = None
 
     @property
     def text(self) -> str:
@@ -86,16 +88,19 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""
     began = time.perf_counter()
     _forget_peak()
-    digest, done, failure = "", None, None
+    digest, done, failure, shards = "", None, None, 0
     outputs: tuple[Output, ...] = ()
     try:
-        with _at_hand(job) as local:
-            digest = digest_of(local.source)
-            done = _converted(local, dry_run=dry_run)
-            written = tuple(_outputs(local, done, dry_run=dry_run))
-            if job.destination and not dry_run:
-                _deliver(local, job.destination, done.files)
-        outputs = written
+        if job.part is not None:
+            shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
+        else:
+            with _at_hand(job) as local:
+                digest = digest_of(local.source)
+                done = _converted(local, dry_run=dry_run)
+                written = tuple(_outputs(local, done, dry_run=dry_run))
+                if job.destination and not dry_run:
+                    _deliver(local, job.destination, done.files)
+            outputs = written
     except Error as error:
         failure = Failure(int(error.exit_code), str(error), transient=_is_transient(error))
     except MemoryError:
@@ -118,6 +123,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
         failure=failure,
         nibblecast=__version__,
         version="" if job.remote is None else job.remote.version,
+        shards=shards,
     )
 
 
@@ -138,24 +144,29 @@ def _deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
 
 def _converted(job: Job, *, dry_run: bool) -> api.Conversion:
     """All targets in one read, all or none of them."""
-    request = job.request
     if not dry_run:
-        for _, target in job.targets:
+        for target in _targets(job):
             target.parent.mkdir(parents=True, exist_ok=True)
-    return api.convert(
-        job.source,
-        *(target for _, target in job.targets),
-        to=[format for format, _ in job.targets],
-        dequantize=None if request.dequantize is None else FLOAT_DTYPES[request.dequantize],
-        quantize=request.quantize,
-        only=request.only,
-        skip=request.skip,
-        verify=request.verify and not dry_run,
-        fail_on_loss=request.fail_on_loss,
-        dry_run=dry_run,
-        resume=True,
+    verify = job.request.verify and not dry_run
+    return api.convert(job.source, *_targets(job), verify=verify, dry_run=dry_run, resume=True, **_options(job))
+
+
+def _targets(job: Job) -> list[Path]:
+    return [target for _, target in job.targets]
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """The arguments that say what is written."""
+    request = job.request
+    return {
+        "to": [format for format, _ in job.targets],
+        "dequantize": None if request.dequantize is None else FLOAT_DTYPES[request.dequantize],
+        "quantize": request.quantize,
+        "only": request.only,
+        "skip": request.skip,
+        "fail_on_loss": request.fail_on_loss,
         **request.options,
-    )
+    }
 
 
 def _outputs(job: Job, done: api.Conversion, *, dry_run: bool) -> Iterator[Output]:

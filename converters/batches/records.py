@@ -54,6 +54,8 @@ class Record:
     nibblecast: str = ""
     version: str = ""
     kept: bool = field(default=False, compare=False)
+    #: Of a part of a large model (`converters.batches.parts`), for whoever hands out the next.
+    shards: int = field(default=0, compare=False)
 
     @property
     def done(self) -> bool:
@@ -63,7 +65,7 @@ class Record:
     def line(self) -> str:
         """The record as a line of JSON."""
         document = asdict(self)
-        del document["kept"]
+        del document["kept"], document["shards"]
         return json.dumps({"status": "done" if self.done else "failed", **document}, ensure_ascii=True) + "\n"
 
 

@@ -14,6 +14,7 @@ from typing import IO
 
 from converters.batches.jobs import Job, Request, failed, run_job
 from converters.batches.outputs import planned_jobs
+from converters.batches.parts import Parts, is_large
 from converters.batches.places import LocalFolder, Place, RemoteFolder
 from converters.batches.records import Record, append, read_report, write_report
 from converters.batches.remote import is_of_this_process, is_remote
@@ -169,17 +170,20 @@ def _workers(settings: Settings, todo: Sequence[Job]) -> Workers:
         from converters.batches.dask_workers import DaskWorkers
 
         return DaskWorkers(settings.executor, settings.jobs, timeout=settings.timeout, memory=settings.memory)
-    count = max(1, min(settings.jobs or os.cpu_count() or 1, len(todo)))
+    count = settings.jobs or os.cpu_count() or 1
+    if not any(is_large(job) for job in todo):
+        count = min(count, len(todo))
     return LocalWorkers(count, timeout=settings.timeout, memory=settings.memory)
 
 
 def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
     """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
     a first failure that ends the batch ends it soon."""
+    parts = Parts()
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
     while True:
-        jobs = list(islice(waiting, max(0, workers.ahead - len(running))))
+        jobs = [parts.first(job) for job in islice(waiting, max(0, workers.ahead - len(running)))]
         running |= {future: (job, 1) for future, job in zip(workers.submit(jobs), jobs, strict=True)}
         if not running:
             return
@@ -187,13 +191,17 @@ def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: 
         for future in done:
             job, attempt = running.pop(future)
             record = replace(_record(future, job, workers), attempts=attempt)
+            if job.part is not None:
+                following = parts.after(job, record)
+                running |= {next: (job, 1) for next, job in zip(workers.submit(following), following, strict=True)}
+                continue
             if record.failure is not None:
                 batch.place.tidy(job)
                 if record.failure.transient and attempt <= settings.retries:
                     (again,) = workers.submit([job])
                     running[again] = (job, attempt + 1)
                     continue
-            batch.add(record)
+            batch.add(parts.whole(record))
             if settings.fail_fast and not record.done:
                 workers.stop()
                 for unfinished, _ in running.values():
