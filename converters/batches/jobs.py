@@ -19,6 +19,9 @@ from converters.errors import Error, ExitCode, UsageError, printable
 from converters.interfaces import OutputFile
 from converters.version import __version__
 
+#: Parts of a job that are no shards.
+BEGIN, DIGEST = 0, -1
+
 _PEAK = "VmHWM:"
 
 
@@ -57,6 +60,8 @@ class Job:
     destination: str = ""
     #: What of it is to be done only, of a large one (`converters.batches.parts`).
     part: int | None = None
+    #: The content's SHA-256, where it is known already.
+    digest: str = ""
 
     @property
     def text(self) -> str:
@@ -91,11 +96,13 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     digest, done, failure, shards = "", None, None, 0
     outputs: tuple[Output, ...] = ()
     try:
-        if job.part is not None:
+        if job.part == DIGEST:
+            digest = digest_of(job.source)
+        elif job.part is not None:
             shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
         else:
             with _at_hand(job) as local:
-                digest = digest_of(local.source)
+                digest = job.digest or digest_of(local.source)
                 done = _converted(local, dry_run=dry_run)
                 written = tuple(_outputs(local, done, dry_run=dry_run))
                 if job.destination and not dry_run:

@@ -1,8 +1,8 @@
 """Large checkpoints in parts: their shards are written by jobs of their own, as many at a time as there are workers.
 
-The first part (0) begins the folder and says how many shards there will be; parts from 1 write one each; the model's
-own job, the last, writes what is missing and puts the folder in its place. So a part that fails loses nothing but time:
-that job tries it again, and says what is wrong.
+The first part (BEGIN) begins the folder and says how many shards there will be; parts from 1 write one each, another
+(DIGEST) hashes the source meanwhile; the model's own job, the last, writes what is missing and puts the folder in its
+place. So a part that fails loses nothing but time: that job tries it again, and says what is wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from converters.batches.jobs import Job
+from converters.batches.jobs import BEGIN, DIGEST, Job
 from converters.batches.records import Record
 
 _LARGE_BYTES = 1 << 30
@@ -21,20 +21,26 @@ class Parts:
     """The parts that are on their way, by the names of their models."""
 
     left: Counter[str] = field(default_factory=Counter)
+    digests: dict[str, str] = field(default_factory=dict)
     spent: dict[str, Record] = field(default_factory=dict)
 
     def first(self, job: Job) -> Job:
         """What is to be done first for a model: a large folder on this machine is begun, others are done at once."""
-        return replace(job, part=0) if is_large(job) else job
+        return replace(job, part=BEGIN) if is_large(job) else job
 
     def after(self, part: Job, record: Record) -> list[Job]:
         """What is to be done when a part is done."""
         self.spent[part.name] = self.whole(record)
-        if part.part == 0 and record.done and record.shards > 1:
-            self.left[part.name] = record.shards
-            return [replace(part, part=number) for number in range(1, record.shards + 1)]
+        if part.part == BEGIN and record.done and record.shards > 1:
+            numbers = [DIGEST, *range(1, record.shards + 1)]
+            self.left[part.name] = len(numbers)
+            return [replace(part, part=number) for number in numbers]
+        if part.part == DIGEST:
+            self.digests[part.name] = record.sha256
         self.left[part.name] -= 1
-        return [] if self.left[part.name] > 0 else [replace(part, part=None)]
+        if self.left[part.name] > 0:
+            return []
+        return [replace(part, part=None, digest=self.digests.get(part.name, ""))]
 
     def whole(self, record: Record) -> Record:
         """The model's record, with what its parts took."""
