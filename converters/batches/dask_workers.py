@@ -137,31 +137,31 @@ class _Children:
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     idle: dict[str, list[Child]] = field(default_factory=dict)
-    all: dict[str, list[Child]] = field(default_factory=dict)
+    busy: dict[str, list[Child]] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
 
     def take(self, batch: str, limits: tuple[float | None, int | None]) -> Child:
+        """A child that does nothing. What others than this batch have idle may be of one that was killed: it ends."""
         with self.lock:
             if batch in self.ended:
                 raise CancelledError
-            if self.idle.get(batch):
-                return self.idle[batch].pop()
-            child = Child(*limits)
-            self.all.setdefault(batch, []).append(child)
+            for other in self.idle.keys() - {batch}:
+                for child in self.idle.pop(other):
+                    child.end()
+            child = self.idle[batch].pop() if self.idle.get(batch) else Child(*limits)
+            self.busy.setdefault(batch, []).append(child)
             return child
 
     def give_back(self, batch: str, child: Child) -> None:
         with self.lock:
-            if child.is_over:
-                self.all[batch].remove(child)
-            else:
+            self.busy[batch].remove(child)
+            if not child.is_over:
                 self.idle.setdefault(batch, []).append(child)
 
     def end(self, batch: str) -> None:
         with self.lock:
             self.ended.add(batch)
-            self.idle.pop(batch, None)
-            for child in self.all.get(batch, ()):
+            for child in (*self.idle.pop(batch, ()), *self.busy.get(batch, ())):
                 child.end()
 
 

@@ -19,7 +19,6 @@ from converters.batches.records import REPORT, read_report
 
 pytestmark = pytest.mark.peers
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
-NAMES = ["cnn_int4_per_channel", "types_zoo", "dense_int4_blockwise"]
 MODELS = [path for path in sorted(FIXTURES.glob("*.tflite")) if not path.name.startswith("external_")][:12]
 
 #: Runs at the start of every process of the cluster: a conversion takes its time, and leaves a mark that it was begun.
@@ -166,6 +165,18 @@ def test_an_interruption_ends_what_runs_on_the_cluster(cluster: Cluster, models:
     assert batch.returncode == 128 + signal.SIGINT
     assert "Traceback" not in errors
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+def test_what_a_killed_batch_has_left_ends_with_the_next(cluster: Cluster, models: Path, tmp_path: Path) -> None:
+    arguments = command(models, tmp_path / "out", "--executor", f"dask://{cluster.address}")
+    with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as batch:
+        until(lambda: len(list(cluster.begun.iterdir())) >= 2)
+        batch.kill()
+    children = {int(mark.name.rpartition("-")[2]) for mark in cluster.begun.iterdir()}
+    assert len(children) == 2
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert len(outputs_of(tmp_path / "out")) == len(MODELS)
 
 
 def test_a_scheduler_that_is_lost_ends_the_batch(cluster: Cluster, models: Path, tmp_path: Path) -> None:
