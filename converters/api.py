@@ -22,7 +22,7 @@ from converters.running import OutputDifference
 
 if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
     from converters.accuracy import Accuracy
-    from converters.batches.run import BatchResult, OnResult, Settings
+    from converters.batches.run import BatchResult, OnResult, OnRunning, Settings
     from converters.reports.run import Report
     from converters.scheme import Scheme
 
@@ -124,15 +124,17 @@ def batch(
     fail_on_loss: bool = False,
     settings: Settings | None = None,
     on_result: OnResult | None = None,
+    on_running: OnRunning | None = None,
     **options: Any,
 ) -> BatchResult:
     """Converts every model in a folder and below it, or those that a file lists ("-": standard input), to folder
-    `target`, each on its own in a process of its own: what fails is a record, and the others go on.
+    `target`, each on its own in a process of its own: what fails is a record, and the others go on. Both may be URLs.
 
     `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
     a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
-    of how many; the other arguments are `convert`'s. The report is `nibblecast-report.jsonl` in the target. Raises
-    converters.Error for what concerns the batch as a whole, before anything is written.
+    of how many, `on_running` of the names of those that are worked on; the other arguments are `convert`'s. The report
+    is `nibblecast-report.jsonl` in the target. Raises converters.Error for what concerns the batch as a whole, before
+    anything is written.
     """
     from converters.batches.jobs import Request
     from converters.batches.run import Settings, run_batch
@@ -156,6 +158,7 @@ def batch(
         include=include,
         exclude=exclude,
         on_result=on_result,
+        on_running=on_running,
     )
 
 
@@ -192,6 +195,37 @@ def report(
     )
 
 
+def write_shard(
+    source: AnyPath,
+    *targets: AnyPath,
+    number: int,
+    to: Sequence[str],
+    dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    fail_on_loss: bool = False,
+    **options: Any,
+) -> int:
+    """A part of a conversion, for several processes to share in: begins the folders among the targets (`number` 0), or
+    writes one of their shards, from 1, to a folder that has been begun. `convert` with `resume` then writes what is
+    missing and puts the folders in their places. Returns how many shards there are; raises converters.Error."""
+    read_with, write_with = _divided(options, Path(source))
+    planned = _planned(
+        load(source, **read_with),
+        [Path(target) for target in targets],
+        to=to,
+        dequantize=None if dequantize is None else np.dtype(dequantize),
+        quantize=_scheme(quantize),
+        only=only,
+        skip=skip,
+        options=write_with,
+    )
+    if fail_on_loss:
+        pipeline.refuse_losses(planned)
+    return pipeline.run_part(planned, number)
+
+
 def compare_outputs(
     a: AnyPath, b: AnyPath, *, inputs: AnyPath | Mapping[str, NDArray[Any]] | None = None, seed: int = 0
 ) -> list[OutputDifference]:
@@ -224,21 +258,8 @@ def _convert(
     progress: Progress | None = None,
     options: Mapping[str, Any],
 ) -> Conversion:
-    if not targets:
-        raise UsageError("there is no target: name at least one file to write")
-    names = [to] * len(targets) if to is None or isinstance(to, str) else to
-    formats = [
-        plugins.format_named(name) if name else plugins.format_of_target(path)
-        for path, name in zip(targets, names, strict=True)
-    ]
-    assigned = _assigned(options, formats)
-    planned = pipeline.plan(
-        model,
-        [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
-        dequantize=dequantize,
-        quantize=quantize,
-        only=only,
-        skip=skip,
+    planned = _planned(
+        model, targets, to=to, dequantize=dequantize, quantize=quantize, only=only, skip=skip, options=options
     )
     if fail_on_loss:
         pipeline.refuse_losses(planned)
@@ -262,6 +283,35 @@ def _convert(
     from converters.quantize import accuracy
 
     return replace(conversion, quantized=accuracy(planned[0].model))
+
+
+def _planned(
+    model: Model,
+    targets: Sequence[Path],
+    *,
+    to: str | Sequence[str] | None,
+    dequantize: np.dtype[Any] | None,
+    quantize: Scheme | None,
+    only: Sequence[str],
+    skip: Sequence[str],
+    options: Mapping[str, Any],
+) -> list[pipeline.PlannedOutput]:
+    if not targets:
+        raise UsageError("there is no target: name at least one file to write")
+    names = [to] * len(targets) if to is None or isinstance(to, str) else to
+    formats = [
+        plugins.format_named(name) if name else plugins.format_of_target(path)
+        for path, name in zip(targets, names, strict=True)
+    ]
+    assigned = _assigned(options, formats)
+    return pipeline.plan(
+        model,
+        [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
+        dequantize=dequantize,
+        quantize=quantize,
+        only=only,
+        skip=skip,
+    )
 
 
 def _scheme(quantize: str | Scheme | None) -> Scheme | None:

@@ -7,8 +7,9 @@ scanned only when the table has no answer, or when all formats are listed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -213,12 +214,15 @@ def format_of_target(path: Path) -> Format:
     )
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether the files of a folder are one model together: of a format that has folders, with an index of the files or
-    a configuration beside them."""
+def is_checkpoint(names: Collection[str]) -> bool:
+    """Whether the files of a folder, by their names, are one model together: of a format that has folders, with an
+    index of the files or a configuration beside them."""
     patterns = [pattern for format in all_formats().values() for pattern in format.folder]
-    has_weights = any(any(path.glob(pattern)) for pattern in patterns)
-    return has_weights and any(any(path.glob(pattern)) for pattern in ("*.index.json", "*config.json"))
+    return bool(_matching(names, patterns)) and bool(_matching(names, ("*.index.json", "*config.json")))
+
+
+def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def target_in(format: Format, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:

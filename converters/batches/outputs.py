@@ -13,11 +13,13 @@ from converters.batches.sources import Source
 from converters.errors import UsageError
 
 
-def planned_jobs(sources: Sequence[Source], folder: Path, formats: Sequence[str], request: Request) -> list[Job]:
-    """A job for each source. Raises UsageError where two outputs have the same name, and for formats that are not
-    there, or cannot be written."""
+def planned_jobs(
+    sources: Sequence[Source], folder: Path, formats: Sequence[str], request: Request, destination: str = ""
+) -> list[Job]:
+    """A job for each source, which writes to `folder`, or to the URL `destination` under the same names. Raises
+    UsageError where two outputs have the same name, and for formats that are not there, or cannot be written."""
     writers = {name: plugins.format_named(name) for name in dict.fromkeys(formats)}
-    folder = folder.absolute()
+    folder = folder if destination else folder.absolute()
     jobs, taken = [], {folder / REPORT: "the report"}
     for source in sources:
         targets = tuple(
@@ -36,7 +38,7 @@ def planned_jobs(sources: Sequence[Source], folder: Path, formats: Sequence[str]
                     path=target,
                 )
             taken[target] = source.name
-        jobs.append(Job(source.path, source.name, folder, targets, request))
+        jobs.append(Job(source.path, source.name, folder, targets, request, source.remote, destination))
     _refuse_nested(taken, folder)
     return jobs
 

@@ -37,7 +37,8 @@ class Record:
 
     `source` is the model's path below the folder that was converted; `sha256` that of its content, empty where it could
     not be read; `request` what was asked for, as text; `verified` whether what was written was compared with it (None:
-    not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known).
+    not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known); `version`
+    what the store says of the content of a source that is in one (else empty).
     """
 
     source: str
@@ -51,7 +52,10 @@ class Record:
     attempts: int = 1
     failure: Failure | None = None
     nibblecast: str = ""
+    version: str = ""
     kept: bool = field(default=False, compare=False)
+    #: Of a part of a large model (`converters.batches.parts`), for whoever hands out the next.
+    shards: int = field(default=0, compare=False)
 
     @property
     def done(self) -> bool:
@@ -61,7 +65,7 @@ class Record:
     def line(self) -> str:
         """The record as a line of JSON."""
         document = asdict(self)
-        del document["kept"]
+        del document["kept"], document["shards"]
         return json.dumps({"status": "done" if self.done else "failed", **document}, ensure_ascii=True) + "\n"
 
 

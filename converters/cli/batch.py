@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,14 +18,14 @@ from converters.options import parse_size
 
 if TYPE_CHECKING:
     from converters.batches.records import Record
-    from converters.batches.run import BatchResult, OnResult
+    from converters.batches.run import BatchResult, OnResult, OnRunning
 
 _SHOWN_FAILURES = 50
 
 
 def batch(
-    source: Annotated[str, typer.Argument(help="A folder of models, a file that lists them, or - for standard input.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write to.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A folder of models or its URL, a file that lists them, or -.")],
+    target: Annotated[str, typer.Argument(help="The folder to write to, or its URL.", show_default=False)],
     to: Annotated[list[str], typer.Option(help="The format to write; several times for several.")],
     include: Annotated[list[str] | None, typer.Option(help="Only sources whose path matches this pattern.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No sources whose path matches this pattern.")] = None,
@@ -34,6 +33,9 @@ def batch(
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one model may take.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="dask://HOST:PORT, a Dask cluster, or dask, one on this machine; else processes.")
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often to try again what may pass.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Skip what is done and unchanged.")] = False,
@@ -62,8 +64,11 @@ def batch(
         resume=resume,
         fail_fast=fail_fast,
         dry_run=dry_run,
+        executor=executor,
     )
-    with _progress(quiet=quiet or json) as on_result:
+    if executor is not None:
+        _silence_dask()
+    with _progress(quiet=quiet or json) as (on_result, on_running):
         result = api.batch(
             source,
             target,
@@ -78,6 +83,7 @@ def batch(
             fail_on_loss=fail_on_loss,
             settings=settings,
             on_result=on_result,
+            on_running=on_running,
             **key_values(opt or ()),
         )
     if json:
@@ -88,34 +94,45 @@ def batch(
         raise typer.Exit(ExitCode.BATCH_FAILED)
 
 
+def _silence_dask() -> None:
+    """What Dask logs of lost workers and connections is told by records."""
+    import logging
+
+    with suppress(ImportError):  # it sets its loggers up when it is imported
+        import distributed  # noqa: F401
+    for name in ("asyncio", "distributed", "distributed.client", "tornado", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[OnResult | None]:
-    """A bar on a terminal; a line for each model in a log."""
+def _progress(*, quiet: bool) -> Iterator[tuple[OnResult | None, OnRunning | None]]:
+    """A bar on a terminal, with a line for each worker below it; a line for each model in a log."""
     if quiet:
-        yield None
+        yield None, None
         return
     if not sys.stderr.isatty():
-        yield _log
+        yield _log, None
         return
-    from rich.console import Console
+    from rich.console import Console, Group
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
-    columns = (
-        TextColumn("batch"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[last]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("batch", total=None, last="")
+    columns = (TextColumn("batch"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns)
+    task = bar.add_task("batch", total=None)
+    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=5) as live:
 
         def on_result(record: Record, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, last=printable(record.source))
+            bar.update(task, completed=done, total=total)
             if not record.done:
-                bar.console.print(_line(record), markup=False, highlight=False)
+                live.console.print(_line(record), markup=False, highlight=False)
 
-        yield on_result
+        def on_running(names: Sequence[str]) -> None:
+            lines = (Text(f"  {printable(name)}", overflow="ellipsis", no_wrap=True) for name in names)
+            live.update(Group(bar, *lines))
+
+        yield on_result, on_running
 
 
 def _log(record: Record, done: int, total: int) -> None:
