@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import (
+    batch,
     c_compile,
     c_text,
     checkpoints,
@@ -37,6 +38,7 @@ TOPICS = {
     "tflite_to_onnx": tflite_to_onnx,
     "pytorch": pytorch,
     "checkpoints": checkpoints,
+    "batch": batch,
 }
 IN_MEMORY = ("c_text", "c_compile")
 MEMORY = Path("/dev/shm")

@@ -8,13 +8,13 @@ converters.convert("model.tflite", "weights.h", "weights.safetensors", "weights.
 
 from typing import TYPE_CHECKING, Any
 
-from converters.api import Conversion, compare_outputs, convert, load, save, verify
+from converters.api import Conversion, batch, compare_outputs, convert, load, report, save, verify
 from converters.comparison import Comparison, Difference
 from converters.errors import Error
 from converters.ir import Loss, Model, Quantization, Tensor
 
 if TYPE_CHECKING:
-    from converters.quantize import Accuracy
+    from converters.accuracy import Accuracy
     from converters.scheme import Scheme
 
 __all__ = [
@@ -28,9 +28,11 @@ __all__ = [
     "Quantization",
     "Scheme",
     "Tensor",
+    "batch",
     "compare_outputs",
     "convert",
     "load",
+    "report",
     "save",
     "verify",
 ]
@@ -38,7 +40,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Quantization is imported when it is asked for: most programs need none, and start faster."""
-    module = {"Accuracy": "converters.quantize", "Scheme": "converters.scheme"}.get(name)
+    module = {"Accuracy": "converters.accuracy", "Scheme": "converters.scheme"}.get(name)
     if module is None:
         raise AttributeError(f"module 'converters' has no attribute '{name}'")
     from importlib import import_module

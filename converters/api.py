@@ -1,4 +1,4 @@
-"""What `import converters` offers: load, save, convert, verify."""
+"""What `import converters` offers: load, save, convert, verify, batch, report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from converters.ir import Loss, Model
 from converters.options import describe
 from converters.running import OutputDifference
 
-if TYPE_CHECKING:  # quantization is imported when it is asked for
-    from converters.quantize import Accuracy
+if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
+    from converters.accuracy import Accuracy
+    from converters.batches.run import BatchResult, OnResult, OnRunning, Settings
+    from converters.reports.run import Report
     from converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
@@ -60,7 +62,7 @@ def save(
 def convert(
     source: AnyPath,
     *targets: AnyPath,
-    to: str | None = None,
+    to: str | Sequence[str] | None = None,
     dequantize: DTypeLike | None = None,
     quantize: str | Scheme | None = None,
     only: Sequence[str] = (),
@@ -74,12 +76,12 @@ def convert(
 ) -> Conversion:
     """Converts a file to one or several targets in one read.
 
-    `to` names the format when the extensions do not tell; `dequantize` (float32, float16 or bfloat16) turns codes into
-    plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only` and `skip` are shell patterns
-    of tensor names; `verify` re-opens what was written and compares every value, where its format can be read;
-    `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps
-    what an interrupted run has completed of a folder; other keyword arguments are the reader's and
-    the writers' own options. Raises converters.Error.
+    `to` names the format when the extensions do not tell, or each target's; `dequantize` (float32, float16 or
+    bfloat16) turns codes into plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only`
+    and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares every value, where
+    its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps what
+    an interrupted run has completed of a folder; other keyword arguments are the reader's and the writers' own options.
+    Raises converters.Error.
     """
     read_with, write_with = _divided(options, Path(source))
     return _convert(
@@ -102,12 +104,126 @@ def convert(
 def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None, **options: Any) -> Comparison:
     """Compares two models or files, code for code where both are quantized, value for value otherwise. `options` are
     the readers' own, each for the files whose format has it."""
-    paths = [Path(path) for path in (a, b) if not isinstance(path, Model)]
-    read_with = {path: _divided(options, path)[0] for path in paths}
-    if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
-        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+    read_with = _reader_options(options, [Path(path) for path in (a, b) if not isinstance(path, Model)])
     first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
+
+
+def batch(
+    source: AnyPath,
+    target: AnyPath,
+    to: str | Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = False,
+    fail_on_loss: bool = False,
+    settings: Settings | None = None,
+    on_result: OnResult | None = None,
+    on_running: OnRunning | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Converts every model in a folder and below it, or those that a file lists ("-": standard input), to folder
+    `target`, each on its own in a process of its own: what fails is a record, and the others go on. Both may be URLs.
+
+    `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
+    a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
+    of how many, `on_running` of the names of those that are worked on; the other arguments are `convert`'s. The report
+    is `nibblecast-report.jsonl` in the target. Raises converters.Error for what concerns the batch as a whole, before
+    anything is written.
+    """
+    from converters.batches.jobs import Request
+    from converters.batches.run import Settings, run_batch
+
+    request = Request(
+        dequantize=None if dequantize is None else np.dtype(dequantize).name,
+        quantize=None if quantize is None else str(_scheme(quantize)),
+        only=tuple(only),
+        skip=tuple(skip),
+        verify=verify,
+        fail_on_loss=fail_on_loss,
+        options=options,
+    )
+    formats = [to] if isinstance(to, str) else list(to)
+    return run_batch(
+        source,
+        target,
+        formats,
+        request,
+        settings or Settings(),
+        include=include,
+        exclude=exclude,
+        on_result=on_result,
+        on_running=on_running,
+    )
+
+
+def report(
+    source: AnyPath,
+    target: AnyPath | None = None,
+    *,
+    reference: AnyPath | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    title: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Measures a model, or sums up a batch (its target folder or its report), and writes a page about it to `target`,
+    an HTML file, if there is one; `document()` of the result gives the numbers.
+
+    `reference` is a model with the floats that the codes stand for, by the same names; `only` and `skip` are shell
+    patterns of tensor names; `options` are the readers' own. Raises converters.Error: MissingDependency where the page
+    needs `pip install 'nibblecast[report]'`.
+    """
+    from converters.reports.run import make_report
+
+    paths = [Path(path) for path in (source, reference) if path is not None]
+    return make_report(
+        paths[0],
+        None if target is None else Path(target),
+        reference=None if reference is None else paths[1],
+        only=only,
+        skip=skip,
+        title=title,
+        options=_reader_options(options, paths) if options else {},
+        progress=progress,
+    )
+
+
+def write_shard(
+    source: AnyPath,
+    *targets: AnyPath,
+    number: int,
+    to: Sequence[str],
+    dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    fail_on_loss: bool = False,
+    **options: Any,
+) -> int:
+    """A part of a conversion, for several processes to share in: begins the folders among the targets (`number` 0), or
+    writes one of their shards, from 1, to a folder that has been begun. `convert` with `resume` then writes what is
+    missing and puts the folders in their places. Returns how many shards there are; raises converters.Error."""
+    read_with, write_with = _divided(options, Path(source))
+    planned = _planned(
+        load(source, **read_with),
+        [Path(target) for target in targets],
+        to=to,
+        dequantize=None if dequantize is None else np.dtype(dequantize),
+        quantize=_scheme(quantize),
+        only=only,
+        skip=skip,
+        options=write_with,
+    )
+    if fail_on_loss:
+        pipeline.refuse_losses(planned)
+    return pipeline.run_part(planned, number)
 
 
 def compare_outputs(
@@ -130,7 +246,7 @@ def _convert(
     model: Model,
     targets: Sequence[Path],
     *,
-    to: str | None = None,
+    to: str | Sequence[str] | None = None,
     dequantize: np.dtype[Any] | None = None,
     quantize: Scheme | None = None,
     only: Sequence[str] = (),
@@ -142,17 +258,8 @@ def _convert(
     progress: Progress | None = None,
     options: Mapping[str, Any],
 ) -> Conversion:
-    if not targets:
-        raise UsageError("there is no target: name at least one file to write")
-    formats = [plugins.format_named(to) if to else plugins.format_of_target(path) for path in targets]
-    assigned = _assigned(options, formats)
-    planned = pipeline.plan(
-        model,
-        [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
-        dequantize=dequantize,
-        quantize=quantize,
-        only=only,
-        skip=skip,
+    planned = _planned(
+        model, targets, to=to, dequantize=dequantize, quantize=quantize, only=only, skip=skip, options=options
     )
     if fail_on_loss:
         pipeline.refuse_losses(planned)
@@ -178,6 +285,35 @@ def _convert(
     return replace(conversion, quantized=accuracy(planned[0].model))
 
 
+def _planned(
+    model: Model,
+    targets: Sequence[Path],
+    *,
+    to: str | Sequence[str] | None,
+    dequantize: np.dtype[Any] | None,
+    quantize: Scheme | None,
+    only: Sequence[str],
+    skip: Sequence[str],
+    options: Mapping[str, Any],
+) -> list[pipeline.PlannedOutput]:
+    if not targets:
+        raise UsageError("there is no target: name at least one file to write")
+    names = [to] * len(targets) if to is None or isinstance(to, str) else to
+    formats = [
+        plugins.format_named(name) if name else plugins.format_of_target(path)
+        for path, name in zip(targets, names, strict=True)
+    ]
+    assigned = _assigned(options, formats)
+    return pipeline.plan(
+        model,
+        [pipeline.Target(*each) for each in zip(targets, formats, assigned, strict=True)],
+        dequantize=dequantize,
+        quantize=quantize,
+        only=only,
+        skip=skip,
+    )
+
+
 def _scheme(quantize: str | Scheme | None) -> Scheme | None:
     if not isinstance(quantize, str):
         return quantize
@@ -195,6 +331,14 @@ def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], 
     names = {key: key.removeprefix(f"{format.name}.") for key in options}
     read_with = {name: options[key] for key, name in names.items() if name.replace("_", "-") in known}
     return read_with, {key: options[key] for key, name in names.items() if name not in read_with}
+
+
+def _reader_options(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The options of the reader of each file. Raises UsageError for one that none of them has."""
+    read_with = {path: _divided(options, path)[0] for path in paths}
+    if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
+        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+    return read_with
 
 
 def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> list[dict[str, Any]]:

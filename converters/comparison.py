@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from converters.dequantize import FLOAT_DTYPES
 from converters.interfaces import Progress
 from converters.ir import Model, Quantization, Tensor, is_float, is_integer
+from converters.sizes import weights_of
 
 _PIECE_ELEMENTS = 1 << 20
 _SHOWN = 3
@@ -64,7 +65,7 @@ class Comparison:
 def compare(a: Model, b: Model, progress: Progress | None = None) -> Comparison:
     """Compares all tensors of two models by name; tensors that are only parameters of others count with those.
     `progress` is told of the first model's bytes."""
-    weights_a, weights_b = _weights(a), _weights(b)
+    weights_a, weights_b = weights_of(a), weights_of(b)
     differences: list[Difference] = []
     common = [name for name in weights_a if name in weights_b]
     for which, names, others in (("second", weights_a, weights_b), ("first", weights_b, weights_a)):
@@ -105,10 +106,6 @@ def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
     return differences + _differences(a, b, "values", _values)
 
 
-def _weights(model: Model) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.items() if tensor.parameter_of not in model.tensors}
-
-
 def _values(tensor: Tensor) -> NDArray[Any]:
     return tensor.dequantize(np.float32)
 
@@ -146,7 +143,7 @@ def _differences(a: Tensor, b: Tensor, kind: str, view: View) -> list[Difference
     """One Difference that counts the places where the views differ and shows the first ones; none when they agree."""
     count = 0
     shown: list[str] = []
-    for start, x_part, y_part in _pieces(a, b):
+    for start, x_part, y_part in common_rows(a, b):
         if a.dtype == b.dtype and view is Tensor.codes and np.array_equal(x_part.packed(), y_part.packed()):
             continue
         x, y = view(x_part).reshape(-1), view(y_part).reshape(-1)
@@ -158,8 +155,8 @@ def _differences(a: Tensor, b: Tensor, kind: str, view: View) -> list[Difference
     return [Difference(a.name, kind, count, ", ".join(shown))] if count else []
 
 
-def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The same rows of both, with the position of their first element."""
+def common_rows(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The same rows of two tensors of one shape, piece by piece, with the position of each piece's first element."""
     rows = next((size for size in a.shape if size != 1), 1)
     if a.size <= _PIECE_ELEMENTS or not a.shape:
         yield 0, a, b

@@ -64,6 +64,14 @@ class CorruptFile(Error):
     exit_code = ExitCode.UNREADABLE
 
 
+class MissingFile(CorruptFile):
+    """A file that another one refers to is not there: `file`."""
+
+    def __init__(self, message: str, *, file: Path, path: Path | None = None) -> None:
+        super().__init__(message, path=path)
+        self.file = file
+
+
 class Unsupported(Error):
     """The file is valid as far as can be told, but holds something that is not handled."""
 

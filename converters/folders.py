@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from converters.atomic import new_file, sync_folder
 from converters.errors import UsageError
-from converters.interfaces import Companion, FolderPlan
+from converters.interfaces import Companion, FolderPlan, Shard
 from converters.version import __version__
 
 _INTENT = ".nibblecast-intent"
@@ -54,6 +54,15 @@ class StagedFolder:
             os.fsync(stream.fileno())
         incomplete.replace(path)
 
+    def write_shard(self, plan: FolderPlan, shard: Shard, wrote: Callable[[int], None]) -> None:
+        """Writes a shard that is not there yet; `wrote` is told of its bytes."""
+        name = str(shard.file.path.relative_to(plan.folder))
+        if self.has(name, shard.file.nbytes):
+            wrote(shard.file.nbytes or 0)
+            return
+        with self.file(name) as stream:
+            shard.write(stream, wrote)
+
     @property
     def is_begun(self) -> bool:
         """Whether any file is complete."""
@@ -63,12 +72,7 @@ class StagedFolder:
 def write_folder(plan: FolderPlan, staged: StagedFolder, wrote: Callable[[int], None]) -> None:
     """Writes what of the plan is not there yet; `wrote` is told of bytes of shards."""
     for shard in plan.shards:
-        name = str(shard.file.path.relative_to(plan.folder))
-        if staged.has(name, shard.file.nbytes):
-            wrote(shard.file.nbytes or 0)
-            continue
-        with staged.file(name) as stream:
-            shard.write(stream, wrote)
+        staged.write_shard(plan, shard, wrote)
     for companion in plan.companions:
         with staged.file(str(companion.file.path.relative_to(plan.folder))) as stream:
             _write_companion(companion, stream)
@@ -107,29 +111,59 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
     interruption or an error of the system (a full disk) complete files are kept for `resume`; after any other exception
     nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
     around it is missing, and where another run is writing it."""
+    with _staging(plan, fcntl.LOCK_EX) as staged:
+        _begin(staged.path, intended, resume=resume)
+        try:
+            yield staged
+            _put_in_place(staged.path, plan.folder)
+        except (KeyboardInterrupt, SystemExit, OSError):
+            if not staged.is_begun:
+                shutil.rmtree(staged.path, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(staged.path, ignore_errors=True)
+            raise
+
+
+def begin_folder(plan: FolderPlan, intended: str) -> None:
+    """Makes what `begun_folder` and an `atomic_folder` that resumes go on with. Raises as `atomic_folder`."""
+    with _staging(plan, fcntl.LOCK_EX) as staged:
+        _begin(staged.path, intended, resume=True)
+
+
+@contextmanager
+def begun_folder(plan: FolderPlan, intended: str) -> Iterator[StagedFolder]:
+    """A folder that was begun, for one of several processes that write shards of it. Raises UsageError where it was
+    not, or for something else."""
+    with _staging(plan, fcntl.LOCK_SH) as staged:
+        if _text_of(staged.path / _INTENT) != intended:
+            raise UsageError("has been begun for another source, or with other options", path=plan.folder)
+        yield staged
+
+
+@contextmanager
+def _staging(plan: FolderPlan, lock_kind: int) -> Iterator[StagedFolder]:
+    """The folder beside the target, locked: by one process alone, which may make it, or by several that share it."""
     folder = plan.folder
     _check_replaceable(plan)
     path = folder.with_name(f".{folder.name}.nibblecast-part")
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
-    with (path / _LOCK).open("w") as lock:
-        _hold(lock.fileno(), folder)
-        staged = StagedFolder(path)
-        if not (resume and _text_of(path / _INTENT) == intended):
-            _empty(path)
-            (path / _INTENT).write_text(intended)
+    if lock_kind == fcntl.LOCK_EX:
         try:
-            yield staged
-            _put_in_place(path, folder)
-        except (KeyboardInterrupt, SystemExit, OSError):
-            if not staged.is_begun:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        except BaseException:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
+    elif not path.is_dir():
+        raise UsageError("has not been begun", path=folder)
+    with (path / _LOCK).open("a") as lock:
+        _hold(lock.fileno(), folder, lock_kind)
+        yield StagedFolder(path)
+
+
+def _begin(path: Path, intended: str, *, resume: bool) -> None:
+    """Keeps what is there of a run with the same intent, where it is to be resumed; otherwise begins anew."""
+    if not (resume and _text_of(path / _INTENT) == intended):
+        _empty(path)
+        (path / _INTENT).write_text(intended)
 
 
 def _check_replaceable(plan: FolderPlan) -> None:
@@ -149,9 +183,9 @@ def _check_replaceable(plan: FolderPlan) -> None:
             )
 
 
-def _hold(handle: int, folder: Path) -> None:
+def _hold(handle: int, folder: Path, kind: int) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except OSError as error:
         raise UsageError("is being written by another run: wait for it, or stop it", path=folder) from error
 

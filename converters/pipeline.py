@@ -22,7 +22,7 @@ from converters import plugins
 from converters.atomic import atomic_outputs
 from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
-from converters.folders import atomic_folder, intent, write_folder
+from converters.folders import atomic_folder, begin_folder, begun_folder, intent, write_folder
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Progress, Rearranging, Shard, Sink
 from converters.ir import Loss, Model, Tensor, dtype_name
 from converters.options import parse
@@ -190,12 +190,37 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
             sinks.append((output.plan.open(streams), output.model))
         for output in planned:
             if isinstance(output.plan, FolderPlan):
-                intended = intent(output.plan, {**output.request, "sources": _sources(output.model)})
-                staged = stack.enter_context(atomic_folder(output.plan, intended, resume=resume))
+                staged = stack.enter_context(atomic_folder(output.plan, _intended(output, output.plan), resume=resume))
                 write_folder(output.plan, staged, wrote)
         _push(sinks, wrote)
         for sink, _ in sinks:
             sink.close()
+
+
+def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
+    """With `number` 0 begins the folders among the outputs; from 1 on writes that one of their shards, in a folder that
+    was begun. `run` with `resume` goes on from there. How many shards there are. Raises UsageError as `run`."""
+    folders = [
+        (output.plan, _intended(output, output.plan)) for output in planned if isinstance(output.plan, FolderPlan)
+    ]
+    shards = [(plan, intended, shard) for plan, intended in folders for shard in plan.shards]
+    try:
+        if number == 0:
+            for plan, intended in folders:
+                plan.folder.parent.mkdir(parents=True, exist_ok=True)
+                begin_folder(plan, intended)
+        else:
+            plan, intended, shard = shards[number - 1]
+            with begun_folder(plan, intended) as staged:
+                staged.write_shard(plan, shard, lambda _: None)
+    except OSError as error:
+        paths = ", ".join(str(plan.folder) for plan, _ in folders)
+        raise UsageError(f"cannot write {paths}: {error.strerror or error}") from error
+    return len(shards)
+
+
+def _intended(output: PlannedOutput, plan: FolderPlan) -> str:
+    return intent(plan, {**output.request, "sources": _sources(output.model)})
 
 
 def _pushed(output: PlannedOutput) -> Mapping[str, Tensor]:
@@ -280,10 +305,19 @@ def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | No
     return None
 
 
-def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
+def refuse_input(model: Model, target: Path) -> None:
+    """Raises UsageError where `target` is one of the files that the model is read from."""
+    if _identity(target) in _inputs(model):
+        raise UsageError("is the input as well as the output: give the output another name", path=target)
+
+
+def _inputs(model: Model) -> set[tuple[int, int] | Path]:
     inputs = {_identity(file.path) for file in _mapped_files(model)}
-    if model.metadata.source is not None:
-        inputs.add(_identity(model.metadata.source))
+    return inputs if model.metadata.source is None else inputs | {_identity(model.metadata.source)}
+
+
+def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
+    inputs = _inputs(model)
     seen: dict[tuple[int, int] | Path, OutputFile] = {}
     for output in planned:
         if isinstance(output.plan, FolderPlan) and _identity(output.plan.folder) in inputs:

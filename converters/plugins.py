@@ -7,8 +7,9 @@ scanned only when the table has no answer, or when all formats are listed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -211,6 +212,26 @@ def format_of_target(path: Path) -> Format:
     raise UsageError(
         f"extension '{path.suffix}' does not tell one format to write: {writable}; or add --to NAME", path=path
     )
+
+
+def is_checkpoint(names: Collection[str]) -> bool:
+    """Whether the files of a folder, by their names, are one model together: of a format that has folders, with an
+    index of the files or a configuration beside them."""
+    patterns = [pattern for format in all_formats().values() for pattern in format.folder]
+    return bool(_matching(names, patterns)) and bool(_matching(names, ("*.index.json", "*config.json")))
+
+
+def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def target_in(format: Format, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
+    """Where the format's output for a model called `path` goes, by itself or in a folder of models: what its writer
+    says, or the name with the format's extension instead of its own (a folder has none)."""
+    named = getattr(writer(format), "target", None)
+    if named is not None:
+        return cast("Path", named(path, options, is_folder=is_folder))
+    return path.with_name((path.name if is_folder else path.stem) + format.extensions[0])
 
 
 def reader(format: Format) -> Reader:

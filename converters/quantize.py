@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from math import frexp, inf, log10, prod
+from math import prod
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import rounding
+from converters.accuracy import Accuracy, errors
 from converters.blocks import Blocks, Box, Group, side_by_side
 from converters.dequantize import dequantized
 from converters.errors import Error, UsageError
@@ -38,7 +39,6 @@ __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "
 _FLOATS = frozenset(np.dtype(name) for name in ("float16", "float32", "float64", "bfloat16"))
 _HELD_ELEMENTS = 1 << 21  # of a group of several boxes: up to 8 MiB of float32 are not read again for each pass
 _MOST_THREADS = 8
-_LARGEST_EXPONENT = 126
 
 #: Where operators take weights, by operator and input: the axis that their sum runs over (the next but one to last of
 #: MatMul's, say), along which blocks lie. None: the one of the last two along which the output channels do not run.
@@ -60,44 +60,6 @@ _WEIGHTS: Mapping[tuple[str, int], int | None] = MappingProxyType(
         **{("UNIDIRECTIONAL_SEQUENCE_LSTM", i): -1 for i in (*range(1, 9), 16)},  # [cells, inputs]
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """How well codes stand for the floats they were made of: the largest absolute error and the mean of the squared
-    ones, in the values' unit, and the signal-to-noise ratio, 10 * log10(sum of values ** 2 / sum of errors ** 2), in
-    decibels (infinite where nothing was lost)."""
-
-    tensor: str
-    kind: str
-    elements: int
-    max_error: float
-    squared_error: float
-    squared_values: float
-
-    @property
-    def mean_square_error(self) -> float:
-        """The sum of squared errors over the number of elements."""
-        return self.squared_error / max(1, self.elements)
-
-    @property
-    def signal_to_noise(self) -> float:
-        """In decibels."""
-        if self.squared_error == 0:
-            return inf
-        return 10 * log10(self.squared_values / self.squared_error) if self.squared_values else -inf
-
-    @classmethod
-    def total(cls, parts: Sequence[Accuracy]) -> Accuracy:
-        """That of all of them together."""
-        return cls(
-            tensor="",
-            kind="",
-            elements=sum(part.elements for part in parts),
-            max_error=max((part.max_error for part in parts), default=0.0),
-            squared_error=sum(part.squared_error for part in parts),
-            squared_values=sum(part.squared_values for part in parts),
-        )
 
 
 def quantize_model(model: Model, scheme: Scheme) -> Model:
@@ -360,26 +322,11 @@ class QuantizedCodes:
                 codes = box.from_blocks(nearest.astype(out.dtype))
                 out[begin - first : end - first] = codes[begin - box.start : end - box.start]
             if box.start not in self._errors:
-                self._errors[box.start] = _measured(blocks, rounding.values(self._scheme, nearest, parameters))
+                self._errors[box.start] = errors(blocks, rounding.values(self._scheme, nearest, parameters))
 
     def _release_floats(self, start: int, stop: int) -> None:
         itemsize = self._floats.dtype.itemsize
         release(self._floats.data, start * itemsize, min(stop, self._floats.size) * itemsize)
-
-
-def _measured(blocks: Floats, decoded: Floats) -> tuple[float, float, float]:
-    """The largest error, the sum of squared errors, and that of squared values."""
-    largest, squared_error = _largest_and_sum_of_squares(np.subtract(decoded, blocks, out=decoded))
-    return largest, squared_error, _largest_and_sum_of_squares(blocks)[1]
-
-
-def _largest_and_sum_of_squares(numbers: Floats) -> tuple[float, float]:
-    """Of absolute values. They are squared in units of a power of two near the largest, so that float32 has room; NumPy
-    adds up by pairs, and unlike a dot product needs no threads of its own."""
-    largest = max(float(numbers.max()), -float(numbers.min()))
-    unit = 2.0 ** max(frexp(largest)[1], -_LARGEST_EXPONENT)
-    scaled = np.multiply(numbers, np.float32(1 / unit))
-    return largest, float(np.square(scaled, out=scaled).sum()) * unit**2
 
 
 def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, MissingFile
 
 
 @runtime_checkable
@@ -136,10 +136,12 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
-        """Maps `path` whole. Raises CorruptFile when it is not a readable regular file."""
+        """Maps `path` whole. Raises CorruptFile when it is not a readable regular file: MissingFile when it is none."""
         try:
             if not path.is_file():
-                raise CorruptFile("is no file" if path.exists() else "does not exist", path=path)
+                if path.exists():
+                    raise CorruptFile("is no file", path=path)
+                raise MissingFile("does not exist", file=path, path=path)
             with path.open("rb") as file:
                 size = file.seek(0, 2)
                 if size == 0:  # an empty file cannot be mapped

@@ -84,6 +84,9 @@ def test_the_table_is_alphabetical() -> None:
             ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.h"],
             [
                 "converters.quantize",
+                "converters.reports",
+                "jinja2",
+                "matplotlib",
                 "formats.cheader.reader",
                 "onnx",
                 "onnx_ir",
@@ -100,9 +103,16 @@ def test_the_table_is_alphabetical() -> None:
             ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.safetensors", "--verify"],
             ["onnx", "onnx_ir", "torch", "tflite", "rich"],
         ),
-        (["inspect", "fixtures/tflite/cnn_int4_per_channel.tflite"], ["onnx", "onnx_ir", "torch", "tflite"]),
+        (
+            ["inspect", "fixtures/tflite/cnn_int4_per_channel.tflite"],
+            ["onnx", "onnx_ir", "torch", "tflite", "jinja2", "matplotlib"],
+        ),
+        (
+            ["report", "fixtures/tflite/cnn_int4_per_channel.tflite", "--json"],
+            ["onnx", "torch", "jinja2", "matplotlib"],
+        ),
     ],
-    ids=["help", "to C", "to safetensors", "inspect"],
+    ids=["help", "to C", "to safetensors", "inspect", "report as JSON"],
 )
 def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: list[str], tmp_path: Path) -> None:
     program = (
@@ -114,6 +124,15 @@ def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: li
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "IMPORTED []"
+
+
+def test_importing_it_imports_no_executor_and_no_file_system() -> None:
+    program = (
+        "import sys, converters, converters.batches.run, converters.batches.workers\n"
+        "print([name for name in ('dask', 'distributed', 'fsspec', 'pebble') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_no_file_is_long() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 import converters
 from converters import pipeline
+from converters.api import write_shard
 from converters.errors import Error, UsageError
 from converters.ir import Model, Tensor
 from converters.storage import Computed
@@ -210,6 +211,26 @@ def test_two_runs_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="is being written by another run"):
             converted(source, tmp_path / "out")
     converted(source, tmp_path / "out")
+
+
+def test_parts_are_of_one_intent(source: Path, tmp_path: Path) -> None:
+    def part(number: int, **options: Any) -> int:
+        return write_shard(source, tmp_path / "out", number=number, to=["safetensors"], **(ONE_EACH | options))
+
+    with pytest.raises(UsageError, match="out: has not been begun"):
+        part(1)
+    assert listing(tmp_path) == ["source"]
+    assert part(0) == SHARDS
+    with pytest.raises(UsageError, match="has been begun for another source, or with other options"):
+        part(1, only=["layers.0.*"])
+    assert part(2) == SHARDS
+    staged = tmp_path / ".out.nibblecast-part"
+    before = (staged / f"model-00002-of-{SHARDS:05d}.safetensors").stat()
+    converted(source, tmp_path / "out", resume=True)
+    after = (tmp_path / "out" / f"model-00002-of-{SHARDS:05d}.safetensors").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    converted(source, tmp_path / "again")
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
 def test_a_layout_that_needs_a_folder_says_so(tmp_path: Path) -> None:

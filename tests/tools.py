@@ -1,5 +1,5 @@
-"""Compilers, emulators and build tools: where one is missing, its tests are skipped, and the reason says what to
-install; where NIBBLECAST_REQUIRE_TARGETS is set, as .ci/run does, they fail."""
+"""Compilers, emulators, build tools and a browser: where one is missing, its tests are skipped, and the reason says
+what to install; where NIBBLECAST_REQUIRE_TARGETS is set, as .ci/run does, they fail."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def need(tools: Iterable[str], packages: str) -> None:
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         unavailable(f"needs {', '.join(missing)}: apt-get install --no-install-recommends {packages}")
+
+
+def path(tool: str) -> str:
+    """Where a command that is needed is."""
+    found = shutil.which(tool)
+    assert found is not None
+    return found
 
 
 def unavailable(reason: str) -> NoReturn:

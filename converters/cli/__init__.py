@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from converters.cli import convert, formats, inspect, verify
+from converters.cli import batch, convert, formats, inspect, report, verify
 from converters.cli.arguments import with_default_dequantize
 from converters.errors import Error, ExitCode, printable
 from converters.version import __version__
@@ -26,6 +26,8 @@ app = typer.Typer(
 app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(batch.batch)
+app.command()(report.report)
 app.command()(formats.formats)
 
 

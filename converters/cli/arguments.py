@@ -14,6 +14,7 @@ import typer
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import UsageError
 from converters.interfaces import Progress
+from converters.sizes import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,14 +51,7 @@ def key_values(given: Sequence[str]) -> dict[str, str]:
 
 def human_bytes(count: int | None) -> str:
     """A number of bytes for a person: 512 B, 1.5 KiB, 3.2 GiB."""
-    if count is None:
-        return "size known when written"
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+    return "size known when written" if count is None else bytes_text(count)
 
 
 def print_json(document: Any) -> None:

@@ -27,7 +27,7 @@ from converters.errors import UsageError, printable
 from converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
-    from converters.quantize import Accuracy
+    from converters.accuracy import Accuracy
 
 _SHOWN_LOSSES = 10
 _SHOWN_TENSORS = 10
@@ -125,7 +125,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from converters.quantize import Accuracy
+    from converters.accuracy import Accuracy
 
     table = Table(box=None, pad_edge=False)
     for column in ("quantized", "to"):

@@ -8,6 +8,7 @@ from converters import api
 from converters.cli.arguments import Json, ReaderOptions, Source, human_bytes, key_values, print_json, table_console
 from converters.errors import printable
 from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
+from converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
 
 _READ_BYTES = 1 << 16
 
@@ -19,16 +20,6 @@ def inspect(source: Source, opt: ReaderOptions = None, json: Json = False) -> No
         print_json(_document(model))
     else:
         _print(model)
-
-
-def _parameter_bytes(quantization: Quantization | None) -> int:
-    if quantization is None:
-        return 0
-    return sum(t.nbytes + _parameter_bytes(t.quantization) for _, t in quantization.parameters())
-
-
-def _bits_per_weight(tensor: Tensor) -> float:
-    return 8 * (tensor.nbytes + _parameter_bytes(tensor.quantization)) / tensor.size if tensor.size else 0.0
 
 
 def _zero_points(quantization: Quantization | None) -> str:
@@ -72,8 +63,8 @@ def _print(model: Model) -> None:
             printable(dtype_name(tensor.dtype)),
             tensor.granularity,
             _zero_points(quantization),
-            f"{_bits_per_weight(tensor):.2f}",
-            str(tensor.nbytes + _parameter_bytes(quantization)),
+            f"{bits_per_weight(tensor):.2f}",
+            str(stored_bytes(tensor)),
             Text(printable(_consumers(tensor))),
         )
     if model.tensors:
@@ -89,23 +80,18 @@ def _summary(model: Model) -> list[str]:
         quantized = sum(tensor.quantization is not None for tensor in model.values())
         lines = [
             f"{len(model)} tensors, {quantized} quantized, {sum(t.size for t in model.values())} elements, "
-            f"{human_bytes(_total_bytes(model))}; format {model.metadata.format}"
+            f"{human_bytes(model_bytes(model))}; format {model.metadata.format}"
             + (f", made by {printable(model.metadata.producer)}" if model.metadata.producer else "")
         ]
         if quantized:
-            lines.append(f"{_average_bits(model):.2f} bits per quantized weight, scales and zero points included")
+            lines.append(
+                f"{bits_per_quantized_weight(model):.2f} bits per quantized weight, scales and zero points included"
+            )
     lines += _graph_lines(model.metadata)
     if model.metadata.operators:
         counts = sorted(model.metadata.operators.items(), key=lambda item: (-item[1], item[0]))
         lines.append("operators: " + ", ".join(f"{printable(name)} {count}" for name, count in counts))
     return lines + [f"note: {printable(str(loss))}" for loss in model.losses]
-
-
-def _average_bits(model: Model) -> float:
-    """Of all quantized tensors that have elements."""
-    weights = [tensor for tensor in model.values() if tensor.quantization is not None]
-    nbytes = sum(tensor.nbytes + _parameter_bytes(tensor.quantization) for tensor in weights)
-    return 8 * nbytes / max(1, sum(tensor.size for tensor in weights))
 
 
 def _graph_lines(metadata: Metadata) -> list[str]:
@@ -128,15 +114,6 @@ def _port_document(port: Port) -> dict[str, Any]:
     return {"name": port.name, "dtype": port.dtype, "shape": None if port.shape is None else list(port.shape)}
 
 
-def _total_bytes(model: Model) -> int:
-    # parameters that are tensors of their own are counted with their owners
-    return sum(
-        tensor.nbytes + _parameter_bytes(tensor.quantization)
-        for tensor in model.values()
-        if tensor.parameter_of not in model.tensors
-    )
-
-
 def _document(model: Model) -> dict[str, Any]:
     return {
         "source": str(model.metadata.source),
@@ -146,8 +123,8 @@ def _document(model: Model) -> dict[str, Any]:
         "inputs": [_port_document(port) for port in model.metadata.inputs],
         "outputs": [_port_document(port) for port in model.metadata.outputs],
         "opsets": dict(model.metadata.opsets),
-        "bytes": _total_bytes(model),
-        "bits_per_quantized_weight": _average_bits(model),
+        "bytes": model_bytes(model),
+        "bits_per_quantized_weight": bits_per_quantized_weight(model),
         "tensors": [_tensor_document(tensor) for tensor in model.values()],
         "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in model.losses],
     }
@@ -158,8 +135,8 @@ def _tensor_document(tensor: Tensor) -> dict[str, Any]:
         "name": tensor.name,
         "shape": list(tensor.shape),
         "dtype": dtype_name(tensor.dtype),
-        "bits_per_weight": _bits_per_weight(tensor),
-        "bytes": tensor.nbytes + _parameter_bytes(tensor.quantization),
+        "bits_per_weight": bits_per_weight(tensor),
+        "bytes": stored_bytes(tensor),
         "quantization": _quantization_document(tensor),
         "uses": [_use_document(use) for use in tensor.uses],
     }

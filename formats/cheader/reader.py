@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Error, Unsupported
+from converters.errors import CorruptFile, Error, MissingFile, Unsupported
 from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
 from converters.packing import packed_size
 from converters.storage import Data, InMemory, MappedFile
@@ -93,7 +93,8 @@ def _declarations(path: Path) -> Declarations:
         return declarations
     source = path.with_suffix(".c")
     if not source.exists():
-        raise CorruptFile(f"its arrays are in {source.name}, which is not beside it: copy both files", path=path)
+        message = f"its arrays are in {source.name}, which is not beside it: copy both files"
+        raise MissingFile(message, file=source, path=path)
     declarations.add(MappedFile.open(source))
     return declarations
 

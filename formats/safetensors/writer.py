@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 from converters.errors import UsageError
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Size, option
@@ -43,6 +43,12 @@ class SafetensorsWriter:
 
     options: ClassVar[type] = SafetensorsOptions
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset(DTYPES_BY_NAME.values()), factor=True)
+
+    def target(self, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
+        """A folder for folders, and in layouts that need one."""
+        if is_folder:
+            return path
+        return path.with_suffix("" if options.get("layout", "packed") != "packed" else _EXTENSION)
 
     def plan(self, model: Model, target: Path, options: SafetensorsOptions) -> Plan | FolderPlan:
         """Lays out the files. Raises Unsupported when a header would pass the container's limit, or for what the layout

@@ -1,0 +1,208 @@
+"""One model's conversion as a job: what a worker gets, does, and answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converters import api
+from converters.batches.records import Failure, Output, Record
+from converters.batches.remote import RemoteSource
+from converters.batches.sources import digest_of
+from converters.dequantize import FLOAT_DTYPES
+from converters.errors import Error, ExitCode, UsageError, printable
+from converters.interfaces import OutputFile
+from converters.version import __version__
+
+#: Parts of a job that are no shards.
+BEGIN, DIGEST = 0, -1
+
+_PEAK = "VmHWM:"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for of every model: `convert`'s options, the readers' and writers' own in `options`."""
+
+    dequantize: str | None = None
+    quantize: str | None = None
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    verify: bool = False
+    fail_on_loss: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self, formats: Sequence[str]) -> str:
+        """All of it on one line; equal for equal requests."""
+        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return (
+            f"to={','.join(formats)} dequantize={self.dequantize} quantize={self.quantize} only={list(self.only)} "
+            f"skip={list(self.skip)} verify={self.verify} fail_on_loss={self.fail_on_loss} options=[{options}]"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model to convert: its path, its name in the report, and each target's format and path below `folder`. `remote`
+    is where a source is that is not on this machine, `destination` the URL that then stands for `folder`."""
+
+    source: Path
+    name: str
+    folder: Path
+    targets: tuple[tuple[str, Path], ...]
+    request: Request
+    remote: RemoteSource | None = None
+    destination: str = ""
+    #: What of it is to be done only, of a large one (`converters.batches.parts`).
+    part: int | None = None
+    #: The content's SHA-256, where it is known already.
+    digest: str = ""
+
+    @property
+    def text(self) -> str:
+        """The request as the report has it."""
+        return self.request.text([format for format, _ in self.targets])
+
+    @property
+    def shown(self) -> str:
+        """The model as messages name it."""
+        return str(self.source) if self.remote is None else self.remote.url
+
+    @property
+    def nbytes(self) -> int | None:
+        """The size of a file; None for a folder, and where it is not known."""
+        if self.remote is not None:
+            return None if self.remote.is_folder else self.remote.nbytes
+        try:
+            return self.source.stat().st_size if self.source.is_file() else None
+        except OSError:
+            return None
+
+
+def failed(job: Job, failure: Failure) -> Record:
+    """The record of a job of which nothing more is known."""
+    return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)
+
+
+def run_job(job: Job, *, dry_run: bool = False) -> Record:
+    """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""
+    began = time.perf_counter()
+    _forget_peak()
+    digest, done, failure, shards = "", None, None, 0
+    outputs: tuple[Output, ...] = ()
+    try:
+        if job.part == DIGEST:
+            digest = digest_of(job.source)
+        elif job.part is not None:
+            shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
+        else:
+            with _at_hand(job) as local:
+                digest = job.digest or digest_of(local.source)
+                done = _converted(local, dry_run=dry_run)
+                written = tuple(_outputs(local, done, dry_run=dry_run))
+                if job.destination and not dry_run:
+                    _deliver(local, job.destination, done.files)
+            outputs = written
+    except Error as error:
+        failure = Failure(int(error.exit_code), str(error), transient=_is_transient(error))
+    except MemoryError:
+        failure = Failure(int(ExitCode.UNREADABLE), f"{job.shown}: takes more memory than is allowed", transient=True)
+    except OSError as error:
+        failure = Failure(int(ExitCode.USAGE), printable(f"{job.shown}: {error.strerror or error}"), transient=True)
+    except Exception as error:  # one model's bug is its own result, as it would be the exit code 1 of its own process
+        text = f"{job.shown}: a bug of nibblecast: {type(error).__name__}: {error}"
+        failure = Failure(int(ExitCode.BUG), printable(text))
+    losses = () if done is None else done.losses
+    return Record(
+        source=job.name,
+        sha256=digest,
+        request=job.text,
+        outputs=outputs,
+        losses=tuple({"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in losses),
+        verified=None if done is None else _verified(job, done),
+        seconds=round(time.perf_counter() - began, 3),
+        peak_memory=_peak(),
+        failure=failure,
+        nibblecast=__version__,
+        version="" if job.remote is None else job.remote.version,
+        shards=shards,
+    )
+
+
+def _at_hand(job: Job) -> AbstractContextManager[Job]:
+    """The job as one whose files are on this machine."""
+    if job.remote is None and not job.destination:
+        return nullcontext(job)
+    from converters.batches.transfer import brought_here
+
+    return brought_here(job)
+
+
+def _deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
+    from converters.batches.transfer import deliver
+
+    deliver(local, destination, files)
+
+
+def _converted(job: Job, *, dry_run: bool) -> api.Conversion:
+    """All targets in one read, all or none of them."""
+    if not dry_run:
+        for target in _targets(job):
+            target.parent.mkdir(parents=True, exist_ok=True)
+    verify = job.request.verify and not dry_run
+    return api.convert(job.source, *_targets(job), verify=verify, dry_run=dry_run, resume=True, **_options(job))
+
+
+def _targets(job: Job) -> list[Path]:
+    return [target for _, target in job.targets]
+
+
+def _options(job: Job) -> dict[str, Any]:
+    """The arguments that say what is written."""
+    request = job.request
+    return {
+        "to": [format for format, _ in job.targets],
+        "dequantize": None if request.dequantize is None else FLOAT_DTYPES[request.dequantize],
+        "quantize": request.quantize,
+        "only": request.only,
+        "skip": request.skip,
+        "fail_on_loss": request.fail_on_loss,
+        **request.options,
+    }
+
+
+def _outputs(job: Job, done: api.Conversion, *, dry_run: bool) -> Iterator[Output]:
+    for file in done.files:
+        digest = "" if dry_run else digest_of(file.path)
+        yield Output(os.path.relpath(file.path, job.folder), file.nbytes or 0, digest)
+
+
+def _verified(job: Job, done: api.Conversion) -> bool | None:
+    """True where every target was compared; None where that was not asked for, or not possible."""
+    compared = list(done.verified.values())
+    return True if compared and all(comparison is not None for comparison in compared) else None
+
+
+def _is_transient(error: Error) -> bool:
+    """Whether the system refused, and not the model: a full disk, say."""
+    return isinstance(error, UsageError) and isinstance(error.__cause__, OSError)
+
+
+def _forget_peak() -> None:
+    """Begins counting memory anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int | None:
+    """The most bytes that the process has held since."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(_PEAK)), None)

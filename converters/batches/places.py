@@ -1,0 +1,150 @@
+"""Where a batch writes: a folder of this machine, or one in an object store. Each has the report, and knows which
+outputs are there."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from converters.batches.jobs import Job
+from converters.batches.records import REPORT
+from converters.batches.remote import RemoteFile, fetch, files_below, joined, put
+from converters.batches.scratch import scratch_folder
+from converters.errors import Error, UsageError
+
+_LOCK = ".nibblecast-lock"
+_PARTS = ".*.nibblecast-part"
+_PUT_SECONDS = 30
+
+
+class Place(Protocol):
+    """Where outputs go."""
+
+    @property
+    def url(self) -> str:
+        """What the jobs have as their destination; empty where they write to the folder itself."""
+        ...
+
+    @property
+    def folder(self) -> Path:
+        """What paths of outputs begin with, where they are planned."""
+        ...
+
+    def held(self) -> AbstractContextManager[Path]:
+        """For the time of a batch: gives the path of the report, on this machine. Raises UsageError where nothing can
+        be written, or another batch writes."""
+        ...
+
+    def nbytes(self, path: str) -> int | None:
+        """The size of an output; None where it is not there."""
+        ...
+
+    def reported(self) -> None:
+        """To be called after a line has been added to the report."""
+        ...
+
+    def tidy(self, job: Job) -> None:
+        """Removes what a process that was ended has left of a job."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    """A folder of this machine, in which one batch at a time writes."""
+
+    folder: Path
+    url: str = ""
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """Keeps other runs out of the folder, and clears away what one that was killed, here or before, has left."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / _LOCK).open("w")
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror or error}", path=self.folder) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    "is being written by another batch: wait for it, or stop it", path=self.folder
+                ) from error
+            self._clear()
+            yield self.folder / REPORT
+            self._clear()
+
+    def _clear(self) -> None:
+        for part in self.folder.rglob(_PARTS):
+            if part.is_file():
+                part.unlink(missing_ok=True)
+
+    def nbytes(self, path: str) -> int | None:
+        try:
+            return (self.folder / path).stat().st_size
+        except OSError:
+            return None
+
+    def reported(self) -> None:
+        """It is there already."""
+
+    def tidy(self, job: Job) -> None:
+        """Removes temporary files; a folder's complete shards stay for the next attempt."""
+        for _, target in job.targets:
+            for part in target.parent.glob(_PARTS):
+                if part.is_file() and part.name.startswith(f".{target.stem[:100]}"):
+                    part.unlink(missing_ok=True)
+
+
+@dataclass(slots=True)
+class RemoteFolder:
+    """A folder in a store. The report is kept on this machine and put there every half minute and in the end. Stores
+    have no locks: that two batches do not write to one folder is for those who start them to see to."""
+
+    url: str
+    _report: Path = field(default_factory=Path)
+    _put_at: float = 0.0
+    _found: Mapping[str, RemoteFile] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.url.partition("://")[2].strip("/"))
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """Begins with the report that is there, and puts it there in the end, whatever ends the batch."""
+        with scratch_folder() as scratch:
+            self._report = scratch / REPORT
+            self._found = files_below(self.url)
+            if REPORT in self._found:
+                fetch(joined(self.url, REPORT), self._report)
+            try:
+                yield self._report
+            except BaseException:
+                with suppress(Error):
+                    self._put()
+                raise
+            self._put()
+
+    def _put(self) -> None:
+        if self._report.exists():
+            put(self._report, joined(self.url, REPORT))
+        self._put_at = time.monotonic()
+
+    def nbytes(self, path: str) -> int | None:
+        found = self._found.get(path)
+        return None if found is None else found.nbytes
+
+    def reported(self) -> None:
+        """Puts the report from time to time; where that fails, the next time or the last one tells."""
+        if time.monotonic() - self._put_at > _PUT_SECONDS:
+            with suppress(Error):
+                self._put()
+
+    def tidy(self, job: Job) -> None:
+        """Temporary files are the workers' own."""

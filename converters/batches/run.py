@@ -1,0 +1,239 @@
+"""A batch from beginning to end: what there is to do, what was done already, workers, report."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+from converters.batches.jobs import Job, Request, failed, run_job
+from converters.batches.outputs import planned_jobs
+from converters.batches.parts import Parts, is_large
+from converters.batches.places import LocalFolder, Place, RemoteFolder
+from converters.batches.records import Record, append, read_report, write_report
+from converters.batches.remote import is_of_this_process, is_remote
+from converters.batches.sources import digest_of, find_sources
+from converters.batches.workers import LocalWorkers, OwnProcess, Workers
+from converters.errors import ExitCode, UsageError
+from converters.version import __version__
+
+_WAIT_SECONDS = 0.2
+_USUAL_MEMORY = 512 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """A record for each model, in the order of their names, and how long all of it took. `kept` of them were done by a
+    run before this one."""
+
+    records: tuple[Record, ...]
+    seconds: float
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """Those that were not converted."""
+        return tuple(record for record in self.records if not record.done)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a batch is run: `jobs` workers (None: as many as processors), seconds and bytes of memory for each model
+    (None: no limit), how often one is tried again after what may pass, whether what an earlier run has done is kept,
+    and whether the first failure ends the batch. `executor`: "dask://HOST:PORT", the workers of a Dask cluster, however
+    many these are; "dask", those of one on this machine; None: processes."""
+
+    jobs: int | None = None
+    timeout: float | None = None
+    memory: int | None = None
+    retries: int = 0
+    resume: bool = False
+    fail_fast: bool = False
+    dry_run: bool = False
+    executor: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for an executor that there is not."""
+        if self.executor not in (None, "dask") and not re.fullmatch(r"dask://[^/]+:\d+", self.executor or ""):
+            raise UsageError(f"--executor {self.executor}: dask, or dask://HOST:PORT is needed")
+        if self.executor not in (None, "dask") and self.jobs is not None:
+            raise UsageError(f"--jobs {self.jobs}: a cluster's workers say how many; leave it out")
+
+
+#: Told of each record, with how many there are of how many.
+OnResult = Callable[[Record, int, int], None]
+#: Told, several times a second, which models are worked on.
+OnRunning = Callable[[Sequence[str]], None]
+
+
+def run_batch(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    formats: Sequence[str],
+    request: Request,
+    settings: Settings,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    on_result: OnResult | None = None,
+    on_running: OnRunning | None = None,
+) -> BatchResult:
+    """Converts every model of a folder or a list. A model that fails is a record; the others go on. Raises UsageError,
+    before anything is written, for names that clash, a target that another run is writing, formats that there are
+    not."""
+    began = time.perf_counter()
+    named = os.fspath(target)
+    place: Place = RemoteFolder(named) if is_remote(named) else LocalFolder(Path(named))
+    sources = find_sources(source, include, exclude, named)
+    jobs = planned_jobs(sources, place.folder, formats, request, place.url)
+    if settings.dry_run:
+        records = [run_job(job, dry_run=True) for job in jobs]
+        return BatchResult(tuple(records), time.perf_counter() - began)
+    with place.held() as report:
+        before = read_report(report) if settings.resume else {}
+        batch = _Batch(place, len(jobs), on_result, on_running)
+        todo = list(batch.kept(jobs, before))
+        workers = _workers(settings, todo) if todo else None  # where there are none, the report stays as it is
+        write_report(report, batch.records.values())
+        with report.open("a", encoding="utf-8") as stream:
+            batch.stream = stream
+            if workers is not None:
+                _work(batch, todo, settings, workers)
+        write_report(report, batch.records.values())
+    ordered = tuple(batch.records[job.name] for job in jobs if job.name in batch.records)
+    return BatchResult(ordered, time.perf_counter() - began)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The records so far; each is reported when it comes."""
+
+    place: Place
+    total: int
+    on_result: OnResult | None
+    on_running: OnRunning | None
+    records: dict[str, Record] = field(default_factory=dict)
+    stream: IO[str] | None = None
+
+    def kept(self, jobs: Iterable[Job], before: Mapping[str, Record]) -> Iterator[Job]:
+        """The jobs that are not done; what a run before has done is a record again."""
+        for job in jobs:
+            record = before.get(job.name)
+            if record is None or not _is_current(record, job, self.place):
+                yield job
+            else:
+                self.add(replace(record, kept=True))
+
+    def add(self, record: Record) -> None:
+        """Takes a record, and writes it to the report."""
+        self.records[record.source] = record
+        if self.stream is not None:
+            append(self.stream, record)
+            self.place.reported()
+        if self.on_result is not None:
+            self.on_result(record, len(self.records), self.total)
+
+
+def _is_current(record: Record, job: Job, place: Place) -> bool:
+    """Whether a record stands for what would be done now: same request, same version, same source, outputs there."""
+    if not record.done or record.request != job.text or record.nibblecast != __version__:
+        return False
+    if any(place.nbytes(output.path) != output.bytes for output in record.outputs):
+        return False
+    if job.remote is not None:
+        return bool(record.version) and record.version == job.remote.version
+    try:
+        return digest_of(job.source) == record.sha256
+    except OSError:
+        return False
+
+
+def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
+    try:
+        _supervise(batch, todo, settings, workers)
+    except BaseException:
+        workers.stop()
+        for job in todo:
+            batch.place.tidy(job)
+        raise
+    workers.close()
+
+
+def _workers(settings: Settings, todo: Sequence[Job]) -> Workers:
+    """Raises UsageError where what is asked for cannot be had together."""
+    own = [url for job in todo for url in (job.shown, job.destination) if is_of_this_process(url)]
+    if own and (settings.executor, settings.timeout, settings.memory) != (None, None, None):
+        raise UsageError(f"{own[0]} is seen by this process only: no --executor, --timeout or --memory holds there")
+    if own:
+        return OwnProcess()
+    if settings.executor is not None:
+        from converters.batches.dask_workers import DaskWorkers
+
+        return DaskWorkers(settings.executor, settings.jobs, timeout=settings.timeout, memory=settings.memory)
+    count = settings.jobs or _as_many_as_fit(settings.memory)
+    if not any(is_large(job) for job in todo):
+        count = min(count, len(todo))
+    return LocalWorkers(count, timeout=settings.timeout, memory=settings.memory)
+
+
+def _as_many_as_fit(memory: int | None) -> int:
+    """A worker for each processor, but no more than there is memory for: what a model may take, or else what the
+    largest ones take, for payloads are streamed."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.cpu_count() or 1
+    available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 40)
+    return max(1, min(os.cpu_count() or 1, available // (memory or _USUAL_MEMORY)))
+
+
+def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
+    """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
+    a first failure that ends the batch ends it soon."""
+    parts = Parts()
+    waiting = iter(todo)
+    running: dict[Future[Record], tuple[Job, int]] = {}
+    while True:
+        jobs = [parts.first(job) for job in islice(waiting, max(0, workers.ahead - len(running)))]
+        running |= {future: (job, 1) for future, job in zip(workers.submit(jobs), jobs, strict=True)}
+        if not running:
+            return
+        if batch.on_running is not None:
+            batch.on_running([job.name for future, (job, _) in running.items() if future.running()])
+        done, _ = wait(running, timeout=_WAIT_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            job, attempt = running.pop(future)
+            record = replace(_record(future, job, workers), attempts=attempt)
+            if job.part is not None:
+                following = parts.after(job, record)
+                running |= {next: (job, 1) for next, job in zip(workers.submit(following), following, strict=True)}
+                continue
+            if record.failure is not None:
+                batch.place.tidy(job)
+                if record.failure.transient and attempt <= settings.retries:
+                    (again,) = workers.submit([job])
+                    running[again] = (job, attempt + 1)
+                    continue
+            batch.add(parts.whole(record))
+            if settings.fail_fast and not record.done:
+                workers.stop()
+                for unfinished, _ in running.values():
+                    batch.place.tidy(unfinished)
+                return
+
+
+def _record(future: Future[Record], job: Job, workers: Workers) -> Record:
+    try:
+        return future.result()
+    except Exception as error:  # of whatever kind the executor's are
+        return failed(job, workers.failure_of(error, job))
+
+
+def exit_code(result: BatchResult) -> ExitCode:
+    """0 where all models were converted, 7 otherwise."""
+    return ExitCode.BATCH_FAILED if result.failed else ExitCode.DONE

@@ -1,0 +1,93 @@
+"""Models that are not on this machine: brought here to be converted, and what becomes of them taken there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from converters import pipeline
+from converters.batches.jobs import Job
+from converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
+from converters.batches.scratch import scratch_folder
+from converters.errors import Error, MissingFile
+from converters.interfaces import OutputFile
+
+
+@contextmanager
+def brought_here(job: Job) -> Iterator[Job]:
+    """The job with its source and its target's folder on this machine, in a temporary folder for as long as the block
+    lasts. Errors name files as they are called where they are."""
+    with scratch_folder() as scratch:
+        local = replace(job, remote=None, destination="")
+        if job.destination:
+            folder = scratch / "out"
+            targets = tuple((format, folder / target.relative_to(job.folder)) for format, target in job.targets)
+            local = replace(local, folder=folder, targets=targets)
+        if job.remote is not None:
+            local = replace(local, source=scratch / "in" / PurePosixPath(job.remote.url).name)
+        try:
+            if job.remote is not None:
+                _fetch(job.remote, local.source)
+            yield local
+        except Error as error:
+            text = str(error).replace(str(scratch / "out"), job.destination.rstrip("/"))
+            text = text.replace(str(scratch / "in"), job.shown.rpartition("/")[0])
+            error.message, error.path, error.tensor = text, None, None
+            raise
+
+
+def _fetch(remote: RemoteSource, path: Path) -> None:
+    """Brings a model here: a folder whole, a file with those beside it that it refers to."""
+    if remote.is_folder:
+        for name in files_below(remote.url):
+            if not any(part.startswith(".") for part in PurePosixPath(name).parts):
+                fetch(joined(remote.url, name), path / name)
+        return
+    fetch(remote.url, path)
+    above = remote.url.rpartition("/")[0]
+    while (missing := _missing_beside(path)) is not None:
+        url = joined(above, PurePosixPath(missing.relative_to(path.parent)))
+        if not is_file(url):
+            return  # the conversion says so
+        fetch(url, missing)
+
+
+def _missing_beside(path: Path) -> Path | None:
+    """A file that the model at `path` refers to and that is not there, as far as reading its headers tells."""
+    with suppress(Error):
+        try:
+            pipeline.read(path)
+        except MissingFile as error:
+            return error.file if error.file.is_relative_to(path.parent) and not error.file.exists() else None
+    return None
+
+
+def deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
+    """Takes a model's outputs to where they belong, the main file last. When one of them cannot be put, none of them is
+    there, but for files that are the same for every model. Raises UsageError."""
+    urls = {file: joined(destination, PurePosixPath(file.path.relative_to(local.folder))) for file in files}
+    own = [url for file, url in urls.items() if not file.shared]
+    try:
+        if len(own) > 1:  # files of two conversions never stand together
+            remove(own)
+        for _, target in local.targets:
+            if target.is_dir():
+                _remove_former(joined(destination, PurePosixPath(target.relative_to(local.folder))), target)
+        for file, url in reversed(urls.items()):
+            put(file.path, url)
+    except BaseException:
+        with suppress(Error):
+            remove(own)
+        raise
+
+
+def _remove_former(url: str, folder: Path) -> None:
+    """Removes from a folder what an earlier conversion has written there and this one does not: shards and indices."""
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    suffixes = {path.suffix for path in folder.glob("*.safetensors")}
+    for name in files_below(url):
+        is_shard = "/" not in name and (PurePosixPath(name).suffix in suffixes or name.endswith(".index.json"))
+        if name not in written and is_shard:
+            remove([joined(url, name)])

@@ -1,0 +1,185 @@
+"""`nibblecast batch SRC DST --to NAME`"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from converters import api
+from converters.cli.arguments import Json, Quiet, human_bytes, key_values, print_json, table_console
+from converters.dequantize import FLOAT_DTYPES
+from converters.errors import ExitCode, UsageError, printable
+from converters.options import parse_size
+
+if TYPE_CHECKING:
+    from converters.batches.records import Record
+    from converters.batches.run import BatchResult, OnResult, OnRunning
+
+_SHOWN_FAILURES = 50
+
+
+def batch(
+    source: Annotated[str, typer.Argument(help="A folder of models or its URL, a file that lists them, or -.")],
+    target: Annotated[str, typer.Argument(help="The folder to write to, or its URL.", show_default=False)],
+    to: Annotated[list[str], typer.Option(help="The format to write; several times for several.")],
+    include: Annotated[list[str] | None, typer.Option(help="Only sources whose path matches this pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No sources whose path matches this pattern.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="How many at a time; as many as processors.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one model may take.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="dask://HOST:PORT, a Dask cluster, or dask, one on this machine; else processes.")
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often to try again what may pass.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what is done and unchanged.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")] = False,
+    dequantize: Annotated[str | None, typer.Option(help="As of convert.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="As of convert.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="As of convert.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="As of convert.")] = None,
+    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the readers or the writers.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
+    fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how large it gets.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert every model of a folder, each on its own; a report says what became of it. Exit 7 when any failed."""
+    from converters.batches.run import Settings
+
+    if dequantize is not None and dequantize not in FLOAT_DTYPES:
+        raise UsageError(f"--dequantize '{dequantize}': {', '.join(FLOAT_DTYPES)} are possible")
+    settings = Settings(
+        jobs=jobs,
+        timeout=timeout,
+        memory=None if memory is None else parse_size(memory, "--memory"),
+        retries=retries,
+        resume=resume,
+        fail_fast=fail_fast,
+        dry_run=dry_run,
+        executor=executor,
+    )
+    if executor is not None:
+        _silence_dask()
+    with _progress(quiet=quiet or json) as (on_result, on_running):
+        result = api.batch(
+            source,
+            target,
+            to,
+            include=include or (),
+            exclude=exclude or (),
+            dequantize=None if dequantize is None else FLOAT_DTYPES[dequantize],
+            quantize=quantize,
+            only=only or (),
+            skip=skip or (),
+            verify=verify,
+            fail_on_loss=fail_on_loss,
+            settings=settings,
+            on_result=on_result,
+            on_running=on_running,
+            **key_values(opt or ()),
+        )
+    if json:
+        print_json(_document(result))
+    elif not quiet:
+        _print(result, dry_run=dry_run)
+    if result.failed:
+        raise typer.Exit(ExitCode.BATCH_FAILED)
+
+
+def _silence_dask() -> None:
+    """What Dask logs of lost workers and connections is told by records."""
+    import logging
+
+    with suppress(ImportError):  # it sets its loggers up when it is imported
+        import distributed  # noqa: F401
+    for name in ("asyncio", "distributed", "distributed.client", "tornado", "tornado.application"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[tuple[OnResult | None, OnRunning | None]]:
+    """A bar on a terminal, with a line for each worker below it; a line for each model in a log."""
+    if quiet:
+        yield None, None
+        return
+    if not sys.stderr.isatty():
+        yield _log, None
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    columns = (TextColumn("batch"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns)
+    task = bar.add_task("batch", total=None)
+    with Live(bar, console=Console(stderr=True), transient=True, refresh_per_second=5) as live:
+
+        def on_result(record: Record, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if not record.done:
+                live.console.print(_line(record), markup=False, highlight=False)
+
+        def on_running(names: Sequence[str]) -> None:
+            lines = (Text(f"  {printable(name)}", overflow="ellipsis", no_wrap=True) for name in names)
+            live.update(Group(bar, *lines))
+
+        yield on_result, on_running
+
+
+def _log(record: Record, done: int, total: int) -> None:
+    if not record.kept:
+        print(f"{done}/{total} {_line(record)}", file=sys.stderr, flush=True)
+
+
+def _line(record: Record) -> str:
+    if record.failure is not None:
+        return printable(f"failed: {record.failure.message}")
+    nbytes = human_bytes(sum(output.bytes for output in record.outputs))
+    return printable(f"done: {record.source} ({nbytes}, {record.seconds:.1f} s)")
+
+
+def _print(result: BatchResult, *, dry_run: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if result.failed:
+        table = Table(box=None, pad_edge=False)
+        for column in ("failed", "exit code", "why"):
+            table.add_column(column, overflow="fold", justify="right" if column == "exit code" else "left")
+        for record in result.failed[:_SHOWN_FAILURES]:
+            if record.failure is not None:
+                row = record.source, str(record.failure.exit_code), record.failure.message
+                table.add_row(*(Text(printable(text)) for text in row))
+        table_console().print(table)
+    if len(result.failed) > _SHOWN_FAILURES:
+        print(f"and {len(result.failed) - _SHOWN_FAILURES} more: the report lists all")
+    verb = "would be converted" if dry_run else "converted"
+    nbytes = sum(output.bytes for record in result.records for output in record.outputs)
+    kept = sum(record.kept for record in result.records)
+    losses = sum(len(record.losses) for record in result.records)
+    print(
+        f"{len(result.records) - len(result.failed)} of {len(result.records)} models {verb}"
+        f"{f' ({kept} of them by a run before)' if kept else ''}: {human_bytes(nbytes)} in {result.seconds:.1f} s; "
+        f"{losses} losses"
+    )
+
+
+def _document(result: BatchResult) -> dict[str, object]:
+    import json
+
+    return {
+        "models": len(result.records),
+        "failed": len(result.failed),
+        "exit_codes": dict(Counter(str(r.failure.exit_code) for r in result.failed if r.failure)),
+        "seconds": round(result.seconds, 3),
+        "records": [json.loads(record.line()) for record in result.records],
+    }

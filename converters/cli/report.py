@@ -1,0 +1,52 @@
+"""`nibblecast report SRC -o FILE.html`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from converters import api
+from converters.cli.arguments import Json, Quiet, ReaderOptions, human_bytes, key_values, print_json, progress_bar
+from converters.errors import UsageError, printable
+
+
+def report(
+    source: Annotated[
+        Path, typer.Argument(help="A model; or a batch: its target folder or its report.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file to write.", show_default=False)
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="A model with the floats that the codes stand for.", show_default=False)
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title; the source's name without it.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
+    opt: ReaderOptions = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a page about a model or a batch: sizes, histograms of codes, scales, errors. Nothing is loaded from outside.
+
+    With --json the numbers are printed; then no page is needed.
+    """
+    if output is None and not json:
+        raise UsageError("there is nothing to write: name a page with -o FILE.html, or ask for --json")
+    with progress_bar("report", quiet=quiet or json) as progress:
+        made = api.report(
+            source,
+            output,
+            reference=reference,
+            only=only or (),
+            skip=skip or (),
+            title=title,
+            progress=progress,
+            **key_values(opt or ()),
+        )
+    if json:
+        print_json(made.document())
+    elif output is not None and not quiet:
+        print(f"{printable(str(output))} ({human_bytes(output.stat().st_size)})")

@@ -1,0 +1,111 @@
+"""The numbers of a batch, out of its report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from converters.batches.records import REPORT, Record, read_report
+from converters.errors import CorruptFile
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatistics:
+    """A batch's records, those of failures first, by their exit codes, then the others by their names."""
+
+    source: str
+    records: tuple[Record, ...]
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """Those that were not converted."""
+        return tuple(record for record in self.records if not record.done)
+
+    @property
+    def exit_codes(self) -> Mapping[int, int]:
+        """How many failed with each exit code, ascending."""
+        return dict(sorted(Counter(r.failure.exit_code for r in self.records if r.failure is not None).items()))
+
+    @property
+    def bytes(self) -> int:
+        """Of all outputs."""
+        return sum(map(output_bytes, self.records))
+
+    @property
+    def seconds(self) -> float:
+        """Of all models, one after the other."""
+        return sum(record.seconds for record in self.records)
+
+    @property
+    def losses(self) -> int:
+        """How many things were lost."""
+        return sum(len(record.losses) for record in self.records)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """The most that one model took; None where it is not known of any."""
+        return max((r.peak_memory for r in self.records if r.peak_memory is not None), default=None)
+
+    def document(self) -> dict[str, Any]:
+        """The numbers as JSON can hold them."""
+        return {
+            "source": self.source,
+            "models": len(self.records),
+            "failed": len(self.failed),
+            "exit_codes": {str(code): count for code, count in self.exit_codes.items()},
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "peak_memory": self.peak_memory,
+            "records": [json.loads(record.line()) for record in self.records],
+        }
+
+
+def output_bytes(record: Record) -> int:
+    """Of all files that were written for a model."""
+    return sum(output.bytes for output in record.outputs)
+
+
+def report_of(source: Path) -> Path | None:
+    """The report that `source` is, or that lies in it; None where it is a model."""
+    if source.is_dir():
+        return source / REPORT if (source / REPORT).is_file() else None
+    return source if source.suffix == Path(REPORT).suffix else None
+
+
+def batch_statistics(report: Path) -> BatchStatistics:
+    """The numbers of a report. Raises CorruptFile where it has no whole record, or one that `batch` cannot have
+    written."""
+    if not report.is_file():
+        raise CorruptFile("is no file" if report.exists() else "does not exist", path=report)
+    records = read_report(report)
+    if not records:
+        raise CorruptFile("holds no record of a batch: `nibblecast batch` writes such reports", path=report)
+    for record in records.values():
+        if not _is_sound(record):
+            raise CorruptFile(f"the record of {record.source} has values of another kind than expected", path=report)
+    ordered = sorted(records.values(), key=lambda r: (r.done, r.failure.exit_code if r.failure else 0, r.source))
+    is_usual = report.name == REPORT
+    return BatchStatistics(report.absolute().parent.name if is_usual else report.name, tuple(ordered))
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether the values are of the types that they are declared to have, and numbers not negative."""
+    numbers: list[object] = [record.attempts, *(output.bytes for output in record.outputs)]
+    numbers += [] if record.peak_memory is None else [record.peak_memory]
+    texts: list[object] = [record.source, record.nibblecast]
+    if record.failure is not None:
+        numbers.append(record.failure.exit_code)
+        texts.append(record.failure.message)
+    return (
+        all(isinstance(value, int) and value >= 0 for value in numbers)
+        and all(isinstance(value, str) for value in texts)
+        and all(isinstance(loss, Mapping) for loss in record.losses)
+        and isinstance(record.seconds, int | float)
+        and 0 <= record.seconds < inf
+    )

@@ -1,0 +1,161 @@
+"""What becomes of a model whose worker hangs, dies, or takes too much memory: its own result, and the others go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from converters.batches.records import REPORT, read_report
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
+GOOD = FIXTURES / "cnn_int4_per_channel.tflite"
+
+#: Runs at the start of every worker: the names of models say how it misbehaves.
+MISBEHAVING = """
+import os, signal, time
+from pathlib import Path
+import numpy as np
+from converters.batches import jobs
+
+convert = jobs._converted
+
+def converted(job, *, dry_run):
+    stem = Path(job.name).stem
+    part = job.targets[0][1].with_name(f".{job.targets[0][1].name}.{os.getpid()}-0.nibblecast-part")
+    if stem in ("hangs", "dies", "exits"):
+        part.write_bytes(b"half")
+    if stem == "hangs":
+        time.sleep(600)
+    if stem == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if stem == "exits":
+        os._exit(5)
+    if stem == "eats":
+        np.ones(1 << 31, np.uint8)
+    if stem == "fails once":
+        marker = job.folder / ".failed"
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+    if stem == "bug":
+        raise RuntimeError("a bug\\nin two lines")
+    return convert(job, dry_run=dry_run)
+
+jobs._converted = converted
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(MISBEHAVING)
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def models(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in (*names, *(f"good{number}" for number in range(6))):
+        shutil.copy(GOOD, folder / f"{name}.tflite")
+    return folder
+
+
+def batch(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "converters", "batch", str(folder), str(folder.parent / "out"), "--jobs", "2"]
+    command += ["--to", "safetensors", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "exit_code", "message"),
+    [
+        ("hangs", 3, "took longer than 3 s"),
+        ("dies", 1, "its process was ended by SIGKILL"),
+        ("exits", 1, "its process ended with exit code 5"),
+        ("eats", 3, "takes more memory than is allowed"),
+        ("bug", 1, r"a bug of nibblecast: RuntimeError: a bug\nin two lines"),
+    ],
+)
+def test_it_is_that_models_result(
+    name: str, exit_code: int, message: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    done = batch(models(tmp_path / "models", name), environment, "--timeout", "3", "--memory", "1G")
+    assert done.returncode == 7, done.stderr
+    records = read_report(tmp_path / "out" / REPORT)
+    assert sum(record.done for record in records.values()) == 6
+    failure = records[f"{name}.tflite"].failure
+    assert failure is not None
+    assert failure.exit_code == exit_code
+    assert message in failure.message
+    assert "\n" not in failure.message
+    assert not list((tmp_path / "out").glob(".*part"))
+
+
+@pytest.mark.parametrize(("retries", "done"), [(0, False), (1, True)])
+def test_what_may_pass_is_tried_again(retries: int, done: bool, environment: dict[str, str], tmp_path: Path) -> None:
+    batch(models(tmp_path / "models", "fails once"), environment, "--retries", str(retries))
+    record = read_report(tmp_path / "out" / REPORT)["fails once.tflite"]
+    assert record.done == done
+    assert record.attempts == 1 + retries
+
+
+def test_what_is_wrong_with_the_model_is_not_tried_again(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = models(tmp_path / "models")
+    (folder / "broken.tflite").write_bytes(GOOD.read_bytes()[:500])
+    batch(folder, environment, "--retries", "5")
+    assert read_report(tmp_path / "out" / REPORT)["broken.tflite"].attempts == 1
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_a_state_to_resume(
+    ended_by: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder = models(tmp_path / "models", "hangs")
+    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while len(read_report(tmp_path / "out" / REPORT)) < 6 and time.monotonic() < until:
+            time.sleep(0.1)
+        process.send_signal(ended_by)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + ended_by
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "out").glob(".*part"))
+    assert len(read_report(tmp_path / "out" / REPORT)) == 6
+    (folder / "hangs.tflite").rename(folder / "works.tflite")
+    done = batch(folder, environment, "--resume")
+    assert "7 of 7 models converted (6 of them by a run before)" in done.stdout
+
+
+def test_workers_end_with_the_process_that_started_them(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = models(tmp_path / "models", "hangs")
+    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 60
+        while len(read_report(tmp_path / "out" / REPORT)) < 6 and time.monotonic() < until:
+            time.sleep(0.1)
+        process.kill()
+    until = time.monotonic() + 20
+    while _session(process.pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert _session(process.pid) == []
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session that are running."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
