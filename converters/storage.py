@@ -27,7 +27,8 @@ class Data(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes [start, stop), shape (stop - start,); the array may be a read-only view, never to be written to."""
+        """Bytes [start, stop), shape (stop - start,), contiguous; the array may be a read-only view, never to be written
+        to."""
         ...
 
 
@@ -79,11 +80,11 @@ class Computed:
     compute_into: Callable[[int, int, NDArray[np.uint8]], NDArray[np.uint8]] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        return self.compute(start, stop)
+        return np.ascontiguousarray(self.compute(start, stop))  # a column of an array may be a view that is not
 
     def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Like `read`, perhaps in `out`."""
-        return self.compute(start, stop) if self.compute_into is None else self.compute_into(start, stop, out)
+        return self.read(start, stop) if self.compute_into is None else self.compute_into(start, stop, out)
 
     def release(self, start: int, stop: int) -> None:
         """Lets go of what of the sources bytes [start, stop) were made of."""
