@@ -16,6 +16,7 @@ from converters.batches.remote import RemoteFile, RemoteSource, files_below, hea
 from converters.errors import UsageError
 
 _HEAD_BYTES = 64
+_ANYTHING = (".bin",)  # what is called so may as well be another model's weights
 _TELLING_MAGIC = 4  # bytes; shorter ones are in files of any kind
 _MOST_LISTED = 16 << 20
 
@@ -174,7 +175,8 @@ def _head_of(path: Path) -> bytes:
 
 def _looks_like_a_model(path: Path, read_head: Callable[[], bytes]) -> bool:
     readable = [format for format in plugins.all_formats().values() if format.reader and format.magic]
-    if any(path.suffix.lower() in format.extensions for format in readable):
+    suffix = path.suffix.lower()
+    if suffix not in _ANYTHING and any(suffix in format.extensions for format in readable):
         return True
     head = read_head()
     having = [
@@ -182,7 +184,8 @@ def _looks_like_a_model(path: Path, read_head: Callable[[], bytes]) -> bool:
         for format in readable
         if any(len(magic.content) >= _TELLING_MAGIC and magic.matches(head) for magic in format.magic)
     ]
-    return len(having) == 1  # ZIP files are of many kinds
+    # ZIP files are of many kinds
+    return len(having) == 1 or any(suffix in format.extensions for format in having)
 
 
 def digest_of(path: Path) -> str:

@@ -126,6 +126,15 @@ def test_patterns_choose_sources(models: Path, tmp_path: Path) -> None:
     }
 
 
+def test_weights_beside_a_model_are_no_model(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for name in ("external_buffer.tflite", "external_buffer.weights.bin"):
+        shutil.copy(FIXTURES / "tflite" / name, tmp_path / "models")
+    result = converters.batch(tmp_path / "models", tmp_path / "out", "safetensors")
+    assert [record.source for record in result.records] == ["external_buffer.tflite"]
+    assert not result.failed
+
+
 def test_names_that_clash_are_an_error_before_the_start(models: Path, tmp_path: Path) -> None:
     shutil.copy(models / "part0" / GOOD[0].name, models / "part0" / f"{GOOD[0].stem}.litertlm")
     with pytest.raises(UsageError, match="would be written for .* and for .*: leave one of them out with --exclude"):
