@@ -27,7 +27,7 @@ class Data(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes [start, stop), shape (stop - start,), contiguous; they may be a read-only view, not to be written to."""
+        """Bytes [start, stop), contiguous, shape (stop - start,); they may be a read-only view, never to be changed."""
         ...
 
 
