@@ -13,7 +13,7 @@ from typing import Any
 from converters import api
 from converters.batches.records import Failure, Output, Record
 from converters.batches.remote import RemoteSource
-from converters.batches.sources import digest_of
+from converters.batches.sources import bytes_of, digest_of
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import Error, ExitCode, UsageError, printable
 from converters.interfaces import OutputFile
@@ -93,7 +93,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""
     began = time.perf_counter()
     _forget_peak()
-    digest, done, failure, shards = "", None, None, 0
+    digest, done, failure, shards, nbytes = "", None, None, 0, 0
     outputs: tuple[Output, ...] = ()
     try:
         if job.part == DIGEST:
@@ -102,6 +102,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
             shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
         else:
             with _at_hand(job) as local:
+                nbytes = bytes_of(local.source)
                 digest = job.digest or digest_of(local.source)
                 done = _converted(local, dry_run=dry_run)
                 written = tuple(_outputs(local, done, dry_run=dry_run))
@@ -122,6 +123,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
         source=job.name,
         sha256=digest,
         request=job.text,
+        source_bytes=nbytes,
         outputs=outputs,
         losses=tuple({"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in losses),
         verified=None if done is None else _verified(job, done),

@@ -38,7 +38,7 @@ class Record:
     `source` is the model's path below the folder that was converted; `sha256` that of its content, empty where it could
     not be read; `request` what was asked for, as text; `verified` whether what was written was compared with it (None:
     not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known); `version`
-    what the store says of the content of a source that is in one (else empty).
+    what the store says of the content of a source that is in one (else empty); `source_bytes` how large the source is.
     """
 
     source: str
@@ -53,6 +53,7 @@ class Record:
     failure: Failure | None = None
     nibblecast: str = ""
     version: str = ""
+    source_bytes: int = 0
     kept: bool = field(default=False, compare=False)
     #: Of a part of a large model (`converters.batches.parts`), for whoever hands out the next.
     shards: int = field(default=0, compare=False)

@@ -188,15 +188,25 @@ def _looks_like_a_model(path: Path, read_head: Callable[[], bytes]) -> bool:
     return len(having) == 1 or any(suffix in format.extensions for format in having)
 
 
+def bytes_of(path: Path) -> int:
+    """The size of a file, or of a folder's files together."""
+    return sum(file.stat().st_size for file in _files_of(path)) if path.is_dir() else path.stat().st_size
+
+
 def digest_of(path: Path) -> str:
     """The SHA-256 of a file, or of a folder's files with their names."""
     if not path.is_dir():
         with path.open("rb") as stream:
             return file_digest(stream, "sha256").hexdigest()
     combined = sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path))):
+    for file in _files_of(path):
         combined.update(f"{digest_of(file)} {file.relative_to(path)}\n".encode("utf-8", "surrogateescape"))
     return combined.hexdigest()
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = (file for file in folder.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(folder)))
+    return sorted(files)
 
 
 def _is_hidden(path: Path) -> bool:

@@ -164,12 +164,13 @@ def _print(result: BatchResult, *, dry_run: bool) -> None:
         print(f"and {len(result.failed) - _SHOWN_FAILURES} more: the report lists all")
     verb = "would be converted" if dry_run else "converted"
     nbytes = sum(output.bytes for record in result.records for output in record.outputs)
+    source_bytes = sum(record.source_bytes for record in result.records)
     kept = sum(record.kept for record in result.records)
     losses = sum(len(record.losses) for record in result.records)
+    before = f" ({kept} of them by a run before)" if kept else ""
     print(
-        f"{len(result.records) - len(result.failed)} of {len(result.records)} models {verb}"
-        f"{f' ({kept} of them by a run before)' if kept else ''}: {human_bytes(nbytes)} in {result.seconds:.1f} s; "
-        f"{losses} losses"
+        f"{len(result.records) - len(result.failed)} of {len(result.records)} models {verb}{before}: "
+        f"{human_bytes(source_bytes)} to {human_bytes(nbytes)} in {result.seconds:.1f} s; {losses} losses"
     )
 
 
