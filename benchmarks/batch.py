@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.measure import Row, processes_by_turns
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
-_MODELS = 300
+_MODELS = 3000
 _LOOPED = 30
 
 
@@ -19,10 +19,10 @@ def rows(folder: Path) -> list[Row]:
     models = folder / "models"
     models.mkdir()
     for number in range(_MODELS):
-        shutil.copy(sources[number % len(sources)], models / f"{number:04}.tflite")
+        shutil.copy(sources[number % len(sources)], models / f"{number:05}.tflite")
     python = f"'{sys.executable}' -m converters"
     loop = f"""for number in $(seq 0 {_LOOPED - 1}); do
-        name=$(printf %04d $number)
+        name=$(printf %05d $number)
         {python} convert '{models}'/$name.tflite '{folder}'/loop/$name.safetensors || true
     done"""
     (folder / "loop").mkdir()
