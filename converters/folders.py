@@ -26,6 +26,7 @@ from converters.version import __version__
 _INTENT = ".nibblecast-intent"
 _LOCK = ".nibblecast-lock"
 _INCOMPLETE = ".incomplete"
+_INDEX = ".index.json"
 _COPIED_BYTES = 1 << 22
 
 
@@ -174,9 +175,13 @@ def _check_replaceable(plan: FolderPlan) -> None:
     if not folder.is_dir():
         return
     written = {file.path.relative_to(folder).parts[0] for file in plan.files}
-    suffixes = {"".join(shard.file.path.suffixes[-1:]) for shard in plan.shards}
+    # of another number of shards, perhaps
+    shards = {(shard.file.path.stem.partition("-")[0], shard.file.path.suffix) for shard in plan.shards}
     for entry in folder.iterdir():
-        if entry.name not in written and entry.suffix not in suffixes and not entry.name.endswith(".index.json"):
+        former = (entry.stem.partition("-")[0], entry.suffix) in shards or entry.name in {
+            f"{stem}{suffix}{_INDEX}" for stem, suffix in shards
+        }
+        if entry.name not in written and not former:
             raise UsageError(
                 f"is a folder that holds '{entry.name}', which would be lost: name a new folder, or empty this one",
                 path=folder,

@@ -172,12 +172,13 @@ def test_a_folder_of_ours_is_replaced(source: Path, tmp_path: Path) -> None:
     assert listing(tmp_path) == ["out", "source"]
 
 
-def test_a_folder_with_other_files_is_not(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["thesis.tex", "mine.safetensors", "other.safetensors.index.json"])
+def test_a_folder_with_other_files_is_not(name: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("mine")
-    with pytest.raises(UsageError, match="holds 'thesis.tex', which would be lost"):
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(UsageError, match=f"holds '{name}', which would be lost"):
         converted(source, tmp_path / "out")
-    assert listing(tmp_path / "out") == ["thesis.tex"]
+    assert listing(tmp_path / "out") == [name]
 
 
 def test_an_empty_folder_is_filled(source: Path, tmp_path: Path) -> None:
