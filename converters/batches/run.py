@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from converters.batches.jobs import Job, Request, failed, run_job
@@ -155,7 +159,8 @@ def _is_current(record: Record, job: Job, place: Place) -> bool:
 
 def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
     try:
-        _supervise(batch, todo, settings, workers)
+        with _kept_signals() as check:
+            _supervise(batch, todo, settings, workers, check)
     except BaseException:
         workers.stop()
         for job in todo:
@@ -192,13 +197,46 @@ def _as_many_as_fit(memory: int | None) -> int:
     return max(1, min(os.cpu_count() or 1, available // (memory or _USUAL_MEMORY)))
 
 
-def _supervise(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
+@contextmanager
+def _kept_signals() -> Iterator[Callable[[], None]]:
+    """Keeps an interruption until the function that this gives is called: an exception amid the pool's own work would
+    leave its locks taken. A second signal does what it did before."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield lambda: None
+        return
+    former = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
+    kept: list[int] = []
+
+    def keep(number: int, _: FrameType | None) -> None:
+        kept.append(number)
+        for each, handler in former.items():
+            signal.signal(each, handler)
+
+    def check() -> None:
+        if signal.SIGINT in kept:
+            raise KeyboardInterrupt
+        if kept:
+            raise SystemExit(128 + kept[0])
+
+    for number in former:
+        signal.signal(number, keep)
+    try:
+        yield check
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _supervise(
+    batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers, check: Callable[[], None]
+) -> None:
     """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
     a first failure that ends the batch ends it soon."""
     parts = Parts()
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
     while True:
+        check()
         jobs = [parts.first(job) for job in islice(waiting, max(0, workers.ahead - len(running)))]
         running |= {future: (job, 1) for future, job in zip(workers.submit(jobs), jobs, strict=True)}
         if not running:
