@@ -299,6 +299,8 @@ def _planned(
     if not targets:
         raise UsageError("there is no target: name at least one file to write")
     names = [to] * len(targets) if to is None or isinstance(to, str) else to
+    if len(names) != len(targets):
+        raise UsageError(f"there are {len(targets)} targets, but {len(names)} formats: one for each is needed")
     formats = [
         plugins.format_named(name) if name else plugins.format_of_target(path)
         for path, name in zip(targets, names, strict=True)

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from converters.errors import CorruptFile, Unsupported
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Data, InMemory, read_into, release
+from converters.storage import Data, InMemory, Part, release
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -382,7 +382,7 @@ class Tensor:
         first, last = start * row_bits // 8, packed_size(stop, row_bits)
         quantization = self.quantization and self.quantization.rows(axis, start, stop, self.shape)
         shape = _with(self.shape, axis, stop - start)
-        return replace(self, shape=shape, data=_Part(self.data, first, last - first), quantization=quantization)
+        return replace(self, shape=shape, data=Part(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
         """The pieces that `cut` gives, each of them released when the next one is asked for."""
@@ -504,26 +504,3 @@ _CODEBOOK_INDICES = frozenset(np.dtype(t) for t in (ml_dtypes.uint2, ml_dtypes.u
 
 def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
     return (*values[:axis], value, *values[axis + 1 :])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """A range of other data."""
-
-    data: Data
-    start: int
-    nbytes: int
-
-    @property
-    def sources(self) -> tuple[Data, ...]:
-        """What it is a range of."""
-        return (self.data,)
-
-    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
-
-    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return read_into(self.data, self.start + start, self.start + min(stop, self.nbytes), out)
-
-    def release(self, start: int, stop: int) -> None:
-        release(self.data, self.start + start, self.start + stop)

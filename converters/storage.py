@@ -127,6 +127,29 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A range of other data."""
+
+    data: Data
+    start: int
+    nbytes: int
+
+    @property
+    def sources(self) -> tuple[Data, ...]:
+        """What it is a range of."""
+        return (self.data,)
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
+
+    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return read_into(self.data, self.start + start, self.start + min(stop, self.nbytes), out)
+
+    def release(self, start: int, stop: int) -> None:
+        release(self.data, self.start + start, self.start + stop)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MappedFile:
     """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it."""
 

@@ -4,6 +4,7 @@ outputs are there."""
 from __future__ import annotations
 
 import fcntl
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -76,8 +77,10 @@ class LocalFolder:
                     "is being written by another batch: wait for it, or stop it", path=self.folder
                 ) from error
             self._clear()
-            yield self.folder / REPORT
-            self._clear()
+            try:
+                yield self.folder / REPORT
+            finally:
+                self._clear()
 
     def _clear(self) -> None:
         for part in self.folder.rglob(_PARTS):
@@ -94,10 +97,12 @@ class LocalFolder:
         """It is there already."""
 
     def tidy(self, job: Job) -> None:
-        """Removes temporary files; a folder's complete shards stay for the next attempt."""
+        """Removes temporary files, and none of a model with a longer name that is still worked on; a folder's complete
+        shards stay for the next attempt."""
         for _, target in job.targets:
+            own = re.compile(rf"\.{re.escape(target.stem)}\.[^.]+(\.data)?\.\d+-\d+\.nibblecast-part")
             for part in target.parent.glob(_PARTS):
-                if part.is_file() and part.name.startswith(f".{target.stem[:100]}"):
+                if part.is_file() and own.fullmatch(part.name):
                     part.unlink(missing_ok=True)
 
 

@@ -163,8 +163,6 @@ def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Worke
             _supervise(batch, todo, settings, workers, check)
     except BaseException:
         workers.stop()
-        for job in todo:
-            batch.place.tidy(job)
         raise
     workers.close()
 
@@ -260,8 +258,6 @@ def _supervise(
             batch.add(parts.whole(record))
             if settings.fail_fast and not record.done:
                 workers.stop()
-                for unfinished, _ in running.values():
-                    batch.place.tidy(unfinished)
                 return
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from converters.dequantize import FLOAT_DTYPES
@@ -36,6 +37,13 @@ def with_default_dequantize(arguments: Sequence[str]) -> list[str]:
         if argument == "--dequantize" and following not in FLOAT_DTYPES:
             complete.append("float32")
     return complete
+
+
+def float_dtype(name: str | None) -> np.dtype[Any] | None:
+    """The dtype that --dequantize names; None without it. Raises UsageError for another one."""
+    if name is not None and name not in FLOAT_DTYPES:
+        raise UsageError(f"--dequantize '{name}': {', '.join(FLOAT_DTYPES)} are possible")
+    return None if name is None else FLOAT_DTYPES[name]
 
 
 def key_values(given: Sequence[str]) -> dict[str, str]:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, Quiet, human_bytes, key_values, print_json, table_console
-from converters.dequantize import FLOAT_DTYPES
-from converters.errors import ExitCode, UsageError, printable
+from converters.cli.arguments import Json, Quiet, float_dtype, human_bytes, key_values, print_json, table_console
+from converters.errors import ExitCode, printable
 from converters.options import parse_size
 
 if TYPE_CHECKING:
@@ -54,8 +53,7 @@ def batch(
     """Convert every model of a folder, each on its own; a report says what became of it. Exit 7 when any failed."""
     from converters.batches.run import Settings
 
-    if dequantize is not None and dequantize not in FLOAT_DTYPES:
-        raise UsageError(f"--dequantize '{dequantize}': {', '.join(FLOAT_DTYPES)} are possible")
+    dtype = float_dtype(dequantize)
     settings = Settings(
         jobs=jobs,
         timeout=timeout,
@@ -75,7 +73,7 @@ def batch(
             to,
             include=include or (),
             exclude=exclude or (),
-            dequantize=None if dequantize is None else FLOAT_DTYPES[dequantize],
+            dequantize=dtype,
             quantize=quantize,
             only=only or (),
             skip=skip or (),

@@ -16,14 +16,14 @@ from converters.cli.arguments import (
     Json,
     Quiet,
     Source,
+    float_dtype,
     human_bytes,
     key_values,
     print_json,
     progress_bar,
     table_console,
 )
-from converters.dequantize import FLOAT_DTYPES
-from converters.errors import UsageError, printable
+from converters.errors import printable
 from converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
@@ -57,14 +57,13 @@ def convert(
     quiet: Quiet = False,
 ) -> None:
     """Convert a model to one or several files in one read."""
-    if dequantize is not None and dequantize not in FLOAT_DTYPES:
-        raise UsageError(f"--dequantize '{dequantize}': {', '.join(FLOAT_DTYPES)} are possible")
+    dtype = float_dtype(dequantize)
     with progress_bar("convert", quiet=quiet or json) as progress:
         conversion = api.convert(
             source,
             *targets,
             to=to,
-            dequantize=None if dequantize is None else FLOAT_DTYPES[dequantize],
+            dequantize=dtype,
             quantize=quantize,
             only=only or (),
             skip=skip or (),

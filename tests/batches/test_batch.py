@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 import converters
+from converters.batches.jobs import Job, Request
+from converters.batches.places import LocalFolder
 from converters.batches.records import REPORT, Record, read_report
 from converters.batches.run import Settings
 from converters.errors import UsageError
@@ -210,6 +212,23 @@ def test_the_first_failure_ends_a_batch_that_wants_it(models: Path, tmp_path: Pa
     result = converters.batch(models, tmp_path / "out", "safetensors", settings=Settings(fail_fast=True, jobs=1))
     assert len(result.failed) == 1
     assert len(result.records) < len(GOOD)
+
+
+def test_what_an_ended_process_left_is_removed_and_nothing_of_models_with_longer_names(tmp_path: Path) -> None:
+    """The other ones may be what workers are writing at the moment."""
+    own = [f".a{suffix}.12-0.nibblecast-part" for suffix in (".h", ".c", ".onnx.data")]
+    others = [f".{name}.34-0.nibblecast-part" for name in ("ab.h", "a.b.h", "a-1.c", "b.h")]
+    for name in (*own, *others):
+        (tmp_path / name).touch()
+    (tmp_path / ".a.nibblecast-part").mkdir()
+    targets = (("cheader", tmp_path / "a.h"),)
+    LocalFolder(tmp_path).tidy(Job(tmp_path / "a.tflite", "a.tflite", tmp_path, targets, Request()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".a.nibblecast-part", *others])
+
+
+def test_as_many_formats_as_targets_are_needed(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there are 2 targets, but 1 formats"):
+        converters.convert(GOOD[0], tmp_path / "a.h", tmp_path / "b.h", to=["cheader"])
 
 
 def test_two_batches_do_not_write_one_folder(models: Path, tmp_path: Path) -> None:
