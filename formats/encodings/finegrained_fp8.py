@@ -22,7 +22,7 @@ import numpy as np
 from converters.errors import CorruptFile
 from converters.ir import Quantization, Tensor, grid_shape, per_tensor
 from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS, exponents, float_scales
+from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS, exponents, float_scales, value_dtype
 
 #: ModelOpt's checkpoints keep weights of DeepSeek's that it did not quantize as they were.
 METHODS = frozenset(("fp8", "modelopt", "modelopt_fp4", "modelopt_mixed"))
@@ -31,7 +31,6 @@ _FLOATS8 = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
 _BYTES = frozenset((np.dtype(np.uint8), np.dtype(np.int8)))
 _EXPONENTS = frozenset((np.dtype(np.uint8), FLOAT8_E8M0))
 _MX_BLOCK = (1, 32)
-_FLOAT32 = np.dtype(np.float32)
 
 #: What follows the prefix in the names of codes and scales.
 _NAMES = (("", "_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))
@@ -55,13 +54,13 @@ def decode(stored: Stored) -> Weight:
     codes, scale = stored[names[0]], stored[names[1]]
     if len(codes.shape) < 2:
         raise CorruptFile(f"has codes of shape {codes.shape}, where a matrix is needed")
-    compute_dtype = scale.dtype if scale.dtype in FLOATS else _FLOAT32
+    rounded_to = value_dtype(scale.dtype) if scale.dtype in FLOATS else None
     scale = exponents(scale) if scale.dtype in _EXPONENTS else float_scales(scale)
     if codes.dtype in _BYTES:
         codes = replace(codes, shape=(*codes.shape[:-1], codes.shape[-1] * 2), dtype=FLOAT4)
     blocks = _block_shape(stored, codes.shape, scale)
     scale = replace(scale, name="scale", shape=grid_shape(codes.shape, blocks))
-    quantization = Quantization(scale, blocks, compute_dtype=compute_dtype)
+    quantization = Quantization(scale, blocks, value_dtype=rounded_to)
     return Weight(replace(codes, name=stored.prefix + names[0], quantization=quantization), names)
 
 

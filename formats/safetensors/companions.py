@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.errors import CorruptFile
 from converters.interfaces import Companion, OutputFile
 from converters.ir import Model
 from formats.encodings.configuration import CONFIG, QUANTIZATION_FILES, QUANTIZATION_KEYS, model_config
@@ -62,14 +63,20 @@ def json_companion(folder: Path, name: str, document: Mapping[str, Any]) -> Comp
 
 
 def copied(model: Model, folder: Path) -> Iterator[Companion]:
-    """The source's other files, to be copied to `folder`."""
+    """The source's other files, to be copied to `folder`. Raises CorruptFile where they cannot be listed."""
     source = source_folder(model)
     if source is None:
         return
-    if model.metadata.source == source:
-        files = _files(source, folder)
-    else:
-        files = sorted({path for pattern in _MODEL_FILES for path in source.glob(pattern) if path.is_file()})
+    try:
+        if model.metadata.source == source:
+            files = _files(source, folder)
+        else:
+            files = sorted({path for pattern in _MODEL_FILES for path in source.glob(pattern) if path.is_file()})
+    except OSError as error:
+        where = Path(error.filename or source)
+        raise CorruptFile(
+            f"cannot be read: {error.strerror or error}; its files are to be copied", path=where
+        ) from error
     for path in files:
         relative = path.relative_to(source)
         if _is_companion(relative) and _stays(path, source):
