@@ -99,4 +99,4 @@ def _other_layout(stored: Stored) -> str:
     if qweight.dtype == np.int16:
         return "gemv_fast"
     in_words = qweight.shape[1] in (scales.shape[1], scales.shape[1] // PER_WORD)
-    return "gemv" if qweight.shape[0] == scales.shape[0] == qzeros.shape[0] and not in_words else ""
+    return "gemv" if qweight.shape[:1] == scales.shape[:1] == qzeros.shape[:1] and not in_words else ""

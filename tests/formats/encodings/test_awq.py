@@ -124,3 +124,13 @@ def test_the_configuration_that_autoawq_once_wrote(tmp_path):
     config = quantization_config(tmp_path)
     assert (config["quant_method"], config["bits"], config["group_size"]) == ("awq", 4, 16)
     refused(checkpoint()[0], config, "'gemv'", kind=Unsupported)
+
+
+def test_zeros_without_an_axis_are_no_layout_of_awq() -> None:
+    """Found by random tensors: an IndexError."""
+    arrays = {
+        "m.qweight": np.zeros((0, 0), np.uint8),
+        "m.qzeros": np.array(0, np.uint8),
+        "m.scales": np.zeros((0, 1), np.uint8),
+    }
+    assert set(decoded(arrays)) == set(arrays)
