@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -29,9 +30,15 @@ class OptionHelp:
     help: str
 
 
+@cache
+def _hints(options: type) -> Mapping[str, Any]:
+    """The types of its fields; evaluating annotations takes a while."""
+    return get_type_hints(options)
+
+
 def describe(options: type) -> list[OptionHelp]:
     """The options of a writer's dataclass, in its order."""
-    hints = get_type_hints(options)
+    hints = _hints(options)
     return [
         OptionHelp(
             _spelled(field), _values(hints[field.name]), _text(field.default), str(field.metadata.get("help", ""))
@@ -43,9 +50,9 @@ def describe(options: type) -> list[OptionHelp]:
 def parse(options: type, given: Mapping[str, Any], format_name: str) -> Any:
     """An instance of the dataclass `options`. Values may be text or of the right type already; names may have hyphens.
     Raises UsageError, with what is possible, for an unknown name or an impossible value."""
-    if not given:  # most runs, and evaluating annotations takes a while
+    if not given:
         return options()
-    hints = get_type_hints(options)
+    hints = _hints(options)
     known = {_spelled(field): field for field in fields(options)}
     values: dict[str, Any] = {}
     for name, value in given.items():

@@ -9,7 +9,6 @@ computed at each request. The same floats give the same codes at any time, whate
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from converters.dequantize import dequantized
 from converters.errors import Error, UsageError
 from converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from converters.processors import threads
 from converters.rounding import Floats, Parameters
 from converters.scheme import Blocked, PerTensor, Scheme, parse_scheme
 from converters.storage import Computed, release
@@ -331,13 +331,13 @@ class QuantizedCodes:
 
 def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None:
     """Calls the function with each item, several at a time (NumPy computes without holding the interpreter)."""
-    threads = min(_MOST_THREADS, os.cpu_count() or 1, len(items))
-    if threads < 2:
+    count = min(_MOST_THREADS, threads(), len(items))
+    if count < 2:
         for item in items:
             function(item)
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(count) as pool:
         for _ in pool.map(function, items):
             pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.ir import Tensor
+from converters.processors import threads
 from converters.storage import FileRange, InMemory, read_into
 
 if TYPE_CHECKING:  # imported when there is something to compute
@@ -23,9 +23,10 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go, or
     used again, when the next one is asked for. Data that are computed are so in threads (NumPy works without holding
     the interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
-    threads = min(_MOST_THREADS, os.cpu_count() or 1)
     parts = tensor.cut(nbytes)
-    if threads < 2 or tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory):
+    plain = tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory)
+    count = 1 if plain else min(_MOST_THREADS, threads())
+    if count < 2:
         for part in parts:
             yield part.packed()
             part.release()
@@ -33,15 +34,15 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     from concurrent.futures import ThreadPoolExecutor
 
     ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]] = deque()
-    memory = [np.empty(0, np.uint8)] * (threads + 2)  # for those ahead, and the one that was asked for last
-    with ThreadPoolExecutor(threads) as pool:
+    memory = [np.empty(0, np.uint8)] * (count + 2)  # for those ahead, and the one that was asked for last
+    with ThreadPoolExecutor(count) as pool:
         try:
             for number, part in enumerate(parts):
                 at = number % len(memory)
                 if memory[at].size < part.nbytes:
                     memory[at] = np.empty(part.nbytes, np.uint8)
                 ahead.append((part, pool.submit(read_into, part.data, 0, part.nbytes, memory[at])))
-                if len(ahead) > threads:
+                if len(ahead) > count:
                     yield from _first(ahead)
             while ahead:
                 yield from _first(ahead)

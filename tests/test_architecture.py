@@ -129,7 +129,7 @@ def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: li
 def test_importing_it_imports_no_executor_and_no_file_system() -> None:
     program = (
         "import sys, converters, converters.batches.run, converters.batches.workers\n"
-        "print([name for name in ('dask', 'distributed', 'fsspec', 'pebble') if name in sys.modules])"
+        "print([name for name in ('dask', 'distributed', 'fsspec') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "[]\n", done.stderr

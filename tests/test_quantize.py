@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from converters import blocks, quantize
 from converters.errors import Unsupported
 from converters.ir import Model, Quantization, Tensor, blocked, grid_shape
+from converters.processors import THREADS
 from converters.quantize import accuracy, quantize_model, quantized
 from converters.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
 
@@ -283,7 +284,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         for threads in (1, 5):
             monkeypatch.setattr(quantize, "_MOST_THREADS", threads)
-            monkeypatch.setattr("os.cpu_count", lambda: 8)
+            monkeypatch.setenv(THREADS, "8")
             tensor = quantized(plain, parse_scheme(text))
             found.append(
                 (tensor.packed().tobytes(), parameters(tensor).scale.packed().tobytes(), accuracy(Model({"w": tensor})))

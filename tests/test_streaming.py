@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import converters
-from converters import streaming
 from converters.dequantize import dequantized
 from converters.errors import CorruptFile
 from converters.ir import Model, Quantization, Tensor, blocked
+from converters.processors import THREADS
 from converters.storage import Computed, InMemory
 from converters.streaming import pieces
 
@@ -53,7 +53,7 @@ def others() -> int:
 
 @pytest.fixture(params=[1, 2, 4])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(streaming.os, "cpu_count", lambda: request.param)
+    monkeypatch.setenv(THREADS, str(request.param))
     return int(request.param)
 
 
@@ -117,7 +117,7 @@ def test_no_thread_stays_when_not_all_are_taken(threads: int, others: int) -> No
 
 
 def test_what_is_there_already_needs_no_thread(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming.os, "cpu_count", lambda: 4)
+    monkeypatch.setenv(THREADS, "4")
     stored = Tensor("w", (_ROWS, _COLUMNS), np.dtype(np.uint8), InMemory(_BYTES))
     for piece in pieces(stored, _COLUMNS):
         assert piece.base is not None

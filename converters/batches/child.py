@@ -1,65 +1,169 @@
-"""A process that runs jobs, one after the other, for a process that may have no children of `multiprocessing`.
+"""Processes that run jobs, one after the other, and what becomes of a job whose process hangs or dies.
 
-Dask's workers are such (daemons). The child is a Python of its own, and gets jobs and gives records through a pipe.
+A child is a Python of its own that gets jobs and gives records through a pipe. It is no child of `multiprocessing`:
+the workers of Dask may have none of those.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
 from converters.batches.jobs import Job, failed, run_job
-from converters.batches.records import Record
-from converters.batches.workers import begin_worker, process_ended, took_too_long
+from converters.batches.records import Failure, Record
+from converters.errors import ExitCode
+from converters.processors import THREADS
 
+_PR_SET_PDEATHSIG = 1
 _END_SECONDS = 5
 
 
 class Child:
-    """A job that takes longer than `timeout` seconds or more than `memory` bytes, or at which the process dies, is a
-    failure of its own, and then `is_over`: the next job needs another child."""
+    """A process for jobs. One that takes longer than `timeout` seconds or more than `memory` bytes (beside mapped
+    files), or at which the process dies, is a failure of its own, and then `is_over`: other jobs need another child.
+    `threads` is how many compute in it."""
 
-    def __init__(self, timeout: float | None, memory: int | None) -> None:
+    def __init__(self, timeout: float | None, memory: int | None, threads: int) -> None:
         self._timeout = timeout
         self._pipe, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(os.getpid()), str(memory or 0)]
         command = [sys.executable, "-m", "converters.batches.child", *arguments]
-        with theirs:
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603
-        self.is_over = False
+        with theirs:  # in a process group of its own, for an interruption from the terminal is for the parent
+            self._process = subprocess.Popen(  # noqa: S603
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                env={"OPENBLAS_NUM_THREADS": "1", THREADS: str(threads), **os.environ},  # NumPy's are never used
+            )
+        self.is_over, self._has_begun = False, False
 
-    def run(self, job: Job) -> Record:
-        """The job's record."""
+    def run(self, jobs: Sequence[Job]) -> Generator[Record, None, None]:
+        """The records of jobs, in their order, each as it is done; none after one at which the process ended."""
+        job = jobs[0]
         try:
-            self._pipe.send(job)
-            if not self._pipe.poll(self._timeout):
-                self.end()
-                return failed(job, took_too_long(job, self._timeout or 0))
-            record: Record = self._pipe.recv()
+            if not self._has_begun:  # imports do not count as the first job's time
+                self._has_begun = self._pipe.recv()
+            self._pipe.send(jobs)  # all at once: it has the next one when it has done one
+            for job in jobs:
+                if not self._pipe.poll(self._timeout):
+                    self.end()
+                    yield failed(job, _took_too_long(job, self._timeout or 0))
+                    return
+                yield self._pipe.recv()
         except (EOFError, OSError):
             code = self._process.wait()
             self.end()
-            return failed(job, process_ended(job, code))
-        return record
+            yield failed(job, _process_ended(job, code))
 
     def end(self) -> None:
         """Ends the process, whatever it does."""
         self.is_over = True
         self._process.kill()
-        self._process.wait(_END_SECONDS)
+        with suppress(subprocess.TimeoutExpired):  # one that waits for a device ends when it can
+            self._process.wait(_END_SECONDS)
+
+
+class Children:
+    """Children for several threads: each has one to itself while it runs jobs, and another takes the place of one that
+    is over."""
+
+    def __init__(self, timeout: float | None, memory: int | None, threads: int) -> None:
+        self._limits = timeout, memory, threads
+        self._lock = threading.Lock()
+        self._idle: list[Child] = []
+        self._busy: list[Child] = []
+        self._is_ended = False
+
+    def run(self, jobs: Sequence[Job]) -> Generator[Record, None, None]:
+        """The records of jobs, in their order, each as it is done. Raises CancelledError after `end`."""
+        done = 0
+        while done < len(jobs):
+            child = self._take()
+            try:
+                for record in child.run(jobs[done:]):
+                    done += 1
+                    yield record
+            finally:
+                if done < len(jobs) and not child.is_over:  # records come that nobody takes
+                    child.end()
+                self._give_back(child)
+
+    def _take(self) -> Child:
+        with self._lock:
+            if self._is_ended:
+                raise CancelledError
+            child = self._idle.pop() if self._idle else Child(*self._limits)
+            self._busy.append(child)
+            return child
+
+    def _give_back(self, child: Child) -> None:
+        with self._lock:
+            self._busy.remove(child)
+            if not child.is_over:
+                self._idle.append(child)
+
+    def end_idle(self) -> None:
+        """Ends those that do nothing."""
+        with self._lock:
+            while self._idle:
+                self._idle.pop().end()
+
+    def end(self) -> None:
+        """Ends all of them, whatever they do, and begins no more."""
+        self.end_idle()
+        with self._lock:
+            self._is_ended = True
+            for child in self._busy:
+                child.end()
+
+
+def _took_too_long(job: Job, seconds: float) -> Failure:
+    """A job that was ended for its time."""
+    return Failure(int(ExitCode.UNREADABLE), f"{job.shown}: took longer than {seconds:g} s", transient=True)
+
+
+def _process_ended(job: Job, code: int) -> Failure:
+    """A job whose process is no more; `code` as of `subprocess`: a signal is negative."""
+    if code >= 0:
+        how = f"ended with exit code {code}"
+    else:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        why = ", as the system does when memory is short" if -code == signal.SIGKILL else ""
+        how = f"was ended by {name}{why}"
+    return Failure(int(ExitCode.BUG), f"{job.shown}: its process {how}", transient=True)
+
+
+def _begin(parent: int, memory: int | None) -> None:
+    """The process ends with the one that started it, and is held to its memory."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
 def _serve(handle: int, parent: int, memory: int) -> None:
-    begin_worker(parent, memory or None)
+    _begin(parent, memory or None)
     with Connection(handle) as pipe:
+        pipe.send(True)
         while True:
             try:
-                job: Job = pipe.recv()
+                jobs: Sequence[Job] = pipe.recv()
             except EOFError:
                 return
-            pipe.send(run_job(job))
+            for job in jobs:
+                pipe.send(run_job(job))
 
 
 if __name__ == "__main__":

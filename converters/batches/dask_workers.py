@@ -6,7 +6,6 @@ process kills no worker. A job whose worker is lost is handed by Dask to another
 
 from __future__ import annotations
 
-import os
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,17 +15,16 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from converters.batches.child import Child
+from converters.batches.child import Children
 from converters.batches.jobs import Job
 from converters.batches.records import Failure, Record
-from converters.batches.workers import unexpected
+from converters.batches.workers import BUNDLED_JOBS, is_small, unexpected
 from converters.errors import ExitCode, MissingDependency, UsageError
+from converters.processors import processors
 
 _CONNECT_SECONDS = 5
 _WORKERS_SECONDS = 10
 _SCHEME = "dask://"
-_SMALL_BYTES = 1 << 20
-_BUNDLED_JOBS = 16
 
 
 class DaskWorkers:
@@ -46,7 +44,7 @@ class DaskWorkers:
         self._cluster: Any = None
         address = "tcp://" + executor.removeprefix(_SCHEME)
         if executor == "dask":
-            self._cluster = LocalCluster(n_workers=jobs or os.cpu_count(), threads_per_worker=1, dashboard_address=None)
+            self._cluster = LocalCluster(n_workers=jobs or processors(), threads_per_worker=1, dashboard_address=None)
             address = self._cluster.scheduler_address
         try:
             self._client: Any = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
@@ -54,7 +52,7 @@ class DaskWorkers:
             raise UsageError(f"--executor {executor}: no scheduler of Dask answers there ({error})") from error
         self._batch = uuid.uuid4().hex
         self._limits = timeout, memory
-        self.ahead = 2 * _BUNDLED_JOBS * self._threads()
+        self.ahead = 2 * BUNDLED_JOBS * self._threads()
         self._tasks = self._client.get_executor(pure=False)
 
     def _threads(self) -> int:
@@ -73,7 +71,7 @@ class DaskWorkers:
             raise UsageError(
                 f"--executor {self._executor_name}: the scheduler is gone; what is done is kept: go on with --resume"
             )
-        size = max(1, min(_BUNDLED_JOBS, len(jobs) * _BUNDLED_JOBS // self.ahead))
+        size = max(1, min(BUNDLED_JOBS, len(jobs) * BUNDLED_JOBS // self.ahead))
         return [future for bundle in _bundles(jobs, size) for future in self._submit(bundle)]
 
     def _submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
@@ -108,15 +106,10 @@ class DaskWorkers:
 def _bundles(jobs: Sequence[Job], most: int) -> Iterator[list[Job]]:
     """The jobs, in their order, a large one by itself and small ones up to `most` to a task: Dask takes longer for a
     task than such a conversion."""
-    for is_small, group in groupby(jobs, _is_small):
+    for small, group in groupby(jobs, is_small):
         run = list(group)
-        size = most if is_small else 1
+        size = most if small else 1
         yield from (run[first : first + size] for first in range(0, len(run), size))
-
-
-def _is_small(job: Job) -> bool:
-    nbytes = job.nbytes
-    return nbytes is not None and nbytes <= _SMALL_BYTES
 
 
 def _share(task: Future[list[Record]], futures: Sequence[Future[Record]]) -> None:
@@ -132,54 +125,29 @@ def _share(task: Future[list[Record]], futures: Sequence[Future[Record]]) -> Non
 
 
 @dataclass(slots=True)
-class _Children:
+class _Batches:
     """The children of this process, a Dask worker, by their batch."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    idle: dict[str, list[Child]] = field(default_factory=dict)
-    busy: dict[str, list[Child]] = field(default_factory=dict)
-    ended: set[str] = field(default_factory=set)
+    children: dict[str, Children] = field(default_factory=dict)
 
-    def take(self, batch: str, limits: tuple[float | None, int | None]) -> Child:
-        """A child that does nothing. What others than this batch have idle may be of one that was killed: it ends."""
+    def of(self, batch: str, timeout: float | None, memory: int | None) -> Children:
+        """What other batches have idle may be of one that was killed: it ends."""
         with self.lock:
-            if batch in self.ended:
-                raise CancelledError
-            for other in self.idle.keys() - {batch}:
-                for child in self.idle.pop(other):
-                    child.end()
-            child = self.idle[batch].pop() if self.idle.get(batch) else Child(*limits)
-            self.busy.setdefault(batch, []).append(child)
-            return child
-
-    def give_back(self, batch: str, child: Child) -> None:
-        with self.lock:
-            self.busy[batch].remove(child)
-            if not child.is_over:
-                self.idle.setdefault(batch, []).append(child)
-
-    def end(self, batch: str) -> None:
-        with self.lock:
-            self.ended.add(batch)
-            for child in (*self.idle.pop(batch, ()), *self.busy.get(batch, ())):
-                child.end()
+            for other, children in self.children.items():
+                if other != batch:
+                    children.end_idle()
+            return self.children.setdefault(batch, Children(timeout, memory, 1))
 
 
-_CHILDREN = _Children()
+_BATCHES = _Batches()
 
 
 def run_in_children(jobs: Sequence[Job], batch: str, timeout: float | None, memory: int | None) -> list[Record]:
     """In a Dask worker: runs jobs, one after the other, in its children for that batch."""
-    records = []
-    for job in jobs:
-        child = _CHILDREN.take(batch, (timeout, memory))
-        try:
-            records.append(child.run(job))
-        finally:
-            _CHILDREN.give_back(batch, child)
-    return records
+    return list(_BATCHES.of(batch, timeout, memory).run(jobs))
 
 
 def end_children(batch: str) -> None:
     """In a Dask worker: ends its children for that batch, whatever they do."""
-    _CHILDREN.end(batch)
+    _BATCHES.of(batch, None, None).end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,9 +65,13 @@ class Record:
 
     def line(self) -> str:
         """The record as a line of JSON."""
-        document = asdict(self)
-        del document["kept"], document["shards"]
-        return json.dumps({"status": "done" if self.done else "failed", **document}, ensure_ascii=True) + "\n"
+        document = {"status": "done" if self.done else "failed", **_fields(self)}
+        return json.dumps(document, ensure_ascii=True, default=_fields) + "\n"
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    """What a dataclass holds and counts in comparing; `asdict` takes ten times as long, for it copies all of it."""
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.compare}
 
 
 def record_of(line: str) -> Record | None:
@@ -100,16 +104,17 @@ def write_report(path: Path, records: Iterable[Record]) -> None:
     with temporary.open("w", encoding="utf-8") as stream:
         for record in sorted(records, key=lambda record: record.source):
             stream.write(record.line())
-        _flush(stream)
+        flush(stream)
     temporary.replace(path)
 
 
 def append(stream: IO[str], record: Record) -> None:
-    """Adds a record, on the disk when this returns."""
+    """Adds a record, which a reader of the file sees when this returns."""
     stream.write(record.line())
-    _flush(stream)
+    stream.flush()
 
 
-def _flush(stream: IO[Any]) -> None:
+def flush(stream: IO[Any]) -> None:
+    """Has what was written on the disk when this returns."""
     stream.flush()
     os.fsync(stream.fileno())

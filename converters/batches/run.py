@@ -8,11 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import IO
 
@@ -20,14 +21,16 @@ from converters.batches.jobs import Job, Request, failed, run_job
 from converters.batches.outputs import planned_jobs
 from converters.batches.parts import Parts, is_large
 from converters.batches.places import LocalFolder, Place, RemoteFolder
-from converters.batches.records import Record, append, read_report, write_report
+from converters.batches.records import Record, append, flush, read_report, write_report
 from converters.batches.remote import is_of_this_process, is_remote
 from converters.batches.sources import digest_of, find_sources
 from converters.batches.workers import LocalWorkers, OwnProcess, Workers
 from converters.errors import ExitCode, UsageError
+from converters.processors import processors
 from converters.version import __version__
 
 _WAIT_SECONDS = 0.2
+_GATHER_SECONDS = 0.02
 _USUAL_MEMORY = 512 << 20
 
 
@@ -123,6 +126,7 @@ class _Batch:
     on_running: OnRunning | None
     records: dict[str, Record] = field(default_factory=dict)
     stream: IO[str] | None = None
+    _reported: int = 0
 
     def kept(self, jobs: Iterable[Job], before: Mapping[str, Record]) -> Iterator[Job]:
         """The jobs that are not done; what a run before has done is a record again."""
@@ -134,13 +138,19 @@ class _Batch:
                 self.add(replace(record, kept=True))
 
     def add(self, record: Record) -> None:
-        """Takes a record, and writes it to the report."""
+        """Takes a record, and adds it to the report."""
         self.records[record.source] = record
         if self.stream is not None:
             append(self.stream, record)
-            self.place.reported()
         if self.on_result is not None:
             self.on_result(record, len(self.records), self.total)
+
+    def report(self) -> None:
+        """Has what was added since the last time on the disk."""
+        if self.stream is not None and len(self.records) > self._reported:
+            self._reported = len(self.records)
+            flush(self.stream)
+            self.place.reported()
 
 
 def _is_current(record: Record, job: Job, place: Place) -> bool:
@@ -190,9 +200,9 @@ def _as_many_as_fit(memory: int | None) -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return os.cpu_count() or 1
+        return processors()
     available = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 1 << 40)
-    return max(1, min(os.cpu_count() or 1, available // (memory or _USUAL_MEMORY)))
+    return max(1, min(processors(), available // (memory or _USUAL_MEMORY)))
 
 
 @contextmanager
@@ -233,32 +243,45 @@ def _supervise(
     parts = Parts()
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
+    done: SimpleQueue[Future[Record]] = SimpleQueue()
+
+    def hand_out(jobs: Sequence[Job], attempt: int = 1) -> None:
+        for future, job in zip(workers.submit(jobs), jobs, strict=True):
+            running[future] = (job, attempt)
+            future.add_done_callback(done.put)
+
     while True:
         check()
-        jobs = [parts.first(job) for job in islice(waiting, max(0, workers.ahead - len(running)))]
-        running |= {future: (job, 1) for future, job in zip(workers.submit(jobs), jobs, strict=True)}
+        hand_out([parts.first(job) for job in islice(waiting, max(0, workers.ahead - len(running)))])
         if not running:
             return
         if batch.on_running is not None:
             batch.on_running([job.name for future, (job, _) in running.items() if future.running()])
-        done, _ = wait(running, timeout=_WAIT_SECONDS, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in _ready(done):
             job, attempt = running.pop(future)
             record = replace(_record(future, job, workers), attempts=attempt)
             if job.part is not None:
-                following = parts.after(job, record)
-                running |= {next: (job, 1) for next, job in zip(workers.submit(following), following, strict=True)}
+                hand_out(parts.after(job, record))
                 continue
             if record.failure is not None:
                 batch.place.tidy(job)
                 if record.failure.transient and attempt <= settings.retries:
-                    (again,) = workers.submit([job])
-                    running[again] = (job, attempt + 1)
+                    hand_out([job], attempt + 1)
                     continue
             batch.add(parts.whole(record))
             if settings.fail_fast and not record.done:
                 workers.stop()
                 return
+        batch.report()
+
+
+def _ready(queue: SimpleQueue[Future[Record]]) -> Iterator[Future[Record]]:
+    """What comes within a moment, as many at once as do: workers have more to do, and are not to be disturbed."""
+    with suppress(Empty):
+        yield queue.get(timeout=_WAIT_SECONDS)
+        time.sleep(_GATHER_SECONDS)
+        while True:
+            yield queue.get_nowait()
 
 
 def _record(future: Future[Record], job: Job, workers: Workers) -> Record:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import os
-import resource
-import signal
-import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import Protocol
 
+from converters.batches.child import Children
 from converters.batches.jobs import Job, run_job
 from converters.batches.records import Failure, Record
-from converters.errors import ExitCode, MissingDependency
+from converters.errors import ExitCode
+from converters.processors import processors
 
-_PR_SET_PDEATHSIG = 1
+#: Small jobs are handed out so many at a time.
+BUNDLED_JOBS = 16
+_SMALL_BYTES = 1 << 20
 
 
 class Workers(Protocol):
@@ -45,38 +45,60 @@ class Workers(Protocol):
 
 
 class LocalWorkers:
-    """`count` processes, started once, that pay for their imports once. A job that takes longer than `timeout` seconds
-    or more than `memory` bytes (beside mapped files), or whose process dies, is a failure of its own; another process
-    takes its place."""
+    """`count` processes that pay for their imports once. A job that takes longer than `timeout` seconds or more than
+    `memory` bytes (beside mapped files), or whose process dies, is a failure of its own; another process takes its
+    place."""
 
     def __init__(self, count: int, *, timeout: float | None, memory: int | None) -> None:
-        try:
-            from pebble import ProcessExpired, ProcessPool
-        except ImportError as error:
-            raise MissingDependency(f"batch needs a package that is missing ({error}): pip install pebble") from error
-        context = multiprocessing.get_context("spawn")
-        self._expired: type[Exception] = ProcessExpired
-        self._timeout = timeout
-        self._pool = ProcessPool(count, initializer=begin_worker, initargs=(os.getpid(), memory), context=context)
-        self.ahead = 2 * count
+        self._children = Children(timeout, memory, max(1, processors() // count))
+        self._threads = ThreadPoolExecutor(count)  # one waits for each process
+        self._waiting: deque[tuple[Job, Future[Record]]] = deque()
+        self._count = count
+        self.ahead = 2 * BUNDLED_JOBS * count
 
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
-        return [self._pool.schedule(run_job, args=(job,), timeout=self._timeout) for job in jobs]
+        futures: list[Future[Record]] = [Future() for _ in jobs]
+        self._waiting.extend(zip(jobs, futures, strict=True))
+        for _ in jobs:
+            self._threads.submit(self._work)
+        return futures
+
+    def _work(self) -> None:
+        """Has a process do what waits, as much as its share; nothing where others have done it already."""
+        bundle = list(self._bundle())
+        futures = [future for _, future in bundle]
+        try:
+            with closing(self._children.run([job for job, _ in bundle])) as records:
+                for future in futures:
+                    future.set_running_or_notify_cancel()
+                    future.set_result(next(records))
+        except Exception as error:  # no process can be started, or they were ended
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+
+    def _bundle(self) -> Iterator[tuple[Job, Future[Record]]]:
+        """A large job, or small ones."""
+        most = max(1, min(BUNDLED_JOBS, len(self._waiting) // self._count))
+        for _ in range(most):
+            try:
+                job, future = self._waiting.popleft()
+            except IndexError:
+                return
+            yield job, future
+            if not is_small(job):
+                return
 
     def failure_of(self, error: BaseException, job: Job) -> Failure:
-        if isinstance(error, TimeoutError):
-            return took_too_long(job, self._timeout or 0)
-        if isinstance(error, self._expired):
-            return process_ended(job, int(getattr(error, "exitcode", 0) or 0))
         return unexpected(error, job)
 
     def close(self) -> None:
-        self._pool.close()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        self._threads.shutdown()
+        self._children.end()
 
     def stop(self) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        self._children.end()
+        self._threads.shutdown(cancel_futures=True)
 
 
 class OwnProcess:
@@ -100,34 +122,12 @@ class OwnProcess:
         self._pool.shutdown(cancel_futures=True)
 
 
-def took_too_long(job: Job, seconds: float) -> Failure:
-    """A job that was ended for its time."""
-    return Failure(int(ExitCode.UNREADABLE), f"{job.shown}: took longer than {seconds:g} s", transient=True)
-
-
-def process_ended(job: Job, code: int) -> Failure:
-    """A job whose process is no more; `code` as of `subprocess`: a signal is negative."""
-    if code >= 0:
-        how = f"ended with exit code {code}"
-    else:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
-        why = ", as the system does when memory is short" if -code == signal.SIGKILL else ""
-        how = f"was ended by {name}{why}"
-    return Failure(int(ExitCode.BUG), f"{job.shown}: its process {how}", transient=True)
+def is_small(job: Job) -> bool:
+    """Whether handing it out takes as long as doing it, so that it is handed out together with others."""
+    nbytes = job.nbytes
+    return nbytes is not None and nbytes <= _SMALL_BYTES
 
 
 def unexpected(error: BaseException, job: Job) -> Failure:
     """What is neither the model's fault nor an end of its process."""
     return Failure(int(ExitCode.BUG), f"{job.shown}: {type(error).__name__}: {error}", transient=True)
-
-
-def begin_worker(parent: int, memory: int | None) -> None:
-    """A worker ends with the process that started it, leaves an interruption to it, and is held to its memory. What a
-    library prints is not part of any report."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-    if memory is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))

@@ -8,11 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import CancelledError
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from converters.batches.child import Children
+from converters.batches.jobs import Request
+from converters.batches.outputs import planned_jobs
 from converters.batches.records import REPORT, read_report
+from converters.batches.sources import find_sources
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 GOOD = FIXTURES / "cnn_int4_per_channel.tflite"
@@ -111,6 +117,48 @@ def test_what_is_wrong_with_the_model_is_not_tried_again(environment: dict[str, 
     (folder / "broken.tflite").write_bytes(GOOD.read_bytes()[:500])
     batch(folder, environment, "--retries", "5")
     assert read_report(tmp_path / "out" / REPORT)["broken.tflite"].attempts == 1
+
+
+def test_small_models_are_handed_out_together_and_fail_alone(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = models(tmp_path / "models", "dies", "exits", "hangs", *(f"more{number:02}" for number in range(60)))
+    batch(folder, environment, "--timeout", "5")
+    records = read_report(tmp_path / "out" / REPORT)
+    assert len(records) == 69
+    failed = {name.removesuffix(".tflite") for name, record in records.items() if not record.done}
+    assert failed == {"dies", "exits", "hangs"}
+
+
+def test_a_child_whose_records_nobody_takes_ends(tmp_path: Path) -> None:
+    folder = models(tmp_path / "models")
+    (tmp_path / "out").mkdir()
+    sources = find_sources(folder, (), (), str(tmp_path / "out"))
+    jobs = planned_jobs(sources, tmp_path / "out", ["safetensors"], Request())
+    children = Children(None, None, 1)
+    with closing(children.run(jobs)) as records:
+        assert next(records).source == jobs[0].name
+    assert [record.source for record in children.run(jobs)] == [job.name for job in jobs]  # of another child
+    children.end()
+    with pytest.raises(CancelledError):
+        next(children.run(jobs))
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_from_a_terminal_is_for_the_batch_alone(
+    ended_by: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As ctrl-C does it: all of the process group gets the signal, and workers that have only begun as well."""
+    folder = models(tmp_path / "models", "hangs")
+    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
+    for seconds in (0.5, 1, 1.5):
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            time.sleep(seconds)
+            os.killpg(process.pid, ended_by)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode in (128 + ended_by, -ended_by)  # the latter before the command line has begun
+        assert process.returncode < 0 or "Traceback" not in errors, errors
+        assert not list((tmp_path / "out").glob(".*part"))
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
