@@ -7,43 +7,17 @@ main file finds the files that belong to it, even after a crash at any instant.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from converters.errors import UsageError
+from converters.large_files import new_file
 
 _NUMBERS = count()
-_MOST_AT_ONCE = 1 << 16
-_ON_ITS_WAY = 1 << 26
-
-
-class _ShortWrites(io.FileIO):
-    """Takes no more than 64 KiB at a time: of larger writes Linux makes large pages of its cache, which a virtual
-    machine may have to get from its host first (measured eight times slower). What is written goes to the disk while
-    more is computed."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w+")
-        self._since = 0
-
-    def write(self, data: Any) -> int:
-        """Writes the beginning of `data`, as raw files may; buffered ones come again with the rest."""
-        count = super().write(memoryview(data).cast("B")[:_MOST_AT_ONCE])
-        self._since += count
-        if self._since >= _ON_ITS_WAY and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fileno(), self.tell() - self._since, self._since, os.POSIX_FADV_DONTNEED)
-            self._since = 0
-        return count
-
-
-def new_file(path: Path) -> BinaryIO:
-    """A file to write and to seek in, empty at first."""
-    return io.BufferedRandom(_ShortWrites(path))
 
 
 @contextmanager

@@ -1,19 +1,20 @@
 """Decoding in one pass of compiled code, for much of it: where numba is installed (`nibblecast[fast]`).
 
 The same operations in the same order as `converters.dequantize` does them with NumPy, bit for bit. Importing numba
-takes longer than converting a small model: so it is used when a process has decoded much, and has more to decode.
+takes longer than converting a small model: so it is used when a process decodes much, or is about to.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,10 @@ from numpy.typing import NDArray
 
 from converters.packing import SUB_BYTE
 
-#: So many elements are decoded without; "0" in the environment: none, "never": all.
+if TYPE_CHECKING:  # imported when there is much to decode
+    from threading import Thread
+
+#: Where there are no more elements, they are decoded without; "0" in the environment: all are with, "never": none.
 _WORTH = os.environ.get("NIBBLECAST_COMPILE_AFTER", str(1 << 27))
 #: Shorter blocks, and fewer elements at once, are not worth the calls.
 _SHORTEST_BLOCK = 8
@@ -40,7 +44,7 @@ _ROUNDED: Mapping[np.dtype[Any] | None, str] = MappingProxyType(
 _GIVEN: Mapping[np.dtype[Any], str] = MappingProxyType(
     {np.dtype(np.float32): "KEPT", np.dtype(np.float16): "FLOAT16", np.dtype(ml_dtypes.bfloat16): "BFLOAT16"}
 )
-_decoded = 0
+_decoded = _expected = 0  # elements
 
 #: An operation, its parameter, which broadcasts to the view, and what its result is rounded to.
 Operation = tuple[np.ufunc, NDArray[Any], np.dtype[Any] | None]
@@ -99,15 +103,42 @@ def _blocks(steps: Sequence[Operation], view_shape: tuple[int, ...]) -> int:
     return most
 
 
+def expect(nbytes: int) -> None:
+    """Says that so many bytes are about to be written, of which decoded values may be a part."""
+    global _expected
+    _expected = nbytes // 4
+
+
 def _kernels(count: int) -> Any:
-    """The compiled functions; None where there are none, or there was too little to decode so far."""
+    """The compiled functions; None where there are none (yet), or too little is decoded and expected."""
     global _decoded
     if _WORTH == "never":
         return None
     _decoded += count
-    return _imported() if _decoded > int(_WORTH) else None
+    if max(_decoded, _expected) <= int(_WORTH):
+        return None
+    loading, kernels = _loading()
+    if _WORTH == "0":
+        loading.join()
+    return None if loading.is_alive() else kernels[0]
 
 
 @cache
+def _loading() -> tuple[Thread, list[Any]]:
+    """A thread that imports them, while NumPy decodes, and where it puts them."""
+    from threading import Thread
+
+    kernels: list[Any] = []
+    loading = Thread(target=lambda: kernels.append(_imported()))
+    loading.start()
+    return loading, kernels
+
+
 def _imported() -> Any:
-    return import_module("converters.compiled_kernels") if find_spec("numba") else None
+    if not find_spec("numba"):
+        return None
+    try:
+        return import_module("converters.compiled_kernels")
+    except (ImportError, RuntimeError) as error:  # for another NumPy; nowhere to keep what is compiled
+        warnings.warn(f"numba is not used, and decoding takes longer: {error}", stacklevel=2)
+        return None

@@ -18,9 +18,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converters.atomic import new_file, sync_folder
+from converters.atomic import sync_folder
 from converters.errors import UsageError
 from converters.interfaces import Companion, FolderPlan, Shard
+from converters.large_files import new_file
 from converters.version import __version__
 
 _INTENT = ".nibblecast-intent"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters import plugins
+from converters import compiled, plugins
 from converters.atomic import atomic_outputs
 from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
@@ -173,6 +173,7 @@ def run(planned: Sequence[PlannedOutput], progress: Progress | None = None, *, r
 def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bool) -> None:
     total = sum(tensor.nbytes for output in planned for tensor in _pushed(output).values())
     total += sum(shard.file.nbytes or 0 for output in planned for shard in _folder_shards(output))
+    compiled.expect(total)
     done = 0
 
     def wrote(nbytes: int) -> None:

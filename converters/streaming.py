@@ -1,9 +1,10 @@
-"""A tensor's canonical bytes one piece after the other, as sinks write them: computed ahead by a few threads."""
+"""Tensors' canonical bytes one piece after the other, as sinks write them: computed ahead by a few threads."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,25 +24,40 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go, or
     used again, when the next one is asked for. Data that are computed are so in threads (NumPy works without holding
     the interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
-    parts = tensor.cut(nbytes)
-    plain = tensor.nbytes <= nbytes or isinstance(tensor.data, FileRange | InMemory)
-    count = 1 if plain else min(_MOST_THREADS, threads())
-    if count < 2:
-        for part in parts:
-            yield part.packed()
-            part.release()
-        return
+    return (piece for _, piece in pieces_of([tensor], nbytes))
+
+
+def pieces_of(tensors: Iterable[Tensor], nbytes: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """The pieces of one tensor after the other, each with the tensor's number, from 0 on: those of the next tensor are
+    computed ahead as well. Each tensor has one, be it empty."""
+    remaining = enumerate(tensors)
+    for number, tensor in remaining:
+        if tensor.nbytes <= nbytes or _is_here(tensor) or threads() < 2:
+            for part in tensor.cut(nbytes):
+                yield number, part.packed()
+                part.release()
+        else:
+            yield from _computed_ahead(chain([(number, tensor)], remaining), nbytes)
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return isinstance(tensor.data, FileRange | InMemory)
+
+
+def _computed_ahead(tensors: Iterable[tuple[int, Tensor]], nbytes: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     from concurrent.futures import ThreadPoolExecutor
 
-    ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]] = deque()
+    count = min(_MOST_THREADS, threads())
+    ahead: deque[tuple[int, Tensor, Future[NDArray[np.uint8]]]] = deque()
     memory = [np.empty(0, np.uint8)] * (count + 2)  # for those ahead, and the one that was asked for last
+    parts = ((number, part) for number, tensor in tensors for part in tensor.cut(nbytes))
     with ThreadPoolExecutor(count) as pool:
         try:
-            for number, part in enumerate(parts):
-                at = number % len(memory)
-                if memory[at].size < part.nbytes:
+            for turn, (number, part) in enumerate(parts):
+                at = turn % len(memory)
+                if memory[at].size < part.nbytes and not _is_here(part):
                     memory[at] = np.empty(part.nbytes, np.uint8)
-                ahead.append((part, pool.submit(read_into, part.data, 0, part.nbytes, memory[at])))
+                ahead.append((number, part, pool.submit(read_into, part.data, 0, part.nbytes, memory[at])))
                 if len(ahead) > count:
                     yield from _first(ahead)
             while ahead:
@@ -50,7 +66,7 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
             pool.shutdown(cancel_futures=True)
 
 
-def _first(ahead: deque[tuple[Tensor, Future[NDArray[np.uint8]]]]) -> Iterator[NDArray[np.uint8]]:
-    part, packed = ahead.popleft()
-    yield packed.result()
+def _first(ahead: deque[tuple[int, Tensor, Future[NDArray[np.uint8]]]]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    number, part, packed = ahead.popleft()
+    yield number, packed.result()
     part.release()

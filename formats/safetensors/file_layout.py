@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from converters.errors import Unsupported
 from converters.interfaces import OutputFile
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of
-from converters.streaming import pieces
+from converters.streaming import pieces_of
 from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
 
 #: The container's name of each dtype that it stores as it is.
@@ -41,9 +41,7 @@ class FileLayout:
         """Writes the whole file."""
         stream.write(self.beginning)
         wrote(len(self.beginning))
-        for tensor, offset in self.placed.values():
-            write_at(stream, offset, tensor, wrote)
-            tensor.release()
+        write_at(stream, list(self.placed.values()), wrote)
 
 
 def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path | None) -> FileLayout:
@@ -67,12 +65,19 @@ def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, st
     return FileLayout(OutputFile(path, start + end, folder=folder), len(text).to_bytes(8, "little") + text, placed)
 
 
-def write_at(stream: BinaryIO, offset: int, tensor: Tensor, wrote: Callable[[int], None]) -> None:
-    """Writes a tensor's bytes in pieces; says how many each has."""
-    stream.seek(offset)
-    for piece in pieces(tensor, _PIECE_BYTES):
+def write_at(stream: BinaryIO, placed: Sequence[tuple[Tensor, int]], wrote: Callable[[int], None]) -> None:
+    """Writes tensors' bytes at their offsets, in pieces; says how many each has."""
+    current = -1
+    for number, piece in pieces_of([tensor for tensor, _ in placed], _PIECE_BYTES):
+        if number != current:
+            if number > 0:
+                placed[current][0].release()
+            current = number
+            stream.seek(placed[number][1])
         stream.write(piece.data)
         wrote(piece.size)
+    if placed:
+        placed[-1][0].release()
 
 
 def _entry(tensor: Tensor, first: int, last: int) -> dict[str, Any]:

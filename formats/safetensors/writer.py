@@ -97,7 +97,8 @@ class _SafetensorsSink:
         """Writes the tensor's bytes and its parameters' at their places."""
         for key in self.plan.keys[tensor.name]:
             planned, offset = self.plan.layout.placed[key]
-            write_at(self.stream, offset, tensor if planned.name == tensor.name else planned, lambda _: None)
+            written = tensor if planned.name == tensor.name else planned
+            write_at(self.stream, [(written, offset)], lambda _: None)
 
     def close(self) -> None:
         """Everything is written already."""

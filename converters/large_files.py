@@ -1,0 +1,170 @@
+"""Files that are written in large pieces: past the system's cache, and without filling it.
+
+Copying to the cache takes more of the processor than decoding does, and of writes of some MiB Linux makes large pages
+there, which a virtual machine may have to get from its host first (measured eight times slower). So what is written in
+a row goes to the disk directly (O_DIRECT), while more is computed, where the file system can do that, and through the
+cache in writes of 64 KiB where it cannot, or where there is less of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import mmap
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # the latter imported when a file is large
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+_MOST_AT_ONCE = 1 << 16
+_ON_ITS_WAY = 1 << 26
+
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
+#: What offsets, lengths and memory are multiples of: no disk has larger sectors.
+_SECTOR = 4096
+_BLOCK = 1 << 22
+#: Directly goes what is written so many bytes at a time, in a file that has become so large.
+_LARGE_PIECE = 1 << 18
+_LARGE_FILE = 1 << 26
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A file to write and to seek in, empty at first."""
+    return io.BufferedRandom(_LargeFile(path))
+
+
+class _LargeFile(io.FileIO):
+    """Holds what goes to the disk directly until it is a block, and has a thread write that. Everything that is not a
+    write at its end settles both first, `fileno` as well: who has the handle finds all bytes that were written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self._handle = super().fileno()
+        self._position = 0  # of the next write
+        self._written = self._since = 0
+        self._can_be_direct = _DIRECT != 0
+        self._held = 0  # bytes before the position, in the first block
+        self._blocks: list[NDArray[np.uint8]] = []  # the second is the one that is on its way
+        self._pool: ThreadPoolExecutor | None = None
+        self._on_its_way: Future[None] | None = None
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Writes the beginning of `data`, as raw files may; buffered ones come again with the rest."""
+        with memoryview(data).cast("B") as view:
+            is_direct = self._can_be_direct and len(view) >= _LARGE_PIECE and self._written >= _LARGE_FILE
+            begun = self._position % _SECTOR
+            if is_direct and begun and not self._held:
+                count = self._write_through_cache(view[: _SECTOR - begun], self._position)
+            elif is_direct or self._held:
+                count = self._hold(view)
+            else:
+                count = self._write_through_cache(view, self._position)
+        self._written += count
+        self._position += count
+        return count
+
+    def _hold(self, data: memoryview) -> int:
+        if not self._blocks:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._blocks = [
+                np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8) for _ in range(2)
+            ]  # memory that begins with a page
+            self._pool = ThreadPoolExecutor(1)
+        count = min(len(data), _BLOCK - self._held)
+        self._blocks[0][self._held : self._held + count] = np.frombuffer(data[:count], np.uint8)
+        self._held += count
+        if self._held == _BLOCK:
+            self._hand_over(self._position + count)
+        return count
+
+    def _hand_over(self, end: int) -> None:
+        """Has what is held, up to position `end`, written while more comes."""
+        self._wait()
+        if self._pool is not None and self._held:
+            held = self._blocks[0][: self._held].data
+            self._on_its_way = self._pool.submit(self._write_block, held, end - self._held)
+            self._blocks.reverse()
+        self._held = 0
+
+    def _wait(self) -> None:
+        pending, self._on_its_way = self._on_its_way, None
+        if pending is not None:
+            pending.result()
+
+    def _settle(self) -> None:
+        """Writes all that is held."""
+        self._hand_over(self._position)
+        self._wait()
+
+    def _write_block(self, data: memoryview, position: int) -> None:
+        done, whole = 0, len(data) // _SECTOR * _SECTOR
+        with data:
+            while done < whole and done % _SECTOR == 0 and self._can_be_direct:
+                done += self._write_directly(data[done:whole], position + done)
+            while done < len(data):
+                done += self._write_through_cache(data[done:], position + done)
+
+    def _write_directly(self, data: memoryview, position: int) -> int:
+        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | _DIRECT)
+            return os.pwrite(self._handle, data, position)
+        except OSError:  # the file system cannot do it; an error of the disk comes again
+            self._can_be_direct = False
+            return 0
+        finally:
+            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags)
+
+    def _write_through_cache(self, data: memoryview, position: int) -> int:
+        """What is written so goes to the disk while more is computed."""
+        count = os.pwrite(self._handle, data[:_MOST_AT_ONCE], position)
+        self._since += count
+        if self._since >= _ON_ITS_WAY and hasattr(os, "posix_fadvise"):
+            begin = max(0, position + count - self._since)
+            os.posix_fadvise(self._handle, begin, self._since, os.POSIX_FADV_DONTNEED)
+            self._since = 0
+        return count
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and offset == self._position:
+            return offset
+        self._settle()
+        os.lseek(self._handle, self._position, os.SEEK_SET)
+        self._position = super().seek(offset, whence)
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        self._settle()
+        os.lseek(self._handle, self._position, os.SEEK_SET)
+        count = super().readinto(buffer)
+        self._position += count or 0
+        return count
+
+    def truncate(self, size: int | None = None) -> int:
+        self._settle()
+        return super().truncate(self._position if size is None else size)
+
+    def fileno(self) -> int:
+        self._settle()
+        return self._handle
+
+    def close(self) -> None:
+        try:
+            if not self.closed:
+                self._settle()
+        finally:
+            super().close()
+            if self._pool is not None:
+                self._pool.shutdown()
+            self._blocks.clear()
