@@ -59,9 +59,9 @@ def decode(
     out: NDArray[Any],
 ) -> bool:
     """Writes the values of elements of `dtype` to `out`, shape (n,), which are looked up in `table` where there is one.
-    False, with nothing done that counts, where this is not for compiled code."""
-    kernels = _kernels(out.size)
-    if kernels is None or (table is None and dtype not in _KINDS):
+    False, with nothing done, where this is not for compiled code."""
+    loops = _kernels(out.size)
+    if loops is None or (table is None and dtype not in _KINDS):
         return False
     blocks = _blocks(steps, view_shape)
     block = out.size // max(1, blocks)
@@ -72,23 +72,23 @@ def decode(
     parameters = np.empty((len(steps), blocks), np.float32)
     for row, (_, parameter, _) in zip(parameters, steps, strict=True):
         row[...] = np.repeat(parameter.reshape(-1), blocks // parameter.size)
-    stored = kernels.TABLE if table is not None else getattr(kernels, _KINDS[dtype])
+    stored = loops.TABLE if table is not None else getattr(loops, _KINDS[dtype])
     looked_up = np.zeros(1, np.float32) if table is None else np.ascontiguousarray(table).reshape(-1)
     is_float32 = out.dtype == np.float32
-    done: bool = kernels.decode(
+    loops.decode(
         packed,
         stored,
         looked_up,
         per_byte,
-        np.array([getattr(kernels, _OPERATIONS[operation]) for operation, _, _ in steps], np.int64),
+        np.array([getattr(loops, _OPERATIONS[operation]) for operation, _, _ in steps], np.int64),
         parameters,
-        np.array([getattr(kernels, _ROUNDED[rounded]) for _, _, rounded in steps], np.int64),
+        np.array([getattr(loops, _ROUNDED[rounded]) for _, _, rounded in steps], np.int64),
         block,
-        getattr(kernels, _GIVEN[out.dtype]),
+        getattr(loops, _GIVEN[out.dtype]),
         out if is_float32 else np.empty(0, np.float32),
         np.empty(0, np.uint16) if is_float32 else out.view(np.uint16),
     )
-    return done
+    return True
 
 
 def _blocks(steps: Sequence[Operation], view_shape: tuple[int, ...]) -> int:
@@ -107,6 +107,11 @@ def expect(nbytes: int) -> None:
     """Says that so many bytes are about to be written, of which decoded values may be a part."""
     global _expected
     _expected = nbytes // 4
+
+
+def fields() -> Any:
+    """`converters.compiled_fields` where compiled code is in use; else None."""
+    return None if _kernels(0) is None else import_module("converters.compiled_fields")
 
 
 def _kernels(count: int) -> Any:

@@ -1,6 +1,7 @@
 """The loops over codes, compiled by numba when this module is imported, and kept on the disk for the next time.
 
-Operations are neither contracted nor reordered: each gives the bits that NumPy's gives.
+Operations are neither contracted nor reordered: each gives the bits that NumPy's gives. float16 is what the processor
+makes of it, which rounds as IEEE 754 has it; ImportError where it cannot.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import boolean, float32, int64, njit, types, uint16
+from llvmlite import binding, ir
+from numba import float32, int64, njit, types, uint16, void
+from numba.extending import intrinsic
 
 #: How elements are stored, operations, and what their results are rounded to: numbers that `decode` takes.
 TABLE, UNSIGNED4, SIGNED4, UNSIGNED8, SIGNED8 = range(5)
@@ -16,16 +19,44 @@ SUBTRACT, MULTIPLY, ADD = range(3)
 KEPT, FLOAT16, BFLOAT16 = range(3)
 
 _CHUNK = 1024  # elements: what is computed stays in the first-level cache
-_SIGN, _INFINITY = np.uint32(0x80000000), np.uint32(0x7F800000)
-#: float32's bits of 0.5, of 2 ** -14, float16's least normal number, and of 2 ** 16, beyond its largest.
-_HALF, _LEAST, _BEYOND = np.uint32(0x3F000000), np.uint32(0x38800000), np.uint32(0x47800000)
-#: What makes float32's exponent float16's, and rounds to the nearest.
-_REBIASED = np.uint32(0xC8000FFF)
-_ONE, _13, _16 = np.uint32(1), np.uint32(13), np.uint32(16)
-_112 = np.float32(2.0**112)
+_SIGN, _INFINITY, _NAN = np.uint32(0x80000000), np.uint32(0x7F800000), np.uint32(0x7FC00000)
+_ONE, _16, _ROUNDING, _HIGH = np.uint32(1), np.uint32(16), np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)
 _TABLE = types.Array(types.float32, 1, "C", readonly=True)
+
+if binding.get_default_triple().startswith("x86_64") and not binding.get_host_cpu_features().get("f16c"):
+    raise ImportError("the processor has no instructions for float16")
+
+
+def _float16_of(_: Any, value: Any) -> Any:
+    """float16's bits of a float32."""
+
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), code
+
+
+def _float32_of(_: Any, bits: Any) -> Any:
+    """The float32 that float16's bits are."""
+
+    def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), code
+
+
+_to_float16: Any = intrinsic(_float16_of)
+_from_float16: Any = intrinsic(_float32_of)
+
+
+@njit(inline="always")
+def _rounded_to_bfloat16(bits: Any) -> Any:
+    """float32's bits of the bfloat16 that is nearest to what `bits` are of; all NaN are one, but for the sign."""
+    size = bits & ~_SIGN
+    rounded = (bits + _ROUNDING + ((bits >> _16) & _ONE)) & _HIGH
+    return rounded if size <= _INFINITY else (bits & _SIGN) | _NAN
 
 
 @njit(cache=True, nogil=True)
@@ -48,100 +79,71 @@ def _widen_bytes(packed: Any, first: int, excess: int, values: Any, count: int) 
 
 @njit(cache=True, nogil=True)
 def _look_up(packed: Any, first: int, table: Any, per_byte: int, values: Any, count: int) -> None:
+    """What `table` has for each byte: `per_byte` values, copied in pairs."""
     part = packed[first // per_byte : (first + count) // per_byte]
-    if per_byte == 2:
-        for i in range(count // 2):
-            byte = np.uint32(part[i])
-            values[2 * i] = table[2 * byte]
-            values[2 * i + 1] = table[2 * byte + 1]
+    if per_byte == 1:
+        for i in range(count):
+            values[i] = table[part[i]]
         return
-    for i in range(count // per_byte):
-        byte = np.uint32(part[i])
-        for j in range(per_byte):
-            values[i * per_byte + j] = table[byte * per_byte + j]
+    pairs, table_pairs = values.view(np.uint64), table.view(np.uint64)
+    if per_byte == 2:
+        for i in range(part.size):
+            pairs[i] = table_pairs[part[i]]
+        return
+    each = np.uint64(per_byte // 2)
+    for i in range(np.uint64(part.size)):
+        for j in range(each):
+            pairs[i * each + j] = table_pairs[part[i] * each + j]
 
 
 @njit(cache=True, nogil=True)
 def _apply(operation: int, parameters: Any, number: int, block: int, values: Any, count: int) -> None:
     """`parameters` from `number` on for blocks of `block` values; less than a block where `count` is."""
     for start in range(0, count, block):
-        parameter = parameters[number + start // block]
-        stop = min(start + block, count)
+        parameter = parameters[number]
+        number += 1
+        part = values[start : min(start + block, count)]
         if operation == SUBTRACT:
-            for i in range(start, stop):
-                values[i] = values[i] - parameter
+            for i in range(part.size):
+                part[i] = part[i] - parameter
         elif operation == MULTIPLY:
-            for i in range(start, stop):
-                values[i] = values[i] * parameter
+            for i in range(part.size):
+                part[i] = part[i] * parameter
         else:
-            for i in range(start, stop):
-                values[i] = values[i] + parameter
+            for i in range(part.size):
+                part[i] = part[i] + parameter
 
 
 @njit(cache=True, nogil=True)
-def _has_nan(bits: Any, count: int) -> bool:
-    largest = np.uint32(0)
-    for i in range(count):
-        largest = max(largest, bits[i] & ~_SIGN)
-    return bool(largest > _INFINITY)
-
-
-@njit(cache=True, nogil=True)
-def _to_float16(values: Any, bits: Any, spare: Any, spare_bits: Any, out: Any, first: int, count: int) -> None:
-    """Writes float16's bits of values, none of which is NaN, to `out`, from `first` on; `bits` are those of `values`,
-    as `spare_bits` those of `spare`."""
-    part = out[first : first + count]
-    for i in range(count):
-        spare[i] = abs(values[i]) + np.float32(0.5)  # rounds what is below the least normal number
-    for i in range(count):
-        sign = bits[i] & _SIGN
-        size = bits[i] ^ sign
-        rounded = (size + _REBIASED + ((size >> _13) & _ONE)) >> _13
-        rounded = rounded if size >= _LEAST else spare_bits[i] - _HALF
-        rounded = rounded if size < _BEYOND else np.uint32(0x7C00)
-        part[i] = np.uint16(rounded | (sign >> _16))
-
-
-@njit(cache=True, nogil=True)
-def _from_float16(half: Any, values: Any, bits: Any, count: int) -> None:
-    """The inverse of it: a half's bits, moved, are float32's of a number that is less by 112 of exponent."""
-    for i in range(count):
-        bits[i] = np.uint32(half[i] & np.uint16(0x7FFF)) << _13
-    for i in range(count):
-        values[i] = values[i] * _112
-    for i in range(count):
-        size = bits[i] if bits[i] < _BEYOND else _INFINITY
-        bits[i] = size | (np.uint32(half[i] & np.uint16(0x8000)) << _16)
-
-
-@njit(cache=True, nogil=True)
-def _to_bfloat16(bits: Any, out: Any, first: int, count: int) -> None:
-    part = out[first : first + count]
-    for i in range(count):
-        part[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + ((bits[i] >> _16) & _ONE)) >> _16)
-
-
-@njit(cache=True, nogil=True)
-def _write(dtype: int, values: Any, bits: Any, spare: Any, spare_bits: Any, out: Any, first: int, count: int) -> None:
-    """Writes the bits that values have as FLOAT16 or BFLOAT16."""
+def _round(dtype: int, values: Any, bits: Any, count: int) -> None:
+    """Rounds to FLOAT16 or BFLOAT16; `bits` are those of `values`."""
     if dtype == FLOAT16:
-        _to_float16(values, bits, spare, spare_bits, out, first, count)
-    else:
-        _to_bfloat16(bits, out, first, count)
+        for i in range(count):
+            values[i] = _from_float16(_to_float16(values[i]))
+    elif dtype == BFLOAT16:
+        for i in range(count):
+            bits[i] = _rounded_to_bfloat16(bits[i])
 
 
 @njit(cache=True, nogil=True)
-def _read(dtype: int, half: Any, values: Any, bits: Any, count: int) -> None:
-    """Reads them again."""
+def _write(dtype: int, values: Any, bits: Any, out32: Any, out16: Any, first: int, count: int) -> None:
+    """Writes values to `out32` or, as what they are in a dtype of 16 bits, to `out16`, from `first` on."""
+    if dtype == KEPT:
+        part32 = out32[first : first + count]
+        for i in range(count):
+            part32[i] = values[i]
+        return
+    part = out16[first : first + count]
     if dtype == FLOAT16:
-        _from_float16(half, values, bits, count)
+        for i in range(count):
+            part[i] = _to_float16(values[i])
     else:
         for i in range(count):
-            bits[i] = np.uint32(half[i]) << _16
+            part[i] = np.uint16(_rounded_to_bfloat16(bits[i]) >> _16)
 
 
 @njit(
-    boolean(
+    void(
         _BYTES, int64, _TABLE, int64, int64[::1], float32[:, ::1], int64[::1], int64, int64, float32[::1], uint16[::1]
     ),
     cache=True,
@@ -159,17 +161,17 @@ def decode(
     given_as: int,
     out32: Any,
     out16: Any,
-) -> bool:
+) -> None:
     """Writes the values of `packed` codes to `out32` or, as bits of the dtype `given_as`, to `out16`: `parameters` has
-    for each operation one of each block of `block` elements, and its result is rounded. False where one is NaN: what
-    was written is worth nothing then."""
-    values, spare, half = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.uint16)
-    bits, spare_bits = values.view(np.uint32), spare.view(np.uint32)
+    for each operation one of each block of `block` elements, and its result is rounded."""
+    values = np.empty(_CHUNK, np.float32)
+    bits = values.view(np.uint32)
     size = parameters.shape[1] * block
     whole = _CHUNK // block * block if block <= _CHUNK else _CHUNK
     first = 0
     while first < size:
         count = min(whole, size - first)
+        number = first // block
         if block > _CHUNK:
             count = min(count, block - first % block)
         if stored == TABLE:
@@ -179,19 +181,7 @@ def decode(
         else:
             _widen_bytes(packed, first, 128 * (stored == SIGNED8), values, count)
         for step in range(operations.size):
-            _apply(operations[step], parameters[step], first // block, block, values, count)
-            if rounded_to[step] != KEPT:
-                if _has_nan(bits, count):
-                    return False
-                _write(rounded_to[step], values, bits, spare, spare_bits, half, 0, count)
-                _read(rounded_to[step], half, values, bits, count)
-        if given_as == KEPT:
-            part = out32[first : first + count]
-            for i in range(count):
-                part[i] = values[i]
-        elif _has_nan(bits, count):
-            return False
-        else:
-            _write(given_as, values, bits, spare, spare_bits, out16, first, count)
+            _apply(operations[step], parameters[step], number, block, values, count)
+            _round(rounded_to[step], values, bits, count)
+        _write(given_as, values, bits, out32, out16, first, count)
         first += count
-    return True

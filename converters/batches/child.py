@@ -18,6 +18,7 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
+from converters.allocator import keep_freed_memory
 from converters.batches.jobs import Job, failed, run_job
 from converters.batches.records import Failure, Record
 from converters.errors import ExitCode
@@ -149,6 +150,7 @@ def _begin(parent: int, memory: int | None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+    keep_freed_memory()
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from converters.allocator import keep_freed_memory
 from converters.cli import batch, convert, formats, inspect, report, verify
 from converters.cli.arguments import with_default_dequantize
 from converters.errors import Error, ExitCode, printable
@@ -44,6 +45,7 @@ def root(
 def main() -> None:
     """Runs the command line on `sys.argv` and exits."""
     signal.signal(signal.SIGTERM, _terminated)
+    keep_freed_memory()
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
     try:
         app(args=with_default_dequantize(sys.argv[1:]))

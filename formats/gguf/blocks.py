@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import compiled
 from converters.errors import CorruptFile
 from converters.ir import Quantization, Tensor, blocked
 from converters.packing import pack
@@ -111,67 +112,94 @@ def _negated(start: int) -> _Take:
     return lambda blocks: blocks[:, start : start + 2] ^ np.array([0x00, 0x80], np.uint8)
 
 
-def _halves(stored: _Bytes, half: int) -> _Bytes:
-    """Canonical bytes of nibbles that lie in groups of `half` bytes: first all the low ones, then all the high ones."""
+def _halves(blocks: _Bytes, begin: int, half: int) -> _Bytes:
+    """Canonical bytes of the nibbles in groups of `half` bytes that follow the first `begin` of each block: first all
+    the low ones, then all the high ones."""
+    stored = blocks[:, begin:]
+    packed = np.empty(stored.size, np.uint8)
+    loops = compiled.fields()
+    if loops is not None:
+        loops.pair_halves(half)(blocks.reshape(-1), blocks.shape[1], begin, packed)
+        return packed
     pairs = np.ascontiguousarray(stored).reshape(-1).view("<u2")
     moved = pairs >> np.uint16(4)
     low = (pairs & np.uint16(0x0F)) | (moved & np.uint16(0xF0))
     high = (moved & np.uint16(0x0F)) | ((pairs >> np.uint16(8)) & np.uint16(0xF0))
     words = np.dtype(f"u{min(8, half // 2)}")  # NumPy is slow with many short rows of bytes
-    packed = np.empty((stored.size // half, 2, half // 2 // words.itemsize), words)
+    halves = packed.view(words).reshape(stored.size // half, 2, half // 2 // words.itemsize)
     for place, nibbles in enumerate((low, high)):
-        packed[:, place] = nibbles.astype(np.uint8).view(words).reshape(packed.shape[0], -1)
-    return packed.view(np.uint8)
+        halves[:, place] = nibbles.astype(np.uint8).view(words).reshape(halves.shape[0], -1)
+    return packed
 
 
-def _fields(stored: _Bytes, group: int, bits: int) -> _Bytes:
-    """Fields of `bits` bits that lie in groups of `group` bytes, all the lowest of a group first: (n, elements)."""
+def _fields(blocks: _Bytes, begin: int, end: int, group: int, bits: int) -> _Bytes:
+    """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block, all the lowest of
+    a group first: (n, elements)."""
+    loops = compiled.fields()
+    if loops is not None:
+        fields = np.empty(blocks.shape[0] * (end - begin) * 8 // bits, np.uint8)
+        loops.take_fields(group, bits)(blocks.reshape(-1), blocks.shape[1], begin, end, fields)
+        return fields.reshape(blocks.shape[0], -1)
+    stored: _Bytes = np.ascontiguousarray(blocks[:, begin:end])
+    if bits == 8:
+        return stored
     word = np.dtype(f"u{min(8, group)}")  # as many bytes at once; what is shifted out of one is masked in the next
-    words = np.ascontiguousarray(stored).view(word).reshape(stored.shape[0], -1, 1, group // word.itemsize)
+    words = stored.view(word).reshape(blocks.shape[0], -1, 1, group // word.itemsize)
     mask = np.full(word.itemsize, (1 << bits) - 1, np.uint8).view(word)
-    fields: NDArray[Any] = (words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask
-    return fields.reshape(stored.shape[0], -1).view(np.uint8)
+    shifted: NDArray[Any] = (words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask
+    return shifted.reshape(blocks.shape[0], -1).view(np.uint8)
+
+
+def _with_high(low: _Bytes, high: _Bytes, shift: int) -> _Bytes:
+    """Codes of their low bits, to which the high ones are added in place; `high` is of use no more."""
+    high <<= np.uint8(shift)
+    low |= high
+    return low
 
 
 def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
-    return codes.view(np.int8) - np.int8(excess)
+    """The codes less `excess`, in place."""
+    codes -= np.uint8(excess)
+    return codes.view(np.int8)
 
 
 def _q4_0(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_INT4, lambda b: _halves(b[:, 2:], 16) ^ np.uint8(0x88), scale)
+    return blocks.quantized(_INT4, lambda b: _halves(b, 2, 16) ^ np.uint8(0x88), scale)
 
 
 def _q4_1(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 4:], 16), scale, offset=offset)
+    return blocks.quantized(_UINT4, lambda b: _halves(b, 4, 16), scale, offset=offset)
 
 
-def _five_bits(high: _Bytes, low: _Bytes) -> _Bytes:
+def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
     """Codes of 32 elements: the fifth bits as a bit stream, the others in halves."""
-    fifth = np.unpackbits(np.ascontiguousarray(high), axis=1, bitorder="little")
-    return _fields(low, 16, 4) | (fifth << np.uint8(4))
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[:, begin : begin + 4]), axis=1, bitorder="little")
+    return _with_high(_fields(blocks, begin + 4, begin + 20, 16, 4), fifth, 4)
 
 
 def _q5_0(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_INT8, lambda b: _signed(16, _five_bits(b[:, 2:6], b[:, 6:])), scale)
+    return blocks.quantized(_INT8, lambda b: _signed(16, _five_bits(b, 2)), scale)
 
 
 def _q5_1(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
-    return blocks.quantized(_UINT8, lambda b: _five_bits(b[:, 4:8], b[:, 8:]), scale, offset=offset)
+    return blocks.quantized(_UINT8, lambda b: _five_bits(b, 4), scale, offset=offset)
 
 
 def _q8_0(blocks: Blocks) -> Tensor:
-    return blocks.quantized(_INT8, _field(2, 34), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
+    return blocks.quantized(_INT8, lambda b: _fields(b, 2, 34, 32, 8), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
 
 
 def _q8_k(blocks: Blocks) -> Tensor:
     """The sums of 16 codes each that follow are for dot products only."""
-    return blocks.quantized(_INT8, _field(4, 260), blocks.part("scale", _FLOAT32, 1, _field(0, 4)))
+    return blocks.quantized(
+        _INT8, lambda b: _fields(b, 4, 260, 256, 8), blocks.part("scale", _FLOAT32, 1, _field(0, 4))
+    )
 
 
 def _with_minima(
@@ -189,7 +217,7 @@ def _q2_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT2,
-        lambda b: pack(_fields(b[:, 16:80], 32, 2), 2),
+        lambda b: pack(_fields(b, 16, 80, 32, 2), 2),
         80,
         16,
         lambda b: b[:, :16] & np.uint8(0x0F),
@@ -209,7 +237,7 @@ def _q4_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT4,
-        lambda b: _halves(b[:, 16:], 32),
+        lambda b: _halves(b, 16, 32),
         0,
         8,
         lambda b: _six_bits(b[:, 4:16], 0, 0),
@@ -221,7 +249,7 @@ def _q5_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT8,
-        lambda b: _fields(b[:, 48:], 32, 4) | (_fields(b[:, 16:48], 32, 1) << np.uint8(4)),
+        lambda b: _with_high(_fields(b, 48, 176, 32, 4), _fields(b, 16, 48, 32, 1), 4),
         0,
         8,
         lambda b: _six_bits(b[:, 4:16], 0, 0),
@@ -233,11 +261,11 @@ def _q3_k(blocks: Blocks) -> Tensor:
     """The bit that is apart says that 4 is not to be subtracted."""
 
     def codes(stored: _Bytes) -> _Bytes:
-        return pack(_signed(4, _fields(stored[:, 32:96], 32, 2) | (_fields(stored[:, :32], 32, 1) << np.uint8(2))), 4)
+        codes = _with_high(_fields(stored, 32, 96, 32, 2), _fields(stored, 0, 32, 32, 1), 2)
+        return pack(_signed(4, codes), 4)
 
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        low, high = _fields(stored[:, 96:104], 8, 4), _fields(stored[:, 104:108], 4, 2)
-        return _signed(32, low | (high << np.uint8(4)))
+        return _signed(32, _with_high(_fields(stored, 96, 104, 8, 4), _fields(stored, 104, 108, 4, 2), 4))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(108, 110))
     return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
@@ -245,7 +273,7 @@ def _q3_k(blocks: Blocks) -> Tensor:
 
 def _q6_k(blocks: Blocks) -> Tensor:
     def codes(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _fields(stored[:, :128], 64, 4) | (_fields(stored[:, 128:192], 32, 2) << np.uint8(4)))
+        return _signed(32, _with_high(_fields(stored, 0, 128, 64, 4), _fields(stored, 128, 192, 32, 2), 4))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(208, 210))
     return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
@@ -258,17 +286,16 @@ def iq4_codebook() -> Tensor:
 
 def _iq4_nl(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 2:], 16), scale, codebook=iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b, 2, 16), scale, codebook=iq4_codebook())
 
 
 def _iq4_xs(blocks: Blocks) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        low, high = _fields(stored[:, 4:8], 1, 4), _fields(stored[:, 2:4], 1, 2)
-        return _signed(32, low | (high << np.uint8(4)))
+        return _signed(32, _with_high(_fields(stored, 4, 8, 1, 4), _fields(stored, 2, 4, 1, 2), 4))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     scale = blocks.nested("scale", _INT8, 8, scales, d)
-    return blocks.quantized(_UINT4, lambda b: _halves(b[:, 8:], 16), scale, codebook=iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: _halves(b, 8, 16), scale, codebook=iq4_codebook())
 
 
 def _tq1_0(blocks: Blocks) -> Tensor:
@@ -289,11 +316,11 @@ def _tq2_0(blocks: Blocks) -> Tensor:
     """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
     scale = blocks.part("scale", _FLOAT16, 1, _field(64, 66))
     zero_point = blocks.part("zero_point", _UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
-    return blocks.quantized(_UINT2, lambda b: pack(_fields(b[:, :64], 32, 2), 2), scale, zero_point=zero_point)
+    return blocks.quantized(_UINT2, lambda b: pack(_fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
 
 
 def _mxfp4(blocks: Blocks) -> Tensor:
-    return blocks.quantized(_FLOAT4, lambda b: _halves(b[:, 1:], 16), blocks.part("scale", _EXPONENT8, 1, _field(0, 1)))
+    return blocks.quantized(_FLOAT4, lambda b: _halves(b, 1, 16), blocks.part("scale", _EXPONENT8, 1, _field(0, 1)))
 
 
 def _nvfp4(blocks: Blocks) -> Tensor:
@@ -305,7 +332,7 @@ def _nvfp4(blocks: Blocks) -> Tensor:
             raise CorruptFile("has the scale 0xFF, which is no unsigned E4M3 number", tensor=blocks.name)
         return np.where(scale == _UE4M3_ZERO, np.uint8(0), scale & np.uint8(0x7F))
 
-    return blocks.quantized(_FLOAT4, lambda b: _halves(b[:, 4:], 8), blocks.part("scale", _FLOAT8, 4, scales))
+    return blocks.quantized(_FLOAT4, lambda b: _halves(b, 4, 8), blocks.part("scale", _FLOAT8, 4, scales))
 
 
 #: The types that are read, by their number (ggml.h, enum ggml_type).

@@ -19,7 +19,7 @@ from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
 #: The container's name of each dtype that it stores as it is.
 KINDS: Mapping[Any, str] = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}
 
-_PIECE_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 23
 _ALIGNMENT = 8
 
 
