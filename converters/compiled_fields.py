@@ -22,21 +22,21 @@ def _splat(value: int, size: int) -> Any:
     return ir.Constant(ir.VectorType(ir.IntType(8), size), [value] * size)
 
 
-def _taken(_: Any, stored: Any, start: Any, fields: Any, place: Any, group: Any, bits: Any) -> Any:
-    """Writes the fields of the group at `start`, all the lowest first, from `place` on."""
-    size, width = group.literal_value, bits.literal_value
+def _taken(_: Any, stored: Any, start: Any, fields: Any, place: Any, group: Any, bits: Any, up: Any) -> Any:
+    """Writes the fields of the group at `start`, all the lowest first, moved `up`, from `place` on."""
+    size, width, moved = group.literal_value, bits.literal_value, up.literal_value
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         stored, start, fields, place = arguments[:4]
         vector = builder.load(_at(context, builder, signature.args[0], stored, start, size), align=1)
         for number in range(8 // width):
             shifted = builder.lshr(vector, _splat(number * width, size))
-            field = builder.and_(shifted, _splat((1 << width) - 1, size))
+            field = builder.shl(builder.and_(shifted, _splat((1 << width) - 1, size)), _splat(moved, size))
             end = builder.add(place, ir.Constant(ir.IntType(64), number * size))
             builder.store(field, _at(context, builder, signature.args[2], fields, end, size), align=1)
         return context.get_dummy_value()
 
-    return types.void(stored, types.int64, fields, types.int64, group, bits), code
+    return types.void(stored, types.int64, fields, types.int64, group, bits, up), code
 
 
 def _paired(_: Any, stored: Any, start: Any, packed: Any, place: Any, half: Any) -> Any:
@@ -66,17 +66,17 @@ _pair: Any = intrinsic(prefer_literal=True)(_paired)
 
 
 @cache
-def take_fields(group: int, bits: int) -> Any:
+def take_fields(group: int, bits: int, up: int) -> Any:
     """A function of (blocks, pitch, begin, end, fields) that writes the fields of `bits` bits in groups of `group`
     bytes, which lie from `begin` to `end` in each `pitch` bytes of `blocks`: all the lowest of a group first, one in a
-    byte."""
+    byte, `up` bits above its lowest."""
 
     @njit(void(_BYTES, int64, int64, int64, uint8[::1]), cache=True, nogil=True)
     def function(blocks: Any, pitch: int, begin: int, end: int, fields: Any) -> None:
         place = 0
         for block in range(0, blocks.size, pitch):
             for start in range(block + begin, block + end, group):
-                _take(blocks, start, fields, place, group, bits)
+                _take(blocks, start, fields, place, group, bits, up)
                 place += group * 8 // bits
 
     return function

@@ -104,7 +104,7 @@ class BlockType:
 
 
 def _field(start: int, stop: int) -> _Take:
-    return lambda blocks: blocks[:, start:stop]
+    return lambda blocks: _fields(blocks, start, stop, stop - start, 8)
 
 
 def _negated(start: int) -> _Take:
@@ -132,13 +132,13 @@ def _halves(blocks: _Bytes, begin: int, half: int) -> _Bytes:
     return packed
 
 
-def _fields(blocks: _Bytes, begin: int, end: int, group: int, bits: int) -> _Bytes:
+def _fields(blocks: _Bytes, begin: int, end: int, group: int, bits: int, up: int = 0) -> _Bytes:
     """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block, all the lowest of
-    a group first: (n, elements)."""
+    a group first, moved `up` by so many bits: (n, elements)."""
     loops = compiled.fields()
     if loops is not None:
         fields = np.empty(blocks.shape[0] * (end - begin) * 8 // bits, np.uint8)
-        loops.take_fields(group, bits)(blocks.reshape(-1), blocks.shape[1], begin, end, fields)
+        loops.take_fields(group, bits, up)(blocks.reshape(-1), blocks.shape[1], begin, end, fields)
         return fields.reshape(blocks.shape[0], -1)
     stored: _Bytes = np.ascontiguousarray(blocks[:, begin:end])
     if bits == 8:
@@ -146,15 +146,14 @@ def _fields(blocks: _Bytes, begin: int, end: int, group: int, bits: int) -> _Byt
     word = np.dtype(f"u{min(8, group)}")  # as many bytes at once; what is shifted out of one is masked in the next
     words = stored.view(word).reshape(blocks.shape[0], -1, 1, group // word.itemsize)
     mask = np.full(word.itemsize, (1 << bits) - 1, np.uint8).view(word)
-    shifted: NDArray[Any] = (words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask
+    shifted: NDArray[Any] = ((words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask) << word.type(up)
     return shifted.reshape(blocks.shape[0], -1).view(np.uint8)
 
 
-def _with_high(low: _Bytes, high: _Bytes, shift: int) -> _Bytes:
-    """Codes of their low bits, to which the high ones are added in place; `high` is of use no more."""
-    high <<= np.uint8(shift)
-    low |= high
-    return low
+def _added(codes: _Bytes, high: _Bytes) -> _Bytes:
+    """Codes of their low bits with the high ones, in place."""
+    codes |= high
+    return codes
 
 
 def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
@@ -176,8 +175,8 @@ def _q4_1(blocks: Blocks) -> Tensor:
 
 def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
     """Codes of 32 elements: the fifth bits as a bit stream, the others in halves."""
-    fifth = np.unpackbits(np.ascontiguousarray(blocks[:, begin : begin + 4]), axis=1, bitorder="little")
-    return _with_high(_fields(blocks, begin + 4, begin + 20, 16, 4), fifth, 4)
+    fifth = np.unpackbits(_fields(blocks, begin, begin + 4, 4, 8), axis=1, bitorder="little")
+    return _added(_fields(blocks, begin + 4, begin + 20, 16, 4), fifth * np.uint8(16))
 
 
 def _q5_0(blocks: Blocks) -> Tensor:
@@ -192,14 +191,12 @@ def _q5_1(blocks: Blocks) -> Tensor:
 
 
 def _q8_0(blocks: Blocks) -> Tensor:
-    return blocks.quantized(_INT8, lambda b: _fields(b, 2, 34, 32, 8), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
+    return blocks.quantized(_INT8, _field(2, 34), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
 
 
 def _q8_k(blocks: Blocks) -> Tensor:
     """The sums of 16 codes each that follow are for dot products only."""
-    return blocks.quantized(
-        _INT8, lambda b: _fields(b, 4, 260, 256, 8), blocks.part("scale", _FLOAT32, 1, _field(0, 4))
-    )
+    return blocks.quantized(_INT8, _field(4, 260), blocks.part("scale", _FLOAT32, 1, _field(0, 4)))
 
 
 def _with_minima(
@@ -225,12 +222,18 @@ def _q2_k(blocks: Blocks) -> Tensor:
     )
 
 
-def _six_bits(stored: _Bytes, low: int, nibble: int) -> _Bytes:
-    """The 8 scales or minima of Q4_K and Q5_K: four in the low 6 bits of bytes from `low` on, whose other bits are the
-    high ones of the next four; their low ones are a nibble of bytes 8 to 11."""
-    whole = stored[:, low : low + 4]
-    rest = ((stored[:, 8:12] >> np.uint8(nibble)) & np.uint8(0x0F)) | ((whole >> np.uint8(2)) & np.uint8(0x30))
-    return np.concatenate([whole & np.uint8(0x3F), rest], axis=1)
+def _six_bits(blocks: _Bytes, low: int, nibble: int) -> _Bytes:
+    """The 8 scales or minima of Q4_K and Q5_K, in the 12 bytes from 4 on: four in the low 6 bits of bytes from `low`
+    on, whose other bits are the high ones of the next four; their low ones are a nibble of bytes 8 to 11. Four bytes
+    are computed with at once."""
+    words = _fields(blocks, 4, 16, 12, 8).view("<u4")
+    whole = words[:, low // 4]
+    found = np.empty((blocks.shape[0], 2), "<u4")
+    found[:, 0] = whole & np.uint32(0x3F3F3F3F)
+    found[:, 1] = ((words[:, 2] >> np.uint32(nibble)) & np.uint32(0x0F0F0F0F)) | (
+        (whole >> np.uint32(2)) & np.uint32(0x30303030)
+    )
+    return found.view(np.uint8)
 
 
 def _q4_k(blocks: Blocks) -> Tensor:
@@ -240,8 +243,8 @@ def _q4_k(blocks: Blocks) -> Tensor:
         lambda b: _halves(b, 16, 32),
         0,
         8,
-        lambda b: _six_bits(b[:, 4:16], 0, 0),
-        lambda b: _six_bits(b[:, 4:16], 4, 4),
+        lambda b: _six_bits(b, 0, 0),
+        lambda b: _six_bits(b, 4, 4),
     )
 
 
@@ -249,11 +252,11 @@ def _q5_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT8,
-        lambda b: _with_high(_fields(b, 48, 176, 32, 4), _fields(b, 16, 48, 32, 1), 4),
+        lambda b: _added(_fields(b, 48, 176, 32, 4), _fields(b, 16, 48, 32, 1, 4)),
         0,
         8,
-        lambda b: _six_bits(b[:, 4:16], 0, 0),
-        lambda b: _six_bits(b[:, 4:16], 4, 4),
+        lambda b: _six_bits(b, 0, 0),
+        lambda b: _six_bits(b, 4, 4),
     )
 
 
@@ -261,11 +264,11 @@ def _q3_k(blocks: Blocks) -> Tensor:
     """The bit that is apart says that 4 is not to be subtracted."""
 
     def codes(stored: _Bytes) -> _Bytes:
-        codes = _with_high(_fields(stored, 32, 96, 32, 2), _fields(stored, 0, 32, 32, 1), 2)
+        codes = _added(_fields(stored, 32, 96, 32, 2), _fields(stored, 0, 32, 32, 1, 2))
         return pack(_signed(4, codes), 4)
 
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _with_high(_fields(stored, 96, 104, 8, 4), _fields(stored, 104, 108, 4, 2), 4))
+        return _signed(32, _added(_fields(stored, 96, 104, 8, 4), _fields(stored, 104, 108, 4, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(108, 110))
     return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
@@ -273,7 +276,7 @@ def _q3_k(blocks: Blocks) -> Tensor:
 
 def _q6_k(blocks: Blocks) -> Tensor:
     def codes(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _with_high(_fields(stored, 0, 128, 64, 4), _fields(stored, 128, 192, 32, 2), 4))
+        return _signed(32, _added(_fields(stored, 0, 128, 64, 4), _fields(stored, 128, 192, 32, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(208, 210))
     return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
@@ -291,7 +294,7 @@ def _iq4_nl(blocks: Blocks) -> Tensor:
 
 def _iq4_xs(blocks: Blocks) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _with_high(_fields(stored, 4, 8, 1, 4), _fields(stored, 2, 4, 1, 2), 4))
+        return _signed(32, _added(_fields(stored, 4, 8, 1, 4), _fields(stored, 2, 4, 1, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     scale = blocks.nested("scale", _INT8, 8, scales, d)
