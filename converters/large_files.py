@@ -8,7 +8,6 @@ cache in writes of 64 KiB where it cannot, or where there is less of it.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import mmap
 import os
@@ -46,7 +45,9 @@ class _LargeFile(io.FileIO):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "w+")
+        self._path = path
         self._handle = super().fileno()
+        self._direct_handle: int | None = None
         self._position = 0  # of the next write
         self._written = self._since = 0
         self._can_be_direct = _DIRECT != 0
@@ -58,14 +59,13 @@ class _LargeFile(io.FileIO):
     def write(self, data: ReadableBuffer) -> int:
         """Writes the beginning of `data`, as raw files may; buffered ones come again with the rest."""
         with memoryview(data).cast("B") as view:
-            is_direct = self._can_be_direct and len(view) >= _LARGE_PIECE and self._written >= _LARGE_FILE
+            is_direct = len(view) >= _LARGE_PIECE and self._written >= _LARGE_FILE and self._can_be_direct
             begun = self._position % _SECTOR
-            if is_direct and begun and not self._held:
-                count = self._write_through_cache(view[: _SECTOR - begun], self._position)
-            elif is_direct or self._held:
+            if self._held or (is_direct and not begun):
                 count = self._hold(view)
             else:
-                count = self._write_through_cache(view, self._position)
+                self._wait()
+                count = self._write_through_cache(view[: _SECTOR - begun] if is_direct else view, self._position)
         self._written += count
         self._position += count
         return count
@@ -113,15 +113,13 @@ class _LargeFile(io.FileIO):
                 done += self._write_through_cache(data[done:], position + done)
 
     def _write_directly(self, data: memoryview, position: int) -> int:
-        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
         try:
-            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | _DIRECT)
-            return os.pwrite(self._handle, data, position)
+            if self._direct_handle is None:
+                self._direct_handle = os.open(self._path, os.O_WRONLY | _DIRECT)
+            return os.pwrite(self._direct_handle, data, position)
         except OSError:  # the file system cannot do it; an error of the disk comes again
             self._can_be_direct = False
             return 0
-        finally:
-            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags)
 
     def _write_through_cache(self, data: memoryview, position: int) -> int:
         """What is written so goes to the disk while more is computed."""
@@ -168,3 +166,6 @@ class _LargeFile(io.FileIO):
             if self._pool is not None:
                 self._pool.shutdown()
             self._blocks.clear()
+            if self._direct_handle is not None:
+                os.close(self._direct_handle)
+                self._direct_handle = None
