@@ -72,10 +72,10 @@ def test_every_form(  # type: ignore[no-untyped-def]
     grid = grid_shape(shape, block_shape)
 
     def floats(role: str) -> Tensor:
+        numbers = random.normal(size=grid) * 2.0**magnitude
+        numbers[random.random(grid) < 0.02] = random.choice([np.nan, np.inf, -np.inf, 0.0])
         with np.errstate(over="ignore"):
-            return Tensor.from_array(
-                role, (random.normal(size=grid) * 2.0**magnitude).astype(np.float32).astype(scales)
-            )
+            return Tensor.from_array(role, numbers.astype(np.float32).astype(scales))
 
     zero_point = None
     if "integer zero point" in parts:
@@ -106,7 +106,7 @@ def test_every_form(  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
 def test_every_kind_of_number_is_rounded(dtype: np.dtype[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around every float16 and bfloat16 number and half-way between, subnormal ones, zeros, infinities and beyond."""
+    """Around every float16 and bfloat16 number and half-way between, subnormal, zeros, infinities and beyond, NaN."""
     if dtype == FLOAT16:
         exact = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     else:
@@ -115,7 +115,7 @@ def test_every_kind_of_number_is_rounded(dtype: np.dtype[Any], monkeypatch: pyte
     half = np.uint32(1 << 12 if dtype == FLOAT16 else 1 << 15)
     numbers = np.concatenate([bits + np.uint32(n) for n in (0, 1, half - 1, half, half + 1)]).view(np.float32)
     numbers = np.concatenate([numbers, np.float32([65519.996, 65520, 65536, 3e38, np.inf, -np.inf, 1e-45, 2.0**-25])])
-    numbers = numbers[~np.isnan(numbers)]
+    numbers = np.concatenate([numbers, np.uint32([0x7F800001, 0xFFFFFFFF, 0x7FC00000]).view(np.float32)])
     one = Quantization(Tensor.from_array("s", numbers[:, None]), (1, 8))
     tensor = Tensor.from_array("w", np.ones((numbers.size, 8), np.int8), one)
     got = dequantize(tensor, dtype)
@@ -142,6 +142,28 @@ def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in FLOATS:
         dequantize(tensor, dtype)
     assert calls == [True] * 3
+
+
+def test_what_is_expected_starts_its_import_and_numpy_decodes_meanwhile() -> None:
+    program = (
+        "import sys, numpy as np\nfrom converters import compiled\nfrom converters.ir import Quantization, Tensor\n"
+        "s = Tensor.from_array('s', np.ones((1, 1), np.float32))\n"
+        "tensor = Tensor.from_array('w', np.ones((1, 1024), np.int8), Quantization(s, (1, 1024)))\n"
+        "compiled.expect(1 << 40)\nfirst = tensor.dequantize('float32')\n"
+        "compiled._loading()[0].join()\nassert compiled.fields() is not None\n"
+        "assert (tensor.dequantize('float32') == first).all() and 'numba' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("error", [ImportError("for another NumPy"), RuntimeError("no place for what is compiled")])
+def test_without_a_compiler_that_works_numpy_decodes(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(compiled, "import_module", failing)
+    with pytest.warns(UserWarning, match=f"numba is not used, and decoding takes longer: {error}"):
+        assert compiled._imported() is None
 
 
 def test_little_work_does_not_import_the_compiler() -> None:
