@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from benchmarks.measure import Row, processes_by_turns
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
-_MODELS = 3000
+_MODELS = 10_000
 _LOOPED = 30
 _LARGER = 500
 _LARGER_SHAPE = (1024, 1024)
@@ -67,7 +67,7 @@ def _batches(models: Path, options: str) -> list[str]:
 
 def _speeds(commands: Sequence[str], counts: Sequence[int]) -> list[float]:
     """Models a minute of each command."""
-    runs = processes_by_turns([["sh", "-c", command] for command in commands], rounds=5)
+    runs = processes_by_turns([["sh", "-c", command] for command in commands], rounds=3)
     return [60 * count / seconds for count, (seconds, _) in zip(counts, runs, strict=True)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from converters import api
@@ -79,9 +80,10 @@ class Job:
         if self.remote is not None:
             return None if self.remote.is_folder else self.remote.nbytes
         try:
-            return self.source.stat().st_size if self.source.is_file() else None
+            status = self.source.stat()
         except OSError:
             return None
+        return status.st_size if S_ISREG(status.st_mode) else None
 
 
 def failed(job: Job, failure: Failure) -> Record:

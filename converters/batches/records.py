@@ -109,9 +109,8 @@ def write_report(path: Path, records: Iterable[Record]) -> None:
 
 
 def append(stream: IO[str], record: Record) -> None:
-    """Adds a record, which a reader of the file sees when this returns."""
+    """Adds a record to what `flush` writes."""
     stream.write(record.line())
-    stream.flush()
 
 
 def flush(stream: IO[Any]) -> None:

@@ -59,13 +59,16 @@ class LocalWorkers:
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
         futures: list[Future[Record]] = [Future() for _ in jobs]
         self._waiting.extend(zip(jobs, futures, strict=True))
-        for _ in jobs:
+        for _ in range(min(len(jobs), self._count)):
             self._threads.submit(self._work)
         return futures
 
     def _work(self) -> None:
-        """Has a process do what waits, as much as its share; nothing where others have done it already."""
-        bundle = list(self._bundle())
+        """Has a process do what waits, a share of it at a time, until there is no more."""
+        while bundle := list(self._bundle()):
+            self._run(bundle)
+
+    def _run(self, bundle: Sequence[tuple[Job, Future[Record]]]) -> None:
         futures = [future for _, future in bundle]
         try:
             with closing(self._children.run([job for job, _ in bundle])) as records:
