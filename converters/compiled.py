@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.errors import UsageError
 from converters.packing import SUB_BYTE
 
 if TYPE_CHECKING:  # imported when there is much to decode
@@ -119,6 +120,8 @@ def _kernels(count: int) -> Any:
     global _decoded
     if _WORTH == "never":
         return None
+    if not _WORTH.isdecimal():
+        raise UsageError(f"NIBBLECAST_COMPILE_AFTER={_WORTH}: a number of elements is needed, or never")
     _decoded += count
     if max(_decoded, _expected) <= int(_WORTH):
         return None

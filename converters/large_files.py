@@ -74,9 +74,8 @@ class _LargeFile(io.FileIO):
         if not self._blocks:
             from concurrent.futures import ThreadPoolExecutor
 
-            self._blocks = [
-                np.frombuffer(mmap.mmap(-1, _BLOCK), np.uint8) for _ in range(2)
-            ]  # memory that begins with a page
+            pages = (mmap.mmap(-1, _BLOCK) for _ in range(2))  # memory of which the beginning is that of a page
+            self._blocks = [np.frombuffer(each, np.uint8) for each in pages]
             self._pool = ThreadPoolExecutor(1)
         count = min(len(data), _BLOCK - self._held)
         self._blocks[0][self._held : self._held + count] = np.frombuffer(data[:count], np.uint8)

@@ -212,6 +212,7 @@ def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
                 begin_folder(plan, intended)
         else:
             plan, intended, shard = shards[number - 1]
+            compiled.expect(shard.file.nbytes or 0)
             with begun_folder(plan, intended) as staged:
                 staged.write_shard(plan, shard, lambda _: None)
     except OSError as error:

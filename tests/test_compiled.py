@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from converters import compiled
 from converters.dequantize import dequantize
+from converters.errors import UsageError
 from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from tests import zoo
 
@@ -164,6 +165,14 @@ def test_without_a_compiler_that_works_numpy_decodes(error: Exception, monkeypat
     monkeypatch.setattr(compiled, "import_module", failing)
     with pytest.warns(UserWarning, match=f"numba is not used, and decoding takes longer: {error}"):
         assert compiled._imported() is None
+
+
+def test_a_threshold_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_WORTH", "soon")
+    scale = Tensor.from_array("s", np.ones((4, 1), np.float32))
+    tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=Quantization(scale, (1, 64)))
+    with pytest.raises(UsageError, match="NIBBLECAST_COMPILE_AFTER=soon: a number of elements"):
+        dequantize(tensor, FLOAT32)
 
 
 def test_little_work_does_not_import_the_compiler() -> None:

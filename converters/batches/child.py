@@ -157,14 +157,10 @@ def _begin(parent: int, memory: int | None) -> None:
 
 def _serve(handle: int, parent: int, memory: int) -> None:
     _begin(parent, memory or None)
-    with Connection(handle) as pipe:
+    with Connection(handle) as pipe, suppress(EOFError, BrokenPipeError):  # the parent is gone, or needs no more
         pipe.send(True)
         while True:
-            try:
-                jobs: Sequence[Job] = pipe.recv()
-            except EOFError:
-                return
-            for job in jobs:
+            for job in pipe.recv():
                 pipe.send(run_job(job))
 
 

@@ -109,7 +109,8 @@ def _progress(*, quiet: bool) -> Iterator[tuple[OnResult | None, OnRunning | Non
         yield None, None
         return
     if not sys.stderr.isatty():
-        yield _log, None
+        with _log() as log:
+            yield log
         return
     from rich.console import Console, Group
     from rich.live import Live
@@ -133,9 +134,24 @@ def _progress(*, quiet: bool) -> Iterator[tuple[OnResult | None, OnRunning | Non
         yield on_result, on_running
 
 
-def _log(record: Record, done: int, total: int) -> None:
-    if not record.kept:
-        print(f"{done}/{total} {_line(record)}", file=sys.stderr, flush=True)
+@contextmanager
+def _log() -> Iterator[tuple[OnResult, OnRunning]]:
+    """Lines that come together are written together: small models are done within a millisecond."""
+    lines: list[str] = []
+
+    def on_result(record: Record, done: int, total: int) -> None:
+        if not record.kept:
+            lines.append(f"{done}/{total} {_line(record)}\n")
+
+    def on_running(_: Sequence[str]) -> None:
+        if lines:
+            print("".join(lines), file=sys.stderr, end="", flush=True)
+            lines.clear()
+
+    try:
+        yield on_result, on_running
+    finally:
+        on_running(())
 
 
 def _line(record: Record) -> str:
