@@ -26,8 +26,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import compiled
 from converters.errors import CorruptFile
+from converters.fields import fields, paired_halves
 from converters.ir import Quantization, Tensor, blocked
 from converters.packing import pack
 from converters.storage import Data
@@ -104,50 +104,12 @@ class BlockType:
 
 
 def _field(start: int, stop: int) -> _Take:
-    return lambda blocks: _fields(blocks, start, stop, stop - start, 8)
+    return lambda blocks: fields(blocks, start, stop, stop - start, 8)
 
 
 def _negated(start: int) -> _Take:
     """A float16 with the other sign."""
     return lambda blocks: blocks[:, start : start + 2] ^ np.array([0x00, 0x80], np.uint8)
-
-
-def _halves(blocks: _Bytes, begin: int, half: int) -> _Bytes:
-    """Canonical bytes of the nibbles in groups of `half` bytes that follow the first `begin` of each block: first all
-    the low ones, then all the high ones."""
-    stored = blocks[:, begin:]
-    packed = np.empty(stored.size, np.uint8)
-    loops = compiled.fields()
-    if loops is not None:
-        loops.pair_halves(half)(blocks.reshape(-1), blocks.shape[1], begin, packed)
-        return packed
-    pairs = np.ascontiguousarray(stored).reshape(-1).view("<u2")
-    moved = pairs >> np.uint16(4)
-    low = (pairs & np.uint16(0x0F)) | (moved & np.uint16(0xF0))
-    high = (moved & np.uint16(0x0F)) | ((pairs >> np.uint16(8)) & np.uint16(0xF0))
-    words = np.dtype(f"u{min(8, half // 2)}")  # NumPy is slow with many short rows of bytes
-    halves = packed.view(words).reshape(stored.size // half, 2, half // 2 // words.itemsize)
-    for place, nibbles in enumerate((low, high)):
-        halves[:, place] = nibbles.astype(np.uint8).view(words).reshape(halves.shape[0], -1)
-    return packed
-
-
-def _fields(blocks: _Bytes, begin: int, end: int, group: int, bits: int, up: int = 0) -> _Bytes:
-    """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block, all the lowest of
-    a group first, moved `up` by so many bits: (n, elements)."""
-    loops = compiled.fields()
-    if loops is not None:
-        fields = np.empty(blocks.shape[0] * (end - begin) * 8 // bits, np.uint8)
-        loops.take_fields(group, bits, up)(blocks.reshape(-1), blocks.shape[1], begin, end, fields)
-        return fields.reshape(blocks.shape[0], -1)
-    stored: _Bytes = np.ascontiguousarray(blocks[:, begin:end])
-    if bits == 8:
-        return stored
-    word = np.dtype(f"u{min(8, group)}")  # as many bytes at once; what is shifted out of one is masked in the next
-    words = stored.view(word).reshape(blocks.shape[0], -1, 1, group // word.itemsize)
-    mask = np.full(word.itemsize, (1 << bits) - 1, np.uint8).view(word)
-    shifted: NDArray[Any] = ((words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask) << word.type(up)
-    return shifted.reshape(blocks.shape[0], -1).view(np.uint8)
 
 
 def _added(codes: _Bytes, high: _Bytes) -> _Bytes:
@@ -164,19 +126,19 @@ def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
 
 def _q4_0(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_INT4, lambda b: _halves(b, 2, 16) ^ np.uint8(0x88), scale)
+    return blocks.quantized(_INT4, lambda b: paired_halves(b, 2, 16) ^ np.uint8(0x88), scale)
 
 
 def _q4_1(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
-    return blocks.quantized(_UINT4, lambda b: _halves(b, 4, 16), scale, offset=offset)
+    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 4, 16), scale, offset=offset)
 
 
 def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
     """Codes of 32 elements: the fifth bits as a bit stream, the others in halves."""
-    fifth = np.unpackbits(_fields(blocks, begin, begin + 4, 4, 8), axis=1, bitorder="little")
-    return _added(_fields(blocks, begin + 4, begin + 20, 16, 4), fifth * np.uint8(16))
+    fifth = np.unpackbits(fields(blocks, begin, begin + 4, 4, 8), axis=1, bitorder="little")
+    return _added(fields(blocks, begin + 4, begin + 20, 16, 4), fifth * np.uint8(16))
 
 
 def _q5_0(blocks: Blocks) -> Tensor:
@@ -214,7 +176,7 @@ def _q2_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT2,
-        lambda b: pack(_fields(b, 16, 80, 32, 2), 2),
+        lambda b: pack(fields(b, 16, 80, 32, 2), 2),
         80,
         16,
         lambda b: b[:, :16] & np.uint8(0x0F),
@@ -226,7 +188,7 @@ def _six_bits(blocks: _Bytes, low: int, nibble: int) -> _Bytes:
     """The 8 scales or minima of Q4_K and Q5_K, in the 12 bytes from 4 on: four in the low 6 bits of bytes from `low`
     on, whose other bits are the high ones of the next four; their low ones are a nibble of bytes 8 to 11. Four bytes
     are computed with at once."""
-    words = _fields(blocks, 4, 16, 12, 8).view("<u4")
+    words = fields(blocks, 4, 16, 12, 8).view("<u4")
     whole = words[:, low // 4]
     found = np.empty((blocks.shape[0], 2), "<u4")
     found[:, 0] = whole & np.uint32(0x3F3F3F3F)
@@ -240,7 +202,7 @@ def _q4_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT4,
-        lambda b: _halves(b, 16, 32),
+        lambda b: paired_halves(b, 16, 32),
         0,
         8,
         lambda b: _six_bits(b, 0, 0),
@@ -252,7 +214,7 @@ def _q5_k(blocks: Blocks) -> Tensor:
     return _with_minima(
         blocks,
         _UINT8,
-        lambda b: _added(_fields(b, 48, 176, 32, 4), _fields(b, 16, 48, 32, 1, 4)),
+        lambda b: _added(fields(b, 48, 176, 32, 4), fields(b, 16, 48, 32, 1, 4)),
         0,
         8,
         lambda b: _six_bits(b, 0, 0),
@@ -264,11 +226,11 @@ def _q3_k(blocks: Blocks) -> Tensor:
     """The bit that is apart says that 4 is not to be subtracted."""
 
     def codes(stored: _Bytes) -> _Bytes:
-        codes = _added(_fields(stored, 32, 96, 32, 2), _fields(stored, 0, 32, 32, 1, 2))
+        codes = _added(fields(stored, 32, 96, 32, 2), fields(stored, 0, 32, 32, 1, 2))
         return pack(_signed(4, codes), 4)
 
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _added(_fields(stored, 96, 104, 8, 4), _fields(stored, 104, 108, 4, 2, 4)))
+        return _signed(32, _added(fields(stored, 96, 104, 8, 4), fields(stored, 104, 108, 4, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(108, 110))
     return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
@@ -276,7 +238,7 @@ def _q3_k(blocks: Blocks) -> Tensor:
 
 def _q6_k(blocks: Blocks) -> Tensor:
     def codes(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _added(_fields(stored, 0, 128, 64, 4), _fields(stored, 128, 192, 32, 2, 4)))
+        return _signed(32, _added(fields(stored, 0, 128, 64, 4), fields(stored, 128, 192, 32, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(208, 210))
     return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
@@ -289,16 +251,16 @@ def iq4_codebook() -> Tensor:
 
 def _iq4_nl(blocks: Blocks) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_UINT4, lambda b: _halves(b, 2, 16), scale, codebook=iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 2, 16), scale, codebook=iq4_codebook())
 
 
 def _iq4_xs(blocks: Blocks) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
-        return _signed(32, _added(_fields(stored, 4, 8, 1, 4), _fields(stored, 2, 4, 1, 2, 4)))
+        return _signed(32, _added(fields(stored, 4, 8, 1, 4), fields(stored, 2, 4, 1, 2, 4)))
 
     d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     scale = blocks.nested("scale", _INT8, 8, scales, d)
-    return blocks.quantized(_UINT4, lambda b: _halves(b, 8, 16), scale, codebook=iq4_codebook())
+    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 8, 16), scale, codebook=iq4_codebook())
 
 
 def _tq1_0(blocks: Blocks) -> Tensor:
@@ -319,11 +281,12 @@ def _tq2_0(blocks: Blocks) -> Tensor:
     """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
     scale = blocks.part("scale", _FLOAT16, 1, _field(64, 66))
     zero_point = blocks.part("zero_point", _UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
-    return blocks.quantized(_UINT2, lambda b: pack(_fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
+    return blocks.quantized(_UINT2, lambda b: pack(fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
 
 
 def _mxfp4(blocks: Blocks) -> Tensor:
-    return blocks.quantized(_FLOAT4, lambda b: _halves(b, 1, 16), blocks.part("scale", _EXPONENT8, 1, _field(0, 1)))
+    scale = blocks.part("scale", _EXPONENT8, 1, _field(0, 1))
+    return blocks.quantized(_FLOAT4, lambda b: paired_halves(b, 1, 16), scale)
 
 
 def _nvfp4(blocks: Blocks) -> Tensor:
@@ -335,7 +298,7 @@ def _nvfp4(blocks: Blocks) -> Tensor:
             raise CorruptFile("has the scale 0xFF, which is no unsigned E4M3 number", tensor=blocks.name)
         return np.where(scale == _UE4M3_ZERO, np.uint8(0), scale & np.uint8(0x7F))
 
-    return blocks.quantized(_FLOAT4, lambda b: _halves(b, 4, 8), blocks.part("scale", _FLOAT8, 4, scales))
+    return blocks.quantized(_FLOAT4, lambda b: paired_halves(b, 4, 8), blocks.part("scale", _FLOAT8, 4, scales))
 
 
 #: The types that are read, by their number (ggml.h, enum ggml_type).
