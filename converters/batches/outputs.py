@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def planned_jobs(
     UsageError where two outputs have the same name, and for formats that are not there, or cannot be written."""
     writers = {name: plugins.format_named(name) for name in dict.fromkeys(formats)}
     folder = folder if destination else folder.absolute()
-    jobs, taken = [], {folder / REPORT: "the report"}
+    jobs, taken = [], {str(folder / REPORT): "the report"}
     for source in sources:
         targets = tuple(
             (
@@ -32,27 +33,30 @@ def planned_jobs(
             for name, format in writers.items()
         )
         for _, target in targets:
-            if target in taken:
+            if str(target) in taken:
                 raise UsageError(
-                    f"would be written for {source.name} and for {taken[target]}: leave one of them out with --exclude",
+                    f"would be written for {source.name} and for {taken[str(target)]}: "
+                    "leave one of them out with --exclude",
                     path=target,
                 )
-            taken[target] = source.name
+            taken[str(target)] = source.name
         jobs.append(Job(source.path, source.name, folder, targets, request, source.remote, destination))
     _refuse_nested(taken, folder)
     return jobs
 
 
-def _refuse_nested(taken: Mapping[Path, str], folder: Path) -> None:
-    """An output that is a folder cannot be around another output."""
+def _refuse_nested(taken: Mapping[str, str], folder: Path) -> None:
+    """An output that is a folder cannot be around another output. Paths are text here, of which there may be many."""
     for target, name in taken.items():
-        around = next((parent for parent in target.parents if parent != folder and parent in taken), None)
-        if around is not None:
-            raise UsageError(
-                f"is the output of {taken[around]}, in which that of {name} would lie: leave one of them out with "
-                "--exclude",
-                path=around,
-            )
+        around = target.rpartition(os.sep)[0]
+        while len(around) > len(str(folder)):
+            if around in taken:
+                raise UsageError(
+                    f"is the output of {taken[around]}, in which that of {name} would lie: leave one of them out with "
+                    "--exclude",
+                    path=Path(around),
+                )
+            around = around.rpartition(os.sep)[0]
 
 
 def _own(options: Mapping[str, Any], format: str) -> dict[str, Any]:

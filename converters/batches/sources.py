@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import file_digest, sha256
+from operator import attrgetter
 from pathlib import Path
 
 from converters import plugins
@@ -149,7 +150,7 @@ def _is_in(name: str, folder: str) -> bool:
 
 def _below(folder: Path, top: Path, without: Path | None, every: bool) -> Iterator[Source]:
     try:
-        entries = sorted(folder.iterdir())
+        entries = sorted(folder.iterdir(), key=attrgetter("name"))
     except OSError:
         return
     if plugins.is_checkpoint([entry.name for entry in entries]):
