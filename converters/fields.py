@@ -16,8 +16,9 @@ Bytes = NDArray[np.uint8]
 
 
 def paired_halves(blocks: Bytes, begin: int, half: int) -> Bytes:
-    """Canonical bytes of the nibbles in groups of `half` bytes that follow the first `begin` of each block: first all
-    the low ones, then all the high ones."""
+    """Canonical bytes, shape (n * (nbytes - begin),), of the nibbles in groups of `half` bytes that follow the first
+    `begin` bytes of each block of `blocks`, shape (n, nbytes): first all the low ones, then all the high ones. ggml has
+    its codes of 4 bits so (ggml-quants.c)."""
     stored = blocks[:, begin:]
     packed = np.empty(stored.size, np.uint8)
     loops = compiled.fields()
@@ -36,8 +37,9 @@ def paired_halves(blocks: Bytes, begin: int, half: int) -> Bytes:
 
 
 def fields(blocks: Bytes, begin: int, end: int, group: int, bits: int, up: int = 0) -> Bytes:
-    """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block, all the lowest of
-    a group first, moved `up` by so many bits: (n, elements)."""
+    """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block of `blocks`, shape
+    (n, nbytes): all the lowest of a group first, moved `up` by so many bits, one in a byte, shape (n, elements). They
+    are the caller's to write to, but for whole bytes (`bits` is 8), which may be those of `blocks`."""
     loops = compiled.fields()
     if loops is not None:
         taken: Bytes = np.empty(blocks.shape[0] * (end - begin) * 8 // bits, np.uint8)

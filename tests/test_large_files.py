@@ -114,7 +114,10 @@ def test_they_are_as_files_in_memory(tmp_path: Path, steps: list[tuple[str, int]
 
 
 def test_a_file_system_that_cannot_do_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refusing(*_: object) -> int:
+    refused: list[object] = []
+
+    def refusing(*arguments: object) -> int:
+        refused.append(arguments)
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(large_files.os, "open", refusing)
@@ -123,6 +126,7 @@ def test_a_file_system_that_cannot_do_it(monkeypatch: pytest.MonkeyPatch, tmp_pa
         for start in range(0, len(whole), 12_000):
             file.write(whole[start : start + 12_000])
     assert (tmp_path / "file").read_bytes() == whole
+    assert len(refused) == 1
 
 
 def test_small_writes_follow_large_ones_that_are_on_their_way(direct: list[int], tmp_path: Path) -> None:
@@ -137,16 +141,21 @@ def test_small_writes_follow_large_ones_that_are_on_their_way(direct: list[int],
     assert direct
 
 
-def test_a_short_direct_write_is_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_short_direct_write_is_gone_on_with(
+    direct: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     write = os.pwrite
-    monkeypatch.setattr(
-        large_files.os, "pwrite", lambda handle, data, at: write(handle, data[: -(-len(data) * 2 // 3)], at)
-    )
+
+    def short(handle: int, data: bytes, position: int) -> int:
+        return write(handle, data[:8192], position)
+
+    monkeypatch.setattr(large_files.os, "pwrite", short)
     whole = content(150_000)
     with new_file(tmp_path / "file") as file:
         for start in range(0, len(whole), 12_000):
             file.write(whole[start : start + 12_000])
     assert (tmp_path / "file").read_bytes() == whole
+    assert set(direct) == {8192}
 
 
 def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

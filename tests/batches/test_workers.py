@@ -73,10 +73,15 @@ def models(folder: Path, *names: str) -> Path:
     return folder
 
 
+def command(folder: Path, *options: str) -> list[str]:
+    """Converts a folder to `out` beside it."""
+    target = folder.parent / "out"
+    return [sys.executable, "-m", "converters", "batch", str(folder), str(target), "--to", "safetensors", *options]
+
+
 def batch(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "converters", "batch", str(folder), str(folder.parent / "out"), "--jobs", "2"]
-    command += ["--to", "safetensors", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    arguments = command(folder, "--jobs", "2", *options)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +153,9 @@ def test_an_interruption_from_a_terminal_is_for_the_batch_alone(
 ) -> None:
     """As ctrl-C does it: all of the process group gets the signal, and workers that have only begun as well."""
     folder = models(tmp_path / "models", "hangs")
-    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
     for seconds in (0.5, 1, 1.5):
         with subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command(folder), env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         ) as process:
             time.sleep(seconds)
             os.killpg(process.pid, ended_by)
@@ -166,8 +170,7 @@ def test_an_interruption_leaves_a_state_to_resume(
     ended_by: signal.Signals, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder = models(tmp_path / "models", "hangs")
-    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(folder), env=environment, stderr=subprocess.PIPE, text=True) as process:
         until = time.monotonic() + 60
         while len(read_report(tmp_path / "out" / REPORT)) < 6 and time.monotonic() < until:
             time.sleep(0.1)
@@ -184,8 +187,9 @@ def test_an_interruption_leaves_a_state_to_resume(
 
 def test_workers_end_with_the_process_that_started_them(environment: dict[str, str], tmp_path: Path) -> None:
     folder = models(tmp_path / "models", "hangs")
-    command = [sys.executable, "-m", "converters", "batch", str(folder), str(tmp_path / "out"), "--to", "safetensors"]
-    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command(folder), env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
         until = time.monotonic() + 60
         while len(read_report(tmp_path / "out" / REPORT)) < 6 and time.monotonic() < until:
             time.sleep(0.1)
