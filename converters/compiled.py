@@ -26,7 +26,7 @@ from converters.packing import SUB_BYTE
 if TYPE_CHECKING:  # imported when there is much to decode
     from threading import Thread
 
-#: Where there are fewer elements, they are decoded without; "0" in the environment: all are with, "never": none.
+#: Where there are no more elements, they are decoded without; "0" in the environment: all are with, "never": none.
 _WORTH = os.environ.get("NIBBLECAST_COMPILE_AFTER", str(1 << 27))
 #: Shorter blocks, and fewer elements at once, are not worth the calls.
 _SHORTEST_BLOCK = 8
@@ -123,7 +123,7 @@ def _kernels(count: int) -> Any:
     if not _WORTH.isdecimal():
         raise UsageError(f"NIBBLECAST_COMPILE_AFTER={_WORTH}: a number of elements is needed, or never")
     _decoded += count
-    if max(_decoded, _expected) < int(_WORTH):
+    if _WORTH != "0" and max(_decoded, _expected) <= int(_WORTH):
         return None
     loading, kernels = _loading()
     if _WORTH == "0":
