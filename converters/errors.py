@@ -10,6 +10,10 @@ from __future__ import annotations
 from enum import IntEnum
 from pathlib import Path
 
+_BRIEF_ITEMS = 8
+_BRIEF_BITS = 256
+_BRIEF_TYPES = (int, float, complex, bool, type(None), str, bytes, tuple, list, dict, set, frozenset)
+
 
 class ExitCode(IntEnum):
     """What the command line's exit status means."""
@@ -29,6 +33,31 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def brief(value: object, most: int = 80) -> str:
+    """A value out of a file as a short text for a message, in time and memory that do not depend on the value. `repr`
+    would format all of it first: a tuple that holds itself twice, sixty levels deep, takes it for ever, and an integer
+    of 8000 bits is an error of its own. What is inside containers is told one level deep; of a class that is not known
+    here only the name is."""
+    if type(value) not in (tuple, list) or not isinstance(value, tuple | list):
+        return _flat(value, most)
+    items = [_flat(item, most) for item in value[:_BRIEF_ITEMS]] + ["…"] * (len(value) > _BRIEF_ITEMS)
+    text = ", ".join(items)
+    return f"[{text}]" if isinstance(value, list) else f"({text}{',' * (len(items) == 1)})"
+
+
+def _flat(value: object, most: int) -> str:
+    kind = type(value)
+    if kind not in _BRIEF_TYPES:  # a class derived from one of these may have a `__repr__` of its own
+        return f"a value of type {kind.__name__}"
+    if isinstance(value, int) and value.bit_length() > _BRIEF_BITS:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes):
+        return printable(repr(value[:most])) + "…" * (len(value) > most)
+    if isinstance(value, tuple | list | dict | set | frozenset):
+        return f"a {kind.__name__} of {len(value)}"
+    return repr(value)
 
 
 class Error(Exception):

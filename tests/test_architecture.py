@@ -14,6 +14,7 @@ from converters import plugins
 
 ROOT = Path(__file__).parent.parent
 FOR_FORMATS = {
+    "converters.allowance",
     "converters.errors",
     "converters.fields",
     "converters.interfaces",

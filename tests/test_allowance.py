@@ -1,0 +1,48 @@
+"""The allowance for data that are larger than the files that they come from."""
+
+from __future__ import annotations
+
+import pytest
+
+from converters.allowance import VARIABLE, Allowance
+from converters.errors import Unsupported, UsageError
+
+MIB = 1 << 20
+
+
+def test_small_files_may_grow_by_256_mib_altogether() -> None:
+    allowance = Allowance(100)
+    allowance.spend(200 * MIB, "repeats its elements")
+    allowance.spend(56 * MIB, "repeats its elements")
+    with pytest.raises(Unsupported, match=rf"elements: 1 bytes from a file of 100, .*set {VARIABLE}") as seen:
+        allowance.spend(1, "repeats its elements", tensor="w")
+    assert seen.value.tensor == "w"
+
+
+def test_large_files_may_grow_to_64_times_their_size() -> None:
+    allowance = Allowance(10 * MIB)
+    allowance.spend(640 * MIB, "is sparse")
+    with pytest.raises(Unsupported, match="is sparse"):
+        allowance.spend(1, "is sparse")
+
+
+def test_what_was_refused_is_not_counted() -> None:
+    allowance = Allowance(0)
+    with pytest.raises(Unsupported):
+        allowance.spend(10**400, "is of a size that no file has")
+    allowance.spend(256 * MIB, "is sparse")
+
+
+@pytest.mark.parametrize(("text", "nbytes"), [("1000", 1000), ("3k", 3 << 10), ("2M", 2 * MIB), ("1G", 1 << 30)])
+def test_the_environment_sets_it(text: str, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    Allowance(0).spend(nbytes, "is sparse")
+    with pytest.raises(Unsupported):
+        Allowance(0).spend(nbytes + 1, "is sparse")
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "1.5G", "1" * 40])
+def test_what_is_no_size_is_said(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    with pytest.raises(UsageError, match=f"{VARIABLE}='{text}' is not a size"):
+        Allowance(0)
