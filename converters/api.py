@@ -270,14 +270,16 @@ def _convert(
     conversion = Conversion(model.metadata.source or Path(), files, losses, notes, report)
     if dry_run:
         return conversion
-    pipeline.run(planned, progress, resume=resume)
+    verified: dict[Path, Comparison | None] = {}
+    hints: list[str] = []
+
+    def check(output: pipeline.PlannedOutput, main: Path) -> None:
+        verified[output.target.path] = _verified(output, main)
+        hints.extend(_hints(output, main))
+
+    pipeline.run(planned, progress, resume=resume, check=check if verify else None)
     written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
-    conversion = replace(conversion, files=written)
-    if verify:
-        verified = {output.target.path: _verified(output) for output in planned}
-        checked = [output.plan for output in planned if isinstance(output.plan, Validating)]
-        hints = tuple(hint for plan in checked for hint in plan.validate())
-        conversion = replace(conversion, verified=verified, notes=(*conversion.notes, *hints))
+    conversion = replace(conversion, files=written, verified=verified, notes=(*conversion.notes, *hints))
     if quantize is None:
         return conversion
     from converters.quantize import accuracy
@@ -361,15 +363,30 @@ def _assigned(options: Mapping[str, Any], formats: Sequence[plugins.Format]) -> 
     return assigned
 
 
-def _verified(output: pipeline.PlannedOutput) -> Comparison | None:
-    path, format = output.target.path, output.target.format
+def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
+    """Compares what was written, which is not yet in its place, with what was to be; `main` is the file or folder to
+    read. None where its format has no reader. Raises VerificationFailed."""
+    format, path = output.target.format, output.target.path
     if not format.reader:
         return None
-    expected, written = output.expected, plugins.reader(format).read(path)
+    expected, written = output.expected, plugins.reader(format).read(main)
     if expected is not output.model:  # a graph that is changed may get tensors that the model has not
         written = replace(written, tensors={name: t for name, t in written.items() if name in expected})
     comparison = compare(expected, written)
     if not comparison.equal:
         more = f" (and {len(comparison.differences) - 1} more)" if len(comparison.differences) > 1 else ""
-        raise VerificationFailed(f"does not hold what was to be written: {comparison.differences[0]}{more}", path=path)
+        raise VerificationFailed(
+            f"is not written, for it would not hold what was to be: {comparison.differences[0]}{more}", path=path
+        )
     return comparison
+
+
+def _hints(output: pipeline.PlannedOutput, main: Path) -> Sequence[str]:
+    """What the format's own checker says of it. Raises VerificationFailed."""
+    if not isinstance(output.plan, Validating):
+        return ()
+    try:
+        return output.plan.validate(main)
+    except VerificationFailed as error:
+        error.path = output.target.path
+        raise

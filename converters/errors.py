@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     REFUSED_LOSS = 5
     VERIFICATION_FAILED = 6
     BATCH_FAILED = 7
+    CHANGED = 8
 
 
 def printable(text: str) -> str:
@@ -99,6 +100,12 @@ class MissingFile(CorruptFile):
     def __init__(self, message: str, *, file: Path, path: Path | None = None) -> None:
         super().__init__(message, path=path)
         self.file = file
+
+
+class ChangedFile(Error):
+    """An input was cut off or written to while it was read."""
+
+    exit_code = ExitCode.CHANGED
 
 
 class Unsupported(Error):

@@ -195,8 +195,9 @@ class FolderPlan(Protocol):
 class Validating(Protocol):
     """A plan whose format has a checker of its own, for `--verify`."""
 
-    def validate(self) -> Sequence[str]:
-        """Has that look at the files that were written; returns hints, a sentence each. Raises VerificationFailed."""
+    def validate(self, main: Path) -> Sequence[str]:
+        """Has that look at the files that were written, of which `main` is the first, before they are put in their
+        place; returns hints, a sentence each. Raises VerificationFailed."""
         ...
 
 

@@ -19,19 +19,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from converters import compiled, plugins
-from converters.atomic import atomic_outputs
 from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from converters.errors import Error, RefusedLoss, Unsupported, UsageError
-from converters.folders import atomic_folder, begin_folder, begun_folder, intent, write_folder
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Progress, Rearranging, Shard, Sink
 from converters.ir import Loss, Model, Tensor, dtype_name
 from converters.options import parse
-from converters.storage import FileRange, InMemory, MappedFile, files_of
+from converters.output.atomic import atomic_outputs
+from converters.output.creation import refuse_special
+from converters.output.folders import atomic_folder, begin_folder, begun_folder, intent, write_folder
+from converters.output.private_folder import remove_left_behind, temporary_folders
+from converters.storage import FileRange, InMemory, MappedFile, files_of, truncated_file
 
 if TYPE_CHECKING:  # quantization is imported when it is asked for
     from converters.scheme import Scheme
 
 _CACHED_BYTES = 1 << 26
+
+#: Told of each output, and where its main file (or its folder) lies, when all are complete and none is in its place.
+Check = Callable[["PlannedOutput", Path], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,20 +162,39 @@ def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
     return model
 
 
-def run(planned: Sequence[PlannedOutput], progress: Progress | None = None, *, resume: bool = False) -> None:
+def run(
+    planned: Sequence[PlannedOutput],
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    check: Check | None = None,
+) -> None:
     """Writes every planned output, all or none of its files; each tensor is fetched once for all files. With `resume`
-    a folder's shards that an interrupted run has completed are kept. Raises UsageError when the system refuses (a full
-    disk, say)."""
+    a folder's shards that an interrupted run has completed are kept. `check` may refuse what was written by an
+    exception; then nothing of it is put in place. Raises UsageError when the system refuses (a full disk, say),
+    ChangedFile where an input was written to meanwhile."""
     try:
-        _run(planned, progress, resume)
+        if not resume:  # a batch, which always resumes, has cleared its whole target before
+            for output in planned:
+                remove_left_behind(temporary_folders(output.target.path.parent, output.target.path.name))
+        _run(planned, progress, resume, check)
     except OSError as error:
+        refuse_truncated()
         paths = ", ".join(str(output.target.path) for output in planned)
         folders = any(isinstance(output.plan, FolderPlan) for output in planned)
         again = "; complete shards are kept: go on with --resume" if folders else ""
         raise UsageError(f"cannot write {paths}: {error.strerror or error}{again}") from error
 
 
-def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bool) -> None:
+def refuse_truncated() -> None:
+    """Raises ChangedFile where an input has become shorter: writing what is gone is an error of the system, too, whose
+    reason ("Bad address") tells nobody."""
+    file = truncated_file()
+    if file is not None:
+        file.check_unchanged()
+
+
+def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bool, check: Check | None) -> None:
     total = sum(tensor.nbytes for output in planned for tensor in _pushed(output).values())
     total += sum(shard.file.nbytes or 0 for output in planned for shard in _folder_shards(output))
     compiled.expect(total)
@@ -183,19 +207,33 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
             progress(done, total)
 
     with ExitStack() as stack:
-        sinks = []
-        for output in planned:
-            if isinstance(output.plan, FolderPlan):
-                continue
-            streams = stack.enter_context(atomic_outputs([file.path for file in output.plan.files]))
-            sinks.append((output.plan.open(streams), output.model))
-        for output in planned:
+        staged_files = {
+            index: stack.enter_context(atomic_outputs([file.path for file in output.plan.files]))
+            for index, output in enumerate(planned)
+            if not isinstance(output.plan, FolderPlan)
+        }
+        sinks = [
+            (output.plan.open(staged_files[index].streams), output.model)
+            for index, output in enumerate(planned)
+            if not isinstance(output.plan, FolderPlan)
+        ]
+        places: dict[int, Path] = {}
+        for index, output in enumerate(planned):
             if isinstance(output.plan, FolderPlan):
                 staged = stack.enter_context(atomic_folder(output.plan, _intended(output, output.plan), resume=resume))
                 write_folder(output.plan, staged, wrote)
+                places[index] = staged.path
         _push(sinks, wrote)
         for sink, _ in sinks:
             sink.close()
+        for index, files in staged_files.items():
+            files.complete()
+            places[index] = files.path_of(files.paths[0])
+        for index, output in enumerate(planned):
+            for file in _mapped_files(output.model):
+                file.check_unchanged()
+            if check is not None:
+                check(output, places[index])
 
 
 def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
@@ -216,6 +254,7 @@ def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
             with begun_folder(plan, intended) as staged:
                 staged.write_shard(plan, shard, lambda _: None)
     except OSError as error:
+        refuse_truncated()
         paths = ", ".join(str(plan.folder) for plan, _ in folders)
         raise UsageError(f"cannot write {paths}: {error.strerror or error}") from error
     return len(shards)
@@ -325,6 +364,8 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
         if isinstance(output.plan, FolderPlan) and _identity(output.plan.folder) in inputs:
             raise UsageError("is the input as well as the output: name another folder", path=output.plan.folder)
     for file in output_files(planned):
+        if file.folder is None:
+            refuse_special(file.path)
         identity = _identity(file.path)
         if identity in inputs:
             raise UsageError("is the input as well as an output: give the output another name", path=file.path)

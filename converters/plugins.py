@@ -19,6 +19,7 @@ from converters.errors import CorruptFile, MissingDependency, UsageError
 from converters.interfaces import Reader, Runner, Writer
 from converters.ir import Model
 from converters.options import OptionHelp, describe, parse
+from converters.storage import open_regular
 
 ENTRY_POINT_GROUP = "nibblecast.formats"
 
@@ -161,7 +162,7 @@ def detect(path: Path) -> Format:
     if path.is_dir():
         return _of_folder(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(_HEAD_BYTES)
     except OSError as error:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error

@@ -5,16 +5,21 @@ One small interface, `Data`: how many bytes there are, and any range of them as 
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, MissingFile
+from converters.errors import ChangedFile, CorruptFile, MissingFile
 
 
 @runtime_checkable
@@ -149,30 +154,77 @@ class Part:
         release(self.data, self.start + start, self.start + stop)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+def open_regular(path: Path) -> BufferedReader:
+    """A file to read from its beginning. Raises OSError for whatever is not a regular file: a FIFO, a device or a
+    socket would have the reader wait for ever, or read without end. The kind is that of the open file, so that nothing
+    can take its place after it was looked at."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file (a FIFO, a device or a socket)", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path) -> bytes:
+    """All bytes of a file. Raises OSError as `open_regular`."""
+    with open_regular(path) as stream:
+        return stream.read()
+
+
+#: All files that are mapped, for whoever has to tell which of them has become shorter.
+_mapped: WeakSet[MappedFile] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class MappedFile:
-    """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it."""
+    """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it.
+    `identity` is what the system said of the file when it was opened: device, inode, and when it was last written to
+    in nanoseconds."""
 
     path: Path
     view: NDArray[np.uint8]
     mapping: mmap.mmap | None
+    identity: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
-        """Maps `path` whole. Raises CorruptFile when it is not a readable regular file: MissingFile when it is none."""
+        """Maps `path` whole. Raises CorruptFile when it cannot be read or is not a regular file, MissingFile when it is
+        not there."""
         try:
-            if not path.is_file():
-                if path.exists():
-                    raise CorruptFile("is no file", path=path)
-                raise MissingFile("does not exist", file=path, path=path)
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size == 0:  # an empty file cannot be mapped
+            with open_regular(path) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size == 0:  # an empty file cannot be mapped
                     return cls(path, np.zeros(0, np.uint8), None)
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
-        return cls(path, np.frombuffer(mapping, np.uint8), mapping)
+        except FileNotFoundError as error:
+            raise MissingFile("does not exist", file=path, path=path) from error
+        except (OSError, ValueError) as error:  # ValueError: a path that no file can have, or a file that is now empty
+            raise CorruptFile(f"cannot be read: {getattr(error, 'strerror', None) or error}", path=path) from error
+        opened = cls(path, np.frombuffer(mapping, np.uint8), mapping, _identity(status))
+        _mapped.add(opened)
+        return opened
+
+    def check_unchanged(self) -> None:
+        """Raises ChangedFile where the file has been written to or cut off since it was opened."""
+        if self.mapping is None:
+            return
+        try:
+            found, size = _identity(self.path.stat()), self.mapping.size()
+        except OSError:
+            return  # it has been removed; what is mapped stays
+        is_another = found[:2] != self.identity[:2]  # that has been put in its place; what is mapped stays
+        if size != self.view.size or not (is_another or found == self.identity):
+            raise ChangedFile(
+                f"has changed while it was read: it had {self.view.size} bytes and has {size}; convert it again when "
+                "nothing writes to it any more",
+                path=self.path,
+            )
 
     def range(self, offset: int, nbytes: int) -> FileRange:
         """Bytes [offset, offset + nbytes) of the file as tensor data. Raises CorruptFile when it ends before that."""
@@ -183,6 +235,10 @@ class MappedFile:
                 path=self.path,
             )
         return FileRange(self, offset, nbytes)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +257,14 @@ class FileRange:
         if self.file.mapping is not None and stop > start:
             first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
             self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop - first)
+
+
+def truncated_file() -> MappedFile | None:
+    """A mapped file that has become shorter since: reading what is gone ends a process by the signal SIGBUS."""
+    for file in tuple(_mapped):
+        if file.mapping is not None and file.mapping.size() < file.view.size:
+            return file
+    return None
 
 
 def files_of(data: Data) -> Iterator[MappedFile]:

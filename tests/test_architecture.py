@@ -15,6 +15,7 @@ from converters import plugins
 ROOT = Path(__file__).parent.parent
 FOR_FORMATS = {
     "converters.allowance",
+    "converters.containment",
     "converters.errors",
     "converters.fields",
     "converters.interfaces",

@@ -18,10 +18,10 @@ import pytest
 import converters
 from converters import dequantize as stage
 from converters import plugins
-from converters.atomic import atomic_outputs
 from converters.errors import RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities
 from converters.ir import Metadata, Model, Quantization, Tensor
+from converters.output.atomic import atomic_outputs
 from converters.pipeline import Target, fit
 from converters.storage import Computed
 from tests import zoo
@@ -171,7 +171,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import converters
-from converters import atomic
+from converters.output import atomic
 count = int(sys.argv[1])
 def counted(function):
     def wrapper(*args, **kwargs):
@@ -211,8 +211,8 @@ def test_atomic_outputs_replace_the_main_file_last(tmp_path: Path, monkeypatch: 
     order: list[str] = []
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, target: (order.append(Path(target).name), replace(self, target)))
-    with atomic_outputs([tmp_path / "main", tmp_path / "side"]) as streams:
-        for stream in streams:
+    with atomic_outputs([tmp_path / "main", tmp_path / "side"]) as staged:
+        for stream in staged.streams:
             stream.write(b"x")
     assert order == ["side", "main"]
 

@@ -23,6 +23,7 @@ from converters.batches.jobs import Job, failed, run_job
 from converters.batches.records import Failure, Record
 from converters.errors import ExitCode
 from converters.processors import THREADS
+from converters.truncation import end_at_truncated_inputs
 
 _PR_SET_PDEATHSIG = 1
 _END_SECONDS = 5
@@ -135,6 +136,9 @@ def _took_too_long(job: Job, seconds: float) -> Failure:
 
 def _process_ended(job: Job, code: int) -> Failure:
     """A job whose process is no more; `code` as of `subprocess`: a signal is negative."""
+    if code == ExitCode.CHANGED:
+        message = f"{job.shown}: it or a file beside it was cut off while it was read: convert it again"
+        return Failure(code, message, transient=True)
     if code >= 0:
         how = f"ended with exit code {code}"
     else:
@@ -151,6 +155,7 @@ def _begin(parent: int, memory: int | None) -> None:
         if os.getppid() != parent:
             os._exit(1)
     keep_freed_memory()
+    end_at_truncated_inputs(quiet=True)
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 

@@ -16,7 +16,7 @@ from converters.batches.records import Failure, Output, Record
 from converters.batches.remote import RemoteSource
 from converters.batches.sources import bytes_of, digest_of
 from converters.dequantize import FLOAT_DTYPES
-from converters.errors import Error, ExitCode, UsageError, printable
+from converters.errors import ChangedFile, Error, ExitCode, UsageError, printable
 from converters.interfaces import OutputFile
 from converters.version import __version__
 
@@ -193,8 +193,9 @@ def _verified(job: Job, done: api.Conversion) -> bool | None:
 
 
 def _is_transient(error: Error) -> bool:
-    """Whether the system refused, and not the model: a full disk, say."""
-    return isinstance(error, UsageError) and isinstance(error.__cause__, OSError)
+    """Whether the system refused, and not the model (a full disk, e.g.), or something was still writing the model."""
+    refused = isinstance(error, UsageError) and isinstance(error.__cause__, OSError)
+    return refused or isinstance(error, ChangedFile)
 
 
 def _forget_peak() -> None:

@@ -23,6 +23,7 @@ def planned_jobs(
     folder = folder if destination else folder.absolute()
     jobs, taken = [], {str(folder / REPORT): "the report"}
     for source in sources:
+        _refuse_outside(source)
         targets = tuple(
             (
                 name,
@@ -43,6 +44,15 @@ def planned_jobs(
         jobs.append(Job(source.path, source.name, folder, targets, request, source.remote, destination))
     _refuse_nested(taken, folder)
     return jobs
+
+
+def _refuse_outside(source: Source) -> None:
+    """Outputs are named by the sources' names, which must not lead out of the target."""
+    if source.name.startswith("/") or "\0" in source.name or ".." in source.name.split("/"):
+        raise UsageError(
+            f"the output of {source.path} would be '{source.name}' below the target, which is outside of it: give the "
+            "path of the source without '..'"
+        )
 
 
 def _refuse_nested(taken: Mapping[str, str], folder: Path) -> None:

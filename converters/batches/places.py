@@ -3,8 +3,6 @@ outputs are there."""
 
 from __future__ import annotations
 
-import fcntl
-import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -17,9 +15,10 @@ from converters.batches.records import REPORT
 from converters.batches.remote import RemoteFile, fetch, files_below, joined, put
 from converters.batches.scratch import scratch_folder
 from converters.errors import Error, UsageError
+from converters.output.creation import lock
+from converters.output.private_folder import remove_left_behind, temporary_folders
 
 _LOCK = ".nibblecast-lock"
-_PARTS = ".*.nibblecast-part"
 _PUT_SECONDS = 30
 
 
@@ -66,16 +65,12 @@ class LocalFolder:
         """Keeps other runs out of the folder, and clears away what one that was killed, here or before, has left."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / _LOCK).open("w")
+            held = lock(self.folder / _LOCK)
+        except BlockingIOError as error:
+            raise UsageError("is being written by another batch: wait for it, or stop it", path=self.folder) from error
         except OSError as error:
             raise UsageError(f"cannot be written: {error.strerror or error}", path=self.folder) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UsageError(
-                    "is being written by another batch: wait for it, or stop it", path=self.folder
-                ) from error
+        with held:
             self._clear()
             try:
                 yield self.folder / REPORT
@@ -83,9 +78,7 @@ class LocalFolder:
                 self._clear()
 
     def _clear(self) -> None:
-        for part in self.folder.rglob(_PARTS):
-            if part.is_file():
-                part.unlink(missing_ok=True)
+        remove_left_behind(temporary_folders(self.folder, below=True))
 
     def nbytes(self, path: str) -> int | None:
         try:
@@ -97,13 +90,9 @@ class LocalFolder:
         """It is there already."""
 
     def tidy(self, job: Job) -> None:
-        """Removes temporary files, and none of a model with a longer name that is still worked on; a folder's complete
-        shards stay for the next attempt."""
+        """Removes the temporary files of this model; a folder's complete shards stay for the next attempt."""
         for _, target in job.targets:
-            own = re.compile(rf"\.{re.escape(target.stem)}\.[^.]+(\.data)?\.\d+-\d+\.nibblecast-part")
-            for part in target.parent.glob(_PARTS):
-                if part.is_file() and own.fullmatch(part.name):
-                    part.unlink(missing_ok=True)
+            remove_left_behind(temporary_folders(target.parent, target.name))
 
 
 @dataclass(slots=True)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
+
+from converters.output.atomic import atomic_outputs
+from converters.output.creation import open_beside_others
+from converters.storage import read_regular
 
 REPORT = "nibblecast-report.jsonl"
 
@@ -90,7 +95,7 @@ def record_of(line: str) -> Record | None:
 def read_report(path: Path) -> dict[str, Record]:
     """The records of a report by source, the last one of each; whole lines only. Empty where there is no report."""
     try:
-        text = path.read_text("utf-8", "replace")
+        text = read_regular(path).decode("utf-8", "replace")
     except OSError:
         return {}
     lines = text.split("\n")[:-1]  # what follows the last line break is a line that was cut off
@@ -100,12 +105,24 @@ def read_report(path: Path) -> dict[str, Record]:
 
 def write_report(path: Path, records: Iterable[Record]) -> None:
     """The report anew, in one step: records in the order of their sources."""
-    temporary = path.with_name(f".{path.name}.nibblecast-part")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with atomic_outputs([path]) as staged:
         for record in sorted(records, key=lambda record: record.source):
-            stream.write(record.line())
-        flush(stream)
-    temporary.replace(path)
+            staged.streams[0].write(record.line().encode())
+
+
+@contextmanager
+def appended_report(path: Path) -> Iterator[IO[str]]:
+    """The report, which is there already, to add records to. Raises OSError where it cannot be written; what could not
+    be flushed to a full disk is not tried again."""
+    handle = open_beside_others(path, os.O_WRONLY | os.O_APPEND)
+    stream = os.fdopen(handle, "a", encoding="utf-8")
+    try:
+        yield stream
+    except BaseException:
+        with suppress(OSError):
+            stream.close()
+        raise
+    stream.close()
 
 
 def append(stream: IO[str], record: Record) -> None:

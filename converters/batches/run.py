@@ -21,7 +21,7 @@ from converters.batches.jobs import Job, Request, failed, run_job
 from converters.batches.outputs import planned_jobs
 from converters.batches.parts import Parts, is_large
 from converters.batches.places import LocalFolder, Place, RemoteFolder
-from converters.batches.records import Record, append, flush, read_report, write_report
+from converters.batches.records import Record, append, appended_report, flush, read_report, write_report
 from converters.batches.remote import is_of_this_process, is_remote
 from converters.batches.sources import digest_of, find_sources
 from converters.batches.workers import LocalWorkers, OwnProcess, Workers
@@ -102,18 +102,28 @@ def run_batch(
         records = [run_job(job, dry_run=True) for job in jobs]
         return BatchResult(tuple(records), time.perf_counter() - began)
     with place.held() as report:
-        before = read_report(report) if settings.resume else {}
-        batch = _Batch(place, len(jobs), on_result, on_running)
-        todo = list(batch.kept(jobs, before))
-        workers = _workers(settings, todo) if todo else None  # where there are none, the report stays as it is
-        write_report(report, batch.records.values())
-        with report.open("a", encoding="utf-8") as stream:
-            batch.stream = stream
-            if workers is not None:
-                _work(batch, todo, settings, workers)
-        write_report(report, batch.records.values())
+        try:
+            batch = _run(jobs, place, report, settings, _Batch(place, len(jobs), on_result, on_running))
+        except OSError as error:  # of the report: what becomes of a model is in its record
+            raise UsageError(
+                f"cannot be written: {error.strerror or error}; go on with --resume", path=report
+            ) from error
     ordered = tuple(batch.records[job.name] for job in jobs if job.name in batch.records)
     return BatchResult(ordered, time.perf_counter() - began)
+
+
+def _run(jobs: Sequence[Job], place: Place, report: Path, settings: Settings, batch: _Batch) -> _Batch:
+    """Converts what is to be converted. Raises OSError where the report cannot be written, a full disk e.g."""
+    before = read_report(report) if settings.resume else {}
+    todo = list(batch.kept(jobs, before))
+    workers = _workers(settings, todo) if todo else None  # where there are none, the report stays as it is
+    write_report(report, batch.records.values())
+    with appended_report(report) as stream:
+        batch.stream = stream
+        if workers is not None:
+            _work(batch, todo, settings, workers)
+    write_report(report, batch.records.values())
+    return batch
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from converters import plugins
 from converters.batches.remote import RemoteFile, RemoteSource, files_below, head_of, is_remote, joined
 from converters.errors import UsageError
+from converters.storage import open_regular
 
 _HEAD_BYTES = 64
 _ANYTHING = (".bin",)  # what is called so may as well be another model's weights
@@ -47,7 +48,7 @@ def find_sources(
     if is_remote(text):
         below = _below_url(text, files_below(text), without, bool(include))
         found = sorted(below, key=lambda source: source.name)
-    elif text == "-" or path.is_file():
+    elif text == "-" or (path.exists() and not path.is_dir()):
         found = _listed(sys.stdin.read(_MOST_LISTED) if text == "-" else _text_of(path), text)
     elif path.is_dir():
         skipped = Path(without).absolute() if without and not is_remote(without) else None
@@ -70,7 +71,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _text_of(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(_MOST_LISTED).decode()
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror or error}", path=path) from error
@@ -93,9 +94,17 @@ def _listed(text: str, given: str) -> list[Source]:
     missing = next((path for path in paths if not path.exists()), None)
     if missing is not None:
         raise UsageError(f"is in the list {given}, but does not exist", path=missing)
-    absolute = list(dict.fromkeys(path.absolute() for path in paths))
+    absolute = list(dict.fromkeys(_without_steps_up(path) for path in paths))
     common = Path(os.path.commonpath([path.parent for path in absolute]))
     return [Source(path, str(path.relative_to(common)), path.is_dir()) for path in sorted(absolute)]
+
+
+def _without_steps_up(path: Path) -> Path:
+    """The absolute path without `..`, which would lead an output of the same name out of the target. Links before a
+    `..` are followed, as the system does; the model's own name stays as it is given."""
+    if ".." not in path.parts:
+        return path.absolute()
+    return path.resolve() if path.name == ".." else path.parent.resolve() / path.name
 
 
 def _listed_urls(urls: Sequence[str], given: str) -> list[Source]:
@@ -168,7 +177,7 @@ def _below(folder: Path, top: Path, without: Path | None, every: bool) -> Iterat
 
 def _head_of(path: Path) -> bytes:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return stream.read(_HEAD_BYTES)
     except OSError:
         return b""
@@ -197,7 +206,7 @@ def bytes_of(path: Path) -> int:
 def digest_of(path: Path) -> str:
     """The SHA-256 of a file, or of a folder's files with their names."""
     if not path.is_dir():
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             return file_digest(stream, "sha256").hexdigest()
     combined = sha256()
     for file in _files_of(path):

@@ -14,6 +14,7 @@ from converters.allocator import keep_freed_memory
 from converters.cli import batch, convert, formats, inspect, report, verify
 from converters.cli.arguments import with_default_dequantize
 from converters.errors import Error, ExitCode, printable
+from converters.truncation import end_at_truncated_inputs
 from converters.version import __version__
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ def main() -> None:
     """Runs the command line on `sys.argv` and exits."""
     signal.signal(signal.SIGTERM, _terminated)
     keep_freed_memory()
+    end_at_truncated_inputs()
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
     try:
         app(args=with_default_dequantize(sys.argv[1:]))

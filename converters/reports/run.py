@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from converters import pipeline
-from converters.atomic import atomic_outputs
 from converters.errors import MissingDependency, UsageError
 from converters.interfaces import Progress
+from converters.output.atomic import atomic_outputs
 from converters.reports.batches import BatchStatistics, batch_statistics, report_of
 from converters.reports.documents import model_document
 from converters.reports.statistics import ModelStatistics, measure
@@ -72,6 +72,6 @@ def make_report(
         report = Report(measure(pipeline.select(model, only, skip), compared, progress))
     if target is not None:
         page = report.html(title)
-        with atomic_outputs([target]) as (stream,):
-            stream.write(page.encode())
+        with atomic_outputs([target]) as staged:
+            staged.streams[0].write(page.encode())
     return report

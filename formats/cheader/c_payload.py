@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.containment import contained_file
 from converters.errors import CorruptFile
 from converters.storage import FileRange, MappedFile
 from formats.cheader.c_source import ArrayText, Declarations, Placement
@@ -61,33 +62,12 @@ class PayloadFiles:
 
     def _file(self, array: ArrayText, place: Placement) -> MappedFile:
         location = self.declarations.string(place.location, place.file, place.at)
-        path = _contained(place.file.path, location)
-        if path not in self.files:
-            try:
+        try:
+            path = contained_file(place.file.path.parent, location)
+            if path not in self.files:
                 self.files[path] = MappedFile.open(path)
-            except CorruptFile as error:
-                error.message += f"; the elements of {array.name} lie in it: copy it beside {place.file.path.name}"
-                raise
+        except CorruptFile as error:
+            error.message += f"; the elements of {array.name} lie in it: copy it beside {place.file.path.name}"
+            error.path = error.path or place.file.path
+            raise
         return self.files[path]
-
-
-def _contained(source: Path, location: str) -> Path:
-    """A file in the folder of the C that names it. Raises CorruptFile when the location leads out of that folder."""
-    shown = f"reads '{location[:200]}'"
-    parts = PurePosixPath(location).parts
-    if (
-        not parts
-        or "\0" in location
-        or ".." in PureWindowsPath(location).parts
-        or location.startswith("/")
-        or PureWindowsPath(location).anchor
-    ):
-        raise CorruptFile(f"{shown}: the path of a file inside the folder of {source.name} is needed", path=source)
-    path = source.parent.joinpath(*parts)
-    try:
-        inside = path.resolve().is_relative_to(source.parent.resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CorruptFile(f"{shown}, which cannot be found: {error}", path=source) from error
-    if not inside:
-        raise CorruptFile(f"{shown}, which is a link out of the folder of {source.name}: copy the file", path=source)
-    return path

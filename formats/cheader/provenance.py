@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.errors import CorruptFile
 from converters.ir import Metadata
+from converters.storage import open_regular
 from converters.version import __version__
 from formats.cheader.identifiers import comment
 
@@ -47,7 +48,7 @@ class Provenance:
 
 def _digest_of(source: Path) -> str:
     try:
-        with source.open("rb") as file:
+        with open_regular(source) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=source) from error

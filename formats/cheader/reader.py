@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.containment import refuse_outside
 from converters.errors import CorruptFile, Error, MissingFile, Unsupported
 from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
 from converters.packing import packed_size
@@ -92,6 +93,7 @@ def _declarations(path: Path) -> Declarations:
     if declarations.tables or not any(name.endswith("_tensors") for name in declarations.declared):
         return declarations
     source = path.with_suffix(".c")
+    refuse_outside(source, path.parent)
     if not source.exists():
         message = f"its arrays are in {source.name}, which is not beside it: copy both files"
         raise MissingFile(message, file=source, path=path)

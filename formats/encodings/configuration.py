@@ -8,7 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from converters.containment import refuse_outside
 from converters.errors import CorruptFile
+from converters.storage import open_regular
 
 CONFIG = "config.json"
 
@@ -20,12 +22,16 @@ QUANTIZATION_KEYS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises CorruptFile for anything else, and for files of more than 64 MiB."""
+def read_json(path: Path, folder: Path) -> dict[str, Any]:
+    """A JSON object in a file of a model's folder. Raises CorruptFile for anything else, for files of more than 64 MiB,
+    and for links out of the folder."""
+    refuse_outside(path, folder)
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        with open_regular(path) as stream:
+            content = stream.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
             raise CorruptFile(f"has more than {_MOST_BYTES} bytes, too many for a configuration", path=path)
-        document = json.loads(path.read_bytes())
+        document = json.loads(content)
     except OSError as error:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
     except (ValueError, RecursionError) as error:
@@ -45,15 +51,27 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, extract in _SOURCES.items():
         path = folder / name
-        if path.is_file() and not found:
-            found = extract(read_json(path))
+        if not found and _is_there(path):
+            found = extract(read_json(path, folder))
     return found
 
 
 def model_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, which has the sizes of a model's layers; {} where there is none."""
     path = folder / CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, folder) if _is_there(path) else {}
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything of that name: what is no file is refused when it is read, not passed over. Raises
+    CorruptFile where the folder does not tell."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
+    return True
 
 
 def _of_config(document: Mapping[str, Any]) -> dict[str, Any]:

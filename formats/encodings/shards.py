@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from converters.containment import contained_file, refuse_outside
 from converters.errors import CorruptFile
 from converters.ir import Loss
 from formats.encodings.configuration import read_json
@@ -27,7 +28,7 @@ def shards_of(folder: Path, index: str, alternatives: Sequence[str]) -> Shards:
     """The files that the one index in `folder` names, which the pattern `index` matches; without an index those that
     match the first of the patterns `alternatives` that any file does. Raises CorruptFile for an index that is none,
     or that names files outside the folder, for several indexes, and where nothing matches."""
-    indexes = sorted(folder.glob(index))
+    indexes = _inside(folder, index)
     if len(indexes) > 1:
         raise CorruptFile(
             f"has {len(indexes)} indexes ({indexes[0].name}, {indexes[1].name}, …): name the files instead"
@@ -35,9 +36,17 @@ def shards_of(folder: Path, index: str, alternatives: Sequence[str]) -> Shards:
     if indexes:
         return _indexed(folder, indexes[0])
     for pattern in alternatives:
-        if files := sorted(folder.glob(pattern)):
+        if files := _inside(folder, pattern):
             return Shards(tuple(files))
     raise CorruptFile(f"is a folder without {' or '.join(alternatives)}")
+
+
+def _inside(folder: Path, pattern: str) -> list[Path]:
+    """The files in `folder` of that pattern. Raises CorruptFile for links that lead out of it."""
+    found = sorted(folder.glob(pattern))
+    for path in found:
+        refuse_outside(path, folder)
+    return found
 
 
 def owners(shards: Shards, keys: Iterable[tuple[Path, Iterable[str]]]) -> tuple[dict[str, Path], list[Loss]]:
@@ -64,11 +73,12 @@ def owners(shards: Shards, keys: Iterable[tuple[Path, Iterable[str]]]) -> tuple[
 
 
 def _indexed(folder: Path, index: Path) -> Shards:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, folder).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CorruptFile("has no weight_map of names", path=index)
     names = dict.fromkeys(weight_map.values())
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if "/" in name:
             raise CorruptFile(f"names the file '{name}', which is not in its folder", path=index)
+        contained_file(folder, name)
     return Shards(tuple(folder / name for name in names), {key: folder / name for key, name in weight_map.items()})

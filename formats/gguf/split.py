@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from converters.containment import refuse_outside
 from converters.errors import CorruptFile, Error, UsageError
 from converters.storage import MappedFile
 from formats.gguf.container import Container, open_container
@@ -51,6 +52,8 @@ def _name(prefix: str, number: int, count: int) -> str:
 def _first_of_folder(folder: Path) -> Path:
     """The first file of the only model in a folder."""
     files = sorted(folder.glob("*.gguf"))
+    for file in files:
+        refuse_outside(file, folder)
     if not files:
         raise CorruptFile("is a folder without GGUF files", path=folder)
     models: dict[str, Path] = {}
@@ -73,6 +76,7 @@ def _opened(path: Path) -> Container:
 
 def _other(path: Path, number: int, count: int) -> Container:
     """File `number` of the same model, from 0."""
+    refuse_outside(path, path.parent)
     if not path.exists():
         raise CorruptFile(
             f"is missing: it is file {number + 1} of the {count} that the model was split into", path=path

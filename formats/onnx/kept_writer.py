@@ -48,9 +48,9 @@ class KeptPlan:
     external: Sequence[tuple[int, Payload]]
     losses: Sequence[Loss] = ()
 
-    def validate(self) -> Sequence[str]:
+    def validate(self, main: Path) -> Sequence[str]:
         """What onnx.checker says of the file."""
-        return validate(self.files[0].path, None if self.source.mapping is None else self.source.path)
+        return validate(main, None if self.source.mapping is None else self.source.path)
 
     def open(self, streams: Sequence[BinaryIO]) -> KeptSink:
         """Writes all but payloads; the second stream, where there are two, is the external data's."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.containment import contained_file
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, packed_size
@@ -105,7 +105,7 @@ class Payloads:
             return self.carried[int(entries["offset"])].data
         file = self.external.get(location)
         if file is None:
-            file = self.external[location] = MappedFile.open(_contained(self.file.path, location))
+            file = self.external[location] = MappedFile.open(contained_file(self.file.path.parent, location))
         offset, length = (_number(entries, key) for key in ("offset", "length"))
         if length is not None and length != nbytes:
             raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
@@ -119,31 +119,3 @@ def _number(entries: dict[str, str], key: str) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise CorruptFile(f"external data has {key} '{text[:40]}': a decimal number is needed")
     return int(text)
-
-
-def _contained(model: Path, location: str) -> Path:
-    """The file of external data, inside the model's folder. Raises CorruptFile when the location leads out of it, or
-    through a link: what an archive holds could otherwise have any file of this machine read. Where the model is itself
-    a link, as in a cache of models by their hashes, data may be links to files beside what it leads to."""
-    parts = PurePosixPath(location).parts
-    if (
-        not location
-        or "\0" in location
-        or ".." in parts
-        or location.startswith("/")
-        or PureWindowsPath(location).is_absolute()
-    ):
-        raise CorruptFile(
-            f"external data at '{location[:200]}': the path of a file inside the model's folder is needed"
-        )
-    path = model.parent.joinpath(*parts)
-    try:
-        found, folder = path.resolve(), model.parent.resolve()
-        home = model.resolve().parent if model.is_symlink() else folder
-    except (OSError, RuntimeError) as error:
-        raise CorruptFile(f"external data at '{location[:200]}' cannot be found: {error}") from error
-    if found != folder.joinpath(*parts) and not (model.is_symlink() and found.is_relative_to(home)):
-        raise CorruptFile(
-            f"external data at '{location[:200]}' is, or lies behind, a link: copy the file into the model's folder"
-        )
-    return path

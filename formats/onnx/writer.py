@@ -73,9 +73,9 @@ class OnnxPlan:
     layout: Layout
     initializers: Mapping[str, Sequence[Initializer]]
 
-    def validate(self) -> Sequence[str]:
+    def validate(self, main: Path) -> Sequence[str]:
         """What onnx.checker says of the file."""
-        return validate(self.files[0].path)
+        return validate(main)
 
     def open(self, streams: Sequence[BinaryIO]) -> OnnxSink:
         """Starts writing; the second stream, where there are two, is the external data's."""

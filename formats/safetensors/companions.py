@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.containment import is_inside
 from converters.errors import CorruptFile
 from converters.interfaces import Companion, OutputFile
-from converters.ir import Model
+from converters.ir import Loss, Model
 from formats.encodings.configuration import CONFIG, QUANTIZATION_FILES, QUANTIZATION_KEYS, model_config
 
 _FORMATS_WITH_CONFIG = frozenset(("safetensors", "pytorch"))
@@ -62,38 +63,53 @@ def json_companion(folder: Path, name: str, document: Mapping[str, Any]) -> Comp
     return Companion(OutputFile(folder / name, len(content), folder=folder), content)
 
 
-def copied(model: Model, folder: Path) -> Iterator[Companion]:
-    """The source's other files, to be copied to `folder`. Raises CorruptFile where they cannot be listed."""
+def copied(model: Model, folder: Path) -> tuple[list[Companion], list[Loss]]:
+    """The source's other files, to be copied to `folder`, and what of them is not. Raises CorruptFile where they cannot
+    be listed."""
     source = source_folder(model)
     if source is None:
-        return
+        return [], []
     try:
         if model.metadata.source == source:
-            files = _files(source, folder)
+            files = list(_entries(source, folder))
         else:
-            files = sorted({path for pattern in _MODEL_FILES for path in source.glob(pattern) if path.is_file()})
+            files = sorted({path for pattern in _MODEL_FILES for path in source.glob(pattern)})
+        found: list[Companion] = []
+        losses: list[Loss] = []
+        for path in files:
+            relative = path.relative_to(source)
+            if not _is_companion(relative):
+                continue
+            reason = _reason_against(path, source)
+            if reason is None:
+                found.append(Companion(OutputFile(folder / relative, path.stat().st_size, folder=folder), path))
+            else:
+                losses.append(Loss("", "dropped", f"the file '{relative}' of the source's folder, which {reason}"))
     except OSError as error:
         where = Path(error.filename or source)
         raise CorruptFile(
             f"cannot be read: {error.strerror or error}; its files are to be copied", path=where
         ) from error
-    for path in files:
-        relative = path.relative_to(source)
-        if _is_companion(relative) and _stays(path, source):
-            yield Companion(OutputFile(folder / relative, path.stat().st_size, folder=folder), path)
+    return found, losses
 
 
-def _files(source: Path, without: Path) -> list[Path]:
-    """All files of a folder, those of `without` aside, should that lie in it."""
-    found: list[Path] = []
+def _entries(source: Path, without: Path) -> Iterator[Path]:
+    """All that is in a folder and below it and is no folder, in the order of its names; what is in `without`, should
+    that lie in the folder, and hidden files aside."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.absolute() == without.absolute():
             continue
         if path.is_dir() and not path.is_symlink():
-            found += _files(path, without)
-        elif path.is_file():
-            found.append(path)
-    return found
+            yield from _entries(path, without)
+        else:
+            yield path
+
+
+def _reason_against(path: Path, source: Path) -> str | None:
+    """Why a file is not copied; None where it is. Raises OSError."""
+    if not path.is_file():
+        return "is not a regular file" if path.exists() else "is a link to nothing"
+    return None if is_inside(path, source) else "is a link out of it"
 
 
 def _is_companion(relative: Path) -> bool:
@@ -101,11 +117,3 @@ def _is_companion(relative: Path) -> bool:
     if name.endswith(_INDEX) or relative.suffix.lower() in _WEIGHTS:
         return False
     return str(relative) not in (CONFIG, *QUANTIZATION_FILES)
-
-
-def _stays(path: Path, source: Path) -> bool:
-    """Whether a link leads to a file in the folder, or in the store of blobs that Hugging Face's cache has beside its
-    snapshots: a model is not to pick files of the machine."""
-    target = path.resolve()
-    store = source.resolve().parent.parent / "blobs"
-    return target.is_relative_to(source.resolve()) or target.parent == store

@@ -70,7 +70,8 @@ def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> F
     model, losses = as_float_model(model)
     contents = _packed(model) if options.layout == "packed" else _encoded(model, options)
     shards = _shards(contents, folder, options.shard_size)
-    companions = {companion.file.path: companion for companion in copied(model, folder)}
+    beside, left_out = copied(model, folder)
+    companions = {companion.file.path: companion for companion in beside}
     for companion in _written(model, contents, shards, folder):
         companions[companion.file.path] = companion
     return FolderLayout(
@@ -78,7 +79,7 @@ def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> F
         shards,
         tuple(companions.values()),
         contents.expected,
-        (*losses, *contents.losses),
+        (*losses, *contents.losses, *left_out),
         contents.configuration.notes,
     )
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.containment import contained_file
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import (
     MOST_DIMENSIONS,
@@ -258,19 +259,7 @@ class _ModelFile:
         """A file beside the model, or the container's section of weights. It must not lead out of the folder."""
         if self.section.weights:
             return next(iter(self.section.weights.values()))
-        folder = self.section.data.file.path.parent.resolve()
-        relative = PurePosixPath(name)
-        path = folder / relative
-        outside = relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name or not name
-        try:
-            outside = outside or path.resolve() != path
-        except (OSError, RuntimeError):  # a link to itself
-            outside = True
-        if outside:
-            raise CorruptFile(
-                f"takes weights from '{name}'; a file below the model's own folder, reached without links, is needed"
-            )
-        file = MappedFile.open(path)
+        file = MappedFile.open(contained_file(self.section.data.file.path.parent, name))
         return file.range(0, file.view.size)
 
 

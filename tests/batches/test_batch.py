@@ -22,6 +22,7 @@ from converters.batches.places import LocalFolder
 from converters.batches.records import REPORT, Record, read_report
 from converters.batches.run import Settings
 from converters.errors import UsageError
+from converters.output.private_folder import hidden_name, make_temporary
 from tests.formats.encodings.checkpoints import write_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -214,16 +215,21 @@ def test_the_first_failure_ends_a_batch_that_wants_it(models: Path, tmp_path: Pa
     assert len(result.records) < len(GOOD)
 
 
-def test_what_an_ended_process_left_is_removed_and_nothing_of_models_with_longer_names(tmp_path: Path) -> None:
-    """The other ones may be what workers are writing at the moment."""
-    own = [f".a{suffix}.12-0.nibblecast-part" for suffix in (".h", ".c", ".onnx.data")]
-    others = [f".{name}.34-0.nibblecast-part" for name in ("ab.h", "a.b.h", "a-1.c", "b.h")]
-    for name in (*own, *others):
-        (tmp_path / name).touch()
+def test_what_an_ended_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """What other workers are writing stays, and what has such a name by chance."""
+    ended, running = (make_temporary(tmp_path, hidden_name("a.h"), ".nibblecast-part") for _ in range(2))
+    longer = make_temporary(tmp_path, hidden_name("a.h.b"), ".nibblecast-part")
+    for left in (ended, longer):
+        (left.path / "a.h").touch()
+        left.close()
     (tmp_path / ".a.nibblecast-part").mkdir()
+    chance = tmp_path / f".a.h.{'0' * 16}.nibblecast-part"
+    chance.mkdir()
     targets = (("cheader", tmp_path / "a.h"),)
     LocalFolder(tmp_path).tidy(Job(tmp_path / "a.tflite", "a.tflite", tmp_path, targets, Request()))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".a.nibblecast-part", *others])
+    kept = [".a.nibblecast-part", chance.name, longer.path.name, running.path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    running.remove()
 
 
 def test_as_many_formats_as_targets_are_needed(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def rename(location: str):
 
 #: What may be said of the file; the pattern of the error.
 LOCATIONS = {
-    "/etc/passwd": r"reads '/etc/passwd': the path of a file inside the folder of m\.[ch] is needed",
-    "../m.bin": "reads '../m.bin': the path of a file inside",
+    "/etc/passwd": r"m\.[ch]: tensor 'w': refers to '/etc/passwd': the path of a file inside its folder is needed",
+    "../m.bin": "refers to '../m.bin': the path of a file inside",
     "a/../../m.bin": "the path of a file inside",
     "..\\\\m.bin": "the path of a file inside",
     "C:\\\\m.bin": "the path of a file inside",
@@ -156,12 +156,12 @@ LOCATIONS = {
     ".": "the path of a file inside",
     "m\\0.bin": "the path of a file inside",
     "n.bin": "n.bin: tensor 'w': does not exist; the elements of m_w_data lie in it: copy it beside",
-    "folder": "folder: tensor 'w': is no file; the elements of m_w_data",
+    "folder": "folder: tensor 'w': cannot be read: Is a directory; the elements of m_w_data",
     "a/b/m.bin": "does not exist",
     "x" * 5000: "x: tensor 'w': cannot be read",
     "\\xff\\xfe": "does not exist",
-    "link.bin": "reads 'link.bin', which is a link out of the folder of m",
-    "linked/m.bin": "which is a link out of the folder of m",
+    "link.bin": "link.bin: tensor 'w': is a link out of the folder",
+    "linked/m.bin": "m.bin: tensor 'w': is a link out of the folder",
     "loop.bin": "cannot be found|does not exist|cannot be read",
 }
 
@@ -197,7 +197,7 @@ def test_truncated_payload(written: Path) -> None:
     payload.unlink()
     refused(written.parent / "m.h", CorruptFile, r"m\.bin: tensor 'w': does not exist")
     payload.mkdir()
-    refused(written.parent / "m.h", CorruptFile, r"m\.bin: tensor 'w': is no file")
+    refused(written.parent / "m.h", CorruptFile, r"m\.bin: tensor 'w': cannot be read: Is a directory")
 
 
 #: The place of 'w' is 120 bytes at 0; N and O stand for the number in the text, incbin's and embed's.

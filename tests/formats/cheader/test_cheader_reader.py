@@ -327,7 +327,7 @@ def test_what_the_writer_gets_wrong_is_found(tmp_path: Path, monkeypatch: pytest
     from formats.cheader import arrays
 
     monkeypatch.setattr(arrays, "_stored", lambda dtype, part: part.packed().view(dtype) ^ 1)
-    with pytest.raises(VerificationFailed, match="does not hold what was to be written"):
+    with pytest.raises(VerificationFailed, match="is not written, for it would not hold what was to be"):
         converters.convert(FIXTURES / "mlp_int4_per_tensor.tflite", tmp_path / "w.h", only=["*MatMul*"], verify=True)
 
 

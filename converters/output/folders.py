@@ -3,29 +3,32 @@
 All files are written to a folder beside the target, `.NAME.nibblecast-part`, each under a temporary name until it is
 complete and on the disk; when the last one is, that folder is renamed. A run that is killed leaves it behind: the next
 one begins anew or, asked to resume, keeps the shards that are complete, provided that the very same was to be written.
+The name is always the same, so that the next run finds the folder. So it is only used, and emptied, where its mark
+proves that a run of this user made it (`converters.output.private_folder`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converters.atomic import sync_folder
 from converters.errors import UsageError
 from converters.interfaces import Companion, FolderPlan, Shard
-from converters.large_files import new_file
+from converters.output.atomic import PART, sync_folder
+from converters.output.large_files import new_file
+from converters.output.private_folder import MARK, NotOurs, hidden_name, make_temporary, open_resumable
+from converters.storage import open_regular
 from converters.version import __version__
 
 _INTENT = ".nibblecast-intent"
-_LOCK = ".nibblecast-lock"
 _INCOMPLETE = ".incomplete"
 _INDEX = ".index.json"
 _COPIED_BYTES = 1 << 22
@@ -40,9 +43,10 @@ class StagedFolder:
     def has(self, name: str, nbytes: int | None) -> bool:
         """Whether the file is there, complete, from a run before this one."""
         try:
-            return (self.path / name).stat().st_size == nbytes
+            status = (self.path / name).lstat()
         except OSError:
             return False
+        return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
 
     @contextmanager
     def file(self, name: str) -> Iterator[BinaryIO]:
@@ -50,6 +54,7 @@ class StagedFolder:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + _INCOMPLETE)
+        incomplete.unlink(missing_ok=True)  # of a run that was killed
         with new_file(incomplete) as stream:
             yield stream
             stream.flush()
@@ -84,7 +89,7 @@ def _write_companion(companion: Companion, stream: BinaryIO) -> None:
     if isinstance(companion.content, bytes):
         stream.write(companion.content)
         return
-    with companion.content.open("rb") as source:
+    with open_regular(companion.content) as source:
         shutil.copyfileobj(source, stream, _COPIED_BYTES)
 
 
@@ -113,7 +118,7 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
     interruption or an error of the system (a full disk) complete files are kept for `resume`; after any other exception
     nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
     around it is missing, and where another run is writing it."""
-    with _staging(plan, fcntl.LOCK_EX) as staged:
+    with _staging(plan) as staged:
         _begin(staged.path, intended, resume=resume)
         try:
             yield staged
@@ -129,7 +134,7 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
 
 def begin_folder(plan: FolderPlan, intended: str) -> None:
     """Makes what `begun_folder` and an `atomic_folder` that resumes go on with. Raises as `atomic_folder`."""
-    with _staging(plan, fcntl.LOCK_EX) as staged:
+    with _staging(plan) as staged:
         _begin(staged.path, intended, resume=True)
 
 
@@ -137,45 +142,60 @@ def begin_folder(plan: FolderPlan, intended: str) -> None:
 def begun_folder(plan: FolderPlan, intended: str) -> Iterator[StagedFolder]:
     """A folder that was begun, for one of several processes that write shards of it. Raises UsageError where it was
     not, or for something else."""
-    with _staging(plan, fcntl.LOCK_SH) as staged:
+    with _staging(plan, shared=True) as staged:
         if _text_of(staged.path / _INTENT) != intended:
             raise UsageError("has been begun for another source, or with other options", path=plan.folder)
         yield staged
 
 
 @contextmanager
-def _staging(plan: FolderPlan, lock_kind: int) -> Iterator[StagedFolder]:
+def _staging(plan: FolderPlan, *, shared: bool = False) -> Iterator[StagedFolder]:
     """The folder beside the target, locked: by one process alone, which may make it, or by several that share it."""
     folder = plan.folder
     _check_replaceable(plan)
-    path = folder.with_name(f".{folder.name}.nibblecast-part")
-    if lock_kind == fcntl.LOCK_EX:
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
-    elif not path.is_dir():
-        raise UsageError("has not been begun", path=folder)
-    with (path / _LOCK).open("a") as lock:
-        _hold(lock.fileno(), folder, lock_kind)
-        yield StagedFolder(path)
+    path = folder.with_name(f".{folder.name}.{PART}")
+    try:
+        held = open_resumable(path, shared=shared)
+    except BlockingIOError as error:
+        raise UsageError("is being written by another run: wait for it, or stop it", path=folder) from error
+    except NotOurs:
+        raise UsageError(
+            f"cannot be written: '{path.name}' beside it is in the way, and cannot be proved to be left by a run of "
+            "this user: remove it, or name another folder",
+            path=folder,
+        ) from None
+    except FileNotFoundError as error:
+        if shared:
+            raise UsageError("has not been begun", path=folder) from error
+        raise UsageError(f"cannot be written: {error.strerror}", path=folder) from error
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
+    try:
+        yield StagedFolder(held.path)
+    finally:
+        held.close()
 
 
 def _begin(path: Path, intended: str, *, resume: bool) -> None:
     """Keeps what is there of a run with the same intent, where it is to be resumed; otherwise begins anew."""
     if not (resume and _text_of(path / _INTENT) == intended):
         _empty(path)
-        (path / _INTENT).write_text(intended)
+        with new_file(path / _INTENT) as stream:
+            stream.write(intended.encode("utf-8", "surrogatepass"))
 
 
 def _check_replaceable(plan: FolderPlan) -> None:
     """A folder is replaced where all that is in it is of the kind that is written to it."""
     folder = plan.folder
-    if folder.exists() and not folder.is_dir():
-        raise UsageError("is a file; the name of a folder is needed", path=folder)
-    if not folder.is_dir():
-        return
-    written = {file.path.relative_to(folder).parts[0] for file in plan.files}
+    try:
+        status = folder.lstat()
+    except OSError:
+        return  # there is none, or the staging folder beside it cannot be made either
+    if stat.S_ISLNK(status.st_mode):
+        raise UsageError("is a link; a folder is put in its place whole: name the folder itself", path=folder)
+    if not stat.S_ISDIR(status.st_mode):
+        raise UsageError("is not a folder; the name of a folder is needed", path=folder)
+    written = {file.path.relative_to(folder).parts[0] for file in plan.files} | {MARK, _INTENT}
     # of another number of shards, perhaps
     shards = {(shard.file.path.stem.partition("-")[0], shard.file.path.suffix) for shard in plan.shards}
     for entry in folder.iterdir():
@@ -189,17 +209,11 @@ def _check_replaceable(plan: FolderPlan) -> None:
             )
 
 
-def _hold(handle: int, folder: Path, kind: int) -> None:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UsageError("is being written by another run: wait for it, or stop it", path=folder) from error
-
-
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text()
-    except OSError:
+        with open_regular(path) as stream:
+            return stream.read().decode("utf-8", "surrogatepass")
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
@@ -207,21 +221,32 @@ def _empty(path: Path) -> None:
     for entry in path.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != _LOCK:
+        elif entry.name != MARK:
             entry.unlink()
 
 
 def _put_in_place(path: Path, folder: Path) -> None:
+    """Renames the staged folder. Its mark goes last: what a crash leaves of these steps can be told to be ours."""
     for entry in path.iterdir():
         if entry.is_dir():
             sync_folder(entry)
-    (path / _INTENT).unlink()
-    (path / _LOCK).unlink()
     sync_folder(path)
-    former = folder.with_name(f".{folder.name}.nibblecast-former")
     if folder.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        folder.rename(former)
-    path.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
+        path.chmod(stat.S_IMODE(folder.stat().st_mode))
+        former = make_temporary(folder.parent, hidden_name(folder.name), f".{PART}")
+        kept = former.path / folder.name
+        try:
+            folder.rename(kept)
+            try:
+                path.rename(folder)
+            except OSError:
+                kept.rename(folder)
+                raise
+        finally:
+            former.remove()
+    else:
+        path.rename(folder)
+    for name in (_INTENT, MARK):
+        with suppress(FileNotFoundError):
+            (folder / name).unlink()
     sync_folder(folder.parent)

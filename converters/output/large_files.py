@@ -8,6 +8,7 @@ cache in writes of 64 KiB where it cannot, or where there is less of it.
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -35,7 +36,8 @@ _LARGE_FILE = 1 << 26
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file to write and to seek in, empty at first."""
+    """A file to write and to seek in, made anew. Raises FileExistsError where there is anything of that name, a link
+    included."""
     return io.BufferedRandom(_LargeFile(path))
 
 
@@ -44,7 +46,7 @@ class _LargeFile(io.FileIO):
     write at its end settles both first, `fileno` as well: who has the handle finds all bytes that were written."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "w+")
+        super().__init__(path, "x+")
         self._path = path
         self._handle = super().fileno()
         self._direct_handle: int | None = None
@@ -114,9 +116,12 @@ class _LargeFile(io.FileIO):
     def _write_directly(self, data: memoryview, position: int) -> int:
         try:
             if self._direct_handle is None:
-                self._direct_handle = os.open(self._path, os.O_WRONLY | _DIRECT)
+                handle = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | _DIRECT)
+                self._direct_handle = handle
+                if not os.path.samestat(os.fstat(handle), os.fstat(self._handle)):
+                    raise FileNotFoundError(errno.ENOENT, "has been replaced while it was written", str(self._path))
             return os.pwrite(self._direct_handle, data, position)
-        except OSError:  # the file system cannot do it; an error of the disk comes again
+        except OSError:  # the file system cannot do it; an error of the disk comes again by the other way
             self._can_be_direct = False
             return 0
 

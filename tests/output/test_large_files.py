@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converters import large_files
-from converters.large_files import new_file
+from converters.output import large_files
+from converters.output.large_files import new_file
 
 _BLOCK = 1 << 14
 
@@ -94,6 +94,7 @@ def test_who_has_the_handle_finds_everything(direct: list[int], tmp_path: Path) 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_they_are_as_files_in_memory(tmp_path: Path, steps: list[tuple[str, int]]) -> None:
     expected = io.BytesIO()
+    (tmp_path / "file").unlink(missing_ok=True)
     with new_file(tmp_path / "file") as file:
         for number, (step, argument) in enumerate(steps):
             match step:

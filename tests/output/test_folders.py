@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from converters import pipeline
 from converters.api import write_shard
 from converters.errors import Error, UsageError
 from converters.ir import Model, Tensor
+from converters.output.private_folder import MARK
 from converters.storage import Computed
 from formats.safetensors.file_layout import FileLayout
 from tests.formats.encodings.checkpoints import write_folder
@@ -205,13 +207,14 @@ def test_a_missing_folder_around_it_is_said(source: Path, tmp_path: Path) -> Non
 
 
 def test_two_runs_do_not_write_one_folder(source: Path, tmp_path: Path) -> None:
-    part = tmp_path / ".out.nibblecast-part"
-    part.mkdir()
-    with (part / ".nibblecast-lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(failing(KeyboardInterrupt(), tmp_path / "out"))
+    with (tmp_path / ".out.nibblecast-part" / MARK).open("r+") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="is being written by another run"):
             converted(source, tmp_path / "out")
     converted(source, tmp_path / "out")
+    assert listing(tmp_path) == ["out", "source"]
 
 
 def test_parts_are_of_one_intent(source: Path, tmp_path: Path) -> None:
@@ -246,3 +249,87 @@ def test_a_plain_int4_tensor_is_refused_by_other_layouts(tmp_path: Path) -> None
         converters.save(
             Model({"w": replace(plain, quantization=None)}), tmp_path / "out", to="safetensors", layout="mlx"
         )
+
+
+def test_a_staging_folder_that_is_a_link_is_not_followed(source: Path, tmp_path: Path) -> None:
+    """As a repository or an archive may hold one."""
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "thesis.tex").write_text("mine")
+    (tmp_path / ".out.nibblecast-part").symlink_to("victim")
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"'\.out\.nibblecast-part' beside it is in the way"):
+            converted(source, tmp_path / "out", resume=resume)
+    assert listing(tmp_path / "victim") == ["thesis.tex"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [".out.nibblecast-part", ".out.nibblecast-former"])
+def test_folders_of_such_names_that_are_not_ours_stay(name: str, source: Path, tmp_path: Path) -> None:
+    converted(source, tmp_path / "out")
+    (tmp_path / name).mkdir()
+    for inside in ("thesis.tex", MARK, ".nibblecast-intent", "model.safetensors"):
+        (tmp_path / name / inside).write_text("mine")
+    with suppress(UsageError):
+        converted(source, tmp_path / "out")
+    assert len(listing(tmp_path / name)) == 4
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00006.safetensors", "config.json", ".nibblecast-intent"])
+def test_links_in_a_staging_folder_are_not_written_through(name: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(failing(KeyboardInterrupt(), tmp_path / "out"))
+    for each in (name, f"{name}.incomplete"):
+        (tmp_path / ".out.nibblecast-part" / each).unlink(missing_ok=True)
+        (tmp_path / ".out.nibblecast-part" / each).symlink_to(tmp_path / "victim")
+    converted(source, tmp_path / "out", resume=True)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
+
+
+def test_a_target_that_is_a_link_to_a_folder_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    with pytest.raises(UsageError, match="is a link; a folder is put in its place whole"):
+        converted(source, tmp_path / "out")
+    assert listing(tmp_path / "real") == []
+
+
+def test_the_permissions_of_the_folder_before_are_kept(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    converted(source, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+
+
+def test_what_fails_verification_is_not_put_in_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    write = FileLayout.write
+
+    def damaged(self: FileLayout, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        write(self, stream, wrote)
+        stream.seek(-4, 2)
+        stream.write(b"\1\2\3\4")
+
+    monkeypatch.setattr(FileLayout, "write", damaged)
+    with pytest.raises(converters.Error, match="out: is not written, for it would not hold"):
+        converted(source, tmp_path / "out", verify=True)
+    assert contents(tmp_path / "out") == before
+    assert listing(tmp_path) == ["out", "source"]
+
+
+def test_a_crash_between_the_last_steps_leaves_what_the_next_run_replaces(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda self, missing_ok=False: os._exit(9) if self.name == MARK else None)
+        child = os.fork()
+        if not child:
+            converted(source, tmp_path / "out")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert MARK in listing(tmp_path / "out")
+    converted(source, tmp_path / "out")
+    assert MARK not in listing(tmp_path / "out")

@@ -1,0 +1,57 @@
+"""Which files a model may have read beside it: one rule for all formats.
+
+A model names other files: external data, shards, a configuration. Whoever made the model could so have any file of this
+machine read, and its content written to an output, by a path that leads out of the folder or by a link that does. So
+such a file lies in the model's folder, links included: what a link leads to must lie there too. There is one exception.
+Hugging Face's cache keeps the files of a model in `REPOSITORY/blobs/`, and in `REPOSITORY/snapshots/REVISION/` links to
+them: a model in such a snapshot may have the blobs of its own repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from converters.errors import CorruptFile
+
+_MOST_SHOWN = 200
+
+
+def contained_file(folder: Path, location: str) -> Path:
+    """The path of the file at `location`, which is as a model in `folder` has it: relative, with forward slashes.
+    Raises CorruptFile where that leads out of the folder; that there is such a file is not checked."""
+    parts, on_windows = PurePosixPath(location).parts, PureWindowsPath(location)
+    if not parts or "\0" in location or ".." in on_windows.parts or location.startswith("/") or on_windows.anchor:
+        raise CorruptFile(f"refers to '{location[:_MOST_SHOWN]}': the path of a file inside its folder is needed")
+    path = folder.joinpath(*parts)
+    refuse_outside(path, folder)
+    return path
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Raises CorruptFile where `path`, which lies in `folder` by its name, is a link out of it, or lies behind one."""
+    try:
+        if is_inside(path, folder):
+            return
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a link to itself
+        reason = getattr(error, "strerror", None) or error
+        raise CorruptFile(f"is beside a model, but cannot be found: {reason}", path=path) from error
+    raise CorruptFile(
+        f"is a link out of the folder {folder}, or lies behind one: files beside a model must lie in its folder, so "
+        "copy the file there",
+        path=path,
+    )
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, all links followed, lies in `folder`, or among the blobs of its repository in Hugging Face's
+    cache. Raises OSError or RuntimeError for links that lead to themselves."""
+    found, home = path.resolve(), folder.resolve()
+    return found.is_relative_to(home) or found.parent == _blobs(home)
+
+
+def _blobs(home: Path) -> Path | None:
+    """The folder of blobs that a snapshot of Hugging Face's cache, or a folder in it, has links to."""
+    for snapshot in (home, *home.parents):
+        if snapshot.parent.name == "snapshots":
+            return snapshot.parent.parent / "blobs"
+    return None

@@ -1,0 +1,112 @@
+"""Output files that appear whole or not at all.
+
+They are written to a temporary folder beside the target, under their own names, flushed to the disk, and renamed. A
+folder, and not files with temporary names: nobody else can put a link in it, files that refer to each other can be read
+there before they take the place of others (`--verify`), and one removal clears all of it away. Where one output is
+several files, the old main file is removed before any of the others is replaced and the new one comes last: whoever
+finds the main file finds the files that belong to it, even after a crash at any instant.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from converters.errors import UsageError
+from converters.output.creation import refuse_special
+from converters.output.large_files import new_file
+from converters.output.private_folder import PrivateFolder, hidden_name, make_temporary
+
+PART = "nibblecast-part"
+
+
+@dataclass(slots=True)
+class StagedFiles:
+    """Files that will be `paths`; the first is the main one. `streams` are what is written to, seekable and binary, in
+    the same order."""
+
+    paths: Sequence[Path]
+    streams: list[BinaryIO] = field(default_factory=list)
+    _folders: dict[Path, PrivateFolder] = field(default_factory=dict)
+
+    def path_of(self, path: Path) -> Path:
+        """Where the file that will be `path` lies until then."""
+        return self._folders[path.parent].path / path.name
+
+    def complete(self) -> None:
+        """Flushes all of them to the disk and closes them. Raises OSError, for a full disk e.g."""
+        for stream in self.streams:
+            if not stream.closed:
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+
+    def make(self) -> None:
+        """Makes the files. Raises UsageError."""
+        for path in self.paths:
+            refuse_special(path)
+            try:
+                if path.parent not in self._folders:
+                    self._folders[path.parent] = make_temporary(
+                        path.parent, hidden_name(self.paths[0].name), f".{PART}"
+                    )
+                self.streams.append(new_file(self.path_of(path)))
+            except OSError as error:
+                raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
+
+    def put_in_place(self) -> None:
+        """Renames all of them. Raises OSError."""
+        for path in self.paths:
+            _keep_mode(path, self.path_of(path))
+        if len(self.paths) > 1:
+            self.paths[0].unlink(missing_ok=True)
+        for path in reversed(self.paths):
+            self.path_of(path).replace(path)
+        for folder in self._folders:
+            sync_folder(folder)
+
+    def discard(self) -> None:
+        """Removes what is not in its place. Raises nothing."""
+        for stream in self.streams:
+            with suppress(OSError):  # a full disk refuses again what is still to be flushed
+                stream.close()
+        for folder in self._folders.values():
+            folder.remove()
+
+
+@contextmanager
+def atomic_outputs(paths: Sequence[Path]) -> Iterator[StagedFiles]:
+    """Files that become `paths` when the block ends without an exception. On an exception nothing is left and what was
+    there before is untouched. Raises UsageError where a folder is missing or not writable, and for a target that is
+    there and is no file."""
+    staged = StagedFiles(paths)
+    try:
+        staged.make()
+        yield staged
+        staged.complete()
+        staged.put_in_place()
+    finally:
+        staged.discard()
+
+
+def _keep_mode(path: Path, staged: Path) -> None:
+    """Gives the file that replaces another one its permissions: an output that was made private stays private."""
+    with suppress(FileNotFoundError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode):
+            staged.chmod(stat.S_IMODE(status.st_mode) & 0o777)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in it durable, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,59 @@
+"""The one way in which files are made and lock files are opened: never through a link, never over what is there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from converters.errors import UsageError
+
+_KINDS = (
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises UsageError where `path` is there already and is no file: a folder, a device, a FIFO or a socket, or a link
+    to one of these. A link to a file, or to nothing, is replaced by an output like a file; it is not followed."""
+    try:
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            status = path.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise UsageError("is a folder; the name of a file is needed", path=path)
+    what = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), None)
+    if what is not None:
+        raise UsageError(f"is {what}, not a file: outputs are files that are put in place whole", path=path)
+
+
+def open_beside_others(path: Path, flags: int) -> int:
+    """The handle of a file that other processes open too, made where `flags` have O_CREAT. Raises OSError for a link
+    and for all that is no regular file with one name."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(handle)
+        raise OSError(f"is no regular file of its own: {path}")
+    return handle
+
+
+def lock(path: Path) -> IO[str]:
+    """A file that is locked for this process until it is closed. Raises BlockingIOError where another process has it,
+    OSError as `open_beside_others`."""
+    stream = os.fdopen(open_beside_others(path, os.O_RDWR | os.O_CREAT), "r+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        stream.close()
+        raise
+    return stream

@@ -1,0 +1,156 @@
+"""Folders that this program has made itself: where outputs and downloads lie until they are complete.
+
+A name proves nothing. A repository, an archive or another user may hold a file, a folder or a link of any name, those
+used here included. So a folder is made anew, never taken over, and a folder that is found is only continued or removed
+when all of this holds: it is a folder and not a link, it belongs to this user, and it has a mark, a file which holds
+the folder's inode number. Nobody can know that number before the folder is made, so that no archive can bring a mark
+that fits. A lock on the mark says that the folder's maker still runs; the system ends it with the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.output.creation import open_beside_others
+
+MARK = ".nibblecast-mark"
+_TEMPORARY = "temporary"
+_RESUMABLE = "resumable"
+_MOST_MARK_BYTES = 64
+_NAME_BYTES = 150  # of the 255 that a name may have
+_TOKEN_BYTES = 8
+
+#: The temporary folders of this process, for whoever has to end it at once.
+_alive: set[Path] = set()
+
+
+class NotOurs(Exception):
+    """A folder is there that this program cannot prove to have made."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateFolder:
+    """A folder that was made here, and the handle whose lock says that its maker still runs."""
+
+    path: Path
+    handle: int
+
+    def remove(self) -> None:
+        """Removes the folder with all that is in it, and lets go of the lock. Raises nothing."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        _alive.discard(self.path)
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        with suppress(OSError):
+            os.close(self.handle)
+
+
+def make_temporary(parent: Path, prefix: str, suffix: str = "") -> PrivateFolder:
+    """A new folder in `parent` that only this user can enter, `PREFIXRANDOMSUFFIX`. Raises OSError."""
+    while True:
+        path = parent / f"{prefix}{secrets.token_hex(_TOKEN_BYTES)}{suffix}"
+        with suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+            break
+    _alive.add(path)
+    try:
+        return PrivateFolder(path, _marked(path, _TEMPORARY))
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        _alive.discard(path)
+        raise
+
+
+def open_resumable(path: Path, *, shared: bool) -> PrivateFolder:
+    """The folder `path`, which a run before this one may have made, locked: `shared` with others, which needs one that
+    is there, or for this process alone, which makes it where there is none. Raises BlockingIOError where another
+    process holds it, FileNotFoundError where a shared one is not there, NotOurs, and other kinds of OSError."""
+    if not shared:
+        with suppress(FileExistsError):
+            path.mkdir()
+            return PrivateFolder(path, _marked(path, _RESUMABLE))
+    handle = _open_mark(path, _RESUMABLE)
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(handle)
+        raise
+    return PrivateFolder(path, handle)
+
+
+def remove_left_behind(candidates: Iterable[Path]) -> None:
+    """Removes those temporary folders whose makers have ended without doing so; all else stays as it is."""
+    for path in candidates:
+        with suppress(OSError, NotOurs):
+            handle = _open_mark(path, _TEMPORARY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def remove_all() -> None:
+    """Removes the temporary folders of this process: for one that ends at once."""
+    for path in tuple(_alive):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def hidden_name(name: str) -> str:
+    """The beginning of the hidden names for what becomes `name`: cut, for a name has 255 bytes at most."""
+    return f".{os.fsencode(name)[:_NAME_BYTES].decode('utf-8', 'ignore')}."
+
+
+def _marked(path: Path, kind: str) -> int:
+    """Makes the mark of a new folder, and gives its handle, which is locked."""
+    handle = os.open(path / MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.write(handle, _text(path.stat().st_ino, kind))  # after the lock: a mark that can be read is held
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _open_mark(path: Path, kind: str) -> int:
+    """The handle of a folder's mark. Raises NotOurs where the folder was not made by this program for this user."""
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise NotOurs
+    try:
+        handle = open_beside_others(path / MARK, os.O_RDWR)
+    except OSError as error:
+        raise NotOurs from error
+    try:
+        marked = os.fstat(handle)
+        if marked.st_uid != status.st_uid or os.read(handle, _MOST_MARK_BYTES) != _text(status.st_ino, kind):
+            raise NotOurs
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _text(inode: int, kind: str) -> bytes:
+    return f"{kind} {inode}\n".encode()
+
+
+def temporary_folders(parent: Path, name: str | None = None, *, below: bool = False) -> Iterator[Path]:
+    """What may be temporary folders in `parent` (and, with `below`, in the folders below it): all of them, or those for
+    an output called `name`. The mark tells whether they are."""
+    for path in parent.rglob(".*.nibblecast-part") if below else parent.glob(".*.nibblecast-part"):
+        beginning = hidden_name(name) if name is not None else ""
+        token = path.name.removeprefix(beginning).removesuffix(".nibblecast-part")
+        if name is None or (path.name.startswith(beginning) and len(token) == 2 * _TOKEN_BYTES):
+            yield path
