@@ -228,7 +228,7 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
             sink.close()
         for index, files in staged_files.items():
             files.complete()
-            places[index] = files.path_of(files.paths[0])
+            places[index] = files.places[0]
         for index, output in enumerate(planned):
             for file in _mapped_files(output.model):
                 file.check_unchanged()

@@ -150,3 +150,40 @@ def test_no_file_has_what_a_merge_left_in_it() -> None:
         hidden = any(part.startswith(".") for part in path.relative_to(ROOT).parts)
         if not hidden and "build" not in path.parts and path.suffix in (".md", ".py", ".toml", ".template"):
             assert not [line for line in path.read_text("utf-8").splitlines() if line.startswith(marks)], path
+
+
+#: Calls that make, open or remove files by their names.
+FILE_CALLS = frozenset(
+    "open read_bytes read_text write_bytes write_text touch symlink_to hardlink_to unlink rmdir rmtree mkdtemp mkstemp "
+    "TemporaryDirectory NamedTemporaryFile memmap fromfile tofile".split()
+)
+#: What opens files otherwise than by name: classes of ours, and a plan's `open`, which gets streams.
+OPENED_OTHERWISE = frozenset(("open", owner) for owner in ("MappedFile", "Archive", "_ModelFile", "plan"))
+#: Our own files, and the system's about this process.
+FILES_OF_OURS = frozenset(
+    (
+        "converters/batches/jobs.py",
+        "converters/batches/run.py",
+        "converters/reports/page.py",
+        "formats/cheader/render.py",
+        "formats/tflite/lowering/documentation.py",
+    )
+)
+#: Where files are opened for reading, and made. Each checks what it opens: a FIFO would be waited for, a link followed.
+FILE_MODULES = ("converters/storage.py", "converters/output/")
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def test_files_are_opened_and_made_in_one_place() -> None:
+    for package in ("converters", "formats"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name in FILES_OF_OURS or name.startswith(FILE_MODULES):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and _name(node.func) in FILE_CALLS:
+                    owner = _name(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+                    assert (_name(node.func), owner) in OPENED_OTHERWISE, f"{name}:{node.lineno}"

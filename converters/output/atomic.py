@@ -27,16 +27,13 @@ PART = "nibblecast-part"
 
 @dataclass(slots=True)
 class StagedFiles:
-    """Files that will be `paths`; the first is the main one. `streams` are what is written to, seekable and binary, in
-    the same order."""
+    """Files that will be `paths`; the first is the main one. `streams` are what is written to, seekable and binary, and
+    `places` where the files lie until then, in the same order."""
 
     paths: Sequence[Path]
     streams: list[BinaryIO] = field(default_factory=list)
+    places: list[Path] = field(default_factory=list)
     _folders: dict[Path, PrivateFolder] = field(default_factory=dict)
-
-    def path_of(self, path: Path) -> Path:
-        """Where the file that will be `path` lies until then."""
-        return self._folders[path.parent].path / path.name
 
     def complete(self) -> None:
         """Flushes all of them to the disk and closes them. Raises OSError, for a full disk e.g."""
@@ -50,23 +47,26 @@ class StagedFiles:
         """Makes the files. Raises UsageError."""
         for path in self.paths:
             refuse_special(path)
+            parent = path.parent
             try:
-                if path.parent not in self._folders:
-                    self._folders[path.parent] = make_temporary(
-                        path.parent, hidden_name(self.paths[0].name), f".{PART}"
-                    )
-                self.streams.append(new_file(self.path_of(path)))
+                folder = self._folders.get(parent)
+                if folder is None:
+                    prefix = hidden_name(self.paths[0].name)
+                    folder = self._folders[parent] = make_temporary(parent, prefix, f".{PART}")
+                self.places.append(folder.path / path.name)
+                self.streams.append(new_file(self.places[-1]))
             except OSError as error:
                 raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
 
     def put_in_place(self) -> None:
         """Renames all of them. Raises OSError."""
-        for path in self.paths:
-            _keep_mode(path, self.path_of(path))
-        if len(self.paths) > 1:
+        placed = list(zip(self.places, self.paths, strict=True))
+        for place, path in placed:
+            _keep_mode(path, place)
+        if len(placed) > 1:
             self.paths[0].unlink(missing_ok=True)
-        for path in reversed(self.paths):
-            self.path_of(path).replace(path)
+        for place, path in reversed(placed):
+            place.replace(path)
         for folder in self._folders:
             sync_folder(folder)
 

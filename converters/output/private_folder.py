@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -45,7 +44,11 @@ class PrivateFolder:
 
     def remove(self) -> None:
         """Removes the folder with all that is in it, and lets go of the lock. Raises nothing."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        try:  # most are empty by then, and so removed in a third of the time
+            (self.path / MARK).unlink()
+            self.path.rmdir()
+        except OSError:
+            shutil.rmtree(self.path, ignore_errors=True)
         _alive.discard(self.path)
         self.close()
 
@@ -58,10 +61,12 @@ class PrivateFolder:
 def make_temporary(parent: Path, prefix: str, suffix: str = "") -> PrivateFolder:
     """A new folder in `parent` that only this user can enter, `PREFIXRANDOMSUFFIX`. Raises OSError."""
     while True:
-        path = parent / f"{prefix}{secrets.token_hex(_TOKEN_BYTES)}{suffix}"
-        with suppress(FileExistsError):
+        path = parent / f"{prefix}{os.urandom(_TOKEN_BYTES).hex()}{suffix}"
+        try:
             path.mkdir(mode=0o700)
             break
+        except FileExistsError:
+            continue
     _alive.add(path)
     try:
         return PrivateFolder(path, _marked(path, _TEMPORARY))
