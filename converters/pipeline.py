@@ -174,8 +174,9 @@ def run(
     exception; then nothing of it is put in place. Raises UsageError when the system refuses (a full disk, say),
     ChangedFile where an input was written to meanwhile."""
     try:
-        if not resume:  # a batch, which always resumes, has cleared its whole target before
-            for output in planned:
+        for output in planned:
+            # a batch, which always resumes, has cleared its whole target before, where there may be very many files
+            if not resume or isinstance(output.plan, FolderPlan):
                 remove_left_behind(temporary_folders(output.target.path.parent, output.target.path.name))
         _run(planned, progress, resume, check)
     except OSError as error:

@@ -20,9 +20,7 @@ from typing import BinaryIO
 from converters.errors import UsageError
 from converters.output.creation import refuse_special
 from converters.output.large_files import new_file
-from converters.output.private_folder import PrivateFolder, hidden_name, make_temporary
-
-PART = "nibblecast-part"
+from converters.output.private_folder import PART, PrivateFolder, hidden_name, make_temporary
 
 
 @dataclass(slots=True)
@@ -52,7 +50,7 @@ class StagedFiles:
                 folder = self._folders.get(parent)
                 if folder is None:
                     prefix = hidden_name(self.paths[0].name)
-                    folder = self._folders[parent] = make_temporary(parent, prefix, f".{PART}")
+                    folder = self._folders[parent] = make_temporary(parent, prefix, PART)
                 self.places.append(folder.path / path.name)
                 self.streams.append(new_file(self.places[-1]))
             except OSError as error:

@@ -1,10 +1,11 @@
 """Folders that appear whole or not at all, and can be resumed shard by shard.
 
-All files are written to a folder beside the target, `.NAME.nibblecast-part`, each under a temporary name until it is
-complete and on the disk; when the last one is, that folder is renamed. A run that is killed leaves it behind: the next
-one begins anew or, asked to resume, keeps the shards that are complete, provided that the very same was to be written.
-The name is always the same, so that the next run finds the folder. So it is only used, and emptied, where its mark
-proves that a run of this user made it (`converters.output.private_folder`).
+All files are written to a folder beside the target, `.NAME.nibblecast-part/NAME`, each under a temporary name until it
+is complete and on the disk; when the last one is, NAME is moved to its place. A run that is killed leaves it behind.
+The next one begins anew or, asked to resume, keeps the shards that are complete, provided that the very same was to be
+written.
+The outer folder's name is always the same, so that the next run finds it. So it is only used, and emptied, where its
+mark proves that a run of this user made it (`converters.output.private_folder`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,13 +23,14 @@ from typing import Any, BinaryIO
 
 from converters.errors import UsageError
 from converters.interfaces import Companion, FolderPlan, Shard
-from converters.output.atomic import PART, sync_folder
+from converters.output.atomic import sync_folder
 from converters.output.large_files import new_file
-from converters.output.private_folder import MARK, NotOurs, hidden_name, make_temporary, open_resumable
+from converters.output.private_folder import MARK, PART, NotOurs, open_resumable
 from converters.storage import open_regular
 from converters.version import __version__
 
 _INTENT = ".nibblecast-intent"
+_FORMER = ".nibblecast-former"
 _INCOMPLETE = ".incomplete"
 _INDEX = ".index.json"
 _COPIED_BYTES = 1 << 22
@@ -36,9 +38,10 @@ _COPIED_BYTES = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class StagedFolder:
-    """A folder that is being written."""
+    """A folder that is being written, at `path`; `around` is the private folder that it lies in."""
 
     path: Path
+    around: Path
 
     def has(self, name: str, nbytes: int | None) -> bool:
         """Whether the file is there, complete, from a run before this one."""
@@ -119,23 +122,23 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
     nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
     around it is missing, and where another run is writing it."""
     with _staging(plan) as staged:
-        _begin(staged.path, intended, resume=resume)
+        _begin(staged, intended, resume=resume)
         try:
             yield staged
-            _put_in_place(staged.path, plan.folder)
+            _put_in_place(staged, plan.folder)
         except (KeyboardInterrupt, SystemExit, OSError):
             if not staged.is_begun:
-                shutil.rmtree(staged.path, ignore_errors=True)
+                shutil.rmtree(staged.around, ignore_errors=True)
             raise
         except BaseException:
-            shutil.rmtree(staged.path, ignore_errors=True)
+            shutil.rmtree(staged.around, ignore_errors=True)
             raise
 
 
 def begin_folder(plan: FolderPlan, intended: str) -> None:
     """Makes what `begun_folder` and an `atomic_folder` that resumes go on with. Raises as `atomic_folder`."""
     with _staging(plan) as staged:
-        _begin(staged.path, intended, resume=True)
+        _begin(staged, intended, resume=True)
 
 
 @contextmanager
@@ -143,7 +146,7 @@ def begun_folder(plan: FolderPlan, intended: str) -> Iterator[StagedFolder]:
     """A folder that was begun, for one of several processes that write shards of it. Raises UsageError where it was
     not, or for something else."""
     with _staging(plan, shared=True) as staged:
-        if _text_of(staged.path / _INTENT) != intended:
+        if _text_of(staged.around / _INTENT) != intended:
             raise UsageError("has been begun for another source, or with other options", path=plan.folder)
         yield staged
 
@@ -153,7 +156,7 @@ def _staging(plan: FolderPlan, *, shared: bool = False) -> Iterator[StagedFolder
     """The folder beside the target, locked: by one process alone, which may make it, or by several that share it."""
     folder = plan.folder
     _check_replaceable(plan)
-    path = folder.with_name(f".{folder.name}.{PART}")
+    path = folder.with_name(f".{folder.name}{PART}")
     try:
         held = open_resumable(path, shared=shared)
     except BlockingIOError as error:
@@ -171,16 +174,17 @@ def _staging(plan: FolderPlan, *, shared: bool = False) -> Iterator[StagedFolder
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
     try:
-        yield StagedFolder(held.path)
+        yield StagedFolder(held.path / folder.name, held.path)
     finally:
         held.close()
 
 
-def _begin(path: Path, intended: str, *, resume: bool) -> None:
+def _begin(staged: StagedFolder, intended: str, *, resume: bool) -> None:
     """Keeps what is there of a run with the same intent, where it is to be resumed; otherwise begins anew."""
-    if not (resume and _text_of(path / _INTENT) == intended):
-        _empty(path)
-        with new_file(path / _INTENT) as stream:
+    if not (resume and staged.path.is_dir() and _text_of(staged.around / _INTENT) == intended):
+        _empty(staged.around)
+        staged.path.mkdir()
+        with new_file(staged.around / _INTENT) as stream:
             stream.write(intended.encode("utf-8", "surrogatepass"))
 
 
@@ -195,7 +199,7 @@ def _check_replaceable(plan: FolderPlan) -> None:
         raise UsageError("is a link; a folder is put in its place whole: name the folder itself", path=folder)
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError("is not a folder; the name of a folder is needed", path=folder)
-    written = {file.path.relative_to(folder).parts[0] for file in plan.files} | {MARK, _INTENT}
+    written = {file.path.relative_to(folder).parts[0] for file in plan.files}
     # of another number of shards, perhaps
     shards = {(shard.file.path.stem.partition("-")[0], shard.file.path.suffix) for shard in plan.shards}
     for entry in folder.iterdir():
@@ -225,28 +229,22 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _put_in_place(path: Path, folder: Path) -> None:
-    """Renames the staged folder. Its mark goes last: what a crash leaves of these steps can be told to be ours."""
-    for entry in path.iterdir():
+def _put_in_place(staged: StagedFolder, folder: Path) -> None:
+    """Moves the staged folder to its place, and one that is there into the private folder, which is then removed."""
+    for entry in staged.path.iterdir():
         if entry.is_dir():
             sync_folder(entry)
-    sync_folder(path)
+    sync_folder(staged.path)
     if folder.exists():
-        path.chmod(stat.S_IMODE(folder.stat().st_mode))
-        former = make_temporary(folder.parent, hidden_name(folder.name), f".{PART}")
-        kept = former.path / folder.name
+        staged.path.chmod(stat.S_IMODE(folder.stat().st_mode))
+        former = staged.around / _FORMER
+        folder.rename(former)
         try:
-            folder.rename(kept)
-            try:
-                path.rename(folder)
-            except OSError:
-                kept.rename(folder)
-                raise
-        finally:
-            former.remove()
+            staged.path.rename(folder)
+        except OSError:
+            former.rename(folder)
+            raise
     else:
-        path.rename(folder)
-    for name in (_INTENT, MARK):
-        with suppress(FileNotFoundError):
-            (folder / name).unlink()
+        staged.path.rename(folder)
     sync_folder(folder.parent)
+    shutil.rmtree(staged.around, ignore_errors=True)

@@ -9,6 +9,7 @@ that fits. A lock on the mark says that the folder's maker still runs; the syste
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -21,8 +22,10 @@ from pathlib import Path
 from converters.output.creation import open_beside_others
 
 MARK = ".nibblecast-mark"
+#: How the names of folders end in which outputs are staged.
+PART = ".nibblecast-part"
 _TEMPORARY = "temporary"
-_RESUMABLE = "resumable"
+_RESUMABLE = "resumable"  # as long as the other, which it is written over
 _MOST_MARK_BYTES = 64
 _NAME_BYTES = 150  # of the 255 that a name may have
 _TOKEN_BYTES = 8
@@ -44,11 +47,7 @@ class PrivateFolder:
 
     def remove(self) -> None:
         """Removes the folder with all that is in it, and lets go of the lock. Raises nothing."""
-        try:  # most are empty by then, and so removed in a third of the time
-            (self.path / MARK).unlink()
-            self.path.rmdir()
-        except OSError:
-            shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
         _alive.discard(self.path)
         self.close()
 
@@ -80,17 +79,31 @@ def open_resumable(path: Path, *, shared: bool) -> PrivateFolder:
     """The folder `path`, which a run before this one may have made, locked: `shared` with others, which needs one that
     is there, or for this process alone, which makes it where there is none. Raises BlockingIOError where another
     process holds it, FileNotFoundError where a shared one is not there, NotOurs, and other kinds of OSError."""
-    if not shared:
-        with suppress(FileExistsError):
-            path.mkdir()
-            return PrivateFolder(path, _marked(path, _RESUMABLE))
-    handle = _open_mark(path, _RESUMABLE)
+    if not shared and not os.path.lexists(path) and (made := _make_resumable(path)) is not None:
+        return made
+    handle = _open_mark(path, _RESUMABLE, _TEMPORARY)
     try:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BaseException:
         os.close(handle)
         raise
     return PrivateFolder(path, handle)
+
+
+def _make_resumable(path: Path) -> PrivateFolder | None:
+    """Made under another name and renamed with its mark, so that a kill at any instant leaves nothing in the way. None
+    where something else has got that name meanwhile."""
+    made = make_temporary(path.parent, hidden_name(path.name[1:].removesuffix(PART)), PART)
+    try:
+        made.path.rename(path)
+    except OSError as error:
+        made.remove()
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            return None
+        raise
+    _alive.discard(made.path)
+    os.pwrite(made.handle, _text(path.stat().st_ino, _RESUMABLE), 0)
+    return PrivateFolder(path, made.handle)
 
 
 def remove_left_behind(candidates: Iterable[Path]) -> None:
@@ -100,7 +113,7 @@ def remove_left_behind(candidates: Iterable[Path]) -> None:
             handle = _open_mark(path, _TEMPORARY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
             finally:
                 os.close(handle)
 
@@ -108,7 +121,19 @@ def remove_left_behind(candidates: Iterable[Path]) -> None:
 def remove_all() -> None:
     """Removes the temporary folders of this process: for one that ends at once."""
     for path in tuple(_alive):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, its mark last: what a kill leaves of it can still be told to be ours. Raises nothing."""
+    with suppress(OSError):
+        for entry in os.scandir(path):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name != MARK:
+                Path(entry).unlink()
+        (path / MARK).unlink(missing_ok=True)
+        path.rmdir()
 
 
 def hidden_name(name: str) -> str:
@@ -128,8 +153,9 @@ def _marked(path: Path, kind: str) -> int:
     return handle
 
 
-def _open_mark(path: Path, kind: str) -> int:
-    """The handle of a folder's mark. Raises NotOurs where the folder was not made by this program for this user."""
+def _open_mark(path: Path, *kinds: str) -> int:
+    """The handle of a folder's mark. Raises NotOurs where the folder was not made by this program for this user, as one
+    of these kinds."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise NotOurs
@@ -139,7 +165,8 @@ def _open_mark(path: Path, kind: str) -> int:
         raise NotOurs from error
     try:
         marked = os.fstat(handle)
-        if marked.st_uid != status.st_uid or os.read(handle, _MOST_MARK_BYTES) != _text(status.st_ino, kind):
+        possible = [_text(status.st_ino, kind) for kind in kinds]
+        if marked.st_uid != status.st_uid or os.read(handle, _MOST_MARK_BYTES) not in possible:
             raise NotOurs
     except BaseException:
         os.close(handle)
@@ -154,8 +181,9 @@ def _text(inode: int, kind: str) -> bytes:
 def temporary_folders(parent: Path, name: str | None = None, *, below: bool = False) -> Iterator[Path]:
     """What may be temporary folders in `parent` (and, with `below`, in the folders below it): all of them, or those for
     an output called `name`. The mark tells whether they are."""
-    for path in parent.rglob(".*.nibblecast-part") if below else parent.glob(".*.nibblecast-part"):
+    pattern = f".*{PART}"
+    for path in parent.rglob(pattern) if below else parent.glob(pattern):
         beginning = hidden_name(name) if name is not None else ""
-        token = path.name.removeprefix(beginning).removesuffix(".nibblecast-part")
+        token = path.name.removeprefix(beginning).removesuffix(PART)
         if name is None or (path.name.startswith(beginning) and len(token) == 2 * _TOKEN_BYTES):
             yield path

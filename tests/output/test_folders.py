@@ -162,7 +162,7 @@ def test_a_full_disk_says_that_shards_are_kept(tmp_path: Path) -> None:
 def test_an_interrupted_run_keeps_whole_shards_only(interruption: BaseException, tmp_path: Path) -> None:
     with pytest.raises(type(interruption)):
         pipeline.run(failing(interruption, tmp_path / "out"))
-    kept = sorted(path.name for path in (tmp_path / ".out.nibblecast-part").glob("*"))
+    kept = sorted(path.name for path in (tmp_path / ".out.nibblecast-part" / "out").glob("*"))
     assert "model-00001-of-00002.safetensors" in kept
     assert "model-00002-of-00002.safetensors" not in kept
 
@@ -228,7 +228,7 @@ def test_parts_are_of_one_intent(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has been begun for another source, or with other options"):
         part(1, only=["layers.0.*"])
     assert part(2) == SHARDS
-    staged = tmp_path / ".out.nibblecast-part"
+    staged = tmp_path / ".out.nibblecast-part" / "out"
     before = (staged / f"model-00002-of-{SHARDS:05d}.safetensors").stat()
     converted(source, tmp_path / "out", resume=True)
     after = (tmp_path / "out" / f"model-00002-of-{SHARDS:05d}.safetensors").stat()
@@ -274,7 +274,7 @@ def test_folders_of_such_names_that_are_not_ours_stay(name: str, source: Path, t
     assert len(listing(tmp_path / name)) == 4
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00006.safetensors", "config.json", ".nibblecast-intent"])
+@pytest.mark.parametrize("name", ["out/model-00001-of-00006.safetensors", "out/config.json", ".nibblecast-intent"])
 def test_links_in_a_staging_folder_are_not_written_through(name: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     with pytest.raises(KeyboardInterrupt):
@@ -320,16 +320,30 @@ def test_what_fails_verification_is_not_put_in_place(
     assert listing(tmp_path) == ["out", "source"]
 
 
-def test_a_crash_between_the_last_steps_leaves_what_the_next_run_replaces(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_crash_amid_the_last_steps_is_followed_by_a_run_that_leaves_nothing(
+    step: int, resume: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The staging folder gets its name; the folder that is there is moved into it; the new one to its place."""
+    converted(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    renamed, rename = 0, Path.rename
+
+    def crashing(self: Path, target: Path) -> None:
+        nonlocal renamed
+        renamed += 1
+        if renamed == step:
+            os._exit(9)
+        rename(self, target)
+
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "unlink", lambda self, missing_ok=False: os._exit(9) if self.name == MARK else None)
+        patched.setattr(Path, "rename", crashing)
         child = os.fork()
         if not child:
             converted(source, tmp_path / "out")
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert MARK in listing(tmp_path / "out")
-    converted(source, tmp_path / "out")
-    assert MARK not in listing(tmp_path / "out")
+    converted(source, tmp_path / "out", resume=resume)
+    assert contents(tmp_path / "out") == before
+    assert listing(tmp_path) == ["out", "source"]
