@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.storage import FileRange, MappedFile
+from formats.pytorch.values import reason_of
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"
@@ -42,9 +43,11 @@ class Archive:
         data = source.range(0, source.view.size) if isinstance(source, MappedFile) else source
         try:
             with zipfile.ZipFile(_Stream(data.read(0, data.nbytes))) as archive:
-                entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
-            raise CorruptFile(f"its ZIP directory cannot be read ({error}): it is truncated or damaged") from None
+                entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
+        except Exception as error:  # zipfile raises whatever comes of reading on: struct.error, IndexError, ValueError
+            raise CorruptFile(
+                f"its ZIP directory cannot be read ({reason_of(error)}): it is truncated or damaged"
+            ) from None
         _refuse_overlaps(entries)
         # a file zipped by hand may have no top folder at all
         tops = {entry.filename.partition("/")[0] for entry in entries}
@@ -66,17 +69,17 @@ class Archive:
         than the directory; Unsupported where it is compressed or encrypted."""
         entry = self.entries.get(name)
         if entry is None:
-            raise CorruptFile(f"has no record '{name}': it is truncated, or not written by PyTorch")
+            raise CorruptFile(f"has no record {brief(name)}: it is truncated, or not written by PyTorch")
         if entry.flag_bits & _ENCRYPTED:
-            raise Unsupported(f"its record '{name}' is encrypted")
+            raise Unsupported(f"its record {brief(name)} is encrypted")
         if entry.compress_type != zipfile.ZIP_STORED:
             raise Unsupported(
-                f"its record '{name}' is compressed, which PyTorch never does: zip it again with `zip -0`"
+                f"its record {brief(name)} is compressed, which PyTorch never does: zip it again with `zip -0`"
             )
         head = self._range(entry.header_offset, _LOCAL_HEADER.size)
         magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(head.read(0, head.nbytes).tobytes())
         if magic != _LOCAL_MAGIC or method != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise CorruptFile(f"its record '{name}' is not what its ZIP directory says: it is damaged")
+            raise CorruptFile(f"its record {brief(name)} is not what its ZIP directory says: it is damaged")
         return self._range(entry.header_offset + _LOCAL_HEADER.size + name_length + extra_length, entry.file_size)
 
     def bytes_of(self, name: str) -> bytes:
@@ -85,7 +88,7 @@ class Archive:
         return data.read(0, data.nbytes).tobytes()
 
     def _range(self, offset: int, nbytes: int) -> FileRange:
-        if offset + nbytes > self.data.nbytes:
+        if offset < 0 or offset + nbytes > self.data.nbytes:
             raise CorruptFile(
                 f"has a record at bytes {offset} to {offset + nbytes} of an archive of {self.data.nbytes}: "
                 "it is truncated or damaged"
@@ -127,6 +130,6 @@ def _refuse_overlaps(entries: Sequence[zipfile.ZipInfo]) -> None:
     end, before = 0, ""
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
-            raise CorruptFile(f"its records '{before}' and '{entry.filename}' overlap: it is damaged")
+            raise CorruptFile(f"its records {brief(before)} and {brief(entry.filename)} overlap: it is damaged")
         end = entry.header_offset + _LOCAL_HEADER.size + entry.compress_size
         before = entry.filename

@@ -7,6 +7,7 @@ in float32, in this order, as torch.nn.utils.fusion.fuse_conv_bn_weights does at
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Loss, Tensor
 from converters.storage import Computed
 
@@ -29,6 +30,7 @@ def fold_batch_norms(
     """The model with every `<m>.bn` folded into `<m>.weight` and `<m>.bias`. Raises CorruptFile where shapes do not
     fit."""
     result, losses = dict(tensors), []
+    names = sorted(tensors)  # those of one module one after the other
     for module in batch_norm_modules(tensors):
         prefix = f"{module}.bn." if module else "bn."
         weight_name, bias_name = (f"{module}.{role}" if module else role for role in ("weight", "bias"))
@@ -47,8 +49,10 @@ def fold_batch_norms(
         reciprocal = np.float32(1) / np.sqrt(variance + np.float32(eps))
         result[weight_name] = _scaled(weight, gamma * reciprocal)
         result[bias_name] = Tensor.from_array(bias_name, (bias - mean) * reciprocal * gamma + beta)
-        for name in [name for name in result if name.startswith(prefix)]:
-            del result[name]
+        for position in range(bisect_left(names, prefix), len(names)):
+            if not names[position].startswith(prefix):
+                break
+            result.pop(names[position], None)
     return result, losses
 
 
@@ -68,7 +72,9 @@ def _channels(tensor: Tensor | None, default: float, weight: Tensor, name: str) 
     if tensor is None:
         return np.full(count, default, np.float32)
     if tensor.shape != (count,):
-        raise CorruptFile(f"has {count} channels, but '{tensor.name}' is of shape {tensor.shape}", tensor=name)
+        raise CorruptFile(
+            f"has {count} channels, but {brief(tensor.name)} is of shape {brief(tensor.shape)}", tensor=name
+        )
     return np.asarray(tensor.dequantize(np.float32))
 
 

@@ -6,14 +6,15 @@ and none: a bare pickle. .pt2 archives (torch.export) hold none; `formats.pytorc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.storage import MappedFile
 from formats.pytorch.archive import Archive
 from formats.pytorch.dtypes import STORAGES
+from formats.pytorch.limits import Limits
 from formats.pytorch.unpickler import Unpickler
-from formats.pytorch.values import Global, Storage, TorchDtype
+from formats.pytorch.values import Global, Storage, TorchDtype, described
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -21,12 +22,15 @@ _PROTOCOL = b"\x80"  # the opcode with which all pickles of PyTorch begin
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _TAR_MAGIC = (257, b"ustar")
+_LONGEST_STORAGE_KEY = 1 << 10
+_MOST_ELEMENTS = 1 << 63
 
 
-def saved_value(archive: Archive, pickle: str = "data.pkl", folder: str = "data/") -> Any:
+def saved_value(archive: Archive, limits: Limits, pickle: str = "data.pkl", folder: str = "data/") -> Any:
     """What the record `pickle` of an archive holds; the storages are records in `folder`."""
-    if "byteorder" in archive and archive.bytes_of("byteorder") != b"little":
-        raise Unsupported(f"was saved with the byte order {archive.bytes_of('byteorder')!r}: only little is read")
+    order = archive.bytes_of("byteorder") if "byteorder" in archive else b"little"
+    if order != b"little":
+        raise Unsupported(f"was saved with the byte order {brief(order)}: only little is read")
     storages: dict[str, Storage] = {}
 
     def storage(identifier: Any) -> Storage:
@@ -36,20 +40,20 @@ def saved_value(archive: Archive, pickle: str = "data.pkl", folder: str = "data/
             made = Storage(key, dtype, count, data)
             if data.nbytes != made.nbytes:
                 raise CorruptFile(
-                    f"its record '{folder + key}' has {data.nbytes} bytes, but claims to hold {made.nbytes}"
+                    f"its record {brief(folder + key)} has {data.nbytes} bytes, but claims to hold {made.nbytes}"
                 )
             storages[key] = made
         return _same_dtype(storages[key], dtype)
 
-    return Unpickler(memoryview(archive.bytes_of(pickle)), storage).load()
+    return Unpickler(memoryview(archive.bytes_of(pickle)), storage, limits).load()
 
 
-def legacy_value(file: MappedFile) -> Any:
+def legacy_value(file: MappedFile, limits: Limits) -> Any:
     """What a file of the sequence of pickles holds: magic, protocol, system, the value, storage keys, then for each key
     the count of elements (int64) and the elements (torch/serialization.py, _legacy_load)."""
     refuse_tar(file)
     if file.view[:1].tobytes() != _PROTOCOL:
-        raise CorruptFile(f"begins with {file.view[:8].tobytes()!r}: it is no file of PyTorch")
+        raise CorruptFile(f"begins with {brief(file.view[:8].tobytes())}: it is no file of PyTorch")
     data = memoryview(file.view)  # type: ignore[arg-type]
     storages: dict[str, Storage] = {}
 
@@ -58,20 +62,22 @@ def legacy_value(file: MappedFile) -> Any:
         root = storages.setdefault(key, Storage(key, dtype, count))
         if view is None:
             return _same_dtype(root, dtype)
-        view_key, offset, size = view
-        if offset < 0 or size < 0 or offset + size > root.count:
+        view_key, offset, size = view if isinstance(view, tuple) and len(view) == 3 else (None, None, None)
+        if not _is_storage_key(view_key) or not _is_count(offset) or not _is_count(size):
+            raise CorruptFile(f"has a view of a storage that is {described(view)}: it is damaged")
+        if offset + size > root.count:
             raise CorruptFile(f"has a view of {size} elements at {offset} of a storage of {root.count}: it is damaged")
         return Storage(f"{key}:{view_key}", dtype, size, None, root, offset)
 
-    unpickler = Unpickler(data, storage)
+    unpickler = Unpickler(data, storage, limits)
     magic = unpickler.load()
-    if magic != _LEGACY_MAGIC:
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
         if storages or unpickler.position < len(data):
             raise CorruptFile("is no PyTorch file: it begins with a pickle of another kind")
         return magic
     protocol, system, value, keys = (unpickler.load() for _ in range(4))
-    if protocol != _LEGACY_PROTOCOL:
-        raise Unsupported(f"is of PyTorch's protocol {protocol!r}; {_LEGACY_PROTOCOL} is read")
+    if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
+        raise Unsupported(f"is of PyTorch's protocol {described(protocol)}; {_LEGACY_PROTOCOL} is read")
     if not isinstance(system, dict) or not system.get("little_endian", True):
         raise Unsupported("was saved on a big-endian machine: only little-endian files are read")
     _place(storages, keys, file, unpickler.position)
@@ -87,28 +93,41 @@ def refuse_tar(file: MappedFile) -> None:
 
 def _place(storages: dict[str, Storage], keys: Any, file: MappedFile, position: int) -> None:
     """Tells each storage where its bytes are."""
-    if not isinstance(keys, list) or set(keys) != set(storages):
+    if not isinstance(keys, list) or not all(type(key) is str for key in keys) or set(keys) != storages.keys():
         raise CorruptFile("lists other storages than its tensors need: it is damaged")
     for key in keys:
         storage = storages[key]
         count = int(file.range(position, 8).read(0, 8).view("<i8")[0])
         if count != storage.count:
-            raise CorruptFile(f"its storage '{key}' has {count} elements, but claims to hold {storage.count}")
+            raise CorruptFile(f"its storage {brief(key)} has {count} elements, but claims to hold {storage.count}")
         storage.data = file.range(position + 8, storage.nbytes)
         position += 8 + storage.nbytes
 
 
 def _storage_of(identifier: Any) -> tuple[str, TorchDtype | None, int, Any]:
     """Key, dtype, count of elements and view of a persistent id."""
-    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or identifier[0] != "storage":
-        raise CorruptFile(f"refers to something outside its pickle that is no storage: {identifier!r:.80}")
+    if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or not _is_text(identifier[0], "storage"):
+        raise CorruptFile(f"refers to something outside its pickle that is no storage: {described(identifier)}")
     _, kind, key, _, count, *view = identifier
-    name = kind.name if isinstance(kind, Global) and kind.module.split(".")[0] == "torch" else ""
+    name = kind.name if isinstance(kind, Global) and kind.module.partition(".")[0] == "torch" else ""
     if name not in STORAGES:
-        raise Unsupported(f"has a storage of class {kind}, which is not known here")
-    if not isinstance(key, str) or "/" in key or ".." in key or type(count) is not int or count < 0:
-        raise CorruptFile(f"has a storage of {count!r} elements under the key {key!r:.80}: it is damaged")
+        raise Unsupported(f"has a storage of class {described(kind)}, which is not known here")
+    if not _is_storage_key(key) or not _is_count(count):
+        raise CorruptFile(f"has a storage of {described(count)} elements under the key {described(key)}: it is damaged")
     return key, STORAGES[name], count, view[0] if view else None
+
+
+def _is_text(value: Any, text: str) -> bool:
+    return isinstance(value, str) and value == text
+
+
+def _is_storage_key(value: Any) -> TypeGuard[str]:
+    """Whether it can be the last part of a record's name."""
+    return isinstance(value, str) and len(value) <= _LONGEST_STORAGE_KEY and "/" not in value and ".." not in value
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MOST_ELEMENTS
 
 
 def _same_dtype(storage: Storage, dtype: TorchDtype | None) -> Storage:

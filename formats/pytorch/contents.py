@@ -6,22 +6,25 @@ all come out as what `state_dict()` of the model would give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import MOST_DIMENSIONS, Loss
-from formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor, is_tensor
+from formats.pytorch.limits import ENTRY, LEAF, STEP, Limits
+from formats.pytorch.values import Global, Key, Record, StridedTensor, SubclassTensor, described, is_tensor
 
 #: Under which keys checkpoints keep the model, the most specific first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "net", "generator", "params", "weights")
 #: Prefixes that wrappers put before all names: DataParallel and DistributedDataParallel, torch.compile.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _MOST_DEPTH = 256
-_MOST_VISITED = 2_000_000
+#: What may hold tensors, or is one.
+_NESTED = (StridedTensor, SubclassTensor, Record, np.ndarray, dict, list, tuple)
 
 Leaf = StridedTensor | SubclassTensor | Record | np.ndarray | tuple[Any, ...]
 
@@ -40,22 +43,19 @@ class StateDict:
     losses: list[Loss] = field(default_factory=list)
 
 
-def state_dict_of(saved: Any) -> StateDict:
-    """The tensors in what was saved. Raises CorruptFile where it nests without end."""
-    found = as_saved(saved)
+def state_dict_of(saved: Any, limits: Limits) -> StateDict:
+    """The tensors in what was saved. Raises CorruptFile where it nests without end, or has the same parts in it so
+    often that going through them passes the limits."""
+    found = as_saved(saved, limits)
     strip_wrappers(found)
     return found
 
 
-def as_saved(saved: Any) -> StateDict:
+def as_saved(saved: Any, limits: Limits) -> StateDict:
     """Likewise, under the names that they were saved by, those of wrappers included."""
     found = StateDict()
-    model = _unwrapped(saved, found)
-    walk = _Walk(found)
-    if is_tensor(model) or isinstance(model, np.ndarray):
-        found.leaves["tensor"] = model
-    else:
-        walk.visit(model, "", 0)
+    model = _unwrapped(saved, found, limits)
+    _Walk(found, limits).through("tensor" if is_tensor(model) or isinstance(model, np.ndarray) else "", model)
     return found
 
 
@@ -65,28 +65,32 @@ def strip_wrappers(found: StateDict) -> None:
         _strip(found, prefix)
 
 
-def _unwrapped(saved: Any, found: StateDict) -> Any:
+def _unwrapped(saved: Any, found: StateDict, limits: Limits) -> Any:
     """The part of a checkpoint that is the model; what else holds tensors is a Loss."""
     for _ in range(_MOST_DEPTH):
-        if not isinstance(saved, dict) or any(is_tensor(value) for value in saved.values()):
+        if not isinstance(saved, dict):
             return saved
-        keys = [key for key in _MODEL_KEYS if _may_be_model(saved.get(key))]
+        limits.spend(STEP * len(saved))
+        if any(is_tensor(value) for value in saved.values()):
+            return saved
+        keys = [key for key in _MODEL_KEYS if _may_be_model(saved.get(key), limits)]
         if not keys:
             return saved
         for key, value in saved.items():
-            if key != keys[0] and (count := _count_tensors(value)):
-                found.losses.append(
-                    Loss("", "dropped", f"'{key}' of the checkpoint, with {count} tensors, is no weights")
-                )
+            if key != keys[0] and (count := _count_tensors(value, limits)):
+                of = described(key.text if isinstance(key, Key) else key)
+                found.losses.append(Loss("", "dropped", f"{of} of the checkpoint, with {count} tensors, is no weights"))
         saved = saved[keys[0]]
     raise CorruptFile(f"nests its state dict more than {_MOST_DEPTH} deep")
 
 
-def _may_be_model(value: Any) -> bool:
-    return (isinstance(value, dict) and len(value) > 0) or (isinstance(value, Record) and bool(_module_parts(value)))
+def _may_be_model(value: Any, limits: Limits) -> bool:
+    return (isinstance(value, dict) and len(value) > 0) or (
+        isinstance(value, Record) and bool(_module_parts(value, limits))
+    )
 
 
-def _count_tensors(value: Any) -> int:
+def _count_tensors(value: Any, limits: Limits) -> int:
     """How many tensors there are in nested containers, each container counted once."""
     count, seen, waiting = 0, set(), [value]
     while waiting:
@@ -95,15 +99,16 @@ def _count_tensors(value: Any) -> int:
             count += 1
         elif isinstance(value, dict | list | tuple | Record) and id(value) not in seen:
             seen.add(id(value))
-            waiting.extend(_children(value))
+            children = _children(value)
+            limits.spend(ENTRY + STEP * len(children))
+            waiting.extend(child for child in children if isinstance(child, _NESTED))
     return count
 
 
-def _children(value: Any) -> Iterator[Any]:
+def _children(value: Any) -> Collection[Any]:
     if isinstance(value, Record):
-        yield from (value.arguments, value.state, value.items, value.entries)
-    else:
-        yield from value.values() if isinstance(value, dict) else value
+        return (value.arguments, value.state, value.items, value.entries)
+    return value.values() if isinstance(value, dict) else value
 
 
 def _strip(found: StateDict, prefix: str) -> None:
@@ -119,44 +124,73 @@ class _Walk:
     """A walk over nested values that ends: whatever the file shares or repeats, only so much is looked at."""
 
     found: StateDict
-    visited: int = 0
+    limits: Limits
 
-    def visit(self, value: Any, name: str, depth: int) -> None:
+    def through(self, name: str, value: Any) -> None:
         """Adds the tensors in `value`, which is called `name`."""
-        self.visited += 1
-        if depth > _MOST_DEPTH or self.visited > _MOST_VISITED:
-            raise CorruptFile("nests its values without end: it may be an attack, or holds itself")
+        waiting: list[Iterator[tuple[str, Any]]] = [iter(((name, value),))]
+        while waiting:
+            entry = next(waiting[-1], None)
+            inside = None if entry is None else self._inside(*entry)
+            if entry is None:
+                waiting.pop()
+            elif inside is not None:
+                waiting.append(inside)
+            if len(waiting) > _MOST_DEPTH:
+                raise CorruptFile("nests its values without end: it may be an attack, or holds itself")
+
+    def _inside(self, name: str, value: Any) -> Iterator[tuple[str, Any]] | None:
+        """What there is in a value, by name; None where it is a leaf, or nothing that holds tensors."""
         if is_tensor(value) or isinstance(value, np.ndarray) or _is_packed(value):
-            self.found.leaves[name] = value
+            self._add(name, value)
         elif isinstance(value, dict):
-            self.found.values |= {
-                f"{name}.{key}" if name else key: _plain(each)
-                for key, each in value.items()
-                if isinstance(key, str) and _is_plain(each)
-            }
-            self._visit_all(value, name, depth)
+            self._add_plain(name, value)
+            return self._named(name, value.items(), len(value))
         elif isinstance(value, list | tuple):
-            self._visit_all(dict(enumerate(value)), name, depth)
+            return self._named(name, enumerate(value), len(value))
         elif isinstance(value, Record):
-            self._visit_record(value, name, depth)
+            return self._inside_record(name, value)
+        return None
 
-    def _visit_all(self, values: Mapping[Any, Any], name: str, depth: int) -> None:
-        for key, value in values.items():
-            if isinstance(key, str | int):
-                self.visit(value, f"{name}.{key}" if name else str(key), depth + 1)
-
-    def _visit_record(self, record: Record, name: str, depth: int) -> None:
+    def _inside_record(self, name: str, record: Record) -> Iterator[tuple[str, Any]] | None:
         array = _numpy_array(record)
         if array is not None:
-            self.found.leaves[name] = array
-            return
-        parts = _module_parts(record)
+            self._add(name, array)
+            return None
+        parts = _module_parts(record, self.limits)
+        attributes = _attributes(record, self.limits)
         if parts is None:
-            self._visit_all({**record.attributes(), **record.entries}, name, depth)
-            return
-        self.found.settings[name] = record.attributes()
-        self.found.classes[name] = str(record.made_by)
-        self._visit_all(parts, name, depth)
+            self.limits.spend(STEP * len(record.entries))
+            parts = {**attributes, **record.entries}
+        else:
+            self.found.settings[name] = attributes
+            self.found.classes[name] = record.made_by.path
+        return self._named(name, parts.items(), len(parts))
+
+    def _named(self, name: str, entries: Iterable[tuple[Any, Any]], count: int) -> Iterator[tuple[str, Any]]:
+        """Those of `count` entries of a container that may hold tensors, by their names in the state dict."""
+        self.limits.spend(STEP * count)
+        for key, value in entries:
+            part = _part_of_name(key) if isinstance(value, _NESTED) else None
+            if part is not None:
+                self.limits.spend(ENTRY + len(name) + len(part))
+                yield f"{name}.{part}" if name else part, value
+
+    def _add(self, name: str, leaf: Leaf) -> None:
+        self.limits.spend(LEAF)
+        self.found.leaves[name] = leaf
+
+    def _add_plain(self, name: str, values: Mapping[Any, Any]) -> None:
+        plain = {key: _plain(each) for key, each in values.items() if isinstance(key, str) and _is_plain(each)}
+        self.limits.spend(sum(ENTRY + len(name) + len(key) for key in plain))
+        self.found.values |= {f"{name}.{key}" if name else key: each for key, each in plain.items()}
+
+
+def _part_of_name(key: Any) -> str | None:
+    """What a key of a dictionary, or a position in a list, adds to the names below it; None: it is no part of names."""
+    if isinstance(key, Key):
+        return key.text if key.is_integer else None
+    return key if isinstance(key, str) else str(key) if isinstance(key, int) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -166,7 +200,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Global) else value
+    return value.path if isinstance(value, Global) else value
 
 
 def _is_packed(value: Any) -> bool:
@@ -174,22 +208,31 @@ def _is_packed(value: Any) -> bool:
     if isinstance(value, tuple):
         return len(value) == 2 and is_tensor(value[0]) and (value[1] is None or is_tensor(value[1]))
     return isinstance(value, Record) and (
-        str(value.made_by) == "torch.ScriptObject" or value.module.startswith("__torch__.torch.classes")
+        value.made_by == Global("torch", "ScriptObject") or value.module.startswith("__torch__.torch.classes")
     )
 
 
-def _module_parts(record: Record) -> dict[str, Any] | None:
+def _attributes(record: Record, limits: Limits) -> dict[Any, Any]:
+    """The attributes of a record, which may be put together anew each time."""
+    parts = record.state if isinstance(record.state, tuple) and len(record.state) == 2 else (record.state,)
+    limits.spend(STEP * (1 + sum(len(part) for part in parts if isinstance(part, dict))))
+    return record.attributes()
+
+
+def _module_parts(record: Record, limits: Limits) -> dict[str, Any] | None:
     """What the state dict of a module has of it and of the modules in it: parameters, persistent buffers, what
     quantized modules add. None where the record is no module."""
-    attributes = record.attributes()
+    attributes = _attributes(record, limits)
     if record.class_name.startswith("reduce_") and record.arguments and isinstance(record.arguments[0], dict):
         attributes = record.arguments[0]  # torch.fx.GraphModule
+    groups = [attributes.get(group) for group in _GROUPS]
+    limits.spend(STEP * (len(attributes) + sum(len(group) for group in groups if isinstance(group, dict))))
     if isinstance(record.state, tuple) and len(record.state) == len(_CONVOLUTION) and "quantized" in record.module:
         return {name: _number(name, part) for name, part in zip(_CONVOLUTION, record.state, strict=True) if name}
     if record.module.startswith("__torch__"):
         members = attributes
     elif isinstance(attributes.get("_modules"), dict):
-        members = _members(attributes)
+        members = _members(attributes, groups)
     else:
         return None
     quantized = {}
@@ -198,9 +241,13 @@ def _module_parts(record: Record) -> dict[str, Any] | None:
     return {name: value for name, value in members.items() if not isinstance(value, list)} | quantized
 
 
-def _members(attributes: Mapping[Any, Any]) -> dict[str, Any]:
-    """Parameters, persistent buffers, script objects and modules of an nn.Module."""
-    groups = [attributes.get(group) for group in ("_parameters", "_buffers", "_modules")]
+#: Where an nn.Module keeps its parts.
+_GROUPS = ("_parameters", "_buffers", "_modules")
+
+
+def _members(attributes: Mapping[Any, Any], groups: Iterable[Any]) -> dict[str, Any]:
+    """Parameters, persistent buffers, script objects and modules of an nn.Module, whose `groups` those of _GROUPS
+    are."""
     transient = attributes.get("_non_persistent_buffers_set")
     left_out = transient if isinstance(transient, set) else set()
     members = {
@@ -228,8 +275,9 @@ def _number(name: str, value: Any) -> Any:
         try:
             with np.errstate(over="ignore"):
                 return np.array(value, _NUMBERS[name])
-        except (OverflowError, ValueError) as error:
-            raise CorruptFile(f"has the {name.replace('_', ' ')} {value!r:.40}: {error}") from None
+        except (OverflowError, ValueError):
+            role = name.replace("_", " ")
+            raise CorruptFile(f"has the {role} {brief(value)}, which its dtype does not hold") from None
     return value
 
 
@@ -243,18 +291,26 @@ def _numpy_array(record: Record) -> np.ndarray | None:
     _, shape, dtype, is_fortran, data = state
     kind = dtype.arguments[0] if isinstance(dtype, Record) and dtype.arguments else ""
     order = dtype.state[1] if isinstance(dtype, Record) and isinstance(dtype.state, tuple) and dtype.state[1:] else "|"
-    if (
-        not isinstance(kind, str)
-        or kind not in _NUMPY_KINDS
-        or order not in ("<", "|", "=")
-        or not isinstance(data, bytes)
-    ):
+    if not isinstance(kind, str) or not isinstance(order, str) or not isinstance(data, bytes):
         return None
+    if kind not in _NUMPY_KINDS or order not in ("<", "|", "="):
+        return None
+    numbers = np.dtype(kind)
+    if not _is_shape(shape) or prod(shape) * numbers.itemsize != len(data):
+        raise CorruptFile(f"has a NumPy array of shape {described(shape)}, which does not fit its {len(data)} bytes")
     try:
-        array = np.frombuffer(data, np.dtype(kind))
-        return array.reshape(shape, order="F" if is_fortran else "C")
-    except (ValueError, TypeError) as error:
-        raise CorruptFile(f"has a NumPy array of shape {shape!r:.80} that does not fit its data ({error})") from None
+        return np.frombuffer(data, numbers).reshape(shape, order="F" if is_fortran else "C")
+    except (ValueError, OverflowError):  # no elements, and sizes that are larger than any memory
+        raise CorruptFile(f"has a NumPy array of shape {brief(shape)}, which no memory holds") from None
 
 
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in value)
+    )
+
+
+_LARGEST_SIZE = 1 << 63
 _NUMPY_KINDS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))

@@ -16,6 +16,7 @@ import numpy as np
 from converters.errors import Error
 from converters.ir import Activation, Tensor, Use, is_float, is_integer
 from formats.encodings.codes import dtype_for
+from formats.pytorch.limits import Limits
 from formats.pytorch.program import Node, Program, Ref
 from formats.pytorch.quantize_operators import (
     DEQUANTIZE,
@@ -28,7 +29,7 @@ from formats.pytorch.quantize_operators import (
     rounded,
 )
 from formats.pytorch.tensors import is_row_major, tensor_of
-from formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype
+from formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype, shortened
 
 _PASSING = frozenset(
     {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}
@@ -105,15 +106,17 @@ class _Value:
     parts: frozenset[str] = frozenset()
 
 
-def flow_of(program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor]) -> Flow:
+def flow_of(program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor], limits: Limits) -> Flow:
     """Follows the stored tensors through the program. Raises CorruptFile and Unsupported, with the tensor's name, for
-    parameters that do not fit."""
-    return _Follower(program, tensors).flow()
+    parameters that do not fit, and Unsupported where one tensor is decoded to so many that they pass the limits."""
+    return _Follower(program, tensors, limits).flow()
 
 
 class _Follower:
-    def __init__(self, program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor]) -> None:
+    def __init__(self, program: Program, tensors: Mapping[str, StridedTensor | SubclassTensor], limits: Limits) -> None:
         self.program = program
+        self.limits = limits
+        self.keys: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.values: dict[str, _Value] = {}
         self.views: dict[str, StridedTensor] = {}
         self.wrapping: dict[str, tuple[str, SubclassTensor]] = {}
@@ -199,7 +202,7 @@ class _Follower:
             made = self._made(node, source)
         except NotStored:
             if node.operator in DEQUANTIZE and source.view is not None and is_integer(source.view.dtype.numpy):
-                self.unresolved[source.stored] = f"{node.operator} gets its scale when the program runs"
+                self.unresolved[source.stored] = f"{shortened(node.operator)} gets its scale when the program runs"
             return False
         except Error as error:
             error.tensor = source.stored
@@ -210,28 +213,37 @@ class _Follower:
         return True
 
     def _made(self, node: Node, source: _Value) -> _Value | None:
-        call = Call(node, self.views)
-        key = (node.operator, node.overload, source.key, *(self._identity(value) for _, value in node.inputs[1:]))
+        call = Call(node, self.views, self.limits)
+        inputs = (self._identity(value) for _, value in node.inputs[1:])
+        # numbered: a key made of the keys before it would be twice as long with each node that takes two of them
+        key = self.keys.setdefault((node.operator, node.overload, source.key, *inputs), ("", len(self.keys)))
         parts = source.parts | {self.values[name].stored for _, _, name in node.references() if name in self.views}
         stored = None if source.view is None else tensor_of(source.stored, source.view)
         given = source.codes if stored is None else stored
         if given is None:
             return None
+        if is_float(given.dtype) and node.operator in QUANTIZE:
+            codes = codes_of(call, QUANTIZE[node.operator], given)
+            return _Value(source.stored, key, None, codes=codes, parts=parts)
         weight = self.weights.get(key)
-        if is_float(given.dtype):
-            if node.operator in QUANTIZE:
-                codes = codes_of(call, QUANTIZE[node.operator], given)
-                return _Value(source.stored, key, None, codes=codes, parts=parts)
-            if node.operator not in FAKE_QUANTIZE:
+        if weight is None:
+            made = self._decoded(call, given)
+            if made is None:
                 return None
-            weight = weight or Weight(source.stored, rounded(call, FAKE_QUANTIZE[node.operator], given))
-        elif is_integer(given.dtype) and node.operator in DEQUANTIZE:
-            weight = weight or Weight(source.stored, decoded(call, DEQUANTIZE[node.operator], given))
-        else:
-            return None
+            self.limits.take(sum(data.nbytes for data in made.stored()), source.stored)
+            weight = Weight(source.stored, made)
         self.weights[key] = self.decoded[node.outputs[0]] = weight
         self.consumed |= parts
         return _Value(source.stored, key, tuple(range(len(weight.tensor.shape))), weight=weight)
+
+    def _decoded(self, call: Call, given: Tensor) -> Tensor | None:
+        """The weight that a node makes of codes or floats; None where it makes none."""
+        operator = call.node.operator
+        if is_float(given.dtype) and operator in FAKE_QUANTIZE:
+            return rounded(call, FAKE_QUANTIZE[operator], given)
+        if is_integer(given.dtype) and operator in DEQUANTIZE:
+            return decoded(call, DEQUANTIZE[operator], given)
+        return None
 
     def _identity(self, value: Any) -> Any:
         found = self.values.get(value.name) if isinstance(value, Ref) else None

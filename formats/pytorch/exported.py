@@ -8,16 +8,17 @@ what is read how.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from converters.ir import Loss, Port, Tensor, is_float
 from formats.pytorch.archive import Archive
 from formats.pytorch.dataflow import Flow, Weight, flow_of
 from formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
+from formats.pytorch.limits import LEAF, Limits
 from formats.pytorch.payloads import Payloads, payloads
 from formats.pytorch.program import Program, program_of
-from formats.pytorch.tensors import tensor_of
+from formats.pytorch.tensors import take, tensor_of
 from formats.pytorch.values import StridedTensor, SubclassTensor
 
 #: What folding and lifting call their constants, whatever they were before.
@@ -42,7 +43,7 @@ class Exported:
     graph: ExportedGraph | MissingGraph | None = None
 
 
-def read_exported(archive: Archive) -> Exported:
+def read_exported(archive: Archive, limits: Limits) -> Exported:
     """The tensors of all programs of an archive, headers only. Raises CorruptFile where it is damaged, Unsupported for
     what is valid and not handled: AOTInductor's packages, sparse tensors, dtypes that are not known."""
     tensors: dict[str, Tensor] = {}
@@ -51,13 +52,17 @@ def read_exported(archive: Archive) -> Exported:
     operators: dict[str, int] = {}
     programs: list[Program] = []
     graph: ExportedGraph | MissingGraph | None = None
-    found = list(payloads(archive))
+    found = list(payloads(archive, limits))
     for payload in found:
+        for name, value in payload.tensors.items():
+            take(limits, name, value)
         program = program_of(payload.program)
+        limits.read += len(payload.program)
         prefix = f"{payload.model}/" if len(found) > 1 else ""
-        flow = flow_of(program, payload.tensors)
+        flow = flow_of(program, payload.tensors, limits)
         decoded: dict[int, Tensor] = {}
-        for name, tensor, weight in _named(payload, flow):
+        for name, tensor, weight in _named(payload, flow, limits):
+            limits.spend(LEAF + len(prefix) + len(name))
             tensors[prefix + name] = replace(tensor, name=prefix + name)
             if weight is not None:
                 decoded[id(weight)] = tensors[prefix + name]
@@ -101,17 +106,23 @@ def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTenso
             yield name, value
 
 
-def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor, Weight | None]]:
+def _named(payload: Payloads, flow: Flow, limits: Limits) -> Iterator[tuple[str, Tensor, Weight | None]]:
     """All tensors by name, with the weights that they are, in the order of the state dict; a weight is where the float
     that it replaces was."""
     stored = {name: value for name, value in payload.tensors.items() if isinstance(value, StridedTensor)}
     plain = {name for name in stored if name in flow.plain or name not in flow.consumed}
     unused = {name for name in plain if name not in flow.plain and is_float(stored[name].dtype.numpy)}
     taken = plain - unused
+    originals: dict[tuple[int, ...], set[str]] = {}
+    for name in unused:
+        originals.setdefault(stored[name].shape, set()).add(name)
+    numbers: dict[str, int] = {}
     weights: dict[str, Weight] = {}
     places: dict[str, list[str]] = {}
     for weight in flow.weights:
-        own = next(name for name in _candidates(weight, stored, unused) if name not in taken)
+        limits.spend(LEAF + len(weight.stored))
+        same = originals.get(weight.tensor.shape, set())
+        own = next(name for name in _candidates(weight, stored, same, numbers) if name not in taken)
         taken.add(own)
         weights[own] = weight
         places.setdefault(own if own in unused else weight.stored, []).append(own)
@@ -124,9 +135,11 @@ def _named(payload: Payloads, flow: Flow) -> Iterator[tuple[str, Tensor, Weight 
             yield name, tensor_of(name, stored[name]), None
 
 
-def _candidates(weight: Weight, stored: Mapping[str, StridedTensor], unused: set[str]) -> Iterator[str]:
-    """Names for a weight, the best one first, without an end."""
-    shape = weight.tensor.shape
+def _candidates(
+    weight: Weight, stored: Mapping[str, StridedTensor], originals: Set[str], numbers: dict[str, int]
+) -> Iterator[str]:
+    """Names for a weight, the best one first, without an end. `originals` are the float tensors of its shape that the
+    program does not use, `numbers` the next one for names that are taken."""
     parametrized = _PARAMETRIZED.fullmatch(weight.stored)
     if parametrized:
         yield f"{parametrized[1]}.{parametrized[2]}" if parametrized[1] else parametrized[2]
@@ -134,14 +147,11 @@ def _candidates(weight: Weight, stored: Mapping[str, StridedTensor], unused: set
         yield weight.stored
     else:
         # folding leaves the float weight behind, under its name
-        originals = [name for name in stored if name in unused and stored[name].shape == shape]
-        users = [name for name in weight.users if name in originals or name not in stored]
-        yield from users
+        yield from (name for name in weight.users if name in originals or name not in stored)
         if len(originals) == 1:
-            yield originals[0]
+            yield from originals
     yield from weight.users
     yield weight.stored
-    number = 1
     while True:
+        number = numbers[weight.stored] = numbers.get(weight.stored, 0) + 1
         yield f"{weight.stored}:{number}"
-        number += 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import Error, MissingDependency, Unsupported, UsageError
+from converters.errors import Error, MissingDependency, Unsupported, UsageError, brief
 from converters.ir import Tensor, WeightPlace
 from formats.pytorch.program import Program
 from formats.pytorch.rebuilding import Rebuilt, rebuilt
@@ -70,7 +70,7 @@ class ExportedGraph:
             raise UsageError(f"opset {opset} cannot be had of PyTorch's exporter: {_FIRST_OPSET} is the first")
         del channels_first  # PyTorch's images are so
         only_floats = weights is not None and self._dequantized(weights)
-        with _quiet():
+        with _quiet(), _refusals():
             found = rebuilt(self.program, {**self.others, **self.weights}, without_quantized_activations=only_floats)
             made = _exported(found, opset)
             return _finished(made, found, self.program, frozenset(id(t) for t in self.weights.values()))
@@ -111,28 +111,33 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _exported(found: Rebuilt, opset: int) -> ir.Model:
-    torch: Any = import_module("torch")
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What PyTorch raises is one line, whatever it is: an operator without a translation, a shape that does not fit."""
     try:
-        program = torch.export.export(found.module, found.examples, dynamic_shapes=found.shapes)
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            custom_translation_table=_translations(torch),
-        ).model
-        import_module("onnxscript.optimizer").optimize(made)
+        yield
     except Error:
         raise
-    except Exception as error:  # whatever it is: an operator without a translation, a shape that does not fit
+    except Exception as error:
         raise Unsupported(
             f"cannot be exported to ONNX by PyTorch ({type(error).__name__}: {_last_line(error)}): "
             "take the weights alone with --opt graph=false"
         ) from None
-    result: ir.Model = made
-    return result
+
+
+def _exported(found: Rebuilt, opset: int) -> ir.Model:
+    torch: Any = import_module("torch")
+    program = torch.export.export(found.module, found.examples, dynamic_shapes=found.shapes)
+    made: ir.Model = torch.onnx.export(
+        program,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=opset,
+        custom_translation_table=_translations(torch),
+    ).model
+    import_module("onnxscript.optimizer").optimize(made)
+    return made
 
 
 def _last_line(error: Exception) -> str:
@@ -225,7 +230,9 @@ def _rename_sizes(made: ir.Model, program: Program) -> None:
             if isinstance(now, ir.SymbolicDim) and isinstance(now.value, str) and isinstance(before, str) and before:
                 names[now.value] = before
             elif isinstance(before, str) and not isinstance(now, ir.SymbolicDim):
-                raise Unsupported(f"the size '{before}' of its input '{port.name}' is fixed by PyTorch's exporter")
+                raise Unsupported(
+                    f"the size {brief(before)} of its input {brief(port.name)} is fixed by PyTorch's exporter"
+                )
     for value in [*graph.inputs, *graph.outputs, *(v for node in graph.all_nodes() for v in node.outputs)]:
         if value.shape is not None:
             sizes = [size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape]

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Error, UsageError
+from converters.errors import CorruptFile, Error, UsageError, brief
 from converters.ir import Loss, Quantization, Tensor, is_float, per_axis, per_tensor
 from formats.encodings.fake_quantize import quantized
+from formats.pytorch.limits import Limits
 
 #: Names of a weight's fake quantizer in its module, and where the float weight is: torch.ao, torchao, parametrizations.
 _QUANTIZERS = (
@@ -44,6 +45,9 @@ _BOOKKEEPING = (
     "max_vals",
 )
 _WIDTHS = range(2, 9)
+_MOST_CODE = 1 << 31
+#: What finding the range of codes goes through in memory, for each scale: some 60 candidates in float64.
+_FITTING_BYTES = 512
 
 Range = tuple[int, int]
 
@@ -58,26 +62,28 @@ class FakeQuantizer:
 
 
 def quantize_weights(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Mapping[Any, Any]], bits: int | None
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Mapping[Any, Any]], bits: int | None, limits: Limits
 ) -> tuple[dict[str, Tensor], list[Loss]]:
     """The model with every weight that has a fake quantizer as the codes that it stands for, and what only training
     needs left out. `settings` are the attributes of modules. Raises UsageError for an impossible number of bits."""
     if bits is not None and bits not in _WIDTHS:
         raise UsageError(f"option bits: {bits} is none of {_WIDTHS.start} to {_WIDTHS.stop - 1}")
-    result, losses = dict(tensors), []
+    losses: list[Loss] = []
+    codes: dict[str, Tensor] = {}
+    left_out: set[str] = set()
     for quantizer in _fake_quantizers(tensors):
         weight = tensors[quantizer.stored_weight]
         try:
-            made, found = _as_trained(quantizer, weight, tensors, settings.get(quantizer.name, {}), bits)
+            made, found = _as_trained(quantizer, weight, tensors, settings.get(quantizer.name, {}), bits, limits)
         except Error as error:
             error.tensor = error.tensor or quantizer.weight
             raise
         losses += found
         if made is not None:
-            result = {quantizer.weight if key == quantizer.stored_weight else key: t for key, t in result.items()}
-            result[quantizer.weight] = made
-            for role in ("scale", "zero_point"):
-                result.pop(f"{quantizer.name}.{role}", None)
+            codes[quantizer.stored_weight] = made
+            left_out.update(f"{quantizer.name}.{role}" for role in ("scale", "zero_point"))
+    result = {codes[name].name if name in codes else name: t for name, t in tensors.items() if name not in left_out}
+    result |= {made.name: made for made in codes.values()}
     idle = [name for name in result if _is_bookkeeping(name)]
     for name in idle:
         del result[name]
@@ -108,6 +114,7 @@ def _as_trained(
     tensors: Mapping[str, Tensor],
     settings: Mapping[Any, Any],
     bits: int | None,
+    allowed: Limits,
 ) -> tuple[Tensor | None, list[Loss]]:
     """The weight as codes; None where what the file has does not tell which ones, with a Loss that says so."""
     losses: list[Loss] = []
@@ -115,8 +122,11 @@ def _as_trained(
     zero_point = tensors.get(f"{quantizer.name}.zero_point")
     block_shape = _block_shape(weight, scale, settings, losses, quantizer.weight)
     if block_shape is None or (zero_point is not None and zero_point.size != scale.size):
-        detail = f"its fake quantizer has scales of shape {scale.shape}, whose meaning is not known: left as floats"
+        detail = (
+            f"its fake quantizer has scales of shape {brief(scale.shape)}, whose meaning is not known: left as floats"
+        )
         return None, [Loss(quantizer.weight, "reinterpreted", detail)]
+    allowed.take(scale.size * _FITTING_BYTES, quantizer.weight)
     limits, how = _range(quantizer, scale, zero_point, tensors, settings, bits)
     if limits is None:
         return None, [Loss(quantizer.weight, "reinterpreted", how)]
@@ -173,6 +183,8 @@ def _range(
     """The lowest and the highest code, and what to say about how they were found; None where they were not."""
     lowest, highest = settings.get("quant_min"), settings.get("quant_max")
     if bits is None and type(lowest) is int and type(highest) is int:
+        if not -_MOST_CODE <= lowest <= highest < _MOST_CODE:
+            raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, which is no range that can be held")
         return (lowest, highest), ""
     scales = scale.dequantize().reshape(-1).astype(np.float64)
     zeros = np.zeros_like(scales) if zero_point is None else zero_point.dequantize().reshape(-1).astype(np.float64)

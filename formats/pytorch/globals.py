@@ -12,8 +12,10 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
+from converters.ir import MOST_DIMENSIONS
 from formats.pytorch.dtypes import ALIASES, DTYPES
+from formats.pytorch.limits import ENTRY, REFERENCE, STEP
 from formats.pytorch.values import (
     AttributedDict,
     Global,
@@ -23,15 +25,21 @@ from formats.pytorch.values import (
     StridedTensor,
     SubclassTensor,
     TorchDtype,
-    checked_key,
+    described,
     is_tensor,
+    key_of,
 )
+
+#: Counts what is about to be done with values; raises CorruptFile where it is too much.
+Spend = Callable[[int], None]
 
 _PYTHON_2_MODULES = frozenset(
     ("__builtin__", "copy_reg", "cPickle", "commands", "exceptions", "os2", "popen2", "urllib2", "new", "nt", "posix2")
 )
 _STANDARD_LIBRARY = frozenset(sys.stdlib_module_names) | _PYTHON_2_MODULES
 _MOST_NAME = 1 << 10
+_LARGEST_SIZE = 1 << 63
+_MOST_PARAMETERS = 4  # of a quantizer, its scheme included: one more than any has
 
 #: Names of Python's own library that are only data: none of them runs, whatever it is called with.
 _DATA = frozenset(
@@ -73,11 +81,12 @@ _DATA = frozenset(
 )
 
 
-def checked_global(module: Any, name: Any) -> Global:
+def checked_global(module: Any, name: Any, spend: Spend) -> Global:
     """The name of a class or function. Raises CorruptFile where it is one of Python's own library that is no data, or
     one that reaches into another module (`torch.serialization os.system`)."""
     if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _MOST_NAME:
         raise CorruptFile("its pickle names a class by what is no name")
+    spend(len(module) + len(name))
     inner = name.split(".")
     standard = module.split(".")[0] in _STANDARD_LIBRARY and (module, name) not in _DATA
     if standard or not _STANDARD_LIBRARY.isdisjoint(inner[:-1]) or any(part.startswith("__") for part in inner[1:]):
@@ -88,40 +97,70 @@ def checked_global(module: Any, name: Any) -> Global:
     return Global(module, name)
 
 
-def _ordered_dict(pairs: Any = ()) -> AttributedDict:
-    return AttributedDict((checked_key(key), value) for key, value in pairs)
+def made(maker: Global, arguments: tuple[Any, ...], keywords: dict[Any, Any], spend: Spend) -> Any:
+    """What a call of `maker` gives: what its constructor here makes of the arguments, or else a record of them."""
+    constructor = CONSTRUCTORS.get((maker.module, maker.name))
+    if constructor is None or keywords:
+        return Record(maker, arguments, keywords)
+    spend(REFERENCE * len(arguments))
+    return constructor(spend, *arguments)
 
 
-def _set(values: Any = ()) -> set[Any]:
-    return {checked_key(value) for value in values}
+def _ordered_dict(spend: Spend, pairs: Any = ()) -> AttributedDict:
+    spend(ENTRY * _length(pairs))
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise TypeError("a dictionary of what are no pairs")
+    return AttributedDict((key_of(key, spend), value) for key, value in pairs)
 
 
-def _frozenset(values: Any = ()) -> frozenset[Any]:
-    return frozenset(_set(values))
+def _set(spend: Spend, values: Any = ()) -> set[Any]:
+    spend(ENTRY * _length(values))
+    return {key_of(value, spend) for value in values}
 
 
-def _encoded(text: Any, encoding: Any = "latin1", *_: Any) -> bytes:
+def _frozenset(spend: Spend, values: Any = ()) -> frozenset[Any]:
+    spend(ENTRY * _length(values))
+    return frozenset(key_of(value, spend) for value in values)
+
+
+def _length(values: Any) -> int:
+    if not isinstance(values, tuple | list):
+        raise TypeError(f"a collection of what is no list but {type(values).__name__}")
+    return len(values)
+
+
+def _encoded(spend: Spend, text: Any, encoding: Any = "latin1", *_: Any) -> bytes:
     # how protocol 2 writes bytes
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "ascii"):
-        raise ValueError(f"bytes in the encoding {encoding!r}")
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ("latin1", "latin-1", "ascii"):
+        raise ValueError(f"bytes in the encoding {described(encoding)}")
+    spend(len(text))
     return text.encode("latin1")
 
 
-def _reconstructed(cls: Any, base: Any = None, state: Any = None) -> Record:
-    return Record(cls, (base, state))
+def _reconstructed(_spend: Spend, cls: Any, base: Any = None, state: Any = None) -> Record:
+    return Record(_checked_class(cls), (base, state))
 
 
-def _new_object(cls: Any, *arguments: Any) -> Record:
-    return Record(cls, arguments)
+def _new_object(_spend: Spend, cls: Any, *arguments: Any) -> Record:
+    return Record(_checked_class(cls), arguments)
 
 
-def _size(sizes: Any = ()) -> tuple[int, ...]:
+def _checked_class(cls: Any) -> Global:
+    if not isinstance(cls, Global):
+        raise TypeError(f"an object of what is no class but {type(cls).__name__}")
+    return cls
+
+
+def _size(spend: Spend, sizes: Any = ()) -> tuple[int, ...]:
+    spend(STEP * _length(sizes))
     return _integers(sizes, "size")
 
 
 def _integers(values: Any, what: str) -> tuple[int, ...]:
-    if not isinstance(values, tuple | list) or not all(type(value) is int and value >= 0 for value in values):
-        raise CorruptFile(f"has a tensor of {what} {values!r:.80}: counts are needed")
+    if not isinstance(values, tuple | list) or len(values) > MOST_DIMENSIONS:
+        raise CorruptFile(f"has a tensor of {what} {described(values)}: up to {MOST_DIMENSIONS} counts are needed")
+    if not all(type(value) is int and 0 <= value < _LARGEST_SIZE for value in values):
+        raise CorruptFile(f"has a tensor of {what} {described(values)}: counts are needed")
     return tuple(values)
 
 
@@ -130,7 +169,7 @@ def named_dtype(value: Any) -> TorchDtype:
     name = value.name if isinstance(value, Global) and value.module == "torch" else ""
     dtype = DTYPES.get(ALIASES.get(name, name))
     if dtype is None:
-        raise Unsupported(f"has a tensor of dtype {value}, which is not known here")
+        raise Unsupported(f"has a tensor of dtype {described(value)}, which is not known here")
     return dtype
 
 
@@ -143,36 +182,58 @@ def view_of(storage: Any, offset: Any, size: Any, stride: Any, dtype: TorchDtype
     if dtype is None:
         raise CorruptFile("has a tensor without a dtype over an untyped storage")
     shape, strides = _integers(size, "size"), _integers(stride, "stride")
-    if type(offset) is not int or offset < 0 or len(shape) != len(strides):
-        raise CorruptFile(f"has a tensor of size {shape}, strides {strides} at offset {offset!r}: they do not fit")
+    if type(offset) is not int or not 0 <= offset < _LARGEST_SIZE or len(shape) != len(strides):
+        raise CorruptFile(
+            f"has a tensor of size {brief(shape)}, strides {brief(strides)} at offset {described(offset)}: "
+            "they do not fit"
+        )
     last = offset + sum((count - 1) * step for count, step in zip(shape, strides, strict=True))
     held = storage.nbytes // dtype.numpy.itemsize
     if dtype.name == "quint4x2":  # whose views count elements: a byte is two
         held *= dtype.elements
     if prod(shape) and last >= held:
         raise CorruptFile(
-            f"has a tensor of size {shape} and strides {strides} at offset {offset}, which reaches element {last} "
-            f"of a storage of {held}: it is damaged"
+            f"has a tensor of size {brief(shape)} and strides {brief(strides)} at offset {offset}, "
+            f"which reaches element {brief(last)} of a storage of {held}: it is damaged"
         )
     return StridedTensor(storage, dtype, offset, shape, strides)
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> StridedTensor:
-    return view_of(storage, offset, size, stride)
+def _rebuild_tensor(
+    spend: Spend, storage: Any, offset: Any, size: Any, stride: Any, *_: Any, dtype: TorchDtype | None = None
+) -> StridedTensor:
+    if isinstance(size, tuple | list):
+        spend(2 * STEP * len(size))
+    return view_of(storage, offset, size, stride, dtype)
 
 
 def _rebuild_tensor_v2(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any = None, _hooks: Any = None, metadata: Any = None
+    spend: Spend,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    metadata: Any = None,
 ) -> StridedTensor:
     _refuse_lazy_bits(metadata)
-    return view_of(storage, offset, size, stride)
+    return _rebuild_tensor(spend, storage, offset, size, stride)
 
 
 def _rebuild_tensor_v3(
-    storage: Any, offset: Any, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, metadata: Any = None
+    spend: Spend,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
 ) -> StridedTensor:
     _refuse_lazy_bits(metadata)
-    return view_of(storage, offset, size, stride, named_dtype(dtype))
+    return _rebuild_tensor(spend, storage, offset, size, stride, dtype=named_dtype(dtype))
 
 
 def _refuse_lazy_bits(metadata: Any) -> None:
@@ -181,42 +242,45 @@ def _refuse_lazy_bits(metadata: Any) -> None:
         raise Unsupported("has a lazily conjugated or negated tensor: save it after resolve_conj() or resolve_neg()")
 
 
-def _rebuild_qtensor(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any) -> StridedTensor:
-    plain = view_of(storage, offset, size, stride)
-    scheme, *parameters = quantizer if isinstance(quantizer, tuple) else (None,)
+def _rebuild_qtensor(
+    spend: Spend, storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any
+) -> StridedTensor:
+    plain = _rebuild_tensor(spend, storage, offset, size, stride)
+    scheme, *parameters = quantizer[:_MOST_PARAMETERS] if isinstance(quantizer, tuple) and quantizer else (None,)
     name = scheme.name if isinstance(scheme, Global) else ""
     # float qparams are written under the name of the integer ones; their storages tell them apart
     wanted = {"per_tensor_affine": 2, "per_channel_affine": 3, "per_channel_affine_float_qparams": 3}.get(name)
     if not plain.dtype.quantized or wanted is None or len(parameters) != wanted:
-        raise CorruptFile(f"has a quantized tensor of {plain.dtype.name} with the parameters {name or quantizer!r:.80}")
+        raise CorruptFile(f"has a quantized tensor of {plain.dtype.name} with the parameters {described(quantizer)}")
     return StridedTensor(plain.storage, plain.dtype, plain.offset, plain.shape, plain.strides, Quantizer(*parameters))
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
+def _rebuild_parameter(_spend: Spend, data: Any, *_: Any) -> Any:
     if not is_tensor(data):
         raise CorruptFile(f"has a parameter that is no tensor but {type(data).__name__}")
     return data
 
 
-def _rebuild_from_type(_function: Any, cls: Any, arguments: Any, state: Any = None) -> Any:
+def _rebuild_from_type(spend: Spend, function: Any, cls: Any, arguments: Any, state: Any = None) -> Any:
     """A tensor of a subclass: where it wraps others, with these; else the tensor that it is itself."""
-    function = _function if isinstance(_function, Global) else Global("", "")
-    constructor = CONSTRUCTORS.get((function.module, function.name))
-    if not isinstance(cls, Global) or not isinstance(arguments, tuple) or constructor is None:
-        raise Unsupported(f"has a tensor of class {cls}, made by {function}, which is not known here")
-    tensor = constructor(*arguments)
+    known = isinstance(function, Global) and (function.module, function.name) in CONSTRUCTORS
+    if not known or not isinstance(cls, Global) or not isinstance(arguments, tuple):
+        raise Unsupported(
+            f"has a tensor of class {described(cls)}, made by {described(function)}, which is not known here"
+        )
+    tensor = made(function, arguments, {}, spend)
     if isinstance(tensor, SubclassTensor) and isinstance(state, dict):
         return SubclassTensor(tensor.class_name, tensor.shape, tensor.dtype, state)
     return tensor
 
 
-def _rebuild_wrapper_subclass(cls: Any, dtype: Any, size: Any, *_: Any) -> SubclassTensor:
+def _rebuild_wrapper_subclass(_spend: Spend, cls: Any, dtype: Any, size: Any, *_: Any) -> SubclassTensor:
     if not isinstance(cls, Global) or not isinstance(dtype, Global):
         raise CorruptFile("has a wrapping tensor without a class or a dtype")
     return SubclassTensor(cls.name.rpartition(".")[2], _integers(size, "size"), dtype.name, {})
 
 
-def _itself(value: Any, *_: Any) -> Any:
+def _itself(_spend: Spend, value: Any, *_: Any) -> Any:
     return value
 
 

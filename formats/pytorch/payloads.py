@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.errors import CorruptFile, Error, Unsupported
+from converters.errors import CorruptFile, Error, Unsupported, brief
 from converters.ir import Loss
 from formats.pytorch.archive import OLD_PROGRAM, Archive
 from formats.pytorch.containers import ZIP_MAGIC, saved_value
 from formats.pytorch.globals import view_of
+from formats.pytorch.limits import LEAF, Limits
 from formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
 from formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
 
@@ -37,14 +38,13 @@ class Payloads:
     losses: list[Loss] = field(default_factory=list)
 
 
-def payloads(archive: Archive) -> Iterator[Payloads]:
+def payloads(archive: Archive, limits: Limits) -> Iterator[Payloads]:
     """The programs of an archive. Raises CorruptFile for damage, Unsupported where there is only machine code."""
     if OLD_PROGRAM in archive:
         found = Payloads("", archive.bytes_of(OLD_PROGRAM))
         for name in ("serialized_state_dict", "serialized_constants"):
-            _read_pickles(
-                found, archive, next((n for n in (f"{name}.pt", f"{name}.json") if n in archive), f"{name}.pt")
-            )
+            record = next((n for n in (f"{name}.pt", f"{name}.json") if n in archive), f"{name}.pt")
+            _read_pickles(found, archive, record, limits)
         yield found
         return
     models = [name[len(_MODELS) : -len(_JSON)] for name in archive.entries if name.startswith(_MODELS)]
@@ -61,24 +61,28 @@ def payloads(archive: Archive) -> Iterator[Payloads]:
         for kind in ("weights", "constants"):
             folder = f"data/{kind}/"
             if f"{folder}{model}.pt" in archive:
-                _read_pickles(found, archive, f"{folder}{model}.pt")
+                _read_pickles(found, archive, f"{folder}{model}.pt", limits)
             else:
-                _read_storages(found, archive, folder, f"{folder}{model}_{kind}_config.json")
+                _read_storages(found, archive, folder, f"{folder}{model}_{kind}_config.json", limits)
         yield found
 
 
-def _read_storages(found: Payloads, archive: Archive, folder: str, config: str) -> None:
+def _read_storages(found: Payloads, archive: Archive, folder: str, config: str, limits: Limits) -> None:
     document = entries(parsed(archive.bytes_of(config)), config)
+    pickled: dict[str, StridedTensor | SubclassTensor] = {}  # several tensors may be in one record
     for name, value in entries(document.get("config"), "config").items():
         meta = entries(value, name)
         path = text_of(meta.get("path_name"), "path_name")
         if "/" in path or ".." in path:
-            raise CorruptFile(f"has a tensor in the record {path!r:.80}, which is no plain name", tensor=name)
+            raise CorruptFile(f"has a tensor in the record {brief(path)}, which is no plain name", tensor=name)
         try:
             if meta.get("tensor_meta") is None:
-                found.losses.append(Loss(name, "dropped", f"an object of TorchScript or Python ('{path}'), no tensor"))
+                detail = f"an object of TorchScript or Python ({brief(path)}), no tensor"
+                found.losses.append(Loss(name, "dropped", detail))
             elif meta.get("use_pickle"):
-                found.tensors[name] = _pickled(archive, folder + path)
+                if path not in pickled:
+                    pickled[path] = _pickled(archive, folder + path, limits)
+                found.tensors[name] = pickled[path]
             else:
                 found.tensors[name] = _strided(archive, folder + path, entries(meta["tensor_meta"], "tensor_meta"))
         except Error as error:
@@ -88,7 +92,7 @@ def _read_storages(found: Payloads, archive: Archive, folder: str, config: str) 
 
 def _strided(archive: Archive, record: str, meta: dict[str, Any]) -> StridedTensor:
     if meta.get("layout") != _STRIDED:
-        raise Unsupported(f"is sparse (layout {meta.get('layout')!r:.20}): only dense tensors are read")
+        raise Unsupported(f"is sparse (layout {brief(meta.get('layout'))}): only dense tensors are read")
     data, dtype = archive.record(record), dtype_of(meta.get("dtype"))
     shape, strides = (fixed_sizes(meta.get(key), key) for key in ("sizes", "strides"))
     if data.nbytes == 0 and 0 not in shape:
@@ -97,25 +101,26 @@ def _strided(archive: Archive, record: str, meta: dict[str, Any]) -> StridedTens
     return view_of(storage, fixed_size(meta.get("storage_offset"), "storage_offset"), shape, strides, dtype)
 
 
-def _pickled(archive: Archive, record: str) -> StridedTensor | SubclassTensor:
-    value = saved_value(Archive.open(archive.record(record)))
+def _pickled(archive: Archive, record: str, limits: Limits) -> StridedTensor | SubclassTensor:
+    value = saved_value(Archive.open(archive.record(record)), limits)
     if not is_tensor(value):
-        raise Unsupported(f"is no tensor but {type(value).__name__} in the pickle '{record}'")
+        raise Unsupported(f"is no tensor but {type(value).__name__} in the pickle {brief(record)}")
     return value
 
 
-def _read_pickles(found: Payloads, archive: Archive, record: str) -> None:
+def _read_pickles(found: Payloads, archive: Archive, record: str, limits: Limits) -> None:
     data = archive.record(record)
     if data.nbytes == 0:  # no constants
         return
     if data.read(0, len(ZIP_MAGIC)).tobytes() != ZIP_MAGIC:
-        raise Unsupported(f"its record '{record}' is no archive of torch.save: load the program and save it again")
-    values = saved_value(Archive.open(data))
+        raise Unsupported(f"its record {brief(record)} is no archive of torch.save: load the program and save it again")
+    values = saved_value(Archive.open(data), limits)
     if not isinstance(values, dict):
-        raise CorruptFile(f"its record '{record}' has no tensors by name, but {type(values).__name__}")
+        raise CorruptFile(f"its record {brief(record)} has no tensors by name, but {type(values).__name__}")
+    limits.spend(LEAF * len(values))
     for name, value in values.items():
         if not isinstance(name, str):
-            raise CorruptFile(f"its record '{record}' has a tensor named {name!r:.40}: it is damaged")
+            raise CorruptFile(f"its record {brief(record)} has a tensor without a name: it is damaged")
         if is_tensor(value):
             found.tensors[name] = value
         else:

@@ -12,12 +12,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Port
 from formats.pytorch.dtypes import DTYPES
-from formats.pytorch.values import TorchDtype
+from formats.pytorch.values import TorchDtype, reason_of, shortened
 
 #: schema.ScalarType
 _SCALAR_TYPES: Mapping[int, str] = {
@@ -28,6 +28,7 @@ _SCALAR_TYPES: Mapping[int, str] = {
 }
 _SYMBOL = re.compile(r"(?:Symbol\('(\w+)'[^()]*\))|(\w+)")
 _LARGEST_SIZE = 1 << 62
+_DEEPEST = 16  # arguments of operators in arguments, graphs in graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def program_of(text: bytes) -> Program:
         tuple(_port(name, types) for name in inputs),
         tuple(_port(name, types) for name in outputs),
         results,
-        f"torch {text_of(version, 'torch_version')}".strip(),
+        f"torch {shortened(text_of(version, 'torch_version'))}".strip(),
         opsets,
         _ranges(document.get("range_constraints", {})),
     )
@@ -131,34 +132,34 @@ def parsed(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"has a record that is no JSON ({error!s:.80}): it is damaged") from None
+        raise CorruptFile(f"has a record that is no JSON ({reason_of(error)}): it is damaged") from None
 
 
 def entries(value: Any, what: str) -> dict[str, Any]:
     """`value`, which must be an object of JSON."""
     if not isinstance(value, dict):
-        raise CorruptFile(f"has no object for {what}, but {value!r:.60}: it is damaged")
+        raise CorruptFile(f"has no object for {shortened(what)}, but {brief(value)}: it is damaged")
     return value
 
 
 def items(value: Any, what: str) -> list[Any]:
     """`value`, which must be an array of JSON."""
     if not isinstance(value, list):
-        raise CorruptFile(f"has no array for {what}, but {value!r:.60}: it is damaged")
+        raise CorruptFile(f"has no array for {shortened(what)}, but {brief(value)}: it is damaged")
     return value
 
 
 def text_of(value: Any, what: str) -> str:
     """`value`, which must be a string."""
     if not isinstance(value, str):
-        raise CorruptFile(f"has no text for {what}, but {value!r:.60}: it is damaged")
+        raise CorruptFile(f"has no text for {shortened(what)}, but {brief(value)}: it is damaged")
     return value
 
 
 def count(value: Any, what: str) -> int:
     """`value`, which must be an integer that is not negative."""
-    if type(value) is not int or not 0 <= value < _LARGEST_SIZE:
-        raise CorruptFile(f"has no count for {what}, but {value!r:.60}: it is damaged")
+    if not _is_size(value) or value < 0:
+        raise CorruptFile(f"has no count for {shortened(what)}, but {brief(value)}: it is damaged")
     return value
 
 
@@ -166,7 +167,7 @@ def dtype_of(value: Any) -> TorchDtype:
     """What a number of schema.ScalarType stands for. Raises Unsupported where it is not known here."""
     name = _SCALAR_TYPES.get(value, "") if type(value) is int else ""
     if name not in DTYPES:
-        raise Unsupported(f"has a tensor of ScalarType {value!r:.20} {name}, which is not known here")
+        raise Unsupported(f"has a tensor of ScalarType {brief(value)} {name}, which is not known here")
     return DTYPES[name]
 
 
@@ -201,7 +202,7 @@ def _port(name: str, types: Mapping[str, TensorType]) -> Port:
     return Port(name, "", None) if found is None else Port(name, found.dtype.name if found.dtype else "", found.shape)
 
 
-def _node(value: Any) -> Node:
+def _node(value: Any, depth: int = 0) -> Node:
     node = entries(value, "nodes")
     target = text_of(node.get("target"), "target").removeprefix("torch.ops.")
     namespace, _, rest = target.partition(".")
@@ -210,10 +211,10 @@ def _node(value: Any) -> Node:
     inputs = []
     for given in items(node.get("inputs"), "inputs"):
         argument = entries(given, "inputs")
-        inputs.append((text_of(argument.get("name", ""), "name"), _argument(argument.get("arg"), inner)))
+        inputs.append((text_of(argument.get("name", ""), "name"), _argument(argument.get("arg"), inner, depth)))
     outputs: list[str] = []
     for output in items(node.get("outputs"), "outputs"):
-        found = _argument(output, inner)
+        found = _argument(output, inner, depth)
         outputs += [v.name if isinstance(v, Ref) else "" for v in (found if isinstance(found, tuple) else (found,))]
     stack = text_of(entries(node.get("metadata", {}), "metadata").get("nn_module_stack", ""), "nn_module_stack")
     # each module is key, path, type
@@ -223,14 +224,16 @@ def _node(value: Any) -> Node:
     )
 
 
-def _argument(value: Any, inner: list[str]) -> Any:
+def _argument(value: Any, inner: list[str], depth: int = 0) -> Any:
     """The value of schema.Argument, a union of one key; operators of graphs in it are added to `inner`."""
+    if depth > _DEEPEST:
+        raise CorruptFile(f"nests its arguments more than {_DEEPEST} deep: it may be an attack")
     union = entries(value, "arg")
     if len(union) != 1:
         raise CorruptFile(f"has an argument of {len(union)} kinds: it is damaged")
     ((kind, content),) = union.items()
     if kind in ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool", "as_optional_tensor"):
-        return _reference(content, inner)
+        return _reference(content, inner, depth)
     if kind in ("as_int", "as_bool", "as_string"):
         return content if isinstance(content, int | str) else Opaque(kind)
     if kind == "as_float":
@@ -240,25 +243,25 @@ def _argument(value: Any, inner: list[str]) -> Any:
     if kind == "as_floats":
         return tuple(_float(v) for v in items(content, kind))
     if kind in ("as_tensors", "as_sym_ints", "as_sym_floats", "as_sym_bools", "as_optional_tensors"):
-        return tuple(_reference(v, inner) for v in items(content, kind))
+        return tuple(_reference(v, inner, depth) for v in items(content, kind))
     if kind == "as_scalar_type":
         name = _SCALAR_TYPES.get(content, "") if type(content) is int else ""
         return DTYPES.get(name, Opaque(kind))
     if kind in ("as_none", "as_device", "as_layout", "as_memory_format"):
         return None
-    return (*_inner_references(kind, content, inner), Opaque(kind))
+    return (*_inner_references(kind, content, inner, depth), Opaque(kind))
 
 
-def _inner_references(kind: str, content: Any, inner: list[str]) -> list[Ref]:
+def _inner_references(kind: str, content: Any, inner: list[str], depth: int) -> list[Ref]:
     """The values in an argument whose structure is of no use here."""
     if kind == "as_nested_tensors":
-        found = [_reference(v, inner) for row in items(content, kind) for v in items(row, kind)]
+        found = [_reference(v, inner, depth) for row in items(content, kind) for v in items(row, kind)]
         return [v for v in found if isinstance(v, Ref)]
     if kind == "as_string_to_argument":
-        return [Ref(name) for v in entries(content, kind).values() for name in _names(_argument(v, inner))]
+        return [Ref(name) for v in entries(content, kind).values() for name in _names(_argument(v, inner, depth + 1))]
     if kind == "as_graph":
         graph = entries(entries(content, kind).get("graph"), kind)
-        for node in (_node(value) for value in items(graph.get("nodes"), "nodes")):
+        for node in (_node(value, depth + 1) for value in items(graph.get("nodes"), "nodes")):
             inner += [node.operator, *node.inner]
     return []
 
@@ -275,11 +278,15 @@ def _ranges(value: Any) -> dict[str, tuple[int, int | None]]:
     for name, found in entries(value, "range_constraints").items():
         limits = found if isinstance(found, dict) else {}
         low, high = limits.get("min_val"), limits.get("max_val")
-        ranges[name] = (low if type(low) is int else 0, high if type(high) is int else None)
+        ranges[name] = (low if _is_size(low) else 0, high if _is_size(high) else None)
     return ranges
 
 
-def _reference(value: Any, inner: list[str]) -> Any:
+def _is_size(value: Any) -> TypeGuard[int]:
+    return type(value) is int and abs(value) < _LARGEST_SIZE
+
+
+def _reference(value: Any, inner: list[str], depth: int = 0) -> Any:
     """A name, or one of the two unions that are a name or a value: {"as_tensor": …} and {"as_name": …}."""
     content = entries(value, "argument")
     if "name" in content:
@@ -288,7 +295,7 @@ def _reference(value: Any, inner: list[str]) -> Any:
         return Ref(text_of(content["as_name"], "as_name"))
     if "as_tensor" in content:
         return Ref(text_of(entries(content["as_tensor"], "as_tensor").get("name"), "name"))
-    return _argument(content, inner)
+    return _argument(content, inner, depth + 1)
 
 
 def _names(value: Any) -> list[str]:

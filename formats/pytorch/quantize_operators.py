@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Quantization, Tensor, blocked, grid_shape, is_float, is_integer, per_axis, per_tensor
 from converters.packing import bits_of
 from formats.encodings.codes import dtype_for, narrowed
 from formats.encodings.fake_quantize import quantized
+from formats.pytorch.limits import Limits
 from formats.pytorch.program import Node, Ref
 from formats.pytorch.tensors import row_major
-from formats.pytorch.values import StridedTensor, TorchDtype
+from formats.pytorch.values import StridedTensor, TorchDtype, described, shortened
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32 = np.iinfo(np.int32)
+_LARGEST_FLOAT = float(np.finfo(np.float64).max)
 
 #: Which operators give codes of floats, values of codes, and rounded floats of floats; by these, how parameters lie.
 QUANTIZE: Mapping[str, str] = {
@@ -64,11 +66,12 @@ class Call:
 
     node: Node
     stored: Mapping[str, StridedTensor]
+    limits: Limits
 
     @property
     def name(self) -> str:
         """What messages call it."""
-        return f"{self.node.operator}.{self.node.overload}"
+        return shortened(f"{self.node.operator}.{self.node.overload}")
 
     def any(self, *names: str) -> Any:
         """The first input that there is under one of these names, None where there is none of them."""
@@ -80,7 +83,7 @@ class Call:
         if isinstance(value, Ref):
             raise NotStored
         if type(value) is not int or not -(1 << 62) < value < 1 << 62:
-            raise CorruptFile(f"is taken by {self.name}, whose {name} is {value!r:.40}: an integer is needed")
+            raise CorruptFile(f"is taken by {self.name}, whose {name} is {described(value)}: an integer is needed")
         return value
 
     def dtype(self, *names: str) -> np.dtype[Any]:
@@ -89,7 +92,7 @@ class Call:
         if value is None:
             return _FLOAT32
         if not isinstance(value, TorchDtype) or not is_float(value.numpy):
-            raise CorruptFile(f"is taken by {self.name}, whose {names[0]} is {value!r:.40}: a float dtype is needed")
+            raise CorruptFile(f"is taken by {self.name}, where {described(value)} is no float dtype for {names[0]}")
         return value.numpy
 
     def parameter(self, role: str, grid: tuple[int, ...], *names: str) -> Tensor | None:
@@ -102,13 +105,19 @@ class Call:
             if view is None:
                 raise NotStored
             if prod(view.shape) != prod(grid):
-                raise CorruptFile(f"has {role}s of shape {view.shape} in {self.name}, where {grid} are needed")
+                raise CorruptFile(
+                    f"has {role}s of shape {brief(view.shape)} in {self.name}, where {brief(grid)} are needed"
+                )
             return Tensor(role, grid, view.dtype.numpy, row_major(role, view))
-        if role == "scale" and type(value) in (int, float) and abs(value) < float("inf"):
-            return Tensor.from_array(role, np.full(grid, value, np.float64))
-        if role == "zero point" and type(value) is int and _INT32.min <= value <= _INT32.max:
-            return Tensor.from_array(role, np.full(grid, value, np.int32))
-        raise CorruptFile(f"has the {role} {value!r:.40} in {self.name}: a number is needed")
+        dtype: np.dtype[Any]
+        if role == "scale":
+            dtype, fits = _FLOAT64, type(value) in (int, float) and abs(value) <= _LARGEST_FLOAT
+        else:
+            dtype, fits = np.dtype(np.int32), type(value) is int and _INT32.min <= value <= _INT32.max
+        if not fits:
+            raise CorruptFile(f"has the {role} {described(value)} in {self.name}: a number is needed")
+        self.limits.take(prod(grid) * dtype.itemsize, self.name)
+        return Tensor.from_array(role, np.full(grid, value, dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,24 +203,28 @@ def _block_shape(call: Call, family: str, shape: tuple[int, ...]) -> tuple[int, 
     if family == "channel":
         axis = call.integer("axis")
         if not -len(shape) <= axis < len(shape):
-            raise CorruptFile(f"is quantized along axis {axis} of shape {shape} by {call.name}: it is damaged")
+            raise CorruptFile(f"is quantized along axis {axis} of shape {brief(shape)} by {call.name}: it is damaged")
         return per_axis(shape, axis % len(shape))
     if family == "affine":
         block_shape = call.node.argument("block_size")
         if not isinstance(block_shape, tuple) or len(block_shape) != len(shape):
-            raise CorruptFile(f"has blocks of {block_shape!r:.60} over shape {shape} in {call.name}: it is damaged")
+            raise CorruptFile(
+                f"has blocks of {brief(block_shape)} over shape {brief(shape)} in {call.name}: it is damaged"
+            )
         if not all(type(b) is int and b > 0 and size % b == 0 for b, size in zip(block_shape, shape, strict=True)):
-            raise CorruptFile(f"has blocks of {block_shape} over shape {shape} in {call.name}, which do not divide it")
+            raise CorruptFile(
+                f"has blocks of {brief(block_shape)} over shape {brief(shape)} in {call.name}, which do not divide it"
+            )
         return block_shape
     if not shape or not shape[-1]:
-        raise CorruptFile(f"has the shape {shape} in {call.name}, which has no rows")
+        raise CorruptFile(f"has the shape {brief(shape)} in {call.name}, which has no rows")
     if family == "token":
         return blocked(shape, len(shape) - 1, shape[-1])
     size = call.integer("group_size", 128)
     if size > shape[-1]:  # allowed where there is one scale for each row
         size = shape[-1]
     if size <= 1 or shape[-1] % size or len(shape) != 2:
-        raise CorruptFile(f"has groups of {size} over shape {shape} in {call.name}: it is damaged")
+        raise CorruptFile(f"has groups of {size} over shape {brief(shape)} in {call.name}: it is damaged")
     return blocked(shape, 1, size)
 
 

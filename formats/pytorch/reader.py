@@ -12,7 +12,7 @@ import numpy as np
 from converters.errors import CorruptFile, Error
 from converters.interfaces import option
 from converters.ir import Loss, Metadata, Model, Tensor
-from converters.storage import MappedFile
+from converters.storage import InMemory, MappedFile
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint, is_encoded
 from formats.encodings.configuration import model_config, quantization_config
 from formats.encodings.shards import Shards
@@ -21,9 +21,10 @@ from formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
 from formats.pytorch.contents import Leaf, StateDict, state_dict_of
 from formats.pytorch.fake_quantizers import quantize_weights
+from formats.pytorch.limits import ENTRY, Limits
 from formats.pytorch.packed_parameters import unpack_parameters
 from formats.pytorch.shards import checkpoint_files, together
-from formats.pytorch.tensors import tensor_of
+from formats.pytorch.tensors import take, tensor_of
 from formats.pytorch.values import StridedTensor, SubclassTensor
 
 _NOT_FOLDED = "its scale was trained with the batch norm folded into it: --opt fold-batch-norm=true does that"
@@ -51,43 +52,54 @@ class PyTorchReader:
         """The tensors as the float model's state dict names them. Raises CorruptFile for damage and for pickles that
         name what they must not, Unsupported for what is valid but not handled."""
         files = checkpoint_files(path) if path.is_dir() else Shards((path,))
+        limits = Limits(sum(map(_size, files.files)))
         if files.index is not None or len(files.files) > 1:
-            return _model(together(files), "", path, options)
+            return _model(together(files, limits), "", path, options, limits)
         try:
-            return _of_file(files.files[0], path, options)
+            return _of_file(files.files[0], path, options, limits)
         except Error as error:
             error.path = error.path or files.files[0]
             raise
 
 
-def _of_file(name: Path, path: Path, options: PyTorchOptions) -> Model:
+def _size(file: Path) -> int:
+    """The bytes of a file; 0 for one that cannot be opened, which is said when it is."""
+    try:
+        return file.stat().st_size
+    except (OSError, ValueError):
+        return 0
+
+
+def _of_file(name: Path, path: Path, options: PyTorchOptions, limits: Limits) -> Model:
     """What is in the file `name`, of the model that is called by `path`: the file itself, or its folder."""
     file = MappedFile.open(name)
     if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
-        return _model(state_dict_of(legacy_value(file)), "legacy file", path, options)
+        found = state_dict_of(legacy_value(file, limits), limits)
+        return _model(found, "legacy file", path, options, limits)
     archive = Archive.open(file)
     if archive.is_exported:
-        return _program(archive, path, options)
-    found = state_dict_of(saved_value(archive))
+        return _program(archive, path, options, limits)
+    found = state_dict_of(saved_value(archive, limits), limits)
     if CONSTANTS not in archive:
-        return _model(found, "", path, options)
+        return _model(found, "", path, options, limits)
     # what torch.jit.freeze has taken for constants, as the code calls it
-    constants = saved_value(archive, CONSTANTS, "constants/")
+    constants = saved_value(archive, limits, CONSTANTS, "constants/")
     if isinstance(constants, tuple):
+        limits.spend(ENTRY * len(constants))
         values = {f"CONSTANTS.c{number}": value for number, value in enumerate(constants)}
-        found.leaves |= state_dict_of(values).leaves
+        found.leaves |= state_dict_of(values, limits).leaves
     found.losses.append(Loss("", "dropped", "the code of its TorchScript modules"))
-    return _model(found, "TorchScript", path, options)
+    return _model(found, "TorchScript", path, options, limits)
 
 
-def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
+def _program(archive: Archive, path: Path, options: PyTorchOptions, limits: Limits) -> Model:
     """The weights of an exported program, with what its graph says."""
     from formats.pytorch.exported import read_exported  # a state dict needs none of it
 
-    program = read_exported(archive)
+    program = read_exported(archive, limits)
     tensors, losses = dict(program.tensors), list(program.losses)
     for name, value in program.wrapped.items():
-        tensors[name], more = _tensor(name, value, options)
+        tensors[name], more = _tensor(name, value, options, limits)
         losses += more
     metadata = Metadata(
         "pytorch", program.producer, path, program.operators, program.inputs, program.outputs, program.opsets
@@ -95,12 +107,13 @@ def _program(archive: Archive, path: Path, options: PyTorchOptions) -> Model:
     return Model(tensors, metadata, program.graph, losses=tuple(losses))
 
 
-def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions) -> Model:
-    unpack_parameters(found)
+def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions, limits: Limits) -> Model:
+    unpack_parameters(found, limits)
     losses = found.losses
     tensors = {}
     for name, leaf in found.leaves.items():
-        tensors[name], more = _tensor(name, leaf, options)
+        take(limits, name, leaf)
+        tensors[name], more = _tensor(name, leaf, options, limits)
         losses += more
     if path.is_dir() or is_encoded(tensors):  # what lies beside a lone file may belong to another one
         folder = path if path.is_dir() else path.parent
@@ -113,21 +126,22 @@ def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions)
         losses += more
     else:
         losses += [Loss(f"{m}.weight", "reinterpreted", _NOT_FOLDED) for m in batch_norm_modules(tensors)]
-    tensors, more = quantize_weights(tensors, found.settings, options.bits)
+    tensors, more = quantize_weights(tensors, found.settings, options.bits, limits)
     return Model(tensors, Metadata("pytorch", producer, path), losses=(*losses, *more))
 
 
-def _tensor(name: str, leaf: Leaf, options: PyTorchOptions) -> tuple[Tensor, Sequence[Loss]]:
+def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> tuple[Tensor, Sequence[Loss]]:
     try:
         if isinstance(leaf, SubclassTensor):
             from formats.encodings.torchao import decoded  # only files that have such tensors need it
             from formats.pytorch.wrapped import wrapped
 
-            return decoded(name, wrapped(name, leaf), cpu=options.int4_cpu_layout)
+            return decoded(name, wrapped(name, leaf, limits), cpu=options.int4_cpu_layout)
         if isinstance(leaf, StridedTensor):
             return tensor_of(name, leaf), ()
         if isinstance(leaf, np.ndarray):
-            return Tensor.from_array(name, leaf), ()
+            elements = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)  # the pickle's own, where they lie so
+            return Tensor(name, leaf.shape, leaf.dtype, InMemory(elements)), ()
     except Error as error:
         error.tensor = error.tensor or name
         raise

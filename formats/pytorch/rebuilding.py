@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, MissingDependency, Unsupported
+from converters.errors import CorruptFile, MissingDependency, Unsupported, brief
 from converters.ir import Port, Tensor
 from formats.pytorch.program import Node, Opaque, Program, Ref
 from formats.pytorch.quantize_operators import DEQUANTIZE, QUANTIZE
-from formats.pytorch.values import TorchDtype
+from formats.pytorch.values import TorchDtype, shortened
 
 _NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed", "torchao"})
 #: Operators that reach beyond their inputs.
@@ -47,7 +47,7 @@ def rebuilt(program: Program, weights: Mapping[str, Tensor], *, without_quantize
     operators, state that changes; CorruptFile where values are taken that nothing computes."""
     changed = program.results - {port.name for port in program.outputs} - {""}
     if changed:
-        raise Unsupported(f"changes state as it runs ('{min(changed)}'), which an ONNX graph cannot: {_ALONE}")
+        raise Unsupported(f"changes state as it runs ({brief(min(changed))}), which an ONNX graph cannot: {_ALONE}")
     return _Builder(program, weights, _skipped(program) if without_quantized_activations else {}).build()
 
 
@@ -130,7 +130,7 @@ class _Builder:
 
     def _type(self, port: Port) -> tuple[Any, tuple[int | str, ...]]:
         if port.shape is None or not port.dtype:
-            raise Unsupported(f"its input '{port.name}' is no tensor of a known dtype: {_ALONE}")
+            raise Unsupported(f"its input {brief(port.name)} is no tensor of a known dtype: {_ALONE}")
         return getattr(self.torch, port.dtype), port.shape
 
     def _example(self, port: Port) -> Any:
@@ -211,16 +211,18 @@ class _Builder:
             try:
                 import_module("torchao")
             except ImportError:
+                named = shortened(node.operator)
                 raise MissingDependency(
-                    f"computes with {node.operator}, an operator of torchao: pip install torchao, or {_ALONE}"
+                    f"computes with {named}, an operator of torchao: pip install torchao, or {_ALONE}"
                 ) from None
         if namespace not in _NAMESPACES or node.operator in _REFUSED or not name.isidentifier() or name[:2] == "__":
-            raise Unsupported(f"computes with {node.operator}, which is not converted to ONNX: {_ALONE}")
+            raise Unsupported(f"computes with {shortened(node.operator)}, which is not converted to ONNX: {_ALONE}")
         packet = getattr(getattr(self.torch.ops, namespace), name, None)
         overload = node.overload or "default"
         found = getattr(packet, overload, None) if overload.isidentifier() and overload[:2] != "__" else None
         if not isinstance(found, type(self.torch.ops.aten.relu.default)):
-            raise Unsupported(f"computes with {node.operator}.{overload}, which PyTorch does not know: {_ALONE}")
+            named = shortened(f"{node.operator}.{overload}")
+            raise Unsupported(f"computes with {named}, which PyTorch does not know: {_ALONE}")
         return found
 
     def _arguments(self, node: Node, overload: Any) -> tuple[list[Any], dict[str, Any]]:
@@ -237,7 +239,7 @@ class _Builder:
             if argument.name in given:
                 count = len(arguments) + 1
             elif not argument.has_default_value():
-                raise CorruptFile(f"calls {node.operator} without its {argument.name}: it is damaged")
+                raise CorruptFile(f"calls {shortened(node.operator)} without its {argument.name}: it is damaged")
             arguments.append(given.get(argument.name, argument.default_value))
         return arguments[:count], keywords
 
@@ -253,19 +255,19 @@ class _Builder:
         if isinstance(value, TorchDtype):
             return getattr(self.torch, value.name)
         if isinstance(value, Opaque):
-            raise Unsupported(f"has an argument '{value.kind}', which is not converted to ONNX: {_ALONE}")
+            raise Unsupported(f"has an argument {brief(value.kind)}, which is not converted to ONNX: {_ALONE}")
         return value
 
     def _value(self, name: str) -> Any:
         resolved = self._resolved(name)
         if resolved not in self.values:
-            raise CorruptFile(f"takes the value '{name}', which nothing computes: it is damaged")
+            raise CorruptFile(f"takes the value {brief(name)}, which nothing computes: it is damaged")
         return self.values[resolved]
 
 
 def _first(node: Node) -> str:
     if not node.outputs:
-        raise CorruptFile(f"calls {node.operator} for nothing: it is damaged")
+        raise CorruptFile(f"calls {shortened(node.operator)} for nothing: it is damaged")
     return node.outputs[0]
 
 

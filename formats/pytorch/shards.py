@@ -18,6 +18,7 @@ from formats.encodings.shards import Shards, owners, shards_of
 from formats.pytorch.archive import CONSTANTS, Archive
 from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
 from formats.pytorch.contents import StateDict, as_saved, strip_wrappers
+from formats.pytorch.limits import Limits
 
 _INDEX = "*.bin.index.json"
 _NAMED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "adapter_model.bin", "consolidated.*.pth")
@@ -35,10 +36,10 @@ def checkpoint_files(folder: Path) -> Shards:
     return shards
 
 
-def together(shards: Shards) -> StateDict:
+def together(shards: Shards, limits: Limits) -> StateDict:
     """What is saved in several files, as if it were in one. Raises CorruptFile for tensors in two of them and for those
     that are not where the index says, Unsupported for programs among them."""
-    parts = {file: _opened(file) for file in shards.files}
+    parts = {file: _opened(file, limits) for file in shards.files}
     taken, losses = owners(shards, ((file, part.leaves) for file, part in parts.items()))
     found = StateDict(losses=losses)
     for file, part in parts.items():
@@ -51,15 +52,15 @@ def together(shards: Shards) -> StateDict:
     return found
 
 
-def _opened(path: Path) -> StateDict:
+def _opened(path: Path, limits: Limits) -> StateDict:
     try:
         file = MappedFile.open(path)
         if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
-            return as_saved(legacy_value(file))
+            return as_saved(legacy_value(file, limits), limits)
         archive = Archive.open(file)
         if archive.is_exported or CONSTANTS in archive:
             raise Unsupported("is a program, and one of several files here: name it")
-        return as_saved(saved_value(archive))
+        return as_saved(saved_value(archive, limits), limits)
     except Error as error:
         error.path = error.path or path
         raise

@@ -19,22 +19,41 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Quantization, Tensor, per_axis, per_tensor
 from converters.packing import packed_size
 from converters.storage import Computed, Data, FileRange, InMemory
-from formats.pytorch.values import Quantizer, StridedTensor, TorchDtype
+from formats.pytorch.limits import STEP, Limits
+from formats.pytorch.values import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
 
 _FLOAT64 = np.dtype(np.float64)
 _UINT4 = np.dtype(ml_dtypes.uint4)
 _FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-#: Views that repeat their storage are materialised up to this size, larger ones only where the file is as large.
-_MOST_REPEATED_BYTES = 1 << 28
+_DEEPEST = 8  # tensors in tensors that wrap others
+
+
+def take(limits: Limits, name: str, value: Any, depth: int = 0) -> None:
+    """Counts the bytes of a tensor, its parameters and the tensors that it wraps included, before any of them are
+    read: views may repeat an element as often as they like, and the same elements may have many names. Raises
+    Unsupported where they are out of all proportion to the file, CorruptFile where they are without end."""
+    limits.spend(STEP)
+    if isinstance(value, StridedTensor):
+        limits.take(prod(value.shape) * value.dtype.numpy.itemsize, name)
+        for parameter in (value.quantizer.scale, value.quantizer.zero_point) if value.quantizer is not None else ():
+            if isinstance(parameter, StridedTensor):
+                limits.take(prod(parameter.shape) * parameter.dtype.numpy.itemsize, name)
+            elif isinstance(parameter, list):
+                limits.take(len(parameter) * _FLOAT64.itemsize, name)
+    elif isinstance(value, SubclassTensor) and depth <= _DEEPEST:
+        limits.spend(STEP * len(value.attributes))
+        for inner in value.attributes.values():
+            take(limits, name, inner, depth + 1)
+    elif isinstance(value, np.ndarray):
+        limits.take(value.nbytes, name)
 
 
 def tensor_of(name: str, value: StridedTensor) -> Tensor:
-    """The tensor under that name, quantized as it is stored. Raises CorruptFile for parameters that do not fit,
-    Unsupported for views that would take far more memory than the file."""
+    """The tensor under that name, quantized as it is stored. Raises CorruptFile for parameters that do not fit."""
     if value.dtype.elements > 1:
         return _nibbles(name, value)
     quantizer = value.quantizer
@@ -55,10 +74,6 @@ def row_major(name: str, value: StridedTensor) -> Data:
         return InMemory(np.zeros(0, np.uint8))
     if is_row_major(value.shape, value.strides):
         return stored.file.range(stored.offset + value.offset * itemsize, count * itemsize)
-    if count * itemsize > max(_MOST_REPEATED_BYTES, stored.file.view.size):
-        raise Unsupported(
-            f"repeats a storage of {stored.nbytes} bytes to {count * itemsize}: it would fill the memory", tensor=name
-        )
     gather = _Gather(stored, value.dtype, value.offset, value.shape, value.strides)
     return Computed(count * itemsize, gather.read, (stored,), in_order=False)
 
@@ -67,19 +82,25 @@ def quantization_of(name: str, shape: tuple[int, ...], quantizer: Quantizer) -> 
     """The parameters of a quantized tensor of PyTorch itself."""
     if quantizer.axis is None:
         if not isinstance(quantizer.scale, float) or type(quantizer.zero_point) is not int:
-            raise CorruptFile(f"has the scale {quantizer.scale!r:.40}: a number is needed", tensor=name)
+            raise CorruptFile(
+                f"has the scale {described(quantizer.scale)} and the zero point {described(quantizer.zero_point)}: "
+                "numbers are needed",
+                tensor=name,
+            )
         grid = (1,) * len(shape)
         with np.errstate(over="ignore"):
             scale = np.full(grid, quantizer.scale, np.float32)
         if not -(1 << 31) <= quantizer.zero_point < 1 << 31:
-            raise CorruptFile(f"has the zero point {quantizer.zero_point}: 32 bits are needed", tensor=name)
+            raise CorruptFile(f"has the zero point {brief(quantizer.zero_point)}: 32 bits are needed", tensor=name)
         zero_point = np.full(grid, quantizer.zero_point, np.int32)
         return Quantization(
             Tensor.from_array("scale", scale), per_tensor(shape), Tensor.from_array("zero_point", zero_point)
         )
     axis = quantizer.axis
     if type(axis) is not int or not 0 <= axis < len(shape):
-        raise CorruptFile(f"is quantized along axis {axis!r} of shape {shape}: it is damaged", tensor=name)
+        raise CorruptFile(
+            f"is quantized along axis {described(axis)} of shape {brief(shape)}: it is damaged", tensor=name
+        )
     parameters = [
         _along(axis, shape, role, values, name)
         for role, values in (("scale", quantizer.scale), ("zero_point", quantizer.zero_point))
@@ -94,7 +115,10 @@ def _along(axis: int, shape: tuple[int, ...], role: str, values: Any, name: str)
     """One parameter for each position of an axis, in the grid's shape."""
     grid = tuple(size if position == axis else 1 for position, size in enumerate(shape))
     if isinstance(values, list) and all(isinstance(value, int | float) for value in values):
-        array = np.array(values, _FLOAT64 if role == "scale" else np.int64)
+        try:
+            array = np.array(values, _FLOAT64 if role == "scale" else np.int64)
+        except (ValueError, OverflowError):
+            raise CorruptFile(f"has a {role} that no dtype of PyTorch holds: it is damaged", tensor=name) from None
         values = None
     elif not isinstance(values, StridedTensor):
         raise CorruptFile(f"has a {role} that is no tensor but {type(values).__name__}", tensor=name)

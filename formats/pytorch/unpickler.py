@@ -2,23 +2,26 @@
 
 All opcodes of protocols 0 to 5 (Python 3.11, pickletools). What a pickle may name is in `formats.pytorch.globals`; a
 few constructors of plain data, given there, are the only functions that run. Everything is bounded by the length of
-the pickle: lengths are checked before anything is read, and keys are such that hashing them cannot recurse.
+the pickle: lengths are checked before anything is read, what takes more than one opcode's share is counted
+(`formats.pytorch.limits`), and keys are such that hashing them takes no time (`formats.pytorch.values.key_of`).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from converters.errors import CorruptFile, Unsupported
-from formats.pytorch.globals import CONSTRUCTORS, checked_global
-from formats.pytorch.values import AttributedDict, Global, Record, checked_key
+from formats.pytorch.globals import checked_global, made
+from formats.pytorch.limits import Limits
+from formats.pytorch.values import AttributedDict, Global, Record, key_of, reason_of
 
 #: Makes a value of a persistent id; raises CorruptFile where it is none.
 PersistentLoad = Callable[[Any], Any]
 
 _MOST_INTEGER_BYTES = 1 << 10
+_MOST_DIGITS = 2467  # of as many bytes
 _LINE_BYTES = 1 << 12
 _HIGHEST_PROTOCOL = 5
 _MARK = object()
@@ -28,33 +31,51 @@ _STOP = ord(".")
 class Unpickler:
     """Unpickles values from `data`, one after the other, beginning at `position`, which is behind each afterwards.
 
-    `load` raises CorruptFile where the pickle is damaged or names what it must not, Unsupported for extension codes.
+    `load` raises CorruptFile where the pickle is damaged, names what it must not or asks for more than `limits` allow,
+    Unsupported for extension codes.
     """
 
-    def __init__(self, data: memoryview, persistent_load: PersistentLoad, position: int = 0) -> None:
+    def __init__(self, data: memoryview, persistent_load: PersistentLoad, limits: Limits, position: int = 0) -> None:
         self.position = position
         self._data = data
         self._persistent_load = persistent_load
+        self._limits = limits
+        self._begin = position
         self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] = []
 
     def load(self) -> Any:
         """The value of the next pickle."""
-        self._stack, self._memo = [], {}
+        self._stack, self._memo, self._begin = [], [], self.position
         try:
-            operations, data = self._OPERATIONS, self._data
-            while True:
-                opcode = data[self.position]
-                self.position += 1
-                if opcode == _STOP:
-                    return self._pop()
-                operation = operations.get(opcode)
-                if operation is None:
-                    raise CorruptFile(f"its pickle has the unknown opcode {opcode:#04x} at byte {self.position - 1}")
-                operation(self)
+            value = self._run()
+        except MemoryError:
+            raise CorruptFile(f"its pickle takes more memory than there is before byte {self.position}") from None
         except (IndexError, ValueError, TypeError, KeyError, OverflowError, RecursionError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise CorruptFile(f"its pickle is damaged before byte {self.position} ({reason})") from None
+            raise CorruptFile(f"its pickle is damaged before byte {self.position} ({reason_of(error)})") from None
+        self._limits.read += self.position - self._begin
+        return value
+
+    def spend(self, nbytes: int) -> None:
+        """Counts bytes that are about to be made of values that are here already."""
+        self._limits.spend(nbytes, self.position - self._begin)
+
+    def _run(self) -> Any:
+        operations, data = self._OPERATIONS, self._data
+        while True:
+            opcode = data[self.position]
+            self.position += 1
+            if opcode == _STOP:
+                return self._pop()
+            operation = operations.get(opcode)
+            if operation is None:
+                raise CorruptFile(f"its pickle has the unknown opcode {opcode} at byte {self.position - 1}")
+            operation(self)
+
+    def _byte(self) -> int:
+        value = self._data[self.position]
+        self.position += 1
+        return value
 
     def _take(self, count: int) -> memoryview:
         end = self.position + count
@@ -89,6 +110,9 @@ class Unpickler:
             raise ValueError("a mark where a value is due")
         return value
 
+    def _discard(self) -> None:
+        self._stack.pop()
+
     def _top(self) -> Any:
         if self._stack[-1] is _MARK:
             raise ValueError("a mark where a value is due")
@@ -120,7 +144,7 @@ class Unpickler:
         if line in (b"00", b"01"):
             self._push(line == b"01")
         else:
-            self._push(int(line.removesuffix(b"L")))
+            self._push(_integer_of(line.removesuffix(b"L")))
 
     def _quoted(self) -> None:
         line = self._line().strip()
@@ -129,31 +153,36 @@ class Unpickler:
         self._push(line[1:-1].decode("unicode_escape"))
 
     def _get(self, index: int) -> None:
-        self._push(self._memo[index])
+        if index < 0 or self._memo[index] is _MARK:
+            raise IndexError("nothing is remembered under that number")
+        self._stack.append(self._memo[index])
 
     def _put(self, index: int) -> None:
-        if index < 0:
-            raise ValueError(f"memo index {index}")
-        self._memo[index] = self._top()
+        memo, value = self._memo, self._top()
+        if index == len(memo):  # what all picklers write
+            memo.append(value)
+        elif 0 <= index < len(memo):
+            memo[index] = value
+        elif 0 <= index < self.position - self._begin:  # some numbers are left out where nothing refers to them
+            memo += [_MARK] * (index - len(memo))
+            memo.append(value)
+        else:
+            raise ValueError("a number to remember a value by that is larger than the pickle")
 
     def _global_of_lines(self) -> Global:
         module, name = self._line().decode(), self._line().decode()
-        return checked_global(module, name)
+        return checked_global(module, name, self.spend)
 
     def _global_of_stack(self) -> None:
         name, module = self._pop(), self._pop()
-        self._push(checked_global(module, name))
+        self._push(checked_global(module, name, self.spend))
 
     def _make(self, maker: Any, arguments: Any, keywords: Any = None) -> None:
         if not isinstance(maker, Global):
             raise TypeError(f"a call of what is no name but {type(maker).__name__}")
         if not isinstance(arguments, tuple) or not isinstance(keywords, dict | None):
-            raise TypeError(f"a call of {maker} without arguments")
-        constructor = CONSTRUCTORS.get((maker.module, maker.name))
-        if constructor is None or keywords:
-            self._push(Record(maker, arguments, keywords or {}))
-        else:
-            self._push(constructor(*arguments))
+            raise TypeError("a call without arguments")
+        self._push(made(maker, arguments, keywords or {}, self.spend))
 
     def _reduce(self) -> None:
         arguments, maker = self._pop(), self._pop()
@@ -198,8 +227,7 @@ class Unpickler:
         entries = onto.entries if isinstance(onto, Record) else onto
         if not isinstance(entries, dict):
             raise TypeError(f"setting items of {type(onto).__name__}")
-        for key, value in _pairs(values):
-            entries[key] = value
+        entries.update(self._pairs(values))
 
     def _set_item(self) -> None:
         value, key = self._pop(), self._pop()
@@ -209,7 +237,13 @@ class Unpickler:
         values, onto = self._pop_to_mark(), self._top()
         if not isinstance(onto, set):
             raise TypeError(f"adding items to {type(onto).__name__}")
-        onto.update(checked_key(value) for value in values)
+        onto.update(self._keys(values))
+
+    def _keys(self, values: list[Any]) -> Iterator[Any]:
+        return (key_of(value, self.spend) for value in values)
+
+    def _pairs(self, values: list[Any]) -> Iterator[tuple[Any, Any]]:
+        return zip(self._keys(values[::2]), values[1::2], strict=True)
 
     def _tuple(self, count: int) -> None:
         values = [self._pop() for _ in range(count)]
@@ -241,9 +275,9 @@ class Unpickler:
             "F": lambda self: self._push(float(self._line())),
             "G": lambda self: self._push(struct.unpack(">d", self._take(8))[0]),
             "J": lambda self: self._push(self._number(4, signed=True)),
-            "K": lambda self: self._push(self._number(1)),
+            "K": lambda self: self._push(self._byte()),
             "M": lambda self: self._push(self._number(2)),
-            "\x8a": lambda self: self._integer(self._number(1)),
+            "\x8a": lambda self: self._integer(self._byte()),
             "\x8b": lambda self: self._integer(self._number(4, signed=True)),
             "N": lambda self: self._push(None),
             "\x88": lambda self: self._push(True),
@@ -251,25 +285,25 @@ class Unpickler:
             # texts and bytes
             "S": _quoted,
             "T": lambda self: self._push(str(self._take(self._number(4, signed=True)), "latin-1")),
-            "U": lambda self: self._push(str(self._take(self._number(1)), "latin-1")),
+            "U": lambda self: self._push(str(self._take(self._byte()), "latin-1")),
             "V": lambda self: self._push(self._line().decode("raw_unicode_escape")),
             "X": lambda self: self._text(self._number(4)),
-            "\x8c": lambda self: self._text(self._number(1)),
+            "\x8c": lambda self: self._text(self._byte()),
             "\x8d": lambda self: self._text(self._number(8)),
             "B": lambda self: self._bytes(self._number(4)),
-            "C": lambda self: self._bytes(self._number(1)),
+            "C": lambda self: self._bytes(self._byte()),
             "\x8e": lambda self: self._bytes(self._number(8)),
             "\x96": lambda self: self._push(bytearray(self._take(self._number(8)))),
             # the stack and the memo
             "(": lambda self: self._push(_MARK),
-            "0": lambda self: self._stack.pop() and None,
+            "0": _discard,
             "1": lambda self: self._pop_to_mark() and None,
             "2": lambda self: self._push(self._top()),
-            "g": lambda self: self._get(int(self._line())),
-            "h": lambda self: self._get(self._number(1)),
+            "g": lambda self: self._get(_integer_of(self._line())),
+            "h": lambda self: self._get(self._byte()),
             "j": lambda self: self._get(self._number(4)),
-            "p": lambda self: self._put(int(self._line())),
-            "q": lambda self: self._put(self._number(1)),
+            "p": lambda self: self._put(_integer_of(self._line())),
+            "q": lambda self: self._put(self._byte()),
             "r": lambda self: self._put(self._number(4)),
             "\x94": lambda self: self._put(len(self._memo)),
             # containers
@@ -278,12 +312,12 @@ class Unpickler:
             ")": lambda self: self._push(()),
             "\x8f": lambda self: self._push(set()),
             "l": lambda self: self._push(self._pop_to_mark()),
-            "d": lambda self: self._push(dict(_pairs(self._pop_to_mark()))),
+            "d": lambda self: self._push(dict(self._pairs(self._pop_to_mark()))),
             "t": lambda self: self._push(tuple(self._pop_to_mark())),
             "\x85": lambda self: self._tuple(1),
             "\x86": lambda self: self._tuple(2),
             "\x87": lambda self: self._tuple(3),
-            "\x91": lambda self: self._push(frozenset(checked_key(value) for value in self._pop_to_mark())),
+            "\x91": lambda self: self._push(frozenset(self._keys(self._pop_to_mark()))),
             "a": _append_one,
             "e": lambda self: self._append(self._pop_to_mark()),
             "s": _set_item,
@@ -309,5 +343,7 @@ class Unpickler:
     }
 
 
-def _pairs(values: list[Any]) -> list[tuple[Any, Any]]:
-    return [(checked_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
+def _integer_of(line: bytes) -> int:
+    if len(line) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(line)} digits")
+    return int(line)

@@ -6,28 +6,36 @@ from typing import Any
 
 from converters.errors import CorruptFile
 from formats.encodings.torchao_parts import WrappedTensor
+from formats.pytorch.limits import LEAF, STEP, Limits
 from formats.pytorch.tensors import tensor_of
 from formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor
 
 _DEEPEST = 8  # nested attributes: a weight in a wrapper, codes in an implementation, planes in these
 
 
-def wrapped(name: str, value: SubclassTensor, depth: int = 0) -> WrappedTensor:
+def wrapped(name: str, value: SubclassTensor, limits: Limits, depth: int = 0) -> WrappedTensor:
     """The tensor `name` with its attributes: tensors as tensors, dtypes by name, enumerations by value. Raises
     CorruptFile for attributes that are no attributes, and for a tensor inside a tensor inside a tensor without end."""
     if depth > _DEEPEST:
         raise CorruptFile(f"wraps tensors more than {_DEEPEST} deep: it is damaged", tensor=name)
-    attributes = {str(role): _attribute(name, item, depth + 1) for role, item in value.attributes.items()}
+    limits.spend(LEAF + STEP * len(value.attributes))
+    attributes = {
+        role: _attribute(name, item, limits, depth + 1)
+        for role, item in value.attributes.items()
+        if isinstance(role, str)
+    }
     return WrappedTensor(value.class_name, value.shape, value.dtype, attributes)
 
 
-def _attribute(name: str, value: Any, depth: int) -> Any:
+def _attribute(name: str, value: Any, limits: Limits, depth: int) -> Any:
     if isinstance(value, StridedTensor):
+        limits.spend(LEAF)
         return tensor_of(name, value)
     if isinstance(value, SubclassTensor):
-        return wrapped(name, value, depth)
+        return wrapped(name, value, limits, depth)
     if isinstance(value, tuple | list):
         # of numbers and dtypes: a tensor in a tuple is none of torchao's attributes
+        limits.spend(STEP * len(value))
         return tuple(item.name if isinstance(item, Global) else _number(item) for item in value)
     if isinstance(value, Record) and len(value.arguments) == 1:
         return _number(value.arguments[0])

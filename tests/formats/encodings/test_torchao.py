@@ -22,6 +22,7 @@ from formats.encodings import torchao_safetensors
 from formats.encodings.torchao import Cpu, WrappedTensor, decoded, dynamic_activation_linear
 from formats.pytorch.archive import Archive
 from formats.pytorch.containers import saved_value
+from formats.pytorch.limits import Limits
 from formats.pytorch.values import SubclassTensor
 from formats.pytorch.wrapped import wrapped
 from formats.safetensors.container import open_container
@@ -41,8 +42,8 @@ def same_bits(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 
 
 def wrapped_tensors(case: str) -> dict[str, WrappedTensor]:
-    state = saved_value(Archive.open(MappedFile.open(FIXTURES / f"{case}.pt")))
-    return {name: wrapped(name, value) for name, value in state.items() if isinstance(value, SubclassTensor)}
+    state = saved_value(Archive.open(MappedFile.open(FIXTURES / f"{case}.pt")), Limits(0))
+    return {name: wrapped(name, value, Limits(0)) for name, value in state.items() if isinstance(value, SubclassTensor)}
 
 
 def cpu_of(case: str) -> Cpu:
@@ -346,11 +347,13 @@ def test_tensors_that_wrap_themselves_are_an_error() -> None:
     endless = SubclassTensor("LinearActivationQuantizedTensor", (1, 1), "float32", {})
     endless.attributes["original_weight_tensor"] = endless
     with pytest.raises(CorruptFile, match="tensor 'w': wraps tensors more than 8 deep"):
-        wrapped("w", endless)
+        wrapped("w", endless, Limits(0))
 
 
 def test_attributes_that_are_no_attributes_are_harmless() -> None:
-    made = wrapped("w", SubclassTensor("Int8Tensor", (1, 1), "float32", {"kwargs": {}, 3: [[1], {}], "bytes": b"x"}))
+    made = wrapped(
+        "w", SubclassTensor("Int8Tensor", (1, 1), "float32", {"kwargs": {}, "3": [[1], {}], "bytes": b"x"}), Limits(0)
+    )
     assert made.attributes == {"kwargs": "dict", "3": ("list", "dict"), "bytes": "bytes"}
 
 

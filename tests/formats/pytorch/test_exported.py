@@ -17,7 +17,8 @@ from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import Port, Use
 from converters.storage import MappedFile
 from formats.pytorch.archive import Archive
-from formats.pytorch.exported import read_exported
+from formats.pytorch.exported import Exported, read_exported
+from formats.pytorch.limits import Limits
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "pytorch"
 NET = ("conv.weight", "head.0.weight", "head.2.weight")
@@ -44,8 +45,12 @@ QUANTIZED = {
 }
 
 
+def read(archive: Archive) -> Exported:
+    return read_exported(archive, Limits(archive.data.nbytes))
+
+
 def opened(name):
-    return read_exported(Archive.open(MappedFile.open(FIXTURES / f"exported_{name}.pt2")))
+    return read(Archive.open(MappedFile.open(FIXTURES / f"exported_{name}.pt2")))
 
 
 def test_every_fixture_is_expected():
@@ -177,7 +182,7 @@ def of_weight(**meta):
 )
 def test_damaged_descriptions(change, message):
     with pytest.raises(Error, match=message):
-        read_exported(changed(CONFIG, change))
+        read(changed(CONFIG, change))
 
 
 def of_node(number, **arguments):
@@ -207,11 +212,11 @@ def of_node(number, **arguments):
 )
 def test_damaged_programs(change, message):
     with pytest.raises(CorruptFile, match=message):
-        read_exported(changed(PROGRAM, change))
+        read(changed(PROGRAM, change))
 
 
 def test_a_scale_that_the_program_computes_is_a_loss():
-    found = read_exported(changed(PROGRAM, of_node(0, scales={"as_tensor": {"name": "nowhere"}})))
+    found = read(changed(PROGRAM, of_node(0, scales={"as_tensor": {"name": "nowhere"}})))
     assert found.tensors["_frozen_param0"].quantization is None
     (loss,) = found.losses
     assert (loss.tensor, loss.kind) == ("_frozen_param0", "reinterpreted")
@@ -223,14 +228,14 @@ def test_values_that_refer_to_each_other_in_a_circle():
         nodes[0]["inputs"][0]["arg"]["as_tensor"]["name"] = nodes[1]["outputs"][0]["as_tensor"]["name"]
         nodes[1]["inputs"][0]["arg"]["as_tensor"]["name"] = nodes[0]["outputs"][0]["as_tensor"]["name"]
 
-    found = read_exported(changed(PROGRAM, change))
+    found = read(changed(PROGRAM, change))
     assert found.tensors["_frozen_param0"].quantization is None
 
 
 def test_machine_code_alone_is_refused():
     records = {"archive_format": b"pt2", "data/aotinductor/model/model.so": b"\x7fELF"}
     with pytest.raises(Unsupported, match=r"AOTInductor.*torch\.export\.save"):
-        read_exported(packed(records))
+        read(packed(records))
 
 
 def test_a_package_of_two_programs():
@@ -241,14 +246,14 @@ def test_a_package_of_two_programs():
         "data/constants/second_constants_config.json": b'{"config": {}}',
     }
     records |= {name.replace("/weight_", "/other_"): other[name] for name in other if "/weight_" in name}
-    names = list(read_exported(packed(records)).tensors)
+    names = list(read(packed(records)).tensors)
     assert "model/conv.weight" in names
     assert "second/conv.weight" in names
 
 
 def test_the_pickle_of_sample_inputs_is_not_looked_at():
     records = documents() | {"data/sample_inputs/model.pt": b"cos\nsystem\n(S'true'\ntR."}
-    assert list(read_exported(packed(records)).tensors) == list(opened("affine_per_channel").tensors)
+    assert list(read(packed(records)).tensors) == list(opened("affine_per_channel").tensors)
 
 
 def paths(value, path=()):
@@ -278,7 +283,7 @@ def test_any_change_of_the_json_is_read_or_refused_in_one_line(data):
     else:
         place[last] = data.draw(st.sampled_from(STRANGE))
     try:
-        found = read_exported(packed(records | {record: json.dumps(document).encode()}))
+        found = read(packed(records | {record: json.dumps(document).encode()}))
         for tensor in found.tensors.values():
             tensor.dequantize()
     except Error as error:
@@ -287,4 +292,4 @@ def test_any_change_of_the_json_is_read_or_refused_in_one_line(data):
 
 def test_nested_json_is_no_traceback():
     with pytest.raises(CorruptFile, match="no JSON"):
-        read_exported(packed(documents() | {PROGRAM: b"[" * 100_000}))
+        read(packed(documents() | {PROGRAM: b"[" * 100_000}))
