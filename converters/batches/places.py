@@ -17,6 +17,7 @@ from converters.batches.records import REPORT
 from converters.batches.remote import RemoteFile, fetch, files_below, joined, put
 from converters.batches.scratch import scratch_folder
 from converters.errors import Error, UsageError
+from converters.urls import without_credentials
 
 _LOCK = ".nibblecast-lock"
 _PARTS = ".*.nibblecast-part"
@@ -118,7 +119,7 @@ class RemoteFolder:
 
     @property
     def folder(self) -> Path:
-        return Path(self.url.partition("://")[2].strip("/"))
+        return Path(without_credentials(self.url).partition("://")[2].strip("/"))
 
     @contextmanager
     def held(self) -> Iterator[Path]:
