@@ -18,6 +18,7 @@ from converters.batches.sources import bytes_of, digest_of
 from converters.dequantize import FLOAT_DTYPES
 from converters.errors import Error, ExitCode, UsageError
 from converters.interfaces import OutputFile
+from converters.pipeline import readable
 from converters.urls import without_secrets
 from converters.version import __version__
 
@@ -105,8 +106,9 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
             shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
         else:
             with _at_hand(job) as local:
-                nbytes = bytes_of(local.source)
-                digest = job.digest or digest_of(local.source)
+                with readable(local.source):
+                    nbytes = bytes_of(local.source)
+                    digest = job.digest or digest_of(local.source)
                 done = _converted(local, dry_run=dry_run)
                 written = tuple(_outputs(local, done, dry_run=dry_run))
                 if job.destination and not dry_run:
