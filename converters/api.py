@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from converters.errors import UsageError, VerificationFailed
 from converters.interfaces import OutputFile, Progress, Validating
 from converters.ir import Loss, Model
 from converters.options import describe
+from converters.paths import input_path, output_path
 from converters.running import OutputDifference
+from converters.storage import open_regular
 
 if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
     from converters.accuracy import Accuracy
@@ -48,7 +50,7 @@ class Conversion:
 def load(path: AnyPath, **options: Any) -> Model:
     """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for. `options` are the
     reader's own. Raises converters.Error with one line that says what is wrong with the file."""
-    return pipeline.read(Path(path), options)
+    return pipeline.read(input_path(path), options)
 
 
 def save(
@@ -56,7 +58,7 @@ def save(
 ) -> Conversion:
     """Writes a model to one file; the extension, or the format's name in `to`, picks the writer. `quantize` is as for
     `convert`."""
-    return _convert(model, [Path(path)], to=to, quantize=_scheme(quantize), options=options)
+    return _convert(model, [output_path(path)], to=to, quantize=_scheme(quantize), options=options)
 
 
 def convert(
@@ -83,10 +85,10 @@ def convert(
     an interrupted run has completed of a folder; other keyword arguments are the reader's and the writers' own options.
     Raises converters.Error.
     """
-    read_with, write_with = _divided(options, Path(source))
+    read_with, write_with = _divided(options, input_path(source))
     return _convert(
         load(source, **read_with),
-        [Path(target) for target in targets],
+        [output_path(target) for target in targets],
         to=to,
         dequantize=None if dequantize is None else np.dtype(dequantize),
         quantize=_scheme(quantize),
@@ -104,7 +106,7 @@ def convert(
 def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None, **options: Any) -> Comparison:
     """Compares two models or files, code for code where both are quantized, value for value otherwise. `options` are
     the readers' own, each for the files whose format has it."""
-    read_with = _reader_options(options, [Path(path) for path in (a, b) if not isinstance(path, Model)])
+    read_with = _reader_options(options, [input_path(path) for path in (a, b) if not isinstance(path, Model)])
     first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
 
@@ -137,6 +139,7 @@ def batch(
     anything is written.
     """
     from converters.batches.jobs import Request
+    from converters.batches.remote import is_remote
     from converters.batches.run import Settings, run_batch
 
     request = Request(
@@ -149,17 +152,33 @@ def batch(
         options=options,
     )
     formats = [to] if isinstance(to, str) else list(to)
-    return run_batch(
-        source,
-        target,
-        formats,
-        request,
-        settings or Settings(),
-        include=include,
-        exclude=exclude,
-        on_result=on_result,
-        on_running=on_running,
-    )
+    if not is_remote(os.fspath(source)) and source != "-":
+        _check_readable(input_path(source))
+    if not is_remote(os.fspath(target)):
+        output_path(target)
+    try:
+        return run_batch(
+            source,
+            target,
+            formats,
+            request,
+            settings or Settings(),
+            include=include,
+            exclude=exclude,
+            on_result=on_result,
+            on_running=on_running,
+        )
+    except OSError as error:  # the report cannot be written, say
+        raise UsageError(f"{error.filename or os.fspath(target)}: {error.strerror or error}") from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raises CorruptFile for a folder or a list that is there and cannot be read."""
+    with pipeline.readable(path), suppress(FileNotFoundError):
+        if path.stat() and path.is_dir():
+            next(path.iterdir(), None)
+        elif path.is_file():
+            open_regular(path).close()
 
 
 def report(
@@ -182,10 +201,10 @@ def report(
     """
     from converters.reports.run import make_report
 
-    paths = [Path(path) for path in (source, reference) if path is not None]
+    paths = [input_path(path) for path in (source, reference) if path is not None]
     return make_report(
         paths[0],
-        None if target is None else Path(target),
+        None if target is None else output_path(target),
         reference=None if reference is None else paths[1],
         only=only,
         skip=skip,
@@ -210,10 +229,10 @@ def write_shard(
     """A part of a conversion, for several processes to share in: begins the folders among the targets (`number` 0), or
     writes one of their shards, from 1, to a folder that has been begun. `convert` with `resume` then writes what is
     missing and puts the folders in their places. Returns how many shards there are; raises converters.Error."""
-    read_with, write_with = _divided(options, Path(source))
+    read_with, write_with = _divided(options, input_path(source))
     planned = _planned(
         load(source, **read_with),
-        [Path(target) for target in targets],
+        [output_path(target) for target in targets],
         to=to,
         dequantize=None if dequantize is None else np.dtype(dequantize),
         quantize=_scheme(quantize),
@@ -233,13 +252,8 @@ def compare_outputs(
     outputs. `inputs` are arrays by the first model's names, or an .npz file of such; random where there are none.
     Raises converters.Error, which names the package to install where a runtime is missing."""
     if inputs is None or isinstance(inputs, Mapping):
-        return running.compare_outputs(Path(a), Path(b), inputs, seed)
-    try:
-        with np.load(inputs, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UsageError(f"cannot be read as arrays by name (.npz): {error}", path=Path(inputs)) from error
-    return running.compare_outputs(Path(a), Path(b), arrays, seed)
+        return running.compare_outputs(input_path(a), input_path(b), inputs, seed)
+    return running.compare_outputs(input_path(a), input_path(b), running.read_inputs(input_path(inputs)), seed)
 
 
 def _convert(
@@ -328,9 +342,12 @@ def _scheme(quantize: str | Scheme | None) -> Scheme | None:
 
 def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the source's reader, and those of writers."""
-    if not options or not source.exists():
-        return {}, dict(options)
-    format = plugins.detect(source)
+    if not options:
+        return {}, {}
+    with pipeline.readable(source):
+        if not source.exists():
+            return {}, dict(options)
+        format = plugins.detect(source)
     known = {help.name for help in plugins.reader_options(format)}
     names = {key: key.removeprefix(f"{format.name}.") for key in options}
     read_with = {name: options[key] for key, name in names.items() if name.replace("_", "-") in known}
@@ -369,7 +386,8 @@ def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
     format, path = output.target.format, output.target.path
     if not format.reader:
         return None
-    expected, written = output.expected, plugins.reader(format).read(main)
+    with pipeline.readable(path):
+        expected, written = output.expected, plugins.reader(format).read(main)
     if expected is not output.model:  # a graph that is changed may get tensors that the model has not
         written = replace(written, tensors={name: t for name, t in written.items() if name in expected})
     comparison = compare(expected, written)

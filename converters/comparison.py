@@ -62,6 +62,7 @@ class Comparison:
         return not self.differences
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def compare(a: Model, b: Model, progress: Progress | None = None) -> Comparison:
     """Compares all tensors of two models by name; tensors that are only parameters of others count with those.
     `progress` is told of the first model's bytes."""

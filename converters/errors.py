@@ -2,13 +2,20 @@
 
 Every one is a single line of text that names the file, the tensor, the value seen and what to do. Text that comes from
 a model (a tensor's name, say) is data: control characters in it are escaped, so that it can neither break the line nor
-drive a terminal.
+drive a terminal, what is very long is shortened, and what is secret in URLs is hidden.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
 from pathlib import Path
+
+from converters.urls import without_secrets
+
+#: How many characters of a name, a path or a message are shown: paths of most systems and all messages of ours whole.
+MOST_OF_NAME = 200
+MOST_OF_PATH = 1_000
+MOST_OF_MESSAGE = 1_500
 
 _BRIEF_ITEMS = 8
 _BRIEF_BITS = 256
@@ -34,6 +41,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def line(text: str, most: int = MOST_OF_NAME) -> str:
+    """`text` as a person is shown it: on one line as of `printable`, without secrets, and of `most` characters or few
+    more. Of a longer one the middle is left out, for both ends of a name tell it from others."""
+    safe = without_secrets(text)
+    shown = printable(safe if len(safe) <= 2 * most else safe[:most] + safe[-most:])
+    if len(shown) <= most:
+        return shown
+    return f"{shown[: most // 2]}… ({len(safe)} characters) …{shown[-(most // 2) :]}"
 
 
 def brief(value: object, most: int = 80) -> str:
@@ -76,10 +93,14 @@ class Error(Exception):
         self.tensor = tensor
 
     def __str__(self) -> str:
-        where = [] if self.path is None else [str(self.path)]
+        where = [] if self.path is None else [line(str(self.path), MOST_OF_PATH)]
         if self.tensor is not None:
-            where.append(f"tensor '{self.tensor}'")
-        return printable(": ".join([*where, self.message]))
+            where.append(f"tensor '{line(self.tensor)}'")
+        return ": ".join([*where, line(self.message, MOST_OF_MESSAGE)])
+
+
+class Notice(UserWarning):
+    """A warning that is meant for a person: the command line shows these, and no others."""
 
 
 class UsageError(Error):

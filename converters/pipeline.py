@@ -9,7 +9,7 @@ will be and what is lost on the way. Running hands each tensor, once, to every w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -20,7 +20,7 @@ import numpy as np
 
 from converters import compiled, plugins
 from converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
-from converters.errors import Error, RefusedLoss, Unsupported, UsageError
+from converters.errors import CorruptFile, Error, RefusedLoss, Unsupported, UsageError
 from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Progress, Rearranging, Shard, Sink
 from converters.ir import Loss, Model, Tensor, dtype_name
 from converters.options import parse
@@ -68,14 +68,26 @@ class PlannedOutput:
         return tuple(dict.fromkeys((*self.expected.losses, *self.plan.losses)))
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Model:
-    """The model in a file, headers only; the format by content, then by extension. `options` are the reader's own."""
+    """The model in a file, headers only; the format by content, then by extension. `options` are the reader's own.
+    Raises Error, CorruptFile also for whatever the system refuses."""
+    with readable(path):
+        return plugins.read(plugins.detect(path), path, options or {})
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """For reading the file at `path`: errors in the block name it, and the system's (a name that is too long, a folder
+    that may not be entered) are CorruptFile."""
     try:
-        format = plugins.detect(path)
-        return plugins.read(format, path, options or {})
+        yield
     except Error as error:
         error.path = error.path or path
         raise
+    except OSError as error:
+        where = Path(error.filename) if isinstance(error.filename, str) else path
+        raise CorruptFile(f"cannot be read: {error.strerror or error}", path=where) from error
 
 
 def select(model: Model, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Model:
@@ -101,6 +113,7 @@ def select(model: Model, only: Sequence[str] = (), skip: Sequence[str] = ()) -> 
     return replace(model, tensors=tensors, losses=losses)
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def plan(
     model: Model,
     targets: Sequence[Target],
@@ -138,6 +151,9 @@ def plan(
         except Error as error:
             error.path = error.path or target.path
             raise
+        except OSError as error:
+            about = "" if error.filename in (None, str(target.path)) else f" ({error.filename})"
+            raise UsageError(f"cannot be written: {error.strerror or error}{about}", path=target.path) from error
     _refuse_clashes(model, planned)
     return planned
 
@@ -162,6 +178,7 @@ def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
     return model
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def run(
     planned: Sequence[PlannedOutput],
     progress: Progress | None = None,
@@ -237,6 +254,7 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
                 check(output, places[index])
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
     """With `number` 0 begins the folders among the outputs; from 1 on writes that one of their shards, in a folder that
     was begun. `run` with `resume` goes on from there. How many shards there are. Raises UsageError as `run`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -116,6 +116,7 @@ def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None) -> Ten
     )
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def accuracy(model: Model) -> tuple[Accuracy, ...]:
     """Of each tensor that `quantize_model` has quantized: what was measured whenever codes were read; what was never
     read is read for it now."""
@@ -338,6 +339,6 @@ def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(count, initializer=partial(np.seterr, all="ignore")) as pool:  # as in this thread
         for _ in pool.map(function, items):
             pass

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from converters import plugins
-from converters.errors import UsageError
-from converters.interfaces import RunPort
+from converters.errors import CorruptFile, UsageError
+from converters.interfaces import Runner, RunPort
+from converters.pipeline import readable
+from converters.storage import open_regular
 
 _MOST_INDEX = 10  # integers that are no codes are as a rule indices: small ones are valid everywhere
 
@@ -42,7 +45,7 @@ def compare_outputs(
     """Runs both models on `inputs` (by the first one's names; random where there are none) and compares their outputs,
     those of one name, or else of one position. Raises UsageError where the inputs do not fit, MissingDependency where a
     runtime is not installed, Unsupported where it does not run a model."""
-    runners = [plugins.runner(plugins.detect(path), path) for path in (first, second)]
+    runners = [_runner(path) for path in (first, second)]
     given = dict(inputs or {})
     unknown = set(given) - {port.name for port in runners[0].inputs}
     if unknown:
@@ -61,6 +64,28 @@ def compare_outputs(
         _difference(runners[0].outputs[position], results[0][runners[0].outputs[position].name], results[1][other.name])
         for position, other in outputs
     ]
+
+
+def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file by their names. Raises CorruptFile."""
+    try:
+        with open_regular(path) as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            arrays = {name: loaded[name] for name in loaded.files} if isinstance(loaded, NpzFile) else {}
+    except Exception as error:  # those of ZIP, of deflate, of struct, of memory, and whatever else NumPy has
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise CorruptFile(f"cannot be read as arrays by name (.npz): {reason}", path=path) from error
+    for name, value in arrays.items():
+        if not isinstance(value, np.ndarray):
+            raise CorruptFile(f"holds '{name}', which is no array of NumPy", path=path)
+    if not arrays:
+        raise CorruptFile("holds no arrays by name: np.savez writes such files", path=path)
+    return arrays
+
+
+def _runner(path: Path) -> Runner:
+    with readable(path):
+        return plugins.runner(plugins.detect(path), path)
 
 
 def _paired(

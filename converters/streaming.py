@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def _computed_ahead(tensors: Iterable[tuple[int, Tensor]], nbytes: int) -> Itera
     ahead: deque[tuple[int, Tensor, Future[NDArray[np.uint8]]]] = deque()
     memory = [np.empty(0, np.uint8)] * (count + 2)  # for those ahead, and the one that was asked for last
     parts = ((number, part) for number, tensor in tensors for part in tensor.cut(nbytes))
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(count, initializer=partial(np.seterr, all="ignore")) as pool:  # numbers may be anything
         try:
             for turn, (number, part) in enumerate(parts):
                 at = turn % len(memory)

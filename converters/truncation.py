@@ -13,12 +13,15 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+import time
 
 from converters.errors import ChangedFile, ExitCode
 from converters.output.private_folder import remove_all
 from converters.storage import truncated_file
 
 _STDERR = 2
+_first = threading.Lock()
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
@@ -30,12 +33,15 @@ def end_at_truncated_inputs(*, quiet: bool = False) -> None:
 
 
 def _end(*, quiet: bool) -> None:
+    while not _first.acquire(blocking=False):
+        time.sleep(1)  # another thread has read it as well, and is about to end the process
     code = int(ExitCode.BUG)
     try:
         file = truncated_file()
         if file is None:  # a disk that cannot be read, e.g.: the instruction is tried again, and the system ends it
             _libc().signal(signal.SIGBUS, None)
             code = 0
+            _first.release()
             return
         code = int(ExitCode.CHANGED)
         remove_all()

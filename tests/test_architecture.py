@@ -164,8 +164,10 @@ FILES_OF_OURS = frozenset(
     (
         "converters/batches/jobs.py",
         "converters/batches/run.py",
+        "converters/cli/streams.py",
         "converters/reports/page.py",
         "formats/cheader/render.py",
+        "formats/onnx/validation.py",
         "formats/tflite/lowering/documentation.py",
     )
 )

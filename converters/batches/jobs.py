@@ -16,8 +16,10 @@ from converters.batches.records import Failure, Output, Record
 from converters.batches.remote import RemoteSource
 from converters.batches.sources import bytes_of, digest_of
 from converters.dequantize import FLOAT_DTYPES
-from converters.errors import ChangedFile, Error, ExitCode, UsageError, printable
+from converters.errors import ChangedFile, Error, ExitCode, UsageError
 from converters.interfaces import OutputFile
+from converters.pipeline import readable
+from converters.urls import without_secrets
 from converters.version import __version__
 
 #: Parts of a job that are no shards.
@@ -39,8 +41,8 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, formats: Sequence[str]) -> str:
-        """All of it on one line; equal for equal requests."""
-        options = ",".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        """All of it on one line; equal for equal requests, whatever the secrets in URLs are."""
+        options = ",".join(f"{key}={without_secrets(str(value))}" for key, value in sorted(self.options.items()))
         return (
             f"to={','.join(formats)} dequantize={self.dequantize} quantize={self.quantize} only={list(self.only)} "
             f"skip={list(self.skip)} verify={self.verify} fail_on_loss={self.fail_on_loss} options=[{options}]"
@@ -72,7 +74,7 @@ class Job:
     @property
     def shown(self) -> str:
         """The model as messages name it."""
-        return str(self.source) if self.remote is None else self.remote.url
+        return str(self.source) if self.remote is None else without_secrets(self.remote.url)
 
     @property
     def nbytes(self) -> int | None:
@@ -104,8 +106,9 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
             shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
         else:
             with _at_hand(job) as local:
-                nbytes = bytes_of(local.source)
-                digest = job.digest or digest_of(local.source)
+                with readable(local.source):
+                    nbytes = bytes_of(local.source)
+                    digest = job.digest or digest_of(local.source)
                 done = _converted(local, dry_run=dry_run)
                 written = tuple(_outputs(local, done, dry_run=dry_run))
                 if job.destination and not dry_run:
@@ -116,10 +119,10 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     except MemoryError:
         failure = Failure(int(ExitCode.UNREADABLE), f"{job.shown}: takes more memory than is allowed", transient=True)
     except OSError as error:
-        failure = Failure(int(ExitCode.USAGE), printable(f"{job.shown}: {error.strerror or error}"), transient=True)
+        failure = Failure(int(ExitCode.USAGE), f"{job.shown}: {error.strerror or error}", transient=True)
     except Exception as error:  # one model's bug is its own result, as it would be the exit code 1 of its own process
         text = f"{job.shown}: a bug of nibblecast: {type(error).__name__}: {error}"
-        failure = Failure(int(ExitCode.BUG), printable(text))
+        failure = Failure(int(ExitCode.BUG), text)
     losses = () if done is None else done.losses
     return Record(
         source=job.name,
@@ -127,7 +130,9 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
         request=job.text,
         source_bytes=nbytes,
         outputs=outputs,
-        losses=tuple({"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in losses),
+        losses=tuple(
+            {"tensor": loss.tensor, "kind": loss.kind, "detail": without_secrets(loss.detail)} for loss in losses
+        ),
         verified=None if done is None else _verified(job, done),
         seconds=round(time.perf_counter() - began, 3),
         peak_memory=_peak(),

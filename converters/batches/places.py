@@ -17,6 +17,7 @@ from converters.batches.scratch import scratch_folder
 from converters.errors import Error, UsageError
 from converters.output.creation import lock
 from converters.output.private_folder import remove_left_behind, temporary_folders
+from converters.urls import without_credentials
 
 _LOCK = ".nibblecast-lock"
 _PUT_SECONDS = 30
@@ -107,7 +108,7 @@ class RemoteFolder:
 
     @property
     def folder(self) -> Path:
-        return Path(self.url.partition("://")[2].strip("/"))
+        return Path(without_credentials(self.url).partition("://")[2].strip("/"))
 
     @contextmanager
     def held(self) -> Iterator[Path]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from converters.errors import line
 from converters.output.atomic import atomic_outputs
 from converters.output.creation import open_beside_others
 from converters.storage import read_regular
 
 REPORT = "nibblecast-report.jsonl"
+
+_MOST_OF_FAILURE = 3_000
+_MOST = 1 << 63  # of numbers; in reports of ours none comes near it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,11 @@ class Failure:
     exit_code: int
     message: str
     transient: bool = False
+
+    def __post_init__(self) -> None:
+        """Whoever says what went wrong (a library, a process that ended), the report has it on one line of limited
+        length, without what is secret in URLs."""
+        object.__setattr__(self, "message", line(self.message, _MOST_OF_FAILURE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +89,68 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def record_of(line: str) -> Record | None:
-    """The record of a line; None for one that is torn or of another making."""
+    """The record of a line; None for one that is torn or of another making: values of other types, or out of range."""
     try:
         document = json.loads(line)
-        del document["status"]
+        status = document.pop("status")
         failure = document.pop("failure")
-        outputs = tuple(Output(**output) for output in document.pop("outputs"))
-        losses = tuple(document.pop("losses"))
-        return Record(**document, outputs=outputs, losses=losses, failure=failure and Failure(**failure))
+        outputs = tuple(_made(Output, output) for output in _list(document.pop("outputs")))
+        losses = tuple(map(_texts, _list(document.pop("losses"))))
+        more = {"outputs": outputs, "losses": losses, "failure": None if failure is None else _made(Failure, failure)}
+        record: Record = _made(Record, document, more)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return record if status == ("done" if record.done else "failed") else None
+
+
+def _made(kind: Callable[..., Any], document: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Any:
+    """A dataclass of what JSON has. Raises ValueError for a value that `line` does not write there, KeyError for a name
+    that it does not."""
+    for name, value in document.items():
+        if not _SOUND[name](value):
+            raise ValueError(name)
+    return kind(**document, **(more or {}))
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError
+    return value
+
+
+def _texts(document: Any) -> Mapping[str, str]:
+    if not isinstance(document, dict) or not all(isinstance(value, str) for value in document.values()):
+        raise ValueError("losses")
+    return document
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST
+
+
+def _is_below_a_folder(value: Any) -> bool:
+    """Whether it is a path that a file can have, and leads nowhere else."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    os.fsencode(value)
+    path = PurePosixPath(value)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+#: What the values of fields must be, in all of the dataclasses.
+_SOUND: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("source", "sha256", "request", "nibblecast", "version", "message"), _is_text),
+    **dict.fromkeys(("source_bytes", "attempts", "bytes", "exit_code"), _is_count),
+    "path": _is_below_a_folder,
+    "peak_memory": lambda value: value is None or _is_count(value),
+    "seconds": lambda value: type(value) in (int, float) and 0 <= value < _MOST,
+    "transient": lambda value: isinstance(value, bool),
+    "verified": lambda value: value is None or isinstance(value, bool),
+}
 
 
 def read_report(path: Path) -> dict[str, Record]:

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from converters.errors import Error, MissingDependency, UsageError
+from converters.urls import without_secrets
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 #: What stores say of an object by which it can be told from another of the same name, the best first.
@@ -122,5 +123,5 @@ def _reached(url: str) -> Iterator[tuple[Any, str]]:
             f"{url} needs a package that is missing ({error}): pip install 'nibblecast[remote]'"
         ) from error
     except Exception as error:  # each store has its own kinds
-        refused = error if isinstance(error, OSError) else OSError(str(error))
-        raise UsageError(f"{url} cannot be reached: {str(error) or type(error).__name__}") from refused
+        refused = OSError(without_secrets(str(error)))  # a traceback shows it
+        raise UsageError(f"{without_secrets(url)} cannot be reached: {str(error) or type(error).__name__}") from refused

@@ -16,6 +16,7 @@ from converters import plugins
 from converters.batches.remote import RemoteFile, RemoteSource, files_below, head_of, is_remote, joined
 from converters.errors import UsageError
 from converters.storage import open_regular
+from converters.urls import without_credentials
 
 _HEAD_BYTES = 64
 _ANYTHING = (".bin",)  # what is called so may as well be another model's weights
@@ -108,7 +109,7 @@ def _without_steps_up(path: Path) -> Path:
 
 
 def _listed_urls(urls: Sequence[str], given: str) -> list[Source]:
-    paths = {url: "/".join(part for part in url.split("/") if part) for url in sorted(urls)}
+    paths = {url: "/".join(part for part in without_credentials(url).split("/") if part) for url in sorted(urls)}
     common = os.path.commonpath([os.path.dirname(path) for path in paths.values()])  # noqa: PTH120 - of a URL
     found = []
     for url, path in paths.items():
@@ -145,7 +146,9 @@ def _below_url(url: str, files: Mapping[str, RemoteFile], without: str, every: b
     outer = [one for one in checkpoints if not any(one != other and _is_in(one, other) for other in checkpoints)]
     for folder in outer:
         own = {name.removeprefix(folder).removeprefix("/"): files[name] for name in names if _is_in(name, folder)}
-        yield _remote_source(joined(url, folder).rstrip("/"), folder or url.rstrip("/").rpartition("/")[2], own)
+        yield _remote_source(
+            joined(url, folder).rstrip("/"), folder or without_credentials(url).rstrip("/").rpartition("/")[2], own
+        )
     for name in names:
         if any(_is_in(name, folder) for folder in outer):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from converters.batches.remote import RemoteSource, fetch, files_below, is_file,
 from converters.batches.scratch import scratch_folder
 from converters.errors import Error, MissingFile
 from converters.interfaces import OutputFile
+from converters.urls import without_credentials, without_secrets
 
 
 @contextmanager
@@ -26,14 +28,15 @@ def brought_here(job: Job) -> Iterator[Job]:
             targets = tuple((format, folder / target.relative_to(job.folder)) for format, target in job.targets)
             local = replace(local, folder=folder, targets=targets)
         if job.remote is not None:
-            local = replace(local, source=scratch / "in" / PurePosixPath(job.remote.url).name)
+            local = replace(local, source=scratch / "in" / PurePosixPath(without_credentials(job.remote.url)).name)
         try:
             if job.remote is not None:
                 _fetch(job.remote, local.source)
             yield local
         except Error as error:
-            text = str(error).replace(str(scratch / "out"), job.destination.rstrip("/"))
-            text = text.replace(str(scratch / "in"), job.shown.rpartition("/")[0])
+            text = str(error).replace(str(scratch / "out"), without_secrets(job.destination.rstrip("/")))
+            if job.remote is not None:
+                text = text.replace(str(scratch / "in"), without_credentials(job.remote.url).rpartition("/")[0])
             error.message, error.path, error.tensor = text, None, None
             raise
 
@@ -46,7 +49,7 @@ def _fetch(remote: RemoteSource, path: Path) -> None:
                 fetch(joined(remote.url, name), path / name)
         return
     fetch(remote.url, path)
-    above = remote.url.rpartition("/")[0]
+    above = re.split(r"[?#]", remote.url, maxsplit=1)[0].rpartition("/")[0]  # a signature is for one file
     while (missing := _missing_beside(path)) is not None:
         url = joined(above, PurePosixPath(missing.relative_to(path.parent)))
         if not is_file(url):

@@ -1,78 +1,50 @@
-"""The command line: one file per sub-command. What goes wrong becomes one line on stderr and an exit code."""
+"""The command line. What goes wrong becomes one line on stderr and an exit code.
 
-from __future__ import annotations
+This module imports next to nothing: Python and NumPy take half a second to import the rest, and an interruption in that
+time is to end the program as one at any later time does.
+"""
 
+import os
 import signal
 import sys
-import warnings
-from types import FrameType
-from typing import Annotated
+from contextlib import suppress
 
-import typer
+TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to import than all else here
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
 
-from converters.allocator import keep_freed_memory
-from converters.cli import batch, convert, formats, inspect, report, verify
-from converters.cli.arguments import with_default_dequantize
-from converters.errors import Error, ExitCode, printable
-from converters.truncation import end_at_truncated_inputs
-from converters.version import __version__
-
-app = typer.Typer(
-    name="nibblecast",
-    no_args_is_help=True,
-    invoke_without_command=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(convert.convert)
-app.command()(inspect.inspect)
-app.command()(verify.verify)
-app.command()(batch.batch)
-app.command()(report.report)
-app.command()(formats.formats)
-
-
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    """Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code."""
-    if version:
-        print(f"nibblecast {__version__}")
-        raise typer.Exit
+INTERRUPTED = "interrupted: nothing was left half written"
 
 
 def main() -> None:
     """Runs the command line on `sys.argv` and exits."""
-    signal.signal(signal.SIGTERM, _terminated)
-    keep_freed_memory()
-    end_at_truncated_inputs()
-    warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
-    try:
-        app(args=with_default_dequantize(sys.argv[1:]))
-    except Error as error:
-        _complain(str(error))
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("interrupted: nothing was left half written")
-        sys.exit(128 + signal.SIGINT)
-    except MemoryError:
-        _complain("out of memory: nothing was left half written")
-        sys.exit(ExitCode.UNREADABLE)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
-        sys.exit(ExitCode.DONE)
+    _end_at_once_when_told()
+    from converters.cli.commands import run
+
+    sys.exit(run(sys.argv[1:]))
 
 
-def _terminated(_signal: int, _frame: FrameType | None) -> None:
-    """Ends by an exception, so that temporary files are removed on the way out."""
-    sys.exit(128 + signal.SIGTERM)
+def _end_at_once_when_told() -> None:
+    """Until everything is imported. An exception would not do: it may come where Python can only print it (in what an
+    import runs when a lock is let go), or where a library takes it for a missing package. Signals that whoever started
+    the program has it ignore stay ignored."""
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) == default:
+            signal.signal(number, _end_at_once)
 
 
-def _one_line_warning(message: Warning | str, *_: object) -> None:
-    _complain(f"warning: {message}")
+def _end_at_once(number: int, _: "FrameType | None") -> None:
+    if number == signal.SIGINT:
+        with suppress(OSError):  # nobody may be there to be told
+            os.write(2, f"nibblecast: {INTERRUPTED}\n".encode())
+    os._exit(128 + number)
 
 
-def _complain(text: str) -> None:
-    print(f"nibblecast: {printable(text)}", file=sys.stderr)
+def __getattr__(name: str) -> "Any":
+    """`app`, the commands as Typer has them."""
+    if name != "app":
+        raise AttributeError(f"module 'converters.cli' has no attribute '{name}'")
+    from converters.cli.commands import app
+
+    return app

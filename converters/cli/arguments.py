@@ -6,21 +6,29 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from converters.dequantize import FLOAT_DTYPES
-from converters.errors import UsageError
+from converters.errors import MOST_OF_MESSAGE, MOST_OF_NAME, UsageError, line
 from converters.interfaces import Progress
+from converters.ir import Loss
 from converters.sizes import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
-Source = Annotated[Path, typer.Argument(help="The model file to read.", show_default=False)]
+
+def path(text: str) -> str:
+    """A path as it is given, for Typer's `parser`. A `Path` would be checked by Typer, with a box of lines for what the
+    system refuses, and would take "" for the current folder. `converters.api` checks it, with one line."""
+    return text
+
+
+Source = Annotated[str, typer.Argument(help="The model file to read.", show_default=False, parser=path)]
 ReaderOptions = Annotated[list[str] | None, typer.Option("--opt", help="key=value: an option of the reader.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
@@ -62,10 +70,24 @@ def human_bytes(count: int | None) -> str:
     return "size known when written" if count is None else bytes_text(count)
 
 
+def shown_loss(loss: Loss) -> str:
+    """A loss on one line: its tensor's name shortened by itself, so that what was lost is always there."""
+    return f"{line(loss.tensor) or 'the model'}: {loss.kind}: {line(loss.detail, MOST_OF_MESSAGE)}"
+
+
 def print_json(document: Any) -> None:
     """One JSON document on stdout; numbers that JSON lacks (NaN) would be refused."""
     json.dump(document, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def cell(text: str, most: int = MOST_OF_NAME) -> Text:
+    """What a table shows of a text: one line of limited length. Characters that the output's encoding lacks become
+    escapes before widths are counted."""
+    from rich.text import Text
+
+    encoding = sys.stdout.encoding or "utf-8"
+    return Text(line(text, most).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def table_console() -> Console:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, Quiet, float_dtype, human_bytes, key_values, print_json, table_console
-from converters.errors import ExitCode, printable
+from converters.cli.arguments import Json, Quiet, cell, float_dtype, human_bytes, key_values, print_json, table_console
+from converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, ExitCode, line
 from converters.options import parse_size
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _progress(*, quiet: bool) -> Iterator[tuple[OnResult | None, OnRunning | Non
                 live.console.print(_line(record), markup=False, highlight=False)
 
         def on_running(names: Sequence[str]) -> None:
-            lines = (Text(f"  {printable(name)}", overflow="ellipsis", no_wrap=True) for name in names)
+            lines = (Text(f"  {line(name)}", overflow="ellipsis", no_wrap=True) for name in names)
             live.update(Group(bar, *lines))
 
         yield on_result, on_running
@@ -156,14 +156,13 @@ def _log() -> Iterator[tuple[OnResult, OnRunning]]:
 
 def _line(record: Record) -> str:
     if record.failure is not None:
-        return printable(f"failed: {record.failure.message}")
+        return f"failed: {line(record.failure.message, MOST_OF_MESSAGE)}"
     nbytes = human_bytes(sum(output.bytes for output in record.outputs))
-    return printable(f"done: {record.source} ({nbytes}, {record.seconds:.1f} s)")
+    return f"done: {line(record.source, MOST_OF_PATH)} ({nbytes}, {record.seconds:.1f} s)"
 
 
 def _print(result: BatchResult, *, dry_run: bool) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     if result.failed:
         table = Table(box=None, pad_edge=False)
@@ -171,8 +170,8 @@ def _print(result: BatchResult, *, dry_run: bool) -> None:
             table.add_column(column, overflow="fold", justify="right" if column == "exit code" else "left")
         for record in result.failed[:_SHOWN_FAILURES]:
             if record.failure is not None:
-                row = record.source, str(record.failure.exit_code), record.failure.message
-                table.add_row(*(Text(printable(text)) for text in row))
+                code, why = str(record.failure.exit_code), record.failure.message
+                table.add_row(cell(record.source), cell(code), cell(why, MOST_OF_MESSAGE))
         table_console().print(table)
     if len(result.failed) > _SHOWN_FAILURES:
         print(f"and {len(result.failed) - _SHOWN_FAILURES} more: the report lists all")

@@ -16,14 +16,17 @@ from converters.cli.arguments import (
     Json,
     Quiet,
     Source,
+    cell,
     float_dtype,
     human_bytes,
     key_values,
+    path,
     print_json,
     progress_bar,
+    shown_loss,
     table_console,
 )
-from converters.errors import printable
+from converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, line
 from converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
@@ -35,7 +38,9 @@ _SHOWN_TENSORS = 10
 
 def convert(
     source: Source,
-    targets: Annotated[list[Path], typer.Argument(help="The files or folders to write; each suffix picks a format.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="The files or folders to write; each suffix picks a format.", parser=path)
+    ],
     to: Annotated[str | None, typer.Option(help="The format to write, when the suffix does not tell.")] = None,
     dequantize: Annotated[
         str | None, typer.Option(help="Turn codes into plain float32 (the default), float16 or bfloat16.")
@@ -86,27 +91,28 @@ def _options(given: Sequence[str], budget: str | None) -> dict[str, str]:
 
 
 def _print(conversion: api.Conversion, dry_run: bool) -> None:
-    for path, files in _by_output(conversion).items():
+    for output, files in _by_output(conversion).items():
         verb, nbytes = "would write" if dry_run else "wrote", [file.nbytes for file in files]
         size = human_bytes(None if None in nbytes else sum(each or 0 for each in nbytes))
         count = f"{len(files)} files, " if files[0].folder is not None else ""
-        print(f"{verb} {printable(str(path))} ({count}{size})")
-    for path, comparison in conversion.verified.items():
+        print(f"{verb} {line(str(output), MOST_OF_PATH)} ({count}{size})")
+    for target, comparison in conversion.verified.items():
+        shown = line(str(target), MOST_OF_PATH)
         if comparison is None:
-            print(f"not verified: {printable(str(path))} (its format has no reader)")
+            print(f"not verified: {shown} (its format has no reader)")
         else:
             print(
-                f"verified {printable(str(path))}: {comparison.tensors} tensors, {comparison.elements} elements, "
+                f"verified {shown}: {comparison.tensors} tensors, {comparison.elements} elements, "
                 f"{comparison.quantized} of the tensors code for code"
             )
     if conversion.quantized:
         _print_accuracy(conversion.quantized)
-    for line in conversion.report:
-        print(printable(line))
+    for text in conversion.report:
+        print(line(text, MOST_OF_MESSAGE))
     for note in conversion.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {line(note, MOST_OF_MESSAGE)}", file=sys.stderr)
     for loss in conversion.losses[:_SHOWN_LOSSES]:
-        print(f"lost: {printable(str(loss))}", file=sys.stderr)
+        print(f"lost: {shown_loss(loss)}", file=sys.stderr)
     if len(conversion.losses) > _SHOWN_LOSSES:
         print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
 
@@ -122,7 +128,6 @@ def _by_output(conversion: api.Conversion) -> dict[Path, list[OutputFile]]:
 def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     """The tensors with the lowest signal-to-noise ratio, and all of them together."""
     from rich.table import Table
-    from rich.text import Text
 
     from converters.accuracy import Accuracy
 
@@ -135,7 +140,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     total = replace(Accuracy.total(quantized), tensor=f"all {len(quantized)} tensors")
     for each in (*worst, total) if len(quantized) > 1 else worst:
         figures = f"{each.max_error:.3g}", f"{each.mean_square_error:.3g}", f"{each.signal_to_noise:.1f} dB"
-        table.add_row(Text(printable(each.tensor)), each.kind, *figures)
+        table.add_row(*map(cell, (each.tensor, each.kind, *figures)))
     table_console().print(table)
     if len(quantized) > len(worst):
         print(f"{len(worst)} of {len(quantized)} tensors, the worst first; --json lists all")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from converters import plugins
-from converters.cli.arguments import Json, print_json, table_console
+from converters.cli.arguments import Json, cell, print_json, table_console
+from converters.errors import MOST_OF_MESSAGE, line
 from converters.options import describe
 
 
@@ -44,33 +45,29 @@ def _document(format: plugins.Format, *, with_options: bool) -> dict[str, Any]:
 
 def _print_all(documents: list[dict[str, Any]]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("format", "extensions", "reads", "writes", "what it is"):
         table.add_column(column)
     for d in documents:
         reads, writes = ("yes" if d[verb] else "-" for verb in ("reads", "writes"))
-        table.add_row(d["name"], " ".join(d["extensions"]), reads, writes, Text(d["description"]))
+        cells = d["name"], " ".join(d["extensions"]), reads, writes, d["description"]
+        table.add_row(*(cell(text, MOST_OF_MESSAGE) for text in cells))
     table_console().print(table)
 
 
 def _print_one(document: dict[str, Any]) -> None:
     from rich.table import Table
-    from rich.text import Text
 
-    console = table_console()
     verbs = " and ".join(verb for verb, does in (("read", document["reads"]), ("written", document["writes"])) if does)
-    console.print(Text(f"{document['name']}: {document['description']}"))
-    console.print(
-        Text(f"extensions {' '.join(document['extensions']) or 'none'}; can be {verbs or 'neither read nor written'}")
-    )
+    print(line(f"{document['name']}: {document['description']}", MOST_OF_MESSAGE))
+    print(f"extensions {' '.join(document['extensions']) or 'none'}; can be {verbs or 'neither read nor written'}")
     if not document.get("options"):
-        console.print("no options of its own")
+        print("no options of its own")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("--opt", "values", "default", "what it does"):
         table.add_column(column, overflow="fold")
     for option in document["options"]:
-        table.add_row(option["name"], option["values"], option["default"], Text(option["help"]))
-    console.print(table)
+        table.add_row(*(cell(option[key], MOST_OF_MESSAGE) for key in ("name", "values", "default", "help")))
+    table_console().print(table)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from converters import api
-from converters.cli.arguments import Json, ReaderOptions, Source, human_bytes, key_values, print_json, table_console
-from converters.errors import printable
+from converters.cli.arguments import (
+    Json,
+    ReaderOptions,
+    Source,
+    cell,
+    human_bytes,
+    key_values,
+    print_json,
+    shown_loss,
+    table_console,
+)
+from converters.errors import line
 from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
 from converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
 
@@ -43,7 +53,6 @@ def _consumers(tensor: Tensor) -> str:
 
 def _print(model: Model) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     console = table_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -57,20 +66,21 @@ def _print(model: Model) -> None:
     table.add_column("used by", overflow="fold")
     for name, tensor in model.items():
         quantization = tensor.quantization
-        table.add_row(
-            Text(printable(name)),
+        cells = (
+            name,
             "×".join(map(str, tensor.shape)) or "scalar",
-            printable(dtype_name(tensor.dtype)),
+            dtype_name(tensor.dtype),
             tensor.granularity,
             _zero_points(quantization),
             f"{bits_per_weight(tensor):.2f}",
             str(stored_bytes(tensor)),
-            Text(printable(_consumers(tensor))),
+            _consumers(tensor),
         )
+        table.add_row(*map(cell, cells))
     if model.tensors:
         console.print(table)
-    for line in _summary(model):
-        console.print(Text(line))
+    for text in _summary(model):
+        print(text)
 
 
 def _summary(model: Model) -> list[str]:
@@ -81,7 +91,7 @@ def _summary(model: Model) -> list[str]:
         lines = [
             f"{len(model)} tensors, {quantized} quantized, {sum(t.size for t in model.values())} elements, "
             f"{human_bytes(model_bytes(model))}; format {model.metadata.format}"
-            + (f", made by {printable(model.metadata.producer)}" if model.metadata.producer else "")
+            + (f", made by {line(model.metadata.producer)}" if model.metadata.producer else "")
         ]
         if quantized:
             lines.append(
@@ -90,24 +100,24 @@ def _summary(model: Model) -> list[str]:
     lines += _graph_lines(model.metadata)
     if model.metadata.operators:
         counts = sorted(model.metadata.operators.items(), key=lambda item: (-item[1], item[0]))
-        lines.append("operators: " + ", ".join(f"{printable(name)} {count}" for name, count in counts))
-    return lines + [f"note: {printable(str(loss))}" for loss in model.losses]
+        lines.append("operators: " + ", ".join(f"{line(name)} {count}" for name, count in counts))
+    return lines + [f"note: {shown_loss(loss)}" for loss in model.losses]
 
 
 def _graph_lines(metadata: Metadata) -> list[str]:
     lines = []
     for what, ports in (("inputs", metadata.inputs), ("outputs", metadata.outputs)):
         if ports:
-            lines.append(f"{what}: " + ", ".join(printable(_port(port)) for port in ports))
+            lines.append(f"{what}: " + ", ".join(map(_port, ports)))
     if metadata.opsets:
-        sets = [f"{printable(domain) or 'ai.onnx'} {version}" for domain, version in metadata.opsets.items()]
+        sets = [f"{line(domain) or 'ai.onnx'} {version}" for domain, version in metadata.opsets.items()]
         lines.append("operator sets: " + ", ".join(sets))
     return lines
 
 
 def _port(port: Port) -> str:
     shape = "?" if port.shape is None else "×".join(str(size) or "?" for size in port.shape) or "scalar"
-    return f"{port.name} {port.dtype or 'no tensor'} {shape}"
+    return f"{line(port.name)} {port.dtype or 'no tensor'} {line(shape)}"
 
 
 def _port_document(port: Port) -> dict[str, Any]:

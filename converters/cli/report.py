@@ -8,19 +8,21 @@ from typing import Annotated
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, Quiet, ReaderOptions, human_bytes, key_values, print_json, progress_bar
-from converters.errors import UsageError, printable
+from converters.cli.arguments import Json, Quiet, ReaderOptions, human_bytes, key_values, path, print_json, progress_bar
+from converters.errors import MOST_OF_PATH, UsageError, line
 
 
 def report(
     source: Annotated[
-        Path, typer.Argument(help="A model; or a batch: its target folder or its report.", show_default=False)
+        str,
+        typer.Argument(help="A model; or a batch: its target folder or its report.", show_default=False, parser=path),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file to write.", show_default=False)
+        str | None, typer.Option("--output", "-o", help="The HTML file to write.", show_default=False, parser=path)
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="A model with the floats that the codes stand for.", show_default=False)
+        str | None,
+        typer.Option(help="A model with the floats that the codes stand for.", show_default=False, parser=path),
     ] = None,
     title: Annotated[str | None, typer.Option(help="The page's title; the source's name without it.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
@@ -49,4 +51,4 @@ def report(
     if json:
         print_json(made.document())
     elif output is not None and not quiet:
-        print(f"{printable(str(output))} ({human_bytes(output.stat().st_size)})")
+        print(f"{line(output, MOST_OF_PATH)} ({human_bytes(Path(output).stat().st_size)})")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from converters import api
-from converters.cli.arguments import Json, ReaderOptions, key_values, print_json, progress_bar, table_console
+from converters.cli.arguments import (
+    Json,
+    ReaderOptions,
+    cell,
+    key_values,
+    path,
+    print_json,
+    progress_bar,
+    table_console,
+)
 from converters.comparison import Comparison
-from converters.errors import ExitCode, printable
+from converters.errors import ExitCode, line
 from converters.running import OutputDifference
 
 _SHOWN = 50
@@ -18,11 +26,12 @@ _FEW_STEPS = 3  # how far LiteRT's own kernels are from each other
 
 
 def verify(
-    a: Annotated[Path, typer.Argument(help="A model file.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="The model file to compare it with.", show_default=False)],
+    a: Annotated[str, typer.Argument(help="A model file.", show_default=False, parser=path)],
+    b: Annotated[str, typer.Argument(help="The model file to compare it with.", show_default=False, parser=path)],
     run: Annotated[bool, typer.Option("--run", help="Run both, and compare what they compute.")] = False,
     given: Annotated[
-        Path | None, typer.Option("--input", help="For --run: an .npz of inputs by their names; random without it.")
+        str | None,
+        typer.Option("--input", help="For --run: an .npz of inputs by their names; random without it.", parser=path),
     ] = None,
     seed: Annotated[int, typer.Option(help="For --run: of the random inputs.")] = 0,
     tolerance: Annotated[
@@ -45,7 +54,7 @@ def verify(
         raise typer.Exit(ExitCode.VERIFICATION_FAILED)
 
 
-def _compare_outputs(a: Path, b: Path, given: Path | None, seed: int, tolerance: float, json: bool) -> None:
+def _compare_outputs(a: str, b: str, given: str | None, seed: int, tolerance: float, json: bool) -> None:
     outputs = api.compare_outputs(a, b, inputs=given, seed=seed)
     bad = [output for output in outputs if not _is_near(output, tolerance)]
     if json:
@@ -55,7 +64,7 @@ def _compare_outputs(a: Path, b: Path, given: Path | None, seed: int, tolerance:
             steps = "" if output.steps is None else f", {output.steps:g} quantization steps"
             verdict = "  <- too far" if output in bad else ""
             print(
-                f"{printable(output.name)}: apart by {output.largest:.3g} at most{steps}, by {output.mean:.3g} on "
+                f"{line(output.name)}: apart by {output.largest:.3g} at most{steps}, by {output.mean:.3g} on "
                 f"average; the largest value is {output.scale_of_values:.3g}{verdict}"
             )
     if bad:
@@ -86,24 +95,18 @@ def _print(comparison: Comparison) -> None:
         )
         return
     from rich.table import Table
-    from rich.text import Text
 
     console = table_console()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("tensor", "what differs", "places", "the first ones"):
         table.add_column(column, overflow="fold")
     for difference in comparison.differences[:_SHOWN]:
-        table.add_row(
-            Text(printable(difference.tensor)),
-            difference.kind,
-            str(difference.count or ""),
-            Text(printable(difference.detail)),
-        )
+        table.add_row(*map(cell, (difference.tensor, difference.kind, str(difference.count or ""), difference.detail)))
     console.print(table)
     more = len(comparison.differences) - _SHOWN
     if more > 0:
-        console.print(f"… and {more} more; --json lists all")
-    console.print(f"different: {len(comparison.differences)} differences in {comparison.tensors} common tensors")
+        print(f"… and {more} more; --json lists all")
+    print(f"different: {len(comparison.differences)} differences in {comparison.tensors} common tensors")
 
 
 def _print_json(comparison: Comparison) -> None:

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -79,33 +78,14 @@ def report_of(source: Path) -> Path | None:
 
 
 def batch_statistics(report: Path) -> BatchStatistics:
-    """The numbers of a report. Raises CorruptFile where it has no whole record, or one that `batch` cannot have
-    written."""
+    """The numbers of a report. Raises CorruptFile where it has no whole record, OSError where it cannot be read. Lines
+    that `batch` cannot have written are passed over, as torn ones are."""
     if not report.is_file():
         raise CorruptFile("is no file" if report.exists() else "does not exist", path=report)
+    report.open("rb").close()  # else one that cannot be read would be one without records
     records = read_report(report)
     if not records:
         raise CorruptFile("holds no record of a batch: `nibblecast batch` writes such reports", path=report)
-    for record in records.values():
-        if not _is_sound(record):
-            raise CorruptFile(f"the record of {record.source} has values of another kind than expected", path=report)
     ordered = sorted(records.values(), key=lambda r: (r.done, r.failure.exit_code if r.failure else 0, r.source))
     is_usual = report.name == REPORT
     return BatchStatistics(report.absolute().parent.name if is_usual else report.name, tuple(ordered))
-
-
-def _is_sound(record: Record) -> bool:
-    """Whether the values are of the types that they are declared to have, and numbers not negative."""
-    numbers: list[object] = [record.attempts, *(output.bytes for output in record.outputs)]
-    numbers += [] if record.peak_memory is None else [record.peak_memory]
-    texts: list[object] = [record.source, record.nibblecast]
-    if record.failure is not None:
-        numbers.append(record.failure.exit_code)
-        texts.append(record.failure.message)
-    return (
-        all(isinstance(value, int) and value >= 0 for value in numbers)
-        and all(isinstance(value, str) for value in texts)
-        and all(isinstance(loss, Mapping) for loss in record.losses)
-        and isinstance(record.seconds, int | float)
-        and 0 <= record.seconds < inf
-    )

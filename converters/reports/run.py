@@ -43,6 +43,15 @@ class Report:
         return render(batch_page(found, title) if isinstance(found, BatchStatistics) else model_page(found, title))
 
 
+def _write(page: str, target: Path) -> None:
+    """Raises UsageError where the system refuses (a full disk, say)."""
+    try:
+        with atomic_outputs([target]) as staged:
+            staged.streams[0].write(page.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror or error}", path=target) from error
+
+
 def make_report(
     source: Path,
     target: Path | None,
@@ -57,11 +66,13 @@ def make_report(
     """The report of `source`, written to `target` if there is one; `options` are those of the readers, by file."""
     if target is not None and target.suffix.lower() not in _SUFFIXES:
         raise UsageError("a report is HTML: give it a name that ends in .html", path=target)
-    lines = report_of(source)
+    with pipeline.readable(source):
+        lines = report_of(source)
     if lines is not None:
         if reference is not None or only or skip or options.get(source):
             raise UsageError("a batch's report takes no --reference, --only, --skip or --opt", path=source)
-        report = Report(batch_statistics(lines))
+        with pipeline.readable(lines):
+            report = Report(batch_statistics(lines))
     else:
         model = pipeline.read(source, options.get(source))
         compared = None if reference is None else pipeline.read(reference, options.get(reference))
@@ -71,7 +82,5 @@ def make_report(
                     pipeline.refuse_input(each, target)
         report = Report(measure(pipeline.select(model, only, skip), compared, progress))
     if target is not None:
-        page = report.html(title)
-        with atomic_outputs([target]) as staged:
-            staged.streams[0].write(page.encode())
+        _write(report.html(title), target)
     return report

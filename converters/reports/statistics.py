@@ -130,6 +130,7 @@ def layer_of(name: str) -> str:
     return name[:end] if end > 0 else name
 
 
+@np.errstate(all="ignore")  # numbers out of files may be anything
 def measure(model: Model, reference: Model | None = None, progress: Progress | None = None) -> ModelStatistics:
     """The numbers of `model`; `progress` is told of its bytes. `reference` has the floats that the codes stand for, by
     the same names. Raises UsageError where it has no tensor of the same name and shape."""

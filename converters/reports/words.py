@@ -5,13 +5,15 @@ from __future__ import annotations
 from math import isfinite
 
 from converters.errors import printable
+from converters.urls import without_secrets
 
 _LONGEST_NAME = 120
 
 
 def shown(text: str, longest: int = _LONGEST_NAME) -> str:
     """A name from a model or from a file system on one line: what cannot be printed, or would turn the direction of
-    writing, as escapes; the middle of a very long one left out."""
+    writing, as escapes; the middle of a very long one left out, and what is secret in URLs."""
+    text = without_secrets(text)
     line = printable(text if len(text) <= 2 * longest else text[:longest] + text[-longest:])
     return line if len(line) <= longest else f"{line[: longest // 2]} … {line[-longest // 2 :]}"
 

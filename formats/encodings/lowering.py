@@ -130,9 +130,12 @@ def elementwise(parameter: Tensor, dtype: np.dtype[Any], function: Callable[[NDA
     """What `function` makes of a parameter's elements: its integers, or its float32 values where it is quantized
     itself, in its shape."""
     values = flat(parameter)
-    return computed(
-        parameter.name, parameter.shape, dtype, lambda: function(values.codes()).astype(_stored(dtype)), values.data
-    )
+
+    @np.errstate(over="ignore", invalid="ignore")  # beyond a narrower dtype's range is infinity
+    def elements() -> NDArray[Any]:
+        return function(values.codes()).astype(_stored(dtype))
+
+    return computed(parameter.name, parameter.shape, dtype, elements, values.data)
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -195,7 +195,7 @@ def _with_biases(weight: Tensor) -> Tensor:
     def scales(scale: NDArray[Any]) -> NDArray[Any]:
         return rounded(scale.astype(np.float64))
 
-    @np.errstate(invalid="ignore")  # infinity times zero
+    @np.errstate(over="ignore", invalid="ignore")  # infinity times zero, and what is beyond float64
     def biases(
         scale: NDArray[Any], zero_point: NDArray[Any] | None = None, offset: NDArray[Any] | None = None
     ) -> NDArray[Any]:

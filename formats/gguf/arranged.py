@@ -162,6 +162,11 @@ def _fits(scale: _Floats, kind: Kind) -> NDArray[np.bool_]:
     return positive
 
 
+@np.errstate(over="ignore", invalid="ignore")  # signalling NaNs
+def _float32(values: _Floats) -> _Floats:
+    return values.astype(np.float32)
+
+
 def _equal(a: _Floats, b: _Floats) -> NDArray[np.bool_]:
     return np.asarray((a == b) | ((a != a) & (b != b)))
 
@@ -174,7 +179,8 @@ class _Source:
     quantization: Quantization
 
     def scale(self, first: int, last: int) -> _Floats:
-        return _values(self.quantization.scale, first, last).astype(np.float32)
+        """As float32; infinite where that is beyond its range."""
+        return _float32(_values(self.quantization.scale, first, last))
 
     def zero_point(self, first: int, last: int) -> _Floats:
         """As float64; zeros where there is none."""
@@ -186,7 +192,7 @@ class _Source:
         parameter = self.quantization.offset
         if parameter is None:
             return np.zeros(last - first, np.float32)
-        return _values(parameter, first, last).astype(np.float32)
+        return _float32(_values(parameter, first, last))
 
     def minimum(self, first: int, last: int) -> _Floats:
         """The value of the lowest code."""
@@ -238,7 +244,8 @@ class _Source:
         least, most = _CODES[kind.dtype]
         for piece in self.pieces():
             zero_point = self.zero_point(*piece)
-            if not ((zero_point >= highest - most) & (zero_point <= lowest - least) & (zero_point % 1 == 0)).all():
+            is_within = (zero_point >= highest - most) & (zero_point <= lowest - least)
+            if not is_within.all() or (zero_point % 1).any():
                 return False
         return True
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from converters.errors import VerificationFailed
+from converters.storage import read_regular
+
+_HANDLES = Path("/proc/self/fd")
 
 
 def validate(path: Path, source: Path | None = None) -> Sequence[str]:
@@ -23,7 +28,32 @@ def _refusal(path: Path) -> str | None:
     from onnx import checker, shape_inference
 
     try:
-        checker.check_model(str(path), full_check=True)
+        with _as_onnx_takes_it(path) as model:
+            checker.check_model(model, full_check=True)
     except (checker.ValidationError, shape_inference.InferenceError) as error:
         return " ".join(str(error).split())[:200]
     return None
+
+
+@contextmanager
+def _as_onnx_takes_it(path: Path) -> Iterator[str | bytes]:
+    """The path, if that is UTF-8: onnx takes no other. Else the file's content, where it has such a name: then it has
+    no external data, for those are named as it is. Where only a folder's name is not, the folder is opened."""
+    if _is_utf8(str(path)):
+        yield str(path)
+    elif _is_utf8(path.name) and _HANDLES.is_dir():
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield str(_HANDLES / str(handle) / path.name)
+        finally:
+            os.close(handle)
+    else:
+        yield read_regular(path)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,7 +6,7 @@ A plain tensor is an initializer and an output; a quantized one an initializer o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
@@ -63,7 +63,7 @@ class OnnxOptions:
 
 @dataclass(frozen=True, slots=True)
 class OnnxPlan:
-    """The files, and for each tensor the initializers that are written with it."""
+    """The files, and for each tensor the initializers that are written with it; `expected` is what reading gives."""
 
     notes: ClassVar[Sequence[str]] = ()
     report: ClassVar[Sequence[str]] = ()
@@ -72,6 +72,7 @@ class OnnxPlan:
     losses: Sequence[Loss]
     layout: Layout
     initializers: Mapping[str, Sequence[Initializer]]
+    expected: Model
 
     def validate(self, main: Path) -> Sequence[str]:
         """What onnx.checker says of the file."""
@@ -149,7 +150,7 @@ class OnnxWriter:
         if layout.data_nbytes:
             files.append(OutputFile(target.with_name(location), layout.data_nbytes))
         losses += _widenings(model, opset)
-        return OnnxPlan(files, [*_graph_losses(model), *losses], layout, initializers)
+        return OnnxPlan(files, [*_graph_losses(model), *losses], layout, initializers, _renamed(model, names))
 
 
 def _opset(model: Model, wanted: int | None) -> int:
@@ -211,6 +212,19 @@ def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
     names = {name: name if fit == name else free.fresh(fit) for name, fit in fitting.items()}
     detail = "ONNX has no empty names, and none that are not Unicode: it is called '{}'"
     return names, [Loss(name, "renamed", detail.format(printable(new))) for name, new in names.items() if name != new]
+
+
+def _renamed(model: Model, names: Mapping[str, str]) -> Model:
+    """The model with its tensors' names in the file."""
+    if all(name == new for name, new in names.items()):
+        return model
+    tensors = {
+        names[name]: replace(
+            tensor, name=names[name], parameter_of=names.get(tensor.parameter_of or "", tensor.parameter_of)
+        )
+        for name, tensor in model.items()
+    }
+    return replace(model, tensors=tensors)
 
 
 def _shared_parameters(model: Model) -> dict[int, str]:

@@ -14,7 +14,7 @@ from converters.interfaces import OutputFile
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of
 from converters.streaming import pieces_of
-from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
+from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
 
 #: The container's name of each dtype that it stores as it is.
 KINDS: Mapping[Any, str] = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}
@@ -45,7 +45,14 @@ class FileLayout:
 
 
 def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path | None) -> FileLayout:
-    """The layout of a file. Raises Unsupported when its header would pass the container's limit."""
+    """The layout of a file. Raises Unsupported when its header would pass the container's limit, and for keys that are
+    not Unicode."""
+    for key in stored:
+        if not is_unicode(key):
+            raise Unsupported(
+                "has a name that is not Unicode, which only the layout packed can hold: leave it out with --skip",
+                tensor=key,
+            )
     # widest elements first, as the official writer does: everything is aligned without holes
     spans, end = {}, 0
     for key in sorted(stored, key=lambda key: -max(8, bits_of(stored[key].dtype))):

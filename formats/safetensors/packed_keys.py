@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from converters.ir import Model, Tensor
-from formats.safetensors.container import METADATA_KEY
+from formats.safetensors.container import METADATA_KEY, is_unicode
 from formats.safetensors.file_layout import KINDS
 from formats.safetensors.packed_layout import described
 
 
 class PackedKeys:
     """Gives every stored tensor its key: the model's tensors their names, parameters `NAME.scale` and so on, and one
-    that is a tensor of the model as well (TFLite's blockwise scales) no second copy."""
+    that is a tensor of the model as well (TFLite's blockwise scales) no second copy. A name that is not Unicode is
+    none, and only the description has it."""
 
     def __init__(self, model: Model) -> None:
         #: What is stored for each of the model's tensors, by key.
@@ -36,10 +37,11 @@ class PackedKeys:
 
     def _key_of(self, owner: str, tensor: Tensor, wish: str) -> str:
         name = self._names.get(id(tensor))
-        if name is not None and name != METADATA_KEY:
+        if name is not None and name != METADATA_KEY and is_unicode(name):
             self.stored[name][name] = tensor
             self._taken.add(name)
             return name
+        wish = wish.encode(errors="backslashreplace").decode()
         key, number = wish, 0
         while key in self._model or key in self._taken or key == METADATA_KEY:
             number += 1

@@ -26,7 +26,7 @@ from converters.errors import CorruptFile, Unsupported
 from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
 from formats.encodings import float6
-from formats.safetensors.container import DTYPES, StoredTensor
+from formats.safetensors.container import DTYPES, StoredTensor, is_unicode
 
 METADATA_NAME = "nibblecast"
 VERSION = 1
@@ -69,8 +69,11 @@ def described(tensor: Tensor, name: str, store: StoreUnder) -> dict[str, Any]:
 
 
 def description_of(tensors: Mapping[str, Mapping[str, Any]]) -> str:
-    """The JSON of `described` tensors."""
-    return json.dumps({"version": VERSION, "tensors": tensors}, ensure_ascii=False, separators=(",", ":"))
+    """The JSON of `described` tensors. Names that are not Unicode are in it as JSON's escapes: the container's own
+    library takes no header with them, but this is text to it."""
+    document = {"version": VERSION, "tensors": tensors}
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return text if is_unicode(text) else json.dumps(document, separators=(",", ":"))
 
 
 def merged(descriptions: Iterable[str]) -> str:

@@ -195,7 +195,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         (INT4, None, {"colour": "red"}, UsageError, "takes no option 'colour'"),
         (batch, None, {"only": ["*"]}, UsageError, "takes no --reference"),
         (tmp_path / "empty.jsonl", None, {}, CorruptFile, "holds no record"),
-        (tmp_path / "odd.jsonl", None, {}, CorruptFile, "the record of odd has values of another kind"),
+        (tmp_path / "odd.jsonl", None, {}, CorruptFile, "holds no record"),
         (tmp_path / "gone.jsonl", None, {}, CorruptFile, "does not exist"),
         (tmp_path / "gone.gguf", None, {}, CorruptFile, "No such file"),
     ):

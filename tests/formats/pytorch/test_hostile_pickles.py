@@ -57,7 +57,8 @@ WATCHED = """
         outcomes[read()] += 1
         if number == 20:  # by now everything of ours is imported
             events.clear()
-    opened = {event for event in events if event[0] == "open" and str(path) in event[1]}
+    # the file itself, by its name and by its handle
+    opened = {event for event in events if event[0] == "open" and (str(path) in event[1] or event[1][1].isdigit())}
     print(outcomes, sorted(set(events) - opened)[:20])
 """
 

@@ -1,0 +1,126 @@
+"""All sub-commands together, and how a run ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import warnings
+from _thread import interrupt_main
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from converters.allocator import keep_freed_memory
+from converters.cli import INTERRUPTED, batch, convert, formats, inspect, report, streams, verify
+from converters.cli.arguments import with_default_dequantize
+from converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
+from converters.truncation import end_at_truncated_inputs
+from converters.version import __version__
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
+_INTERRUPTED = 128 + signal.SIGINT
+_MOMENT_SECONDS = 0.02
+
+app = typer.Typer(
+    name="nibblecast",
+    no_args_is_help=True,
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert.convert)
+app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(batch.batch)
+app.command()(report.report)
+app.command()(formats.formats)
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code."""
+    if version:
+        print(f"nibblecast {__version__}")
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command, whatever the standard streams are. Returns its exit code."""
+    streams.open_standard_streams()
+    warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
+    sys.unraisablehook = _unraisable
+    keep_freed_memory()
+    end_at_truncated_inputs()
+    code = _outcome(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be tidied up
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    refused = streams.refusal()
+    if refused is not None and code in (ExitCode.DONE, ExitCode.VERIFICATION_FAILED, ExitCode.BATCH_FAILED):
+        _complain(f"cannot write to standard output: {refused.strerror or refused}")
+        code = code or ExitCode.USAGE
+    return code
+
+
+def _outcome(arguments: Sequence[str]) -> int:
+    """The exit code of a command. What goes wrong is told in one line; a bug's exception is raised."""
+    try:
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminated)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        app(args=with_default_dequantize(arguments))
+    except Error as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _interrupted()
+    except MemoryError:
+        _complain("out of memory: nothing was left half written")
+        return ExitCode.UNREADABLE
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        _complain(line(f"{where}{error.strerror or error}", MOST_OF_MESSAGE))
+        return ExitCode.USAGE
+    except SystemExit as ended:  # Typer's way to return
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return _interrupted() if code == _INTERRUPTED else code
+    return ExitCode.DONE
+
+
+def _interrupted() -> int:
+    _complain(INTERRUPTED)
+    return _INTERRUPTED
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> None:
+    """Ends by an exception, so that temporary files are removed on the way out."""
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _unraisable(unraisable: UnraisableHookArgs) -> None:
+    """A signal that comes where Python can raise nothing (while an import's lock is let go) comes again. Errors of the
+    system there follow another one, which is told."""
+    for exception, number in ((KeyboardInterrupt, signal.SIGINT), (SystemExit, signal.SIGTERM)):
+        if isinstance(unraisable.exc_value, exception):
+            threading.Timer(_MOMENT_SECONDS, interrupt_main, (number,)).start()
+            return
+    if not isinstance(unraisable.exc_value, OSError):
+        sys.__unraisablehook__(unraisable)
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Shows converters' own warnings; those of libraries only where they were asked for (`python -W`)."""
+    if issubclass(category, Notice) or sys.warnoptions:
+        _complain(line(f"warning: {message}", MOST_OF_MESSAGE))
+
+
+def _complain(text: str) -> None:
+    print(f"nibblecast: {text}", file=sys.stderr)

@@ -1,0 +1,35 @@
+"""Paths as they are given, checked before the system sees them.
+
+The system's own functions raise ValueError for a path that no file can have, and take an empty one for the current
+folder: a script whose variable is empty would convert whatever lies there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from converters.errors import CorruptFile, Error, UsageError
+
+
+def input_path(given: str | os.PathLike[str]) -> Path:
+    """The path of something to read. Raises CorruptFile for one that nothing can have."""
+    return _checked(given, CorruptFile)
+
+
+def output_path(given: str | os.PathLike[str]) -> Path:
+    """The path of something to write. Raises UsageError for one that nothing can have."""
+    return _checked(given, UsageError)
+
+
+def _checked(given: str | os.PathLike[str], kind: type[Error]) -> Path:
+    text = os.fspath(given)
+    if not text:
+        raise kind("the path is empty: name a file")
+    if "\0" in text:
+        raise kind("has a zero byte in its path, which no file can have", path=Path(text))
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise kind(f"has a path that this system cannot encode ({error.encoding})", path=Path(text)) from error
+    return Path(text)
