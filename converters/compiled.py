@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import UsageError
+from converters.errors import Notice, UsageError
 from converters.packing import SUB_BYTE
 
 if TYPE_CHECKING:  # imported when there is much to decode
@@ -148,5 +148,5 @@ def _imported() -> Any:
     try:
         return import_module("converters.compiled_kernels")
     except Exception as error:  # made for another NumPy; nowhere to keep what is compiled; whatever else compilers have
-        warnings.warn(f"numba is not used, and decoding takes longer: {error}", stacklevel=2)
+        warnings.warn(f"numba is not used, and decoding takes longer: {error}", Notice, stacklevel=2)
         return None

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from converters.errors import CorruptFile, MissingDependency, UsageError
+from converters.errors import CorruptFile, MissingDependency, Notice, UsageError
 from converters.interfaces import Reader, Runner, Writer
 from converters.ir import Model
 from converters.options import OptionHelp, describe, parse
@@ -142,7 +142,8 @@ def all_formats() -> Mapping[str, Format]:
                 raise TypeError(f"{entry_point.value} is no converters.plugins.Format but {type(format).__name__}")
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"the plugin {package} for format '{entry_point.name}' is broken: {reason}", stacklevel=2)
+            told = f"the plugin {package} for format '{entry_point.name}' is broken: {reason}"
+            warnings.warn(told, Notice, stacklevel=2)
             format = Format(entry_point.name, f"broken: {reason}", (), install=f"repair or uninstall {package}")
         formats[entry_point.name] = format
     return formats

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -149,7 +150,10 @@ def _process_ended(job: Job, code: int) -> Failure:
 
 
 def _begin(parent: int, memory: int | None) -> None:
-    """The process ends with the one that started it, and is held to its memory."""
+    """The process ends with the one that started it, is held to its memory, and prints nothing: what goes wrong is in
+    records. Warnings are the parent's to give, once."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -162,11 +166,16 @@ def _begin(parent: int, memory: int | None) -> None:
 
 def _serve(handle: int, parent: int, memory: int) -> None:
     _begin(parent, memory or None)
-    with Connection(handle) as pipe, suppress(EOFError, BrokenPipeError):  # the parent is gone, or needs no more
-        pipe.send(True)
-        while True:
-            for job in pipe.recv():
-                pipe.send(run_job(job))
+    try:
+        with Connection(handle) as pipe:
+            pipe.send(True)
+            while True:
+                for job in pipe.recv():
+                    pipe.send(run_job(job))
+    except (EOFError, BrokenPipeError):  # the parent is gone, or needs no more
+        pass
+    except MemoryError:  # beside a job; a traceback would be among the parent's lines
+        os._exit(ExitCode.UNREADABLE)
 
 
 if __name__ == "__main__":

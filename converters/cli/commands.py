@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from converters.allocator import keep_freed_memory
-from converters.cli import INTERRUPTED, batch, convert, formats, inspect, report, streams, verify
+from converters.cli import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    batch,
+    convert,
+    end_at_once,
+    formats,
+    inspect,
+    on_signals,
+    report,
+    streams,
+    verify,
+)
 from converters.cli.arguments import with_default_dequantize
 from converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
 from converters.truncation import end_at_truncated_inputs
@@ -23,7 +35,6 @@ from converters.version import __version__
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
-_INTERRUPTED = 128 + signal.SIGINT
 _MOMENT_SECONDS = 0.02
 
 app = typer.Typer(
@@ -60,9 +71,7 @@ def run(arguments: Sequence[str]) -> int:
     keep_freed_memory()
     end_at_truncated_inputs()
     code = _outcome(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be tidied up
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+    on_signals(end_at_once)
     refused = streams.refusal()
     if refused is not None and code in (ExitCode.DONE, ExitCode.VERIFICATION_FAILED, ExitCode.BATCH_FAILED):
         _complain(f"cannot write to standard output: {refused.strerror or refused}")
@@ -73,9 +82,7 @@ def run(arguments: Sequence[str]) -> int:
 def _outcome(arguments: Sequence[str]) -> int:
     """The exit code of a command. What goes wrong is told in one line; a bug's exception is raised."""
     try:
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, _terminated)):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handler)
+        on_signals(_raise)
         app(args=with_default_dequantize(arguments))
     except Error as error:
         _complain(str(error))
@@ -91,18 +98,20 @@ def _outcome(arguments: Sequence[str]) -> int:
         return ExitCode.USAGE
     except SystemExit as ended:  # Typer's way to return
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        return _interrupted() if code == _INTERRUPTED else code
+        return _interrupted() if code == INTERRUPTED_CODE else code
     return ExitCode.DONE
 
 
 def _interrupted() -> int:
     _complain(INTERRUPTED)
-    return _INTERRUPTED
+    return INTERRUPTED_CODE
 
 
-def _terminated(_signal: int, _frame: FrameType | None) -> None:
+def _raise(number: int, _: FrameType | None) -> None:
     """Ends by an exception, so that temporary files are removed on the way out."""
-    sys.exit(128 + signal.SIGTERM)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
 
 
 def _unraisable(unraisable: UnraisableHookArgs) -> None:

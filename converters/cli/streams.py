@@ -69,8 +69,7 @@ def _forgiving(stream: TextIO | None) -> TextIO:
         io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", "utf-8"),
         errors="backslashreplace",
-        line_buffering=getattr(stream, "line_buffering", False),
-        write_through=getattr(stream, "write_through", False),
+        line_buffering=any(getattr(stream, name, False) for name in ("line_buffering", "write_through")),
     )
 
 
