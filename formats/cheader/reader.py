@@ -7,7 +7,6 @@ comes back as it is in C.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -22,6 +21,7 @@ from converters.errors import CorruptFile, Error, MissingFile, Unsupported
 from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
 from converters.packing import packed_size
 from converters.storage import Data, InMemory, MappedFile
+from converters.unique_names import UniqueNames
 from formats.cheader.arrays import granularity_of, is_signed, kind_of
 from formats.cheader.c_data import ElementData, Kept, PackedData
 from formats.cheader.c_elements import all_elements, lines_of
@@ -75,12 +75,9 @@ class CHeaderReader:
         table = _table(path, declarations)
         builder = _Builder(declarations, table, PayloadFiles(declarations))
         tensors: dict[str, Tensor] = {}
-        same: Counter[str] = Counter()
+        names = UniqueNames(separator=":")  # C had to cut names that are too long for it
         for row in builder.rows():
-            name = written = row.text("name")
-            while name in tensors:  # names that C had to cut
-                same[written] += 1
-                name = f"{written}:{same[written]}"
+            name = names.fresh(row.text("name"))
             tensors[name] = builder.tensor(name, row)
         return Model(tensors, Metadata("cheader", "nibblecast", path))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from converters.unique_names import UniqueNames
 from formats.onnx.dataflow import Dataflow, Taker, Value
 from formats.onnx.graph import Node, ParsedModel
 from formats.onnx.lifting import Scope
-from formats.onnx.lowering import Names
 from formats.onnx.rewriting import GraphEdit, NewInitializer
 
 
@@ -17,7 +17,7 @@ class Editor:
     """Collects the changes, by the identity of the graph that they are for."""
 
     flow: Dataflow
-    names: Names
+    names: UniqueNames
     edits: dict[int, GraphEdit] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
     _given: set[Value] = field(default_factory=set)
@@ -28,7 +28,7 @@ class Editor:
     def of(cls, parsed: ParsedModel) -> Editor:
         """An editor of a whole file."""
         flow = Dataflow.of(parsed)
-        return cls(flow, Names(_all_names(flow)))
+        return cls(flow, UniqueNames(_all_names(flow)))
 
     def edit(self, scope: Scope) -> GraphEdit:
         """The changes to one graph."""

@@ -7,7 +7,6 @@ float32 and in the order of the IR's own decoder, so that a runtime's result is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
 from converters.packing import SUB_BYTE, bits_of, packed_size, unpack
 from converters.storage import Computed
+from converters.unique_names import UniqueNames
 from formats.onnx.graph import Node
 from formats.onnx.schema import (
     BLOCKS_SINCE,
@@ -57,29 +57,13 @@ class Constant:
     properties: tuple[tuple[str, str], ...] = ()
 
 
-class Names:
-    """Hands out names that nothing else in the graph has."""
-
-    def __init__(self, taken: Iterable[str]) -> None:
-        self.taken = set(taken)
-
-    def fresh(self, wanted: str) -> str:
-        """`wanted`, with _1, _2, … appended while it is taken."""
-        name, count = wanted, 0
-        while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.taken.add(name)
-        return name
-
-
 @dataclass(slots=True)
 class Lowering:
     """Collects nodes and constants of one graph; `shared` gives the name of the initializer that a parameter already
     has because it is itself one of the model's tensors, by the parameter's identity."""
 
     opset: int
-    names: Names
+    names: UniqueNames
     shared: dict[int, str]
     nodes: list[Node] = field(default_factory=list)
     dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)

@@ -13,6 +13,7 @@ from pathlib import Path
 from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
+from converters.unique_names import UniqueNames
 from formats.onnx import schema
 from formats.onnx.block_operators import BlockWeight, block_weights
 from formats.onnx.dataflow import Dataflow, call_scopes
@@ -75,12 +76,10 @@ class _Reading:
         known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None and one.block is None}
         tensors: dict[str, Tensor] = {}
         headers: dict[str, TensorHeader] = {}
-        repeated: Counter[str] = Counter()
+        names = UniqueNames(separator=":")  # initializers of different subgraphs may have the same
         for one in found:
-            tensor = self._decoded(one, known)
-            while tensor.name in tensors:  # initializers of different subgraphs
-                repeated[one.name] += 1
-                tensor = replace(tensor, name=f"{one.name}:{repeated[one.name]}")
+            tensor, name = self._decoded(one, known), names.fresh(one.name)
+            tensor = tensor if tensor.name == name else replace(tensor, name=name)
             tensors[tensor.name] = tensor
             headers[tensor.name] = one.stored.header
         operators = Counter(node.op_type for scope in flow.scopes for node in scope.graph.nodes)
