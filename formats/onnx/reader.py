@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.allowance import Allowance
 from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
@@ -64,7 +65,7 @@ class _Reading:
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.path = path
-        self.payloads = Payloads(file)
+        self.payloads = Payloads(file, allowance=Allowance(file.view.size))
         self.parsed = parse(self.payloads.view, path)
         self.losses: list[Loss] = []
         self.owners: dict[int, str] = {}
@@ -92,6 +93,7 @@ class _Reading:
             () if is_ours else self.parsed.outputs,
             self.parsed.opsets,
         )
+        self.payloads.allowance.hold_all(tensors)
         graph = None if is_ours else OnnxGraph(self.parsed, self.payloads, tensors, headers)
         return Model(tensors, metadata, graph, losses=tuple(self.losses))
 
@@ -136,14 +138,14 @@ class _Reading:
                     self.losses.append(Loss(header.name, "dropped", "strings, which are no weights"))
                 elif id(header) in weights:
                     yield weights[id(header)]
-                elif id(header) not in self.owners or header.name in scope.graph.outputs:
+                elif id(header) not in self.owners or header.name in scope.outputs:
                     uses = uses_of(flow, scope, header.name, len(header.dims))
                     yield _Found(header.name, Stored(header), None, uses)
 
     def _weights(self, flow: Dataflow) -> dict[int, _Found]:
         """What nodes decode or take the codes of, by the identity of the initializer."""
         weights: dict[int, _Found] = {}
-        for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes)):
+        for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes, self.payloads.allowance)):
             matcher = Matcher(scope, self.payloads)
             for node in scope.graph.nodes:
                 for block in block_weights(node, matcher.blob):
@@ -164,6 +166,7 @@ class _Reading:
         if pattern is None or pattern.codes.header.data_type == schema.STRING:
             return None
         try:
+            pattern.codes.tensor(self.payloads)  # so that there is as much of it as its parameters are read for
             return pattern if quantization(pattern, self.payloads, {}) else None
         except Error as error:
             error.tensor = name

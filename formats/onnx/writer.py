@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported, UsageError, printable
 from converters.interfaces import Capabilities, OutputFile, Size, option
 from converters.ir import Loss, Model, Tensor, is_integer
@@ -125,7 +126,9 @@ class OnnxWriter:
         opset = _opset(model, options.opset)
         names, losses = _names(model)
         shared = _shared_parameters(model)
-        lowering = Lowering(opset, UniqueNames(names.values()), {key: names[name] for key, name in shared.items()})
+        allowance = Allowance(sum(data.nbytes for tensor in model.values() for data in tensor.stored()))
+        known = {key: names[name] for key, name in shared.items()}
+        lowering = Lowering(opset, UniqueNames(names.values()), known, allowance)
         initializers: dict[str, list[Initializer]] = {}
         outputs: list[bytes] = []
         for name, tensor in model.items():
