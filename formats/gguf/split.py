@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from converters.errors import CorruptFile, Error, UsageError
+from converters.errors import CorruptFile, Error, UsageError, brief
 from converters.storage import MappedFile
 from formats.gguf.container import Container, open_container
 
@@ -92,7 +92,7 @@ def _whole_number(container: Container, path: Path, key: str) -> int | None:
     if found is None:
         return None
     if not isinstance(found.value, int) or found.kind in ("bool", "array") or found.value < 0:
-        raise CorruptFile(f"has the {key} {found.value!r:.40} ({found.kind}): a whole number is needed", path=path)
+        raise CorruptFile(f"has the {key} {brief(found.value)} ({found.kind}): a whole number is needed", path=path)
     return int(found.value)
 
 

@@ -100,7 +100,7 @@ def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Pat
 def _serialized(made: onnx_ir.Model) -> bytes:
     """The bytes of the graph. Raises Unsupported where protobuf has no room for what is in it."""
     import onnx_ir as ir
-    from google.protobuf.message import Error as ProtobufError
+    from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]
 
     try:
         content: bytes = ir.to_proto(made).SerializeToString()
