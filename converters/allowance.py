@@ -10,8 +10,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from copy import copy
+from typing import TYPE_CHECKING
 
 from converters.errors import Unsupported, UsageError, brief
+
+if TYPE_CHECKING:
+    from converters.ir import Tensor
 
 #: The environment variable that raises the allowance: bytes, e.g. 16G.
 VARIABLE = "NIBBLECAST_MAX_EXPANSION"
@@ -27,13 +33,27 @@ class Allowance:
     what the environment variable NIBBLECAST_MAX_EXPANSION says."""
 
     def __init__(self, file_bytes: int) -> None:
-        self._file_bytes = file_bytes
-        self._total = _configured() or max(_LEAST, _TIMES_THE_FILE * file_bytes)
-        self._left = self._total
+        self._configured = _configured()
+        self._file_bytes = self._held = 0
+        self._total = self._left = 0
+        self.include(file_bytes)
+
+    def include(self, file_bytes: int) -> None:
+        """Takes in a further file of the model: what it holds may grow as well."""
+        self._file_bytes += file_bytes
+        usual = max(_LEAST, _TIMES_THE_FILE * self._file_bytes)
+        total = usual if self._configured is None else self._configured
+        self._left += total - self._total
+        self._total = total
+
+    def rest(self) -> Allowance:
+        """What is left of it, for one use of the model: each of several may spend all of that, one after the other."""
+        return copy(self)
 
     def spend(self, nbytes: int, what: str, *, tensor: str | None = None) -> None:
         """Counts bytes that are about to be made; `what` begins the message: "repeats its elements", e.g. Raises
         Unsupported where the allowance does not cover them; nothing is counted then."""
+        nbytes = max(nbytes, 0)  # a damaged shape's product may be negative
         if nbytes > self._left:
             raise Unsupported(
                 f"{what}: {brief(nbytes)} bytes from a file of {self._file_bytes}, and {self._total} are allowed "
@@ -41,6 +61,20 @@ class Allowance:
                 tensor=tensor,
             )
         self._left -= nbytes
+
+    def hold(self, nbytes: int, *, tensor: str | None = None) -> None:
+        """Counts the bytes of a tensor. Those of all tensors together are free as far as the files have as many: no
+        more than that is counted of a view that repeats elements, a sparse matrix, or a payload of many names. Raises
+        Unsupported as `spend` does."""
+        beyond = max(0, self._held + nbytes - self._file_bytes) - max(0, self._held - self._file_bytes)
+        if beyond:
+            self.spend(beyond, "repeats or expands what the file holds", tensor=tensor)
+        self._held += nbytes
+
+    def hold_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """Counts what the tensors of a whole model hold, their parameters included, as often as each is named."""
+        for name, tensor in tensors.items():
+            self.hold(sum(data.nbytes for data in tensor.stored()), tensor=name)
 
 
 def _configured() -> int | None:

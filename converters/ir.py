@@ -19,8 +19,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, brief
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from converters.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
+from converters.shapes import checked_shape
 from converters.storage import Data, InMemory, Part, release
 
 if TYPE_CHECKING:
@@ -42,9 +44,7 @@ SMALL_FLOATS = frozenset(
     )
 )
 
-#: What every NumPy can hold (2.0 went from 32 to 64).
-MOST_DIMENSIONS = 32
-_MOST_ELEMENTS = 1 << 58
+_LARGEST_BLOCK = (1 << 63) - 1
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 #: What a library may round its values to when it has computed them.
@@ -176,8 +176,9 @@ class Quantization:
         """Raises CorruptFile unless these parameters fit a tensor of that shape and dtype."""
         if len(self.block_shape) != len(shape):
             raise CorruptFile(f"block shape {self.block_shape} has not the rank of shape {shape}")
-        if any(block < 1 for block in self.block_shape):
-            raise CorruptFile(f"block shape {self.block_shape}: every block must hold at least one element")
+        if not all(1 <= block <= _LARGEST_BLOCK for block in self.block_shape):
+            shown = brief(self.block_shape)
+            raise CorruptFile(f"block shape {shown}: every block must hold at least one element, and less than 2**63")
         if not (is_integer(dtype) or is_float(dtype)):
             raise CorruptFile(f"dtype {dtype} can hold no codes: integers or small floats are needed")
         grid = list(grid_shape(shape, self.block_shape))
@@ -255,13 +256,7 @@ class Tensor:
     parameter_of: str | None = None
 
     def __post_init__(self) -> None:
-        if any(size < 0 for size in self.shape):
-            raise CorruptFile(f"shape {self.shape} has a negative size", tensor=self.name)
-        if len(self.shape) > MOST_DIMENSIONS:
-            message = f"has {len(self.shape)} dimensions; {MOST_DIMENSIONS} are the most that can be read"
-            raise Unsupported(message, tensor=self.name)
-        if 0 in self.shape and prod(size for size in self.shape if size) > _MOST_ELEMENTS:  # NumPy refuses those
-            raise CorruptFile(f"shape {self.shape} is larger than any memory", tensor=self.name)
+        checked_shape(self.shape, tensor=self.name)
         if self.data.nbytes != self.nbytes:
             raise CorruptFile(
                 f"holds {self.data.nbytes} bytes, but shape {self.shape} of {self.dtype} takes {self.nbytes}",

@@ -21,8 +21,10 @@ FOR_FORMATS = {
     "converters.interfaces",
     "converters.ir",
     "converters.packing",
+    "converters.shapes",
     "converters.storage",
     "converters.streaming",
+    "converters.unique_names",
     "converters.version",
 }
 

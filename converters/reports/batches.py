@@ -11,6 +11,7 @@ from typing import Any
 
 from converters.batches.records import REPORT, Record, read_report
 from converters.errors import CorruptFile
+from converters.storage import open_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,7 @@ def report_of(source: Path) -> Path | None:
 def batch_statistics(report: Path) -> BatchStatistics:
     """The numbers of a report. Raises CorruptFile where it has no whole record, OSError where it cannot be read. Lines
     that `batch` cannot have written are passed over, as torn ones are."""
-    if not report.is_file():
-        raise CorruptFile("is no file" if report.exists() else "does not exist", path=report)
-    report.open("rb").close()  # else one that cannot be read would be one without records
+    open_regular(report).close()  # else one that cannot be read would be one without records
     records = read_report(report)
     if not records:
         raise CorruptFile("holds no record of a batch: `nibblecast batch` writes such reports", path=report)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.containment import contained_file
 from converters.errors import CorruptFile
 from converters.storage import FileRange, MappedFile
@@ -36,9 +37,10 @@ class StoredData(FileRange):
 
 @dataclass(slots=True, eq=False)
 class PayloadFiles:
-    """The files that declarations place elements in, each mapped once."""
+    """The files that declarations place elements in, each mapped once; `allowance` is the model's."""
 
     declarations: Declarations
+    allowance: Allowance
     files: dict[Path, MappedFile] = field(default_factory=dict)
 
     def data(self, array: ArrayText, place: Placement, nbytes: int, tensor: str, limit: int | None) -> StoredData:
@@ -54,6 +56,7 @@ class PayloadFiles:
                 path=place.file.path,
             )
         whole = self._file(array, place).range(offset, placed)
+        self.allowance.hold(placed)  # all of it, as all of it is looked at
         if whole.read(nbytes, placed).any():
             raise CorruptFile(
                 f"{array.name} holds more than the {nbytes} elements that the table says", path=whole.file.path
@@ -66,6 +69,7 @@ class PayloadFiles:
             path = contained_file(place.file.path.parent, location)
             if path not in self.files:
                 self.files[path] = MappedFile.open(path)
+                self.allowance.include(self.files[path].view.size)
         except CorruptFile as error:
             error.message += f"; the elements of {array.name} lie in it: copy it beside {place.file.path.name}"
             error.path = error.path or place.file.path

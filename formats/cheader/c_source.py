@@ -86,7 +86,8 @@ class ArrayText:
 @dataclass(slots=True)
 class Declarations:
     """All that the files hold: macros by name, arrays by name, tables of tensors, the interface that they are for.
-    `included` are the arrays that the assembler reads from a file, of which there are declarations only."""
+    `included` are the arrays that the assembler reads from a file, of which there are declarations only; `nbytes` is
+    the size of the files."""
 
     macros: dict[bytes, bytes] = field(default_factory=dict)
     arrays: dict[str, ArrayText] = field(default_factory=dict)
@@ -94,10 +95,12 @@ class Declarations:
     tables: dict[str, ArrayText] = field(default_factory=dict)
     included: dict[str, Placement] = field(default_factory=dict)
     interface: int | None = None
+    nbytes: int = 0
     _ambiguous: set[bytes] = field(default_factory=set)
 
     def add(self, file: MappedFile) -> None:
         """Takes in what a file declares. Raises CorruptFile when it is no C, or defines an array twice."""
+        self.nbytes += file.view.size
         _Scanner(file, self).run()
 
     def add_directive(self, token: Token) -> None:

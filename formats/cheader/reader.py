@@ -7,7 +7,6 @@ comes back as it is in C.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -18,11 +17,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.containment import refuse_outside
 from converters.errors import CorruptFile, Error, MissingFile, Unsupported
 from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
 from converters.packing import packed_size
+from converters.shapes import MOST_DIMENSIONS, checked_shape
 from converters.storage import Data, InMemory, MappedFile
+from converters.unique_names import UniqueNames
 from formats.cheader.arrays import granularity_of, is_signed, kind_of
 from formats.cheader.c_data import ElementData, Kept, PackedData
 from formats.cheader.c_elements import all_elements, lines_of
@@ -32,8 +34,6 @@ from formats.cheader.c_table import Row, rows_of
 from formats.cheader.c_tokens import corrupt
 from formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
 from formats.cheader.render import INTERFACE
-
-_MOST_RANK = 255
 
 #: The dtype of each kind and number of bits.
 _DTYPES: Mapping[tuple[str, int], np.dtype[Any]] = MappingProxyType(
@@ -74,14 +74,11 @@ class CHeaderReader:
         not make or that contradicts itself, Unsupported for another interface or arrays that are not in the text."""
         declarations = _declarations(path)
         table = _table(path, declarations)
-        builder = _Builder(declarations, table, PayloadFiles(declarations))
+        builder = _Builder(declarations, table, PayloadFiles(declarations, Allowance(declarations.nbytes)))
         tensors: dict[str, Tensor] = {}
-        same: Counter[str] = Counter()
+        names = UniqueNames(separator=":")  # C had to cut names that are too long for it
         for row in builder.rows():
-            name = written = row.text("name")
-            while name in tensors:  # names that C had to cut
-                same[written] += 1
-                name = f"{written}:{same[written]}"
+            name = names.fresh(row.text("name"))
             tensors[name] = builder.tensor(name, row)
         return Model(tensors, Metadata("cheader", "nibblecast", path))
 
@@ -172,7 +169,7 @@ class _Builder:
         if dtype is None:
             raise Unsupported(f"is of kind {kind} with {bits} bits, which is unknown to this version of nibblecast")
         rank = row.number("rank", self.declarations)
-        shape = self._sizes(row, "shape", rank)
+        shape = checked_shape(self._sizes(row, "shape", rank))
         packing = self._packing(row, bits)
         nbytes = packed_size(prod(shape), bits) if packing == DENSE else packing.nbytes(shape, bits)
         data = self._data(name, row, "data", nbytes, dtype)
@@ -194,7 +191,8 @@ class _Builder:
     def _quantization(self, name: str, row: Row, shape: tuple[int, ...], bits: int) -> Quantization | None:
         if row.array("scale") is None:
             return None
-        block_shape, grid = (self._sizes(row, member, len(shape)) for member in ("block_shape", "grid"))
+        block_shape, sizes = (self._sizes(row, member, len(shape)) for member in ("block_shape", "grid"))
+        grid = checked_shape(sizes)
         integers, reals = (self._parameter(name, row, member, grid) for member in ("zero_point", "zero_point_real"))
         if integers is not None and reals is not None:
             raise CorruptFile("has both zero_point and zero_point_real")
@@ -245,6 +243,8 @@ class _Builder:
             if element.itemsize != 1:
                 raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but its bytes lie in a file")
             return self.payloads.data(array, array.placement, nbytes, name, limit)
+        # the text, as a damaged table may have any number of tensors read all of it for an element each
+        self.payloads.allowance.hold(max(nbytes, array.stop - array.start))
         length = self.declarations.length_of(array)
         needed, possible = -(-nbytes // element.itemsize), _most_elements(array)
         if (length is not None and length < needed) or max(needed, length or 0) > possible:
@@ -270,7 +270,7 @@ class _Builder:
 
     def _sizes(self, row: Row, member: str, rank: int) -> tuple[int, ...]:
         name = row.array(member)
-        if rank > _MOST_RANK or (name is None and rank):
+        if rank > MOST_DIMENSIONS or (name is None and rank):
             raise CorruptFile(f"has rank {rank}, but its {member} is {name}")
         if name is None or not rank:
             return ()

@@ -25,9 +25,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Loss, Quantization, Tensor
 from converters.packing import packed_size
+from converters.shapes import checked_shape
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.flat_blocks import FlatBlocks, flat_blocks
 from formats.encodings.parameters import value_dtype
@@ -143,30 +144,32 @@ def _state(stored: Stored) -> _State:
         document = json.loads(tensor.packed().tobytes())
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"has a quant_state that is no JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("quant_type") != type_:
-        raise CorruptFile(f"has a quant_state of {type_} that says otherwise: {document!r:.80}")
+    told = document.get("quant_type") if isinstance(document, dict) else document
+    if not isinstance(document, dict) or told != type_:
+        raise CorruptFile(f"has a quant_state of {type_} that says otherwise: {brief(told)}")
     return _of_document(type_, document)
 
 
 def _of_document(type_: str, document: Mapping[str, Any]) -> _State:
     dtype, shape = document.get("dtype"), document.get("shape")
     sizes = shape if isinstance(shape, list) else [0]
-    if not all(type(size) is int and 0 < size < _MOST for size in sizes):
-        raise CorruptFile(f"has the shape {shape!r:.80} in its quant_state")
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise CorruptFile(f"has the shape {brief(shape)} in its quant_state")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CorruptFile(f"has the dtype {dtype!r:.40} in its quant_state: {', '.join(_DTYPES)} are possible")
+        raise CorruptFile(f"has the dtype {brief(dtype)} in its quant_state: {', '.join(_DTYPES)} are possible")
     nested = "nested_blocksize" in document
     nested_blocksize = _blocksize(document, "nested_blocksize") if nested else 0
     offset = document.get("nested_offset", 0.0)
     if type(offset) is not float:
-        raise CorruptFile(f"has the nested_offset {offset!r:.40} in its quant_state: a number is needed")
-    return _State(type_, _blocksize(document, "blocksize"), _DTYPES[dtype], tuple(sizes), nested_blocksize, offset)
+        raise CorruptFile(f"has the nested_offset {brief(offset)} in its quant_state: a number is needed")
+    blocksize = _blocksize(document, "blocksize")
+    return _State(type_, blocksize, _DTYPES[dtype], checked_shape(sizes), nested_blocksize, offset)
 
 
 def _blocksize(document: Mapping[str, Any], key: str) -> int:
     value = document.get(key)
     if type(value) is not int or not 0 < value < _MOST:
-        raise CorruptFile(f"has the {key} {value!r:.40} in its quant_state: a positive number is needed")
+        raise CorruptFile(f"has the {key} {brief(value)} in its quant_state: a positive number is needed")
     return value
 
 
@@ -181,4 +184,4 @@ def _check_configuration(stored: Stored, state: _State) -> None:
     ):
         told = stored.setting(key, type(wanted), wanted)
         if told != wanted:
-            raise CorruptFile(f"has {key} {told!r:.40} in its configuration, but its tensors say {wanted!r}")
+            raise CorruptFile(f"has {key} {brief(told)} in its configuration, but its tensors say {brief(wanted)}")

@@ -17,12 +17,17 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
-from converters.errors import CorruptFile, Error
+from converters.errors import CorruptFile, Error, brief
 from converters.ir import Loss, Tensor
 from formats.encodings.unread import unread_codes
 
 #: Beyond this a setting is no number of bits, or of elements in a group.
 _LARGEST_SIZE = (1 << 31) - 1
+
+
+def is_size(value: Any) -> bool:
+    """Whether a setting is an integer that can be the size of something, or stand for one, as -1 does."""
+    return type(value) is int and abs(value) <= _LARGEST_SIZE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +44,8 @@ class Checkpoint:
     @property
     def method(self) -> str:
         """The configuration's name of the encoding; empty where there is none."""
-        return str(self.config.get("quant_method", ""))
+        name = self.config.get("quant_method", "")
+        return name if isinstance(name, str) else brief(name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,10 +75,9 @@ class Stored:
         """What the configuration has under that name. Raises CorruptFile where it is of another type, or an integer
         that is no size of anything."""
         value = self.checkpoint.config.get(name, default)
-        is_size = type(value) is not int or abs(value) <= _LARGEST_SIZE
-        if (type(value) is not kind and value is not default) or not is_size:
+        if (type(value) is not kind and value is not default) or (type(value) is int and not is_size(value)):
             needed = "int of 32 bits" if kind is int else kind.__name__
-            raise CorruptFile(f"has '{name}': {value!r:.80} in its configuration, where {needed} is needed")
+            raise CorruptFile(f"has '{name}': {brief(value)} in its configuration, where {needed} is needed")
         return value
 
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Tensor
 from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from converters.storage import Computed, Data
@@ -37,7 +37,7 @@ def dtype_for(lowest: int, highest: int) -> np.dtype[Any]:
     for dtype, (low, high) in _RANGES.items():
         if low <= lowest <= highest <= high and (low == 0) == (lowest >= 0):
             return dtype
-    raise CorruptFile(f"has codes from {lowest} to {highest}, which is no range that can be held")
+    raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, which is no range that can be held")
 
 
 def narrowed(codes: Tensor, dtype: np.dtype[Any]) -> Data:

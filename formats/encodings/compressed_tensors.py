@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_tensor
 from formats.encodings.bit_fields import across_rows, along_rows, words_for
 from formats.encodings.checkpoint import Stored, Weight
@@ -152,7 +152,7 @@ def _version(stored: Stored) -> tuple[int, ...]:
     version = stored.setting("version", str, "")
     numbers = version.split(".")[:2]
     if len(numbers) != 2 or not all(number.isdecimal() and len(number) < 9 for number in numbers):
-        raise Unsupported(f"could be of before or after compressed-tensors 0.18, and has the version {version!r:.40}")
+        raise Unsupported(f"could be of before or after compressed-tensors 0.18, and has the version {brief(version)}")
     return tuple(int(number) for number in numbers)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import blocked, grid_shape, per_tensor
-from formats.encodings.checkpoint import Checkpoint, Stored
+from formats.encodings.checkpoint import Checkpoint, Stored, is_size
 
 #: Layouts that are known by name only.
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
@@ -97,7 +97,7 @@ def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
     if isinstance(ignored, list) and stored.prefix in ignored:
         raise CorruptFile("is among those that its configuration ignores, but has quantized tensors")
     if not isinstance(groups, dict):
-        raise CorruptFile(f"has config_groups that are no object in its configuration: {groups!r:.80}")
+        raise CorruptFile(f"has config_groups that are no object in its configuration: {brief(groups)}")
     default = config.get("format")
     named = {name: group for name, group in groups.items() if _targets(group, stored.prefix)}
     if not named:
@@ -145,7 +145,7 @@ def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
     if weights is None:
         return None
     if not isinstance(weights, Mapping):
-        raise CorruptFile(f"has weights in '{name}' of its configuration that are no object: {weights!r:.80}")
+        raise CorruptFile(f"has weights in '{name}' of its configuration that are no object: {brief(weights)}")
     layout = _of(group, "format") or default or ""
     bits, kind = _of(weights, "num_bits", 8), _of(weights, "type", "int")
     size, block = _of(weights, "group_size"), _of(weights, "block_structure")
@@ -154,10 +154,11 @@ def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
     if isinstance(block, str):  # "128x128", before 0.10
         sizes = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in block.split("x", 1)]
     counts = [bits, -1 if size is None else size, *sizes]
-    if not all(type(count) is int for count in counts) or len(counts) != 4 or not 1 <= bits <= 32:
-        raise CorruptFile(f"has numbers in '{name}' of its configuration that are none: {weights!r:.160}")
-    if not all(isinstance(text, str) for text in (layout, kind, strategy)):
-        raise CorruptFile(f"has names in '{name}' of its configuration that are none: {weights!r:.160}")
+    if not all(is_size(count) for count in counts) or len(counts) != 4 or not 1 <= bits <= 32:
+        raise CorruptFile(f"has numbers in '{name}' of its configuration that are none: {brief((bits, size, block))}")
+    for key, text in (("format", layout), ("type", kind), ("strategy", strategy)):
+        if not isinstance(text, str):
+            raise CorruptFile(f"has the {key} {brief(text)} in '{name}' of its configuration, where a name is needed")
     return Scheme(bits, kind.lower(), strategy.lower(), counts[1], (counts[2], counts[3]), layout)
 
 

@@ -19,9 +19,9 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Quantization, Tensor, grid_shape, per_tensor
-from formats.encodings.checkpoint import Stored, Weight
+from formats.encodings.checkpoint import Stored, Weight, is_size
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS, exponents, float_scales, value_dtype
 
 #: ModelOpt's checkpoints keep weights of DeepSeek's that it did not quantize as they were.
@@ -78,8 +78,8 @@ def _block_shape(stored: Stored, shape: tuple[int, ...], scale: Tensor) -> tuple
     if scale.size == 1:
         return per_tensor(shape)
     told = stored.setting("weight_block_size", list, None)
-    if told is not None and not (len(told) == 2 and all(type(size) is int and size > 0 for size in told)):
-        raise CorruptFile(f"has weight_block_size {told!r:.80} in its configuration, where two sizes are needed")
+    if told is not None and not (len(told) == 2 and all(is_size(size) and size > 0 for size in told)):
+        raise CorruptFile(f"has weight_block_size {brief(told)} in its configuration, where two sizes are needed")
     possible = [_MX_BLOCK] if scale.dtype == FLOAT8_E8M0 else []
     if told is not None:
         possible.append((told[0], told[1]))

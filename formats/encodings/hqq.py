@@ -22,8 +22,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Loss, Quantization, Tensor, is_float
+from converters.shapes import checked_shape
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
 from formats.encodings.rearranged import fields
@@ -59,7 +60,6 @@ _DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 _MOST_TEXT = 64
-_MOST = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def _check_group_size(stored: Stored, axis: int, matrix: tuple[int, int], scale:
     told = _setting(stored, "group_size")
     seen = matrix[axis]
     if told is not None and scale.size != 1 and told != seen:
-        raise CorruptFile(f"has groups of {seen}, but group_size {told!r:.40}")
+        raise CorruptFile(f"has groups of {seen}, but group_size {brief(told)}")
 
 
 def _meta(stored: Stored, name: str) -> Tensor | None:
@@ -196,29 +196,29 @@ def _setting(stored: Stored, name: str) -> Any:
 def _number(stored: Stored, name: str) -> int:
     value = _setting(stored, name)
     if type(value) is not int:
-        raise CorruptFile(f"has {name} {value!r:.40}: a number is needed")
+        raise CorruptFile(f"has {name} {brief(value)}: a number is needed")
     return value
 
 
 def _shape(stored: Stored) -> tuple[int, ...]:
     shape = _setting(stored, "shape")
-    if not isinstance(shape, tuple) or not shape or not all(type(n) is int and 0 < n < _MOST for n in shape):
-        raise CorruptFile(f"has the shape {shape!r:.80}: positive numbers are needed")
-    return shape
+    if not isinstance(shape, tuple) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise CorruptFile(f"has the shape {brief(shape)}: positive numbers are needed")
+    return checked_shape(shape)
 
 
 def _packing(stored: Stored) -> _Packing:
     name, bits = _setting(stored, "packing"), _setting(stored, "nbits")
     packing = _PACKINGS.get(name) if isinstance(name, str) else None
     if packing is None:
-        raise Unsupported(f"has the packing {name!r:.40}: {', '.join(_PACKINGS)} are read")
+        raise Unsupported(f"has the packing {brief(name)}: {', '.join(_PACKINGS)} are read")
     if not isinstance(bits, int | float) or not 0 < bits <= packing.bits:
-        raise CorruptFile(f"has nbits {bits!r:.40}, but the packing '{name}'")
+        raise CorruptFile(f"has nbits {brief(bits)}, but the packing '{name}'")
     return packing
 
 
 def _compute_dtype(stored: Stored) -> np.dtype[Any]:
     name = _setting(stored, "compute_dtype") or "torch.float16"
     if not isinstance(name, str) or name not in _DTYPES:
-        raise CorruptFile(f"has compute_dtype {name!r:.40}: {', '.join(_DTYPES)} are possible")
+        raise CorruptFile(f"has compute_dtype {brief(name)}: {', '.join(_DTYPES)} are possible")
     return _DTYPES[name]

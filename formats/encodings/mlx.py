@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Quantization, Tensor, blocked
 from formats.encodings.bit_fields import along_rows
-from formats.encodings.checkpoint import Stored, Weight
+from formats.encodings.checkpoint import Stored, Weight, is_size
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, small_floats
 
 METHODS = frozenset(("mlx",))
@@ -104,7 +104,7 @@ def _setting(stored: Stored) -> Setting:
             raise CorruptFile("is quantized by MLX, but no config.json says its group_size and bits")
     mode = own.get("mode") or ("affine" if has_biases else config.get("mode", "affine"))
     if not isinstance(mode, str) or mode not in DEFAULTS:
-        raise Unsupported(f"is in MLX's mode {mode!r:.40}, which is not known here: {', '.join(DEFAULTS)} are")
+        raise Unsupported(f"is in MLX's mode {brief(mode)}, which is not known here: {', '.join(DEFAULTS)} are")
     if has_biases != (mode == "affine"):
         raise CorruptFile(f"is in mode '{mode}', but has {'' if has_biases else 'no '}biases")
     size, bits = _number(own, "group_size", mode), _number(own, "bits", mode)
@@ -116,6 +116,6 @@ def _setting(stored: Stored) -> Setting:
 def _number(config: Mapping[str, Any], key: str, mode: str) -> int:
     default = DEFAULTS[mode][key == "bits"]
     value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        raise CorruptFile(f"has {key} {value!r:.40} in its configuration, where a positive integer is needed")
-    return value
+    if not is_size(value) or value < 1:
+        raise CorruptFile(f"has {key} {brief(value)} in its configuration, where a positive integer is needed")
+    return int(value)

@@ -21,7 +21,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.checkpoint import Stored, Weight
 from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, group_size, small_floats
@@ -89,11 +89,12 @@ def agree(stored: Stored, layout: str, size: int | None) -> None:
     of_layer = every.get(stored.prefix) if isinstance(every, dict) else None
     if isinstance(of_layer, dict):
         algorithm = of_layer.get("quant_algo", algorithm)
-    if algorithm not in ("", "MIXED_PRECISION") and algorithm not in _ALGORITHMS[layout]:
-        raise CorruptFile(f"has tensors of {layout}, but its configuration says quant_algo {algorithm!r:.40}")
+    is_known = isinstance(algorithm, str) and algorithm in {"", "MIXED_PRECISION"} | _ALGORITHMS[layout]
+    if not is_known:
+        raise CorruptFile(f"has tensors of {layout}, but its configuration says quant_algo {brief(algorithm)}")
     told = of_layer.get("group_size") if isinstance(of_layer, dict) else stored.checkpoint.config.get("group_size")
     if size is not None and told is not None and told != size:
-        raise CorruptFile(f"has tensors of {layout}, in groups of {size}, but its configuration says {told!r:.40}")
+        raise CorruptFile(f"has tensors of {layout}, in groups of {size}, but its configuration says {brief(told)}")
 
 
 def nested(scale: Tensor, outer: Tensor) -> Tensor:

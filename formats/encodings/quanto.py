@@ -26,10 +26,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Loss, Quantization, Tensor, grid_shape, is_float, is_integer, per_axis, per_tensor
 from converters.storage import Computed
-from formats.encodings.checkpoint import Stored, Weight
+from formats.encodings.checkpoint import Stored, Weight, is_size
 from formats.encodings.flat_blocks import flat_blocks
 from formats.encodings.rearranged import fields
 
@@ -84,8 +84,8 @@ def _type(stored: Stored) -> str:
     if module is None:
         return ""
     type_ = module.get("weights") if isinstance(module, dict) else None
-    if type_ not in _TYPES:
-        raise CorruptFile(f"has weights of {type_!r:.40} in its configuration: {', '.join(_TYPES)} are known")
+    if not isinstance(type_, str) or type_ not in _TYPES:
+        raise CorruptFile(f"has weights of {brief(type_)} in its configuration: {', '.join(_TYPES)} are known")
     return str(type_)
 
 
@@ -208,16 +208,17 @@ def _told(stored: Stored) -> list[int]:
 
 def _size(architecture: Mapping[str, Any], key: str) -> int:
     """A size of the architecture; 0 where it is not told."""
-    value = architecture.get(key)
-    if type(value) is int:
-        return value if 0 < value < 1 << 32 else 0
-    heads = architecture.get("num_attention_heads")
+    if type(architecture.get(key)) is int:
+        return _told_size(architecture, key)
+    heads = _told_size(architecture, "num_attention_heads")
     if key == "num_key_value_heads":
-        return heads if type(heads) is int else 0
-    hidden = architecture.get("hidden_size")
-    if key == "head_dim" and type(heads) is int and type(hidden) is int and heads > 0:
-        return hidden // heads
-    return 0
+        return heads
+    return _told_size(architecture, "hidden_size") // heads if key == "head_dim" and heads else 0
+
+
+def _told_size(architecture: Mapping[str, Any], key: str) -> int:
+    value = architecture.get(key)
+    return value if type(value) is int and is_size(value) and value > 0 else 0
 
 
 def _negated(shift: Tensor) -> Tensor:

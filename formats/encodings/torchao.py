@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from formats.encodings.codes import dtype_for, narrowed
 from formats.encodings.parameters import value_dtype
@@ -92,7 +92,7 @@ def _intx_unpacked(parts: Parts) -> Tensor:
     stored = parts.fits("qdata", parts.tensor("qdata"), parts.shape)
     target = parts.get("target_dtype")
     if stored.dtype != _INT8 or not isinstance(target, str) or target not in _INTX_DTYPES:
-        raise parts.corrupt(f"has codes of {stored.dtype} for {target!r:.40}: int8 for int1 to int8 is needed")
+        raise parts.corrupt(f"has codes of {stored.dtype} for {brief(target)}: int8 for int1 to int8 is needed")
     dtype = _INTX_DTYPES[target]
     codes = Tensor(parts.name, parts.shape, dtype, narrowed(replace(stored, name=parts.name), dtype))
     return affine(parts, codes, parts.block_shape(parts.shape), parts.tensor("scale"), parts.tensor("zero_point"))
@@ -174,7 +174,7 @@ def _mx(parts: Parts) -> Tensor:
     elif element in ("float8_e4m3fn", "float8_e5m2") and stored.dtype.name == element:
         codes = parts.fits("qdata", stored, parts.shape)
     else:
-        raise parts.corrupt(f"has codes of {stored.dtype} for elements of {element!r:.40}")
+        raise parts.corrupt(f"has codes of {stored.dtype} for elements of {brief(element)}")
     block_shape = _last_axis_blocks(parts)
     scale = _block_scale(parts, _as_e8m0(parts, parts.tensor("scale", "_scale_e8m0")), block_shape)
     quantization = Quantization(scale, block_shape, value_dtype=value_dtype(parts.compute_dtype))
@@ -313,7 +313,7 @@ def _block_scale(parts: Parts, stored: Tensor, block_shape: tuple[int, ...]) -> 
     if not swizzled:
         return parts.parameter("scale", stored, grid)
     if swizzled is not True:
-        raise parts.corrupt(f"has is_swizzled_scales {swizzled!r:.40}, which is neither true nor false")
+        raise parts.corrupt(f"has is_swizzled_scales {brief(swizzled)}, which is neither true nor false")
     if stored.size != swizzled_size(grid):
         raise parts.corrupt(f"has {stored.size} scales, where {swizzled_size(grid)} in tiles are needed for {grid}")
     return unswizzled("scale", stored, grid)

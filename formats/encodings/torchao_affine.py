@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
 from converters.packing import SUB_BYTE, bits_of
 from formats.encodings.codes import dtype_for, narrowed
@@ -168,7 +168,7 @@ def _weight(parts: Parts, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
     block_shape = parts.block_shape(parts.shape)
     domain = _DOMAINS.get(_plain_value(parts.get("zero_point_domain")))
     if domain is None:
-        raise parts.corrupt(f"has the zero_point_domain {parts.get('zero_point_domain')!r:.40}, which is none")
+        raise parts.corrupt(f"has the zero_point_domain {brief(parts.get('zero_point_domain'))}, which is none")
     if domain != "FLOAT":
         return affine(parts, codes, block_shape, scale, zero_point if domain == "INT" else None)
     grid = grid_shape(parts.shape, block_shape)
@@ -183,12 +183,12 @@ def shards(parts: Parts, stored: Parts) -> Tensor:
     """UintxTensor: the planes of bits that codes of 1 to 7 bits are split into (torchao 0.18, uintx_utils.py)."""
     bits = stored.get("bit_width")
     if type(bits) is not int or bits not in SHARDS:
-        raise parts.corrupt(f"has codes of {bits!r:.40} bits, where 1 to 7 are possible")
+        raise parts.corrupt(f"has codes of {brief(bits)} bits, where 1 to 7 are possible")
     shape, axis = stored.get("packed_shape"), stored.get("pack_dim")
     if shape != parts.shape or not shape:
-        raise parts.corrupt(f"has codes of shape {shape!r:.60}, where {parts.shape} is needed")
+        raise parts.corrupt(f"has codes of shape {brief(shape)}, where {parts.shape} is needed")
     if axis not in (-1, len(shape) - 1):
-        raise parts.unsupported(f"packed along axis {axis!r:.40}: only those packed along the last one are read")
+        raise parts.unsupported(f"packed along axis {brief(axis)}: only those packed along the last one are read")
     planes = []
     for width in SHARDS[bits]:
         plane = stored.tensor(f"int{width}_shard")
@@ -270,7 +270,7 @@ def _integral(parts: Parts, role: str) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if value is not None and type(value) is not int:
-        raise parts.corrupt(f"has the {role} {value!r:.40}, where an integer is needed")
+        raise parts.corrupt(f"has the {role} {brief(value)}, where an integer is needed")
     return value
 
 

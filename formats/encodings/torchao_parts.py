@@ -15,7 +15,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Loss, LossKind, Tensor, is_float, is_integer
 
 #: The instruction sets for which PyTorch packs int4 weights differently.
@@ -25,6 +25,9 @@ _COMPUTE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {name: np.dtype(t) for name, t in (("float32", np.float32), ("float16", np.float16))}
     | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 )
+
+
+_LARGEST_SIZE = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +65,7 @@ class Parts:
         """The dtype of the weight, to which torchao rounds each operation on it."""
         if self.wrapped.dtype not in _COMPUTE_DTYPES:
             raise self.corrupt(
-                f"is of dtype {self.wrapped.dtype!r:.40}, where {', '.join(_COMPUTE_DTYPES)} are possible"
+                f"is of dtype {brief(self.wrapped.dtype)}, where {', '.join(_COMPUTE_DTYPES)} are possible"
             )
         return _COMPUTE_DTYPES[self.wrapped.dtype]
 
@@ -114,17 +117,17 @@ class Parts:
     def count(self, *roles: str) -> int:
         """An attribute that must be a positive integer."""
         value = self.get(*roles)
-        if type(value) is not int or value < 1:
-            raise self.corrupt(f"has the {roles[0]} {value!r:.40}, where a positive integer is needed")
+        if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
+            raise self.corrupt(f"has the {roles[0]} {brief(value)}, where a positive integer is needed")
         return value
 
     def block_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The attribute `block_size`: how many elements along each axis share a scale."""
         blocks = self.get("block_size")
         if not isinstance(blocks, tuple) or len(blocks) != len(shape):
-            raise self.corrupt(f"has the block_size {blocks!r:.60}, where one for each axis of {shape} is needed")
-        if any(type(block) is not int or block < 1 for block in blocks):
-            raise self.corrupt(f"has the block_size {blocks!r:.60}, where positive integers are needed")
+            raise self.corrupt(f"has the block_size {brief(blocks)}, where one for each axis of {shape} is needed")
+        if any(type(block) is not int or not 1 <= block <= _LARGEST_SIZE for block in blocks):
+            raise self.corrupt(f"has the block_size {brief(blocks)}, where positive integers are needed")
         return blocks
 
     def fits(self, role: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile
+from converters.errors import CorruptFile, brief
 from converters.ir import Loss, Tensor
+from converters.shapes import checked_shape
 from formats.encodings.torchao import Cpu, WrappedTensor, decoded
 
 NAMES = "tensor_names"
@@ -153,8 +154,9 @@ def _appearance(name: str, attributes: Mapping[str, Any]) -> tuple[tuple[int, ..
     if not isinstance(codes, Tensor):
         raise CorruptFile("has no qdata: its metadata are damaged", tensor=name)
     shape = attributes.get("shape", codes.shape)
-    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
-        raise CorruptFile(f"has the shape {shape!r:.60} in its metadata: they are damaged", tensor=name)
+    if not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
+        raise CorruptFile(f"has the shape {brief(shape)} in its metadata: they are damaged", tensor=name)
+    shape = checked_shape(shape, tensor=name)
     is_float4 = "orig_dtype" in attributes and attributes.get("elem_dtype", _PACKED_FLOAT4) == _PACKED_FLOAT4
     if is_float4 and codes.dtype == np.uint8 and shape:
         shape = (*shape[:-1], shape[-1] * 2)

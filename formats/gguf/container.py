@@ -14,7 +14,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
+from converters.shapes import MOST_DIMENSIONS, checked_shape
 from converters.storage import FileRange, MappedFile
 
 MAGIC = b"GGUF"
@@ -96,7 +97,7 @@ def open_container(file: MappedFile) -> Container:
     """Reads the header. Raises CorruptFile for damage, Unsupported for big-endian files and other versions."""
     cursor = _Cursor(file)
     if cursor.take(4) != MAGIC:
-        raise CorruptFile(f"begins with {file.view[:4].tobytes()!r}, not with {MAGIC!r}")
+        raise CorruptFile(f"begins with {brief(file.view[:4].tobytes())}, not with {brief(MAGIC)}")
     version = cursor.number("I")
     if version not in _VERSIONS:
         if version & 0xFFFF == 0 and version:
@@ -110,7 +111,7 @@ def open_container(file: MappedFile) -> Container:
         start = cursor.position
         key = cursor.string()
         if key in metadata:
-            raise CorruptFile(f"has the key '{key}' twice")
+            raise CorruptFile(f"has the key {brief(key)} twice")
         metadata[key] = cursor.value()
         entries[key] = file.range(start, cursor.position - start)
     tensors: dict[str, TensorInfo] = {}
@@ -128,7 +129,7 @@ def _alignment(metadata: dict[str, Value]) -> int:
     found = metadata.get(_ALIGNMENT, Value("uint32", DEFAULT_ALIGNMENT))
     alignment = found.value
     if found.kind != "uint32" or alignment == 0 or alignment & (alignment - 1):
-        raise CorruptFile(f"has the {_ALIGNMENT} {found.value!r:.40} ({found.kind}): a power of two is needed")
+        raise CorruptFile(f"has the {_ALIGNMENT} {brief(found.value)} ({found.kind}): a power of two is needed")
     return int(alignment)
 
 
@@ -165,7 +166,7 @@ class _Cursor:
         try:
             return taken.decode()
         except UnicodeDecodeError as error:
-            raise CorruptFile(f"has the string {taken[:40]!r}, which is no UTF-8: {error.reason}") from None
+            raise CorruptFile(f"has the string {brief(taken[:40])}, which is no UTF-8: {error.reason}") from None
 
     def value(self) -> Value:
         """The next value, its type before it."""
@@ -203,5 +204,8 @@ class _Cursor:
         """The next tensor's entry."""
         name, axes = self.string(), self.number("I")
         self.expect(axes * 8, f"the sizes of {axes} axes")
+        if axes > MOST_DIMENSIONS:  # before they are looked at: there may be millions
+            raise Unsupported(f"has {axes} dimensions; {MOST_DIMENSIONS} are the most that can be read", tensor=name)
         sizes = struct.unpack(f"<{axes}Q", self.take(axes * 8))
-        return TensorInfo(name, tuple(reversed(sizes)), self.number("I"), self.number("Q"))
+        shape = checked_shape(tuple(reversed(sizes)), tensor=name)
+        return TensorInfo(name, shape, self.number("I"), self.number("Q"))

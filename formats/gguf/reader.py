@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import Loss, Metadata, Model, Tensor
 from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
@@ -33,6 +34,7 @@ class GGUFReader:
             except Error as error:
                 error.path = error.path or container.file.path
                 raise
+        Allowance(sum(container.file.view.size for container in containers)).hold_all(tensors)
         quantized_by = containers[0].metadata.get("general.quantized_by")
         producer = quantized_by.value if quantized_by and quantized_by.kind == "string" else ""
         return Model(tensors, Metadata("gguf", producer, path), losses=tuple(metadata_losses(containers[0])))

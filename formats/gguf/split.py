@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from converters.containment import refuse_outside
-from converters.errors import CorruptFile, Error, UsageError
+from converters.errors import CorruptFile, Error, UsageError, brief
 from converters.storage import MappedFile
 from formats.gguf.container import Container, open_container
 
@@ -96,7 +96,7 @@ def _whole_number(container: Container, path: Path, key: str) -> int | None:
     if found is None:
         return None
     if not isinstance(found.value, int) or found.kind in ("bool", "array") or found.value < 0:
-        raise CorruptFile(f"has the {key} {found.value!r:.40} ({found.kind}): a whole number is needed", path=path)
+        raise CorruptFile(f"has the {key} {brief(found.value)} ({found.kind}): a whole number is needed", path=path)
     return int(found.value)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.lifting import Scope
@@ -13,7 +14,8 @@ from formats.onnx.lifting import Scope
 Value = tuple[int, str]
 
 _DEEPEST_CALL = 16
-_MOST_CALLED_NODES = 1 << 18
+#: What looking at a node once more costs, in bytes, about.
+_NODE_BYTES = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,11 +64,11 @@ class Dataflow:
         return self.value(scope, name) in self.outputs
 
 
-def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope]) -> Iterator[Scope]:
+def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope], allowance: Allowance) -> Iterator[Scope]:
     """The bodies of functions once more, for each call with initializers, of which their inputs stand for these.
-    Raises Unsupported when functions call functions without end."""
+    Raises Unsupported when functions call functions without end, or so often that the allowance does not cover it."""
     calls = [(scope, 0) for scope in scopes if parsed.calls]
-    nodes = 0
+    sizes: dict[int, int] = {}
     for scope, depth in calls:  # grows
         for node in scope.graph.nodes:
             body = parsed.calls.get(("" if node.is_standard else node.domain, node.op_type))
@@ -76,12 +78,19 @@ def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope]) -> Iterator[Scope]
             bound = {name: header for name, header in headers if header is not None}
             if not bound:
                 continue
-            nodes += len(body.nodes)
-            if depth >= _DEEPEST_CALL or nodes > _MOST_CALLED_NODES:
+            if depth >= _DEEPEST_CALL:
                 raise Unsupported(f"functions call functions more than {_DEEPEST_CALL} deep, or without end")
+            if id(body) not in sizes:
+                sizes[id(body)] = _size(body)
+            allowance.spend(_NODE_BYTES * sizes[id(body)], f"its functions call '{node.op_type}' again and again")
             for called in scopes_of(body, None, bound):
                 calls.append((called, depth + 1))
                 yield called
+
+
+def _size(graph: Graph) -> int:
+    """How many nodes a graph has, and initializers, those of graphs within it counted, too."""
+    return 1 + len(graph.initializers) + sum(1 + sum(map(_size, node.bodies)) for node in graph.nodes)
 
 
 def scopes_of(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from converters.unique_names import UniqueNames
 from formats.onnx.dataflow import Dataflow, Taker, Value
 from formats.onnx.graph import Node, ParsedModel
 from formats.onnx.lifting import Scope
-from formats.onnx.lowering import Names
 from formats.onnx.rewriting import GraphEdit, NewInitializer
 
 
@@ -17,7 +17,7 @@ class Editor:
     """Collects the changes, by the identity of the graph that they are for."""
 
     flow: Dataflow
-    names: Names
+    names: UniqueNames
     edits: dict[int, GraphEdit] = field(default_factory=dict)
     domains: set[str] = field(default_factory=set)
     _given: set[Value] = field(default_factory=set)
@@ -28,7 +28,7 @@ class Editor:
     def of(cls, parsed: ParsedModel) -> Editor:
         """An editor of a whole file."""
         flow = Dataflow.of(parsed)
-        return cls(flow, Names(_all_names(flow)))
+        return cls(flow, UniqueNames(_all_names(flow)))
 
     def edit(self, scope: Scope) -> GraphEdit:
         """The changes to one graph."""
@@ -50,6 +50,10 @@ class Editor:
         """Puts others in the place of a node; whatever only it took goes, too."""
         if self.is_removed(node):
             return
+        self._put(scope, node, others)
+        self._drop_unused(scope, node.inputs)
+
+    def _put(self, scope: Scope, node: Node, others: tuple[Node, ...]) -> None:
         self._removed.add(id(node))
         self.edit(scope).replaced[id(node)] = others
         for other in others:
@@ -60,7 +64,7 @@ class Editor:
         """Has all nodes that take the value `old` of a graph take `new`."""
         self.edit(scope).renamed[old] = new
         self._counts[self.flow.value(scope, old)] = 0
-        self._drop_unused(scope, old)
+        self._drop_unused(scope, [old])
 
     def give_away(self, scope: Scope, name: str) -> None:
         """Leaves out an initializer, or a Constant, of a graph, whose name something new is to have from now on."""
@@ -84,23 +88,24 @@ class Editor:
             if name:
                 value = self.flow.value(scope, name)
                 self._counts[value] = self._count(value) + sign
-                if sign < 0:
-                    self._drop_unused(scope, name)
 
-    def _drop_unused(self, scope: Scope, name: str) -> None:
-        """Leaves out what makes a value that nothing takes any more."""
-        value = self.flow.value(scope, name)
-        if self._count(value) > 0 or value in self.flow.outputs or value in self._given:
-            return
-        owner = scope
-        while id(owner.graph) != value[0] and owner.outer is not None:
-            owner = owner.outer
-        if name in owner.headers:
-            self._drop(owner, name)
-            return
-        node = owner.producers.get(name)
-        if node is not None and not node.bodies and self._is_unused(owner, node):
-            self.replace(owner, node)
+    def _drop_unused(self, scope: Scope, names: Iterable[str]) -> None:
+        """Leaves out what makes values that nothing takes any more, and what only that took, however long the chain."""
+        waiting = [(scope, name) for name in names if name]
+        while waiting:
+            scope, name = waiting.pop()
+            value = self.flow.value(scope, name)
+            if self._count(value) > 0 or value in self.flow.outputs or value in self._given:
+                continue
+            while id(scope.graph) != value[0] and scope.outer is not None:
+                scope = scope.outer
+            if name in scope.headers:
+                self._drop(scope, name)
+                continue
+            node = scope.producers.get(name)
+            if node is not None and not node.bodies and not self.is_removed(node) and self._is_unused(scope, node):
+                self._put(scope, node, ())
+                waiting += [(scope, each) for each in node.inputs if each]
 
     def _is_unused(self, scope: Scope, node: Node) -> bool:
         values = [self.flow.value(scope, name) for name in node.outputs if name]

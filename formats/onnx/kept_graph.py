@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported
 from converters.ir import Tensor, is_float
 from converters.packing import packed_size
@@ -82,6 +83,7 @@ class GraphChanges:
     opset: int
     layout: QuantizedLayout
     editor: Editor
+    allowance: Allowance
     expected: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _decodings: dict[int, list[_Decoding]] = field(default_factory=dict)
@@ -90,7 +92,8 @@ class GraphChanges:
     @classmethod
     def of(cls, graph: OnnxGraph, opset: int, layout: QuantizedLayout) -> GraphChanges:
         """No changes yet."""
-        changes = cls(graph, opset, layout, Editor.of(graph.parsed), dict(graph.tensors))
+        allowance = graph.payloads.allowance.rest()
+        changes = cls(graph, opset, layout, Editor.of(graph.parsed), allowance, dict(graph.tensors))
         for scope in changes.editor.flow.scopes:
             changes._scopes.update((id(header), scope) for header in scope.headers.values())
             matcher = Matcher(scope, graph.payloads)
@@ -237,8 +240,8 @@ class _Weight:
     def _name_of_codes(self) -> str:
         """The initializer's name, for what takes its place. Raises Unsupported when nodes take it that do not decode
         it."""
-        nodes = {id(decoding.node) for decoding in self.decodings}
-        others = [each for each in self.editor.left(self.scope, self.header.name) if not self._leads_to(each, nodes)]
+        known = {id(decoding.node): True for decoding in self.decodings}
+        others = [each for each in self.editor.left(self.scope, self.header.name) if not self._leads_to(each, known)]
         if others or self.editor.flow.is_output(self.scope, self.header.name):
             what = others[0].node.op_type if others else "output"
             raise Unsupported(
@@ -249,12 +252,20 @@ class _Weight:
         self.editor.give_away(self.scope, self.header.name)
         return self.header.name
 
-    def _leads_to(self, taker: Taker, nodes: set[int]) -> bool:
-        """Whether a node is one of these, or is taken by nothing but nodes that lead to them (Cast, Sub)."""
-        if id(taker.node) in nodes:
-            return True
-        following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
-        return len(following) == 1 and self._leads_to(following[0], nodes)
+    def _leads_to(self, taker: Taker, known: dict[int, bool]) -> bool:
+        """Whether a node is one of those that are `known` to, or is taken by nothing but nodes that lead to them (Cast,
+        Sub). What is found is known from then on: the chains of several nodes may be long, and end in one."""
+        passed = []
+        while id(taker.node) not in known:
+            known[id(taker.node)] = False  # so that a damaged graph's circle ends
+            passed.append(taker.node)
+            following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
+            if len(following) != 1:
+                break
+            taker = following[0]
+        leads = known[id(taker.node)]
+        known.update((id(node), leads) for node in passed)
+        return leads
 
     def _is_exact(self, decoding: _Decoding) -> bool:
         found = expansion(decoding.node)
@@ -316,7 +327,7 @@ class _Weight:
     def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
         """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
         is_turned, tensor = tensor is not self.tensor, narrowed(tensor)
-        lowering = Lowering(self.changes.opset, self.editor.names, {})
+        lowering = Lowering(self.changes.opset, self.editor.names, {}, self.changes.allowance)
         if tensor.quantization is None:
             return
         initializers = lowering.lower(tensor, tensor.quantization, value, dtype)
@@ -355,6 +366,7 @@ class _FusionGroups:
 
     weight: _Weight
     fused: list[tuple[_Decoding, Fusion, Blobs]] = field(default_factory=list)
+    made: dict[tuple[bool, str], Blobs | None] = field(default_factory=dict)
 
     def take(self, decoding: _Decoding) -> bool:
         """Notes the fusions of all that takes a decoded value; returns whether nothing else takes it."""
@@ -371,11 +383,14 @@ class _FusionGroups:
         return complete
 
     def _blobs(self, fusion: Fusion) -> Blobs | None:
-        turned = transposed(self.weight.tensor) if fusion.transposes else self.weight.tensor
-        blobs = Blobs.of(turned)
-        # its data have no room for a last block that is filled up
-        is_ragged = blobs is not None and turned.shape[1] % blobs.block_size
-        return None if fusion.operator == "GatherBlockQuantized" and is_ragged else blobs
+        key = (fusion.transposes, fusion.operator)
+        if key not in self.made:  # zero points are looked at for it: once, not for each operator
+            turned = transposed(self.weight.tensor) if fusion.transposes else self.weight.tensor
+            blobs = Blobs.of(turned)
+            # its data have no room for a last block that is filled up
+            is_ragged = blobs is not None and turned.shape[1] % blobs.block_size
+            self.made[key] = None if fusion.operator == "GatherBlockQuantized" and is_ragged else blobs
+        return self.made[key]
 
     def write(self, *, is_whole: bool) -> None:
         """Adds the blobs and puts the operators in the place of the nodes. `is_whole`: nothing else takes the codes, so

@@ -179,6 +179,7 @@ def _laid_out(
         owners,
         opsets,
         _ir_version(graph, changes, options),
+        changes.allowance,
     )
     try:
         pieces = rewriting.model()

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.ir import Tensor
+from converters.shapes import MOST_DIMENSIONS
 from formats.onnx.graph import Graph, Node, TensorHeader
 from formats.onnx.lowering import fits, is_wide
 from formats.onnx.payload import Payloads
@@ -65,12 +66,12 @@ class Scope:
         """`bound` are the initializers that a call of a function gives for its inputs."""
         self.graph = graph
         self.outer = outer
-        self.inputs = frozenset(graph.inputs)
+        self.inputs, self.outputs = frozenset(graph.inputs), frozenset(graph.outputs)
         self.headers = {tensor.name: tensor for tensor in graph.initializers} | dict(bound or {})
         self.producers = {name: node for node in graph.nodes for name in node.outputs if name}
         self.takers: dict[str, list[Node]] = {}
         for node in graph.nodes:
-            for name in node.inputs:
+            for name in dict.fromkeys(node.inputs):
                 self.takers.setdefault(name, []).append(node)
         self.headers |= {node.constant.name: node.constant for node in graph.nodes if node.constant is not None}
 
@@ -233,7 +234,7 @@ class Matcher:
         name = rounding.input(0)
         floats, scale = self.scope.headers.get(name), self.scope.header(node.input(1))
         is_shared = (
-            any(taker is not rounding for taker in self.scope.takers.get(name, ())) or name in self.scope.graph.outputs
+            any(taker is not rounding for taker in self.scope.takers.get(name, ())) or name in self.scope.outputs
         )
         if floats is None or scale is None or floats.data_type not in _FLOATS or is_shared:
             return None
@@ -299,9 +300,9 @@ class Matcher:
         scale = self._only_taker(cast.outputs[0], "Mul") if cast is not None else None
         if cast is None or scale is None:
             return None
-        for name in scale.inputs:
+        for name in scale.inputs[:2]:
             factors = self.scope.producer(name, "Mul")
-            for factor in factors.inputs if factors is not None and name != cast.outputs[0] else ():
+            for factor in factors.inputs[:2] if factors is not None and name != cast.outputs[0] else ():
                 if self.scope.header(factor) is not None:
                     return scale, factor
         return None
@@ -315,8 +316,10 @@ class Matcher:
         stored = self._stored(name, codes.data_type)
         if stored is None or self.scope.header(name) is not None:
             return stored
-        narrowed = fits(stored.tensor(self.payloads), self.payloads.tensor(codes).dtype)
-        return stored if narrowed else None
+        fact = ("fits", id(stored.header), codes.data_type)
+        if fact not in self.payloads.facts:
+            self.payloads.facts[fact] = fits(stored.tensor(self.payloads), self.payloads.tensor(codes).dtype)
+        return stored if self.payloads.facts[fact] else None
 
     def _arithmetic(self, node: Node | None) -> Pattern | None:
         offset = zero_point = None
@@ -373,7 +376,8 @@ class Matcher:
             gather = self.scope.producer(name, "Gather")
             index = self._stored(gather.input(1), _INT64) if gather else None
             axis = gather.integers.get("axis", 0) if gather else 0
-            if gather is None or index is None or axis in [a for a, _ in indices] or axis < 0:
+            known = [other for other, _ in indices]
+            if gather is None or index is None or axis in known or not 0 <= axis < MOST_DIMENSIONS:
                 return None
             indices.append((axis, index))
             name = gather.input(0)

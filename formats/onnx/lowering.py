@@ -7,7 +7,7 @@ float32 and in the order of the IR's own decoder, so that a runtime's result is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,9 +15,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
 from converters.packing import SUB_BYTE, bits_of, packed_size, unpack
 from converters.storage import Computed
+from converters.unique_names import UniqueNames
 from formats.onnx.graph import Node
 from formats.onnx.schema import (
     BLOCKS_SINCE,
@@ -32,6 +34,7 @@ Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_inde
 _FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
 _UINT4, _FLOAT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.float4_e2m1fn)
 _PIECE_BYTES = 1 << 20
+_LARGEST_ELEMENT = 8
 #: Codes whose differences float16 and bfloat16 hold exactly, so that DequantizeLinear may compute in these.
 _EXACT_CODES = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4))
 
@@ -57,30 +60,16 @@ class Constant:
     properties: tuple[tuple[str, str], ...] = ()
 
 
-class Names:
-    """Hands out names that nothing else in the graph has."""
-
-    def __init__(self, taken: Iterable[str]) -> None:
-        self.taken = set(taken)
-
-    def fresh(self, wanted: str) -> str:
-        """`wanted`, with _1, _2, … appended while it is taken."""
-        name, count = wanted, 0
-        while name in self.taken:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.taken.add(name)
-        return name
-
-
 @dataclass(slots=True)
 class Lowering:
     """Collects nodes and constants of one graph; `shared` gives the name of the initializer that a parameter already
-    has because it is itself one of the model's tensors, by the parameter's identity."""
+    has because it is itself one of the model's tensors, by the parameter's identity. `allowance` is for what its
+    constants take."""
 
     opset: int
-    names: Names
+    names: UniqueNames
     shared: dict[int, str]
+    allowance: Allowance
     nodes: list[Node] = field(default_factory=list)
     dtypes: dict[str, np.dtype[Any]] = field(default_factory=dict)
     constants: dict[tuple[Any, ...], Constant] = field(default_factory=dict)
@@ -98,10 +87,19 @@ class Lowering:
             one.as_dequantize_linear(*granularity)
         return one.initializers
 
-    def constant(self, key: tuple[Any, ...], wanted: str, values: NDArray[Any], *properties: tuple[str, str]) -> str:
-        """The name of a shared initializer with these values; `key` tells one from another."""
+    def constant(
+        self,
+        key: tuple[Any, ...],
+        wanted: str,
+        count: int,
+        make: Callable[[], NDArray[Any]],
+        *properties: tuple[str, str],
+    ) -> str:
+        """The name of a shared initializer with the `count` values of `make`; `key` tells one from another. Raises
+        Unsupported for more than the allowance covers: the sizes of a tensor without elements can be any."""
         if key not in self.constants:
-            self.constants[key] = Constant(self.names.fresh(wanted), values, properties)
+            self.allowance.spend(count * _LARGEST_ELEMENT, "needs an index of the groups along an axis")
+            self.constants[key] = Constant(self.names.fresh(wanted), make(), properties)
         return self.constants[key].name
 
     def _granularity(self, tensor: Tensor, q: Quantization) -> tuple[tuple[int, ...], dict[str, int]] | None:
@@ -194,6 +192,11 @@ def is_wide(*dtypes: np.dtype[Any]) -> bool:
     return all(is_integer(dtype) for dtype in dtypes) and any(dtype.itemsize >= 4 for dtype in dtypes)
 
 
+def _float4_values() -> NDArray[np.float32]:
+    values: NDArray[np.float32] = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
+    return values
+
+
 @dataclass(slots=True)
 class _TensorLowering:
     """One tensor on its way into the graph."""
@@ -258,8 +261,8 @@ class _TensorLowering:
         """The name of a tensor's stored elements as float32."""
         if tensor.dtype != _FLOAT4:
             return self._cast(self._initializer(role, tensor, dims), _FLOAT32)
-        values = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
-        table = self.lowering.constant((_FLOAT4,), f"{_FLOAT4.name}_values", values, (TABLE_DTYPE, _FLOAT4.name))
+        properties = (TABLE_DTYPE, _FLOAT4.name)
+        table = self.lowering.constant((_FLOAT4,), f"{_FLOAT4.name}_values", 16, _float4_values, properties)
         return self._look_up(table, self._initializer(role, tensor, dims), f"{role}_values")
 
     def _look_up(self, table: str, indices: str, suffix: str) -> str:
@@ -281,8 +284,8 @@ class _TensorLowering:
             return name if group.index.dtype in (_INT32, _INT64) else self._cast(name, _INT64)
         if block == 1 or block >= size:
             return ""
-        values = np.arange(size, dtype=np.int64) // block
-        return self.lowering.constant((size, block), f"blocks_of_{block}_in_{size}", values.astype(np.int32))
+        make = lambda: (np.arange(size, dtype=np.int64) // block).astype(np.int32)  # noqa: E731
+        return self.lowering.constant((size, block), f"blocks_of_{block}_in_{size}", size, make)
 
     def _initializer(
         self,

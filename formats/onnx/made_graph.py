@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.errors import Unsupported
 from converters.ir import Model, Tensor, WeightPlace
 from converters.storage import Computed, MappedFile
 from formats.onnx.graph import CARRIED
@@ -24,6 +25,8 @@ from formats.onnx.repacking import permuted
 
 if TYPE_CHECKING:
     import onnx_ir
+
+_LONGEST_REASON = 200
 
 
 @runtime_checkable
@@ -87,11 +90,25 @@ def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Pat
         tensor = carried[len(carried)] = tensors[name] = _lazy(name, value.const_value)
         shape, dtype = ir.Shape(tensor.shape), value.const_value.dtype
         value.const_value = ir.ExternalTensor(CARRIED, len(carried) - 1, tensor.nbytes, dtype, shape=shape, name=name)
-    content = np.frombuffer(ir.to_proto(made).SerializeToString(), np.uint8)
+    content = np.frombuffer(_serialized(made), np.uint8)
     payloads = Payloads(MappedFile(path, content, None), carried)
     parsed = parse(payloads.view, path)
     headers = {header.name: header for header in parsed.graph.initializers if header.name in tensors}
     return MadeGraph(OnnxGraph(parsed, payloads, tensors, headers), places)
+
+
+def _serialized(made: onnx_ir.Model) -> bytes:
+    """The bytes of the graph. Raises Unsupported where protobuf has no room for what is in it."""
+    import onnx_ir as ir
+    from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]
+
+    try:
+        content: bytes = ir.to_proto(made).SerializeToString()
+    except (ArithmeticError, LookupError, ProtobufError, TypeError, ValueError) as error:
+        # an integer of more than 64 bits, say, or constants of more than 2 GiB
+        reason = str(error)[:_LONGEST_REASON]
+        raise Unsupported(f"its graph does not go into an ONNX file ({type(error).__name__}: {reason})") from error
+    return content
 
 
 def _lazy(name: str, stored: onnx_ir.TensorProtocol) -> Tensor:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from converters.unique_names import UniqueNames
 from formats.onnx.block_operators import MICROSOFT
 from formats.onnx.dataflow import Dataflow, Taker
 from formats.onnx.graph import Node
 from formats.onnx.lifting import Matcher, Scope
-from formats.onnx.lowering import Names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,7 @@ class Site:
     matcher: Matcher
     node: Node
     view: memoryview
-    names: Names
+    names: UniqueNames
 
     @property
     def scope(self) -> Scope:

@@ -78,7 +78,8 @@ def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
     """The file without its larger payloads, and these by their offsets as external data."""
     external = ExternalData(CARRIED, _LEFT_INSIDE, has_any=True)
     opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # onnxruntime does without
-    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, {}, opsets, graph.parsed.ir_version)
+    allowance = graph.payloads.allowance.rest()
+    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, {}, opsets, graph.parsed.ir_version, allowance)
     out = bytearray()
     for piece in rewriting.model().items:
         if isinstance(piece, Payload):

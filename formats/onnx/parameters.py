@@ -9,6 +9,7 @@ import numpy as np
 
 from converters.errors import CorruptFile
 from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from formats.encodings.rearranged import Rows, made_by_rows
 from formats.onnx.lifting import Pattern, Spread, Stored
 from formats.onnx.payload import Payloads
 from formats.onnx.schema import GROUP_SIZE
@@ -41,7 +42,9 @@ def quantization(pattern: Pattern, payloads: Payloads, known: Mapping[int, Tenso
     def parameter(spread: Spread, role: str) -> Tensor:
         if takes_codes and prod(spread.stored.header.dims) == 1 and prod(grid) > 1:
             one = spread.stored.tensor(payloads)
-            return Tensor.from_array(one.name, np.full(grid, one.numpy().reshape(())))
+            value, columns = one.codes().reshape(-1)[0], grid[-1] if grid else 1
+            rows: Rows = lambda first, last: np.full((last - first, columns), value)  # noqa: E731
+            return made_by_rows(one.name, grid, one.dtype, rows, one.data)
         if prod(spread.stored.header.dims) != prod(grid):
             raise CorruptFile(
                 f"{role} of dims {spread.stored.header.dims} does not fit codes of dims {shape}: {grid} is needed"

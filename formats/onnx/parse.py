@@ -8,12 +8,12 @@ from pathlib import Path
 
 from converters.errors import CorruptFile, Unsupported, printable
 from converters.ir import Port
+from converters.shapes import checked_shape
 from formats.onnx import schema
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.wire import Range, Record, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
-_MOST_AXES = 64  # NumPy's limit
 _LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs
 
 
@@ -141,10 +141,7 @@ def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeade
     """A TensorProto without its payload; `name` is that of a Constant's value. Raises CorruptFile for wrong dims."""
     record = decode(view, where, schema.TENSOR)
     name = name or record.text("name")
-    dims = tuple(record.ints("dims"))
-    if len(dims) > _MOST_AXES or any(size < 0 for size in dims):
-        shown = f"{dims[:8]}{'…' if len(dims) > 8 else ''}"
-        raise CorruptFile(f"dims {shown}: at most {_MOST_AXES} sizes, none negative, are needed", tensor=name)
+    dims = checked_shape(record.ints("dims"), tensor=name)
     external = None
     if record.integer("data_location", 0) == schema.DATA_LOCATION_EXTERNAL:
         external = _entries(view, record, "external_data")
@@ -180,11 +177,19 @@ def _entries(view: memoryview, record: Record, field: str) -> Mapping[str, str]:
 
 def _check_names(graph: Graph, outer: tuple[Set[str], ...]) -> None:
     """Raises CorruptFile when a node takes, or the graph gives, what nothing makes, or a name has two makers."""
-    made = [*graph.inputs, *graph.sparse, *(name for node in graph.nodes for name in node.outputs if name)]
     initializers = {tensor.name for tensor in graph.initializers}
     if len(initializers) != len(graph.initializers) or "" in initializers:
         raise CorruptFile("an initializer has no name, or the name of another one: the file is damaged")
-    known = (initializers.union(made), *outer)
+    made = initializers.union(graph.inputs, graph.sparse)  # before IR version 4 initializers are inputs, too
+    for node in graph.nodes:
+        for name in node.outputs:
+            if name in made:
+                raise CorruptFile(
+                    f"a {node.op_type} makes '{printable(name)}', which something else in its graph makes"
+                )
+            if name:
+                made.add(name)
+    known = (made, *outer)
     for node in graph.nodes:
         for name in node.inputs:
             if name and not any(name in names for names in known):

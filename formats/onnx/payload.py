@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.containment import contained_file
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor
@@ -23,7 +24,6 @@ from formats.onnx.graph import CARRIED, TensorHeader
 from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
 from formats.onnx.wire import Range, count_varints, unpack_varints
 
-_MOST_ELEMENTS = 1 << 59  # NumPy's limit of 2**63 bytes, axes of no elements not counted, for the widest dtype
 _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 
@@ -46,13 +46,20 @@ class _Varints:
 
 class Payloads:
     """Makes the tensors of one model file, mapping each file of external data once. `carried` are payloads that lie
-    nowhere in it, by the offset that external data at CARRIED gives."""
+    nowhere in it, by the offset that external data at CARRIED gives. `allowance` is the model's."""
 
-    def __init__(self, file: MappedFile, carried: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(
+        self, file: MappedFile, carried: Mapping[int, Tensor] | None = None, allowance: Allowance | None = None
+    ) -> None:
         self.file = file
         self.carried = carried or {}
         self.view = file.view.data
         self.external: dict[str, MappedFile] = {}
+        self.allowance = allowance or Allowance(file.view.size)
+        #: What is found out about payloads by reading them, by what is asked: any number of nodes may ask the same.
+        self.facts: dict[tuple[Any, ...], bool] = {}
+        self._claims = self.allowance.rest()
+        self._known: dict[int, tuple[TensorHeader, Data]] = {}
 
     def tensor(self, header: TensorHeader, shape: tuple[int, ...] | None = None) -> Tensor:
         """The plain tensor of a header, in another shape of the same size if one is given. Raises CorruptFile when the
@@ -61,14 +68,14 @@ class Payloads:
         if dtype is None:
             what = "strings" if header.data_type == STRING else f"elements of ONNX type {header.data_type}"
             raise Unsupported(f"holds {what}, which cannot be read", tensor=header.name)
-        if prod(max(1, size) for size in header.dims) >= _MOST_ELEMENTS:
-            raise CorruptFile(f"dims {header.dims} of {dtype} are more than any file holds", tensor=header.name)
-        try:
-            data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
-        except (CorruptFile, Unsupported) as error:
-            error.tensor = header.name
-            raise
-        return Tensor(header.name, header.dims if shape is None else shape, dtype, data)
+        if id(header) not in self._known:  # a table of codes may be that of any number of weights
+            try:
+                data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
+            except (CorruptFile, Unsupported) as error:
+                error.tensor = header.name
+                raise
+            self._known[id(header)] = (header, data)
+        return Tensor(header.name, header.dims if shape is None else shape, dtype, self._known[id(header)][1])
 
     def _data(self, header: TensorHeader, dtype: np.dtype[Any], nbytes: int) -> Data:
         if header.external is not None:
@@ -106,10 +113,14 @@ class Payloads:
         file = self.external.get(location)
         if file is None:
             file = self.external[location] = MappedFile.open(contained_file(self.file.path.parent, location))
+            self.allowance.include(file.view.size)
+            self._claims.include(file.view.size)
         offset, length = (_number(entries, key) for key in ("offset", "length"))
         if length is not None and length != nbytes:
             raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
-        return file.range(offset or 0, nbytes)
+        data = file.range(offset or 0, nbytes)
+        self._claims.hold(nbytes)  # here as well: some are read before it is known what the model's tensors are
+        return data
 
 
 def _number(entries: dict[str, str], key: str) -> int | None:

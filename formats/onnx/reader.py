@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from converters.allowance import Allowance
 from converters.errors import CorruptFile, Error
 from converters.ir import Loss, Metadata, Model, Tensor, Use
 from converters.storage import MappedFile
+from converters.unique_names import UniqueNames
 from formats.onnx import schema
 from formats.onnx.block_operators import BlockWeight, block_weights
 from formats.onnx.dataflow import Dataflow, call_scopes
@@ -63,7 +65,7 @@ class _Reading:
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.path = path
-        self.payloads = Payloads(file)
+        self.payloads = Payloads(file, allowance=Allowance(file.view.size))
         self.parsed = parse(self.payloads.view, path)
         self.losses: list[Loss] = []
         self.owners: dict[int, str] = {}
@@ -75,12 +77,10 @@ class _Reading:
         known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None and one.block is None}
         tensors: dict[str, Tensor] = {}
         headers: dict[str, TensorHeader] = {}
-        repeated: Counter[str] = Counter()
+        names = UniqueNames(separator=":")  # initializers of different subgraphs may have the same
         for one in found:
-            tensor = self._decoded(one, known)
-            while tensor.name in tensors:  # initializers of different subgraphs
-                repeated[one.name] += 1
-                tensor = replace(tensor, name=f"{one.name}:{repeated[one.name]}")
+            tensor, name = self._decoded(one, known), names.fresh(one.name)
+            tensor = tensor if tensor.name == name else replace(tensor, name=name)
             tensors[tensor.name] = tensor
             headers[tensor.name] = one.stored.header
         operators = Counter(node.op_type for scope in flow.scopes for node in scope.graph.nodes)
@@ -93,6 +93,7 @@ class _Reading:
             () if is_ours else self.parsed.outputs,
             self.parsed.opsets,
         )
+        self.payloads.allowance.hold_all(tensors)
         graph = None if is_ours else OnnxGraph(self.parsed, self.payloads, tensors, headers)
         return Model(tensors, metadata, graph, losses=tuple(self.losses))
 
@@ -137,14 +138,14 @@ class _Reading:
                     self.losses.append(Loss(header.name, "dropped", "strings, which are no weights"))
                 elif id(header) in weights:
                     yield weights[id(header)]
-                elif id(header) not in self.owners or header.name in scope.graph.outputs:
+                elif id(header) not in self.owners or header.name in scope.outputs:
                     uses = uses_of(flow, scope, header.name, len(header.dims))
                     yield _Found(header.name, Stored(header), None, uses)
 
     def _weights(self, flow: Dataflow) -> dict[int, _Found]:
         """What nodes decode or take the codes of, by the identity of the initializer."""
         weights: dict[int, _Found] = {}
-        for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes)):
+        for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes, self.payloads.allowance)):
             matcher = Matcher(scope, self.payloads)
             for node in scope.graph.nodes:
                 for block in block_weights(node, matcher.blob):
@@ -165,6 +166,7 @@ class _Reading:
         if pattern is None or pattern.codes.header.data_type == schema.STRING:
             return None
         try:
+            pattern.codes.tensor(self.payloads)  # so that there is as much of it as its parameters are read for
             return pattern if quantization(pattern, self.payloads, {}) else None
         except Error as error:
             error.tensor = name

@@ -6,13 +6,14 @@ they are until they are written; external data of all files come to lie in one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported
 from converters.ir import Tensor
 from converters.packing import bits_of, packed_size
@@ -152,6 +153,8 @@ class Rewriting:
     opsets: Mapping[str, int]
     """Operator sets that the file is to have, by domain; those that it has already stay otherwise."""
     ir_version: int
+    allowance: Allowance
+    """What external data of attributes, which are no tensors of the model, may repeat."""
 
     @property
     def view(self) -> memoryview:
@@ -163,7 +166,7 @@ class Rewriting:
         functions = iter(self.parsed.functions)
         for number, start, content in raw_fields(self.view, Range(0, len(self.view))):
             if number == _MODEL["graph"]:
-                out.message(number, self._graph(content, self.parsed.graph, {}))
+                out.message(number, self._graph(content, self.parsed.graph, None))
             elif number == _MODEL["functions"]:
                 out.message(number, self._function(content, next(functions)))
             elif number == _MODEL["training_info"]:
@@ -186,10 +189,10 @@ class Rewriting:
         else:
             out.add(_opset_import(_MODEL["opset_import"], domain, wanted))
 
-    def _graph(self, where: Range, graph: Graph | None, renamed: Mapping[str, str]) -> Pieces:
+    def _graph(self, where: Range, graph: Graph | None, renamed: _Renamed | None) -> Pieces:
         """A GraphProto; `renamed` are the values of graphs around it that have other names now."""
         edit = GraphEdit() if graph is None else self.edits.get(id(graph), GraphEdit())
-        out, renamed = Pieces(), _inside(renamed, graph, edit)
+        out, renamed = Pieces(), _Renamed.inside(renamed, graph, edit)
         dropped = set(edit.dropped.values())
         nodes = iter(() if graph is None else graph.nodes)
         headers = iter(() if graph is None else graph.initializers)
@@ -198,7 +201,7 @@ class Rewriting:
             if number == _GRAPH["node"]:
                 if not begun:
                     begun = True
-                    self._new_nodes(out, _GRAPH["node"], edit.first, {})
+                    self._new_nodes(out, _GRAPH["node"], edit.first)
                 self._node(out, _GRAPH["node"], start, content, next(nodes, None), edit, renamed)
             elif number == _GRAPH["initializer"]:
                 header = next(headers, None) or tensor_header(self.view, content)
@@ -211,7 +214,7 @@ class Rewriting:
                     self._refuse_external_sparse(content)
                 out.add(Range(start, content.stop))
         if not begun:
-            self._new_nodes(out, _GRAPH["node"], edit.first, {})
+            self._new_nodes(out, _GRAPH["node"], edit.first)
         for new in edit.added:
             out.message(_GRAPH["initializer"], self._new_tensor(new))
         return out
@@ -219,7 +222,7 @@ class Rewriting:
     def _function(self, where: Range, graph: Graph) -> Pieces:
         """A FunctionProto, which has no initializers: Constants take their place."""
         edit = self.edits.get(id(graph), GraphEdit())
-        out, renamed = Pieces(), _inside({}, graph, edit)
+        out, renamed = Pieces(), _Renamed.inside(None, graph, edit)
         nodes = iter(graph.nodes)
         opsets = dict(self.opsets) if edit.replaced or edit.first else {}
         begun = False
@@ -228,7 +231,7 @@ class Rewriting:
                 if not begun:
                     begun = True
                     self._new_constants(out, edit)
-                    self._new_nodes(out, number, edit.first, {})
+                    self._new_nodes(out, number, edit.first)
                 self._node(out, number, start, content, next(nodes), edit, renamed)
             elif number == _FUNCTION["opset_import"] and opsets:
                 domain = next((text for field, text in self._texts(content) if field == 1), "")
@@ -244,7 +247,7 @@ class Rewriting:
         out = Pieces()
         for number, start, content in raw_fields(self.view, where):
             if number in _TRAINING.values():
-                out.message(number, self._graph(content, None, {}))
+                out.message(number, self._graph(content, None, None))
             else:
                 out.add(Range(start, content.stop))
         return out
@@ -261,9 +264,9 @@ class Rewriting:
             node.message(_NODE["attribute"], attribute)
             out.message(_FUNCTION["node"], node)
 
-    def _new_nodes(self, out: Pieces, field: int, nodes: list[Node], renamed: Mapping[str, str]) -> None:
+    def _new_nodes(self, out: Pieces, field: int, nodes: list[Node], renamed: _Renamed | None = None) -> None:
         for node in nodes:
-            inputs = tuple(renamed.get(name, name) for name in node.inputs)
+            inputs = node.inputs if renamed is None else tuple(renamed.get(name) or name for name in node.inputs)
             encoded = encode_node(replace(node, inputs=inputs))
             out.add(bytes_head(field, len(encoded)) + encoded)
 
@@ -275,14 +278,14 @@ class Rewriting:
         content: Range,
         node: Node | None,
         edit: GraphEdit,
-        renamed: Mapping[str, str],
+        renamed: _Renamed,
     ) -> None:
         if node is not None and id(node) in edit.replaced:
             self._new_nodes(out, field, list(edit.replaced[id(node)]), renamed)
             return
         if node is not None and node.constant is not None and id(node.constant) in edit.dropped:
             return
-        takes_renamed = node is not None and any(name in renamed for name in node.inputs)
+        takes_renamed = node is not None and any(renamed.get(name) for name in node.inputs)
         if not takes_renamed and not (node is None or node.bodies or node.has_tensors):
             out.add(Range(start, content.stop))
             return
@@ -292,18 +295,16 @@ class Rewriting:
             if number == _NODE["attribute"]:
                 message.message(number, self._attribute(inner, node, bodies, renamed))
             elif number == _NODE["input"] and takes_renamed:
-                name = bytes(self.view[inner.start : inner.stop]).decode("utf-8", "backslashreplace")
-                if name in renamed:
-                    message.add(encode(schema.NODE, input=renamed[name]))
+                name = renamed.get(bytes(self.view[inner.start : inner.stop]).decode("utf-8", "backslashreplace"))
+                if name:
+                    message.add(encode(schema.NODE, input=name))
                 else:
                     message.add(Range(at, inner.stop))
             else:
                 message.add(Range(at, inner.stop))
         out.message(field, message)
 
-    def _attribute(
-        self, where: Range, node: Node | None, bodies: Iterator[Graph], renamed: Mapping[str, str]
-    ) -> Pieces:
+    def _attribute(self, where: Range, node: Node | None, bodies: Iterator[Graph], renamed: _Renamed) -> Pieces:
         out = Pieces()
         known = [] if node is None or node.constant is None else [node.constant]
         for number, start, content in raw_fields(self.view, where):
@@ -330,6 +331,8 @@ class Rewriting:
             out.add(where)
             return out
         owner, model_tensor = self.owners.get(id(header), (None, tensor))
+        if owner is None and was_external:
+            self.allowance.hold(tensor.nbytes, tensor=header.name)
         payload = Payload(tensor.nbytes, model_tensor, owner)
         for number, start, content in raw_fields(self.view, where):
             if number not in _PAYLOAD_FIELDS:
@@ -366,14 +369,29 @@ class Rewriting:
             yield number, bytes(self.view[content.start : content.stop]).decode("utf-8", "backslashreplace")
 
 
-def _inside(renamed: Mapping[str, str], graph: Graph | None, edit: GraphEdit) -> Mapping[str, str]:
-    """The values that have other names inside a graph: those of the graphs around it unless it has its own of that
-    name, and its own."""
-    if not renamed or graph is None:
-        return edit.renamed
-    own = {*graph.inputs, *(header.name for header in graph.initializers)}
-    own.update(name for node in graph.nodes for name in node.outputs)
-    return {old: new for old, new in renamed.items() if old not in own} | edit.renamed
+@dataclass(frozen=True, slots=True, eq=False)
+class _Renamed:
+    """The values that have other names inside a graph: its own, and those of the graphs around it unless it has its own
+    of that name. A chain, not one table for each graph: there may be many of both."""
+
+    here: Mapping[str, str]
+    own: Set[str]
+    outer: _Renamed | None
+
+    @classmethod
+    def inside(cls, outer: _Renamed | None, graph: Graph | None, edit: GraphEdit) -> _Renamed:
+        """Those inside a graph, `outer` being those around it."""
+        if outer is None or graph is None or not (outer.here or outer.outer):
+            return cls(edit.renamed, frozenset(), None)
+        own = {*graph.inputs, *(header.name for header in graph.initializers)}
+        own.update(name for node in graph.nodes for name in node.outputs)
+        return cls(edit.renamed, own, outer)
+
+    def get(self, name: str) -> str:
+        """The other name that a value has; empty where it has none."""
+        if name in self.here:
+            return self.here[name]
+        return "" if self.outer is None or name in self.own else self.outer.get(name)
 
 
 def _opset_import(field: int, domain: str, version: int) -> bytes:

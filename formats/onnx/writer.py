@@ -12,14 +12,16 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported, UsageError, printable
 from converters.interfaces import Capabilities, OutputFile, Size, option
 from converters.ir import Loss, Model, Tensor, is_integer
 from converters.packing import bits_of, packed_size
+from converters.unique_names import UniqueNames
 from formats.onnx import schema
 from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
 from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
-from formats.onnx.lowering import Initializer, Lowering, Names, carrier, widened
+from formats.onnx.lowering import Initializer, Lowering, carrier, widened
 from formats.onnx.made_graph import Lowerable, Missing
 from formats.onnx.schema import ELEMENT_TYPES
 from formats.onnx.serialize import (
@@ -125,7 +127,9 @@ class OnnxWriter:
         opset = _opset(model, options.opset)
         names, losses = _names(model)
         shared = _shared_parameters(model)
-        lowering = Lowering(opset, Names(names.values()), {key: names[name] for key, name in shared.items()})
+        allowance = Allowance(sum(data.nbytes for tensor in model.values() for data in tensor.stored()))
+        known = {key: names[name] for key, name in shared.items()}
+        lowering = Lowering(opset, UniqueNames(names.values()), known, allowance)
         initializers: dict[str, list[Initializer]] = {}
         outputs: list[bytes] = []
         for name, tensor in model.items():
@@ -208,7 +212,7 @@ def _widenings(model: Model, opset: int) -> list[Loss]:
 def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
     """What each tensor is called in the file: its own name, unless ONNX cannot hold that; such a change is a loss."""
     fitting = {name: name.encode(errors="backslashreplace").decode() or "unnamed" for name in model}
-    free = Names(name for name in model if fitting[name] == name)
+    free = UniqueNames(name for name in model if fitting[name] == name)
     names = {name: name if fit == name else free.fresh(fit) for name, fit in fitting.items()}
     detail = "ONNX has no empty names, and none that are not Unicode: it is called '{}'"
     return names, [Loss(name, "renamed", detail.format(printable(new))) for name, new in names.items() if name != new]

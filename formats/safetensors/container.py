@@ -16,8 +16,9 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.packing import bits_of
+from converters.shapes import checked_shape
 from converters.storage import Data, MappedFile
 from formats.encodings import float6
 
@@ -72,10 +73,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Container:
-    """A whole file: the entries in the header's order, and the `__metadata__` strings."""
+    """A whole file, or several: the entries in the header's order, the `__metadata__` strings, and the files' size."""
 
     entries: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+    nbytes: int
 
 
 def open_container(file: MappedFile) -> Container:
@@ -97,7 +99,7 @@ def open_container(file: MappedFile) -> Container:
             f"has {file.view.size} bytes where its header describes {start + end}: it is truncated or has a tail"
         )
     entries = {name: entry for name, _, _, entry in spans}
-    return Container({name: entries[name] for name in header}, metadata)
+    return Container({name: entries[name] for name in header}, metadata, file.view.size)
 
 
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
@@ -119,11 +121,11 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' is there twice")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {brief(name)} is there twice")
+        values[name] = value
     return values
 
 
@@ -132,23 +134,28 @@ def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, in
         raise CorruptFile("its header entry is no object", tensor=name)
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        raise CorruptFile(f"has shape {shape!r} and data_offsets {offsets!r}; counts are needed", tensor=name)
+        raise CorruptFile(f"has shape {brief(shape)} and data_offsets {brief(offsets)}; counts are needed", tensor=name)
     dtype = DTYPES.get(kind, float6.BY_NAME.get(kind)) if isinstance(kind, str) else None
     if dtype is None:
         raise Unsupported(
-            f"is of dtype {kind!r:.40}, which is unknown to safetensors 0.8: leave it out with its producer's tools",
+            f"is of dtype {brief(kind)}, which is unknown to safetensors 0.8: leave it out with its producer's tools",
             tensor=name,
         )
-    first, last = offsets
+    sizes, (first, last) = checked_shape(shape, tensor=name), offsets
     is_float6 = kind in float6.BY_NAME
-    bits = prod(shape) * (float6.BITS if is_float6 else bits_of(dtype))
+    bits = prod(sizes) * (float6.BITS if is_float6 else bits_of(dtype))
     if bits % 8 or last - first != bits // 8:
         raise CorruptFile(
-            f"has {last - first} bytes for shape {shape} of {kind}, which takes {bits / 8:g}", tensor=name
+            f"has {brief(last - first)} bytes for shape {brief(shape)} of {kind}, which takes {bits / 8:g}", tensor=name
+        )
+    if last > file.view.size:
+        raise CorruptFile(
+            f"has its data at bytes {brief(first)} to {brief(last)} of {file.view.size - start}: it is truncated",
+            tensor=name,
         )
     stored = file.range(start + first, last - first)
-    data = float6.one_in_a_byte(stored, prod(shape)) if is_float6 else stored
-    return name, first, last, StoredTensor(tuple(shape), dtype, data)
+    data = float6.one_in_a_byte(stored, prod(sizes)) if is_float6 else stored
+    return name, first, last, StoredTensor(sizes, dtype, data)
 
 
 def _counts(values: Any) -> TypeGuard[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from converters.ir import Model, Tensor
+from converters.unique_names import UniqueNames
 from formats.safetensors.container import METADATA_KEY, is_unicode
 from formats.safetensors.file_layout import KINDS
 from formats.safetensors.packed_layout import described
@@ -20,7 +21,7 @@ class PackedKeys:
         self.stored: dict[str, dict[str, Tensor]] = {name: {} for name in model}
         self._model = model
         self._names = {id(tensor): name for name, tensor in model.items()}
-        self._taken: set[str] = set()
+        self._free = UniqueNames([*model, METADATA_KEY], separator=":")
         self.descriptions = {name: self._described(name, tensor) for name, tensor in model.items()}
 
     @property
@@ -39,13 +40,7 @@ class PackedKeys:
         name = self._names.get(id(tensor))
         if name is not None and name != METADATA_KEY and is_unicode(name):
             self.stored[name][name] = tensor
-            self._taken.add(name)
             return name
-        wish = wish.encode(errors="backslashreplace").decode()
-        key, number = wish, 0
-        while key in self._model or key in self._taken or key == METADATA_KEY:
-            number += 1
-            key = f"{wish}:{number}"
+        key = self._free.fresh(wish.encode(errors="backslashreplace").decode())
         self.stored[owner][key] = tensor
-        self._taken.add(key)
         return key

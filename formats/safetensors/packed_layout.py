@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
+from converters.errors import CorruptFile, Unsupported, brief
 from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
 from converters.packing import SUB_BYTE
+from converters.shapes import checked_shape
 from formats.encodings import float6
 from formats.safetensors.container import DTYPES, StoredTensor, is_unicode
 
@@ -35,6 +36,10 @@ VERSION = 1
 DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
     dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, *float6.BY_NAME.values(), np.dtype(np.complex128))
 }
+#: Scales are quantized once more in some formats, and their scales in none.
+_DEEPEST = 8
+_LONGEST_REASON = 200
+_MOST_INPUTS = 1 << 31
 _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 
 #: Chooses the key under which a tensor's bytes are stored, given the tensor and the key it should preferably have.
@@ -87,7 +92,8 @@ def merged(descriptions: Iterable[str]) -> str:
             twice = tensors.keys() & document["tensors"].keys()
             tensors |= document["tensors"]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptFile(f"its nibblecast metadata is damaged ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
+            raise CorruptFile(f"its nibblecast metadata is damaged ({reason})") from error
         if twice:
             raise CorruptFile("is described in two files", tensor=min(twice))
     return description_of(tensors)
@@ -99,7 +105,8 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
     try:
         document = json.loads(description)
         if document["version"] != VERSION:
-            raise Unsupported(f"its nibblecast metadata is of version {document['version']}; this one reads {VERSION}")
+            version = brief(document["version"])
+            raise Unsupported(f"its nibblecast metadata is of version {version}; this one reads {VERSION}")
         models: dict[str, Tensor] = {}
         promised = document["tensors"]
         # parameters that are tensors of their own come first, so that their owners share the very object
@@ -107,15 +114,21 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
             models[name] = _built(name, promised[name], stored, models)
         return {name: models[name] for name in promised}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
         raise CorruptFile(f"its nibblecast metadata is damaged ({reason}): convert the source again") from error
 
 
 def _built(
-    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+    name: str,
+    description: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    models: Mapping[str, Tensor],
+    depth: int = 0,
 ) -> Tensor:
+    if depth > _DEEPEST:
+        raise ValueError(f"scales of scales are nested more than {_DEEPEST} deep")
     key = description["data"]
-    shape = tuple(_count(size) for size in description["shape"])
+    shape = checked_shape([_count(size) for size in description["shape"]], tensor=name)
     dtype = DTYPES_BY_NAME[description["dtype"]]
     shared = models.get(key)
     if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
@@ -124,9 +137,12 @@ def _built(
         raise CorruptFile(f"its nibblecast metadata refers to '{key}', which is not stored", tensor=name)
     quantization = None
     if "quantization" in description:
-        quantization = _built_quantization(name, description["quantization"], stored, models)
+        quantization = _built_quantization(name, description["quantization"], stored, models, depth + 1)
     uses = tuple(_built_use(use) for use in description.get("uses", ()))
-    return Tensor(name, shape, dtype, stored[key].data, quantization, uses, description.get("parameter_of"))
+    owner = description.get("parameter_of")
+    if owner is not None and not isinstance(owner, str):
+        raise ValueError(f"{brief(owner)} is no name")
+    return Tensor(name, shape, dtype, stored[key].data, quantization, uses, owner)
 
 
 def _described_use(use: Use) -> list[Any]:
@@ -139,7 +155,9 @@ def _described_use(use: Use) -> list[Any]:
 def _built_use(described: list[Any]) -> Use:
     operator, position, axis, *activations = described
     activation, result = activations or (None, None)
-    return Use(str(operator), _count(position), axis, _built_activation(activation), _built_activation(result))
+    if not isinstance(operator, str) or not (axis is None or type(axis) is int) or _count(position) >= _MOST_INPUTS:
+        raise ValueError(f"{brief(described)} is no use of a tensor")
+    return Use(operator, position, axis, _built_activation(activation), _built_activation(result))
 
 
 def _described_activation(activation: Activation | None) -> list[Any] | None:
@@ -151,19 +169,32 @@ def _described_activation(activation: Activation | None) -> list[Any] | None:
 def _built_activation(described: list[Any] | None) -> Activation | None:
     if described is None:
         return None
-    dtype, shape, scale, zero_point = described
-    return Activation(DTYPES_BY_NAME[dtype], tuple(_count(size) for size in shape), float(scale), int(zero_point))
+    name, shape, scale, zero_point = described
+    dtype = DTYPES_BY_NAME[name]
+    if dtype.kind not in "iu" or type(zero_point) is not int or not _holds(dtype, zero_point):
+        raise ValueError(f"{brief(zero_point)} is no zero point of {dtype}")
+    return Activation(dtype, checked_shape([_count(size) for size in shape]), float(scale), zero_point)
+
+
+def _holds(dtype: np.dtype[Any], value: int) -> bool:
+    return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
 
 
 def _built_quantization(
-    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+    name: str,
+    description: Mapping[str, Any],
+    stored: Mapping[str, StoredTensor],
+    models: Mapping[str, Tensor],
+    depth: int,
 ) -> Quantization:
     parameters = {
-        role: _built(f"{name}.{role}", description[role], stored, models) for role in _PARAMETERS if role in description
+        role: _built(f"{name}.{role}", description[role], stored, models, depth)
+        for role in _PARAMETERS
+        if role in description
     }
     group_index = None
     if "group_index" in description:
-        index = _built(f"{name}.group_index", description["group_index"], stored, models)
+        index = _built(f"{name}.group_index", description["group_index"], stored, models, depth)
         group_index = GroupIndex(_count(description["group_axis"]), index)
     block_shape = tuple(_count(size) for size in description["block_shape"])
     return Quantization(
@@ -181,5 +212,5 @@ def _built_quantization(
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{brief(value)} is no count")
     return value

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from converters.allowance import Allowance
 from converters.ir import Loss, Metadata, Model, Tensor
 from formats.encodings import torchao_safetensors
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from formats.encodings.configuration import model_config, quantization_config
 from formats.encodings.float6 import BY_NAME
+from formats.safetensors.container import Container
 from formats.safetensors.packed_layout import METADATA_NAME, build
 from formats.safetensors.shards import open_checkpoint
 
@@ -22,6 +25,11 @@ class SafetensorsReader:
         """The tensors in the header's order, as the metadata of nibblecast or torchao describe them, or as the float
         model's weights that their encoding stands for; headers and small parameters only."""
         container, left_out = open_checkpoint(path)
+        model = self._model(path, container, left_out)
+        Allowance(container.nbytes).hold_all(model.tensors)
+        return model
+
+    def _model(self, path: Path, container: Container, left_out: Sequence[Loss]) -> Model:
         losses = list(left_out)
         if any(entry.dtype in BY_NAME.values() for entry in container.entries.values()):
             losses.append(Loss("", "reinterpreted", _FLOAT6))
@@ -35,6 +43,7 @@ class SafetensorsReader:
             return Model(weights, Metadata("safetensors", "torchao", path), losses=(*losses, *found))
         folder = path if path.is_dir() else path.parent
         config = quantization_config(folder)
-        decoded, more = decode_checkpoint(Checkpoint(plain, config, model_config(folder)))
-        producer = str(config.get("quant_method", "")) or container.metadata.get("format", "")
+        checkpoint = Checkpoint(plain, config, model_config(folder))
+        decoded, more = decode_checkpoint(checkpoint)
+        producer = checkpoint.method or container.metadata.get("format", "")
         return Model(decoded, Metadata("safetensors", producer, path), losses=(*losses, *more))

@@ -34,9 +34,9 @@ def open_checkpoint(path: Path) -> tuple[Container, Sequence[Loss]]:
     entries = {key: containers[file].entries[key] for key, file in taken.items()}
     metadata = [container.metadata for container in containers.values()]
     descriptions = [each[METADATA_NAME] for each in metadata if METADATA_NAME in each]
-    return Container(
-        entries, together(metadata) | ({METADATA_NAME: merged(descriptions)} if descriptions else {})
-    ), losses
+    described = {METADATA_NAME: merged(descriptions)} if descriptions else {}
+    nbytes = sum(container.nbytes for container in containers.values())
+    return Container(entries, together(metadata) | described, nbytes), losses
 
 
 def _opened(path: Path) -> Container:

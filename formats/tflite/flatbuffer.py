@@ -42,7 +42,11 @@ class FlatBuffer:
         self.content = content
         self.memory = content.data
         self.vtables: dict[int, tuple[int, ...]] = {}
-        self.allowance = _MOST_READS * content.size + _HARMLESS_BYTES
+        self.renew()
+
+    def renew(self) -> None:
+        """Begins another pass: a model may be asked for its graph again and again, and each time reads it anew."""
+        self.allowance = _MOST_READS * self.content.size + _HARMLESS_BYTES
 
     def spend(self, nbytes: int) -> None:
         """Counts bytes that become objects. Raises Unsupported when they are out of all proportion to the file."""

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Tensor, WeightPlace, is_integer
 from converters.packing import bits_of
+from converters.shapes import MOST_DIMENSIONS
 from formats.tflite import schema
 from formats.tflite.options import OPTIONS, Options
 
@@ -30,11 +33,12 @@ Key = tuple[int, int]
 @dataclass(frozen=True, slots=True, eq=False)
 class TFLiteGraph:
     """The subgraphs of one model: `operators` are the names of its operator codes, `constants` the model's tensors by
-    subgraph and index."""
+    subgraph and index, `allowance` what the tensors leave of the model's."""
 
     model: schema.Model
     operators: list[str]
     constants: Mapping[Key, Tensor]
+    allowance: Allowance
 
     @property
     def signatures(self) -> Mapping[str, int]:
@@ -45,6 +49,7 @@ class TFLiteGraph:
     def preferred_opset(self) -> int:
         """21, which has int16 codes. 20 where activations are int8 and none int16: onnxruntime 1.32 on x86-64 makes a
         model of opset 21 invalid while it optimizes it, where int8 activations are reshaped, transposed or cut."""
+        self.model.flatbuffer.renew()
         codes = {
             _dtype(table)
             for at, graph in enumerate(self.model.subgraphs)
@@ -74,6 +79,7 @@ class TFLiteGraph:
         that there is no lowering for."""
         from formats.tflite.lowering.graph import Wishes, lowered
 
+        self.model.flatbuffer.renew()
         known = self.signatures
         if signature and signature not in known:
             listed = ", ".join(f"'{name}'" for name in known) or "none"
@@ -84,7 +90,7 @@ class TFLiteGraph:
         if not 0 <= main < len(subgraphs):
             raise CorruptFile(f"has {len(subgraphs)} subgraphs, and {main} is wanted")
         wishes = Wishes(opset, channels_first, custom_domain)
-        model, places = lowered(subgraphs, main, wishes, self.model.description or "")
+        model, places = lowered(subgraphs, main, wishes, self.model.description or "", self.allowance.rest())
         model.metadata_props.update(self._properties())
         return model, places
 
@@ -99,13 +105,22 @@ class TFLiteGraph:
         """What the file says of itself: its signatures, with the names of their inputs and outputs, and its metadata,
         as text or in hexadecimal."""
         properties = {}
+        tensors = [graph.tensors for graph in self.model.subgraphs]
         for found in self.model.signature_defs:
-            names = [table.name or "" for table in self.model.subgraphs[found.subgraph_index].tensors]
+            key, index = found.signature_key or "", found.subgraph_index
+            if index >= len(tensors):
+                raise CorruptFile(
+                    f"its signature '{key}' is of subgraph {index} of {len(tensors)}: the file is damaged"
+                )
             ports = {
-                what: {port.name or "": names[port.tensor_index] for port in each if port.tensor_index < len(names)}
+                what: {
+                    port.name or "": tensors[index][port.tensor_index].name or ""
+                    for port in each
+                    if port.tensor_index < len(tensors[index])
+                }
                 for what, each in (("inputs", found.inputs), ("outputs", found.outputs))
             }
-            properties[f"tflite.signature.{found.signature_key or ''}"] = json.dumps(ports)
+            properties[f"tflite.signature.{key}"] = json.dumps(ports)
         buffers = self.model.buffers
         for entry in self.model.metadata:
             data = buffers[entry.buffer].data if entry.buffer < len(buffers) else None
@@ -133,8 +148,8 @@ class TFLiteGraph:
         while name in names:
             name = f"{name}_{key[1]}"
         names.add(name)
-        shape = () if table.shape is None else tuple(int(size) for size in table.shape)
-        signature = shape if table.shape_signature is None else tuple(int(size) for size in table.shape_signature)
+        shape = _sizes(table.shape, name)
+        signature = shape if table.shape_signature is None else _sizes(table.shape_signature, name)
         scale, zero_point = _per_tensor(table)
         constant = self.constants.get(key)
         return TensorInfo(name, shape, signature, _dtype(table), scale, zero_point, constant, bool(table.is_variable))
@@ -151,6 +166,14 @@ class TFLiteGraph:
         custom = b"" if operator.custom_options is None else operator.custom_options.tobytes()
         options = Options(name, table if name in OPTIONS else None)
         return Operator(name, inputs, outputs, options, intermediates, custom)
+
+
+def _sizes(values: NDArray[Any] | None, name: str) -> tuple[int, ...]:
+    """The sizes of a tensor that is computed, which may be any; those of constants have been checked."""
+    if values is not None and values.size > MOST_DIMENSIONS:
+        message = f"has {values.size} dimensions; {MOST_DIMENSIONS} are the most that can be read"
+        raise Unsupported(message, tensor=name)
+    return () if values is None else tuple(values.tolist())
 
 
 def _text(data: bytes) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.containment import contained_file
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import (
-    MOST_DIMENSIONS,
     Activation,
     Loss,
     Metadata,
@@ -29,7 +29,9 @@ from converters.ir import (
     is_integer,
 )
 from converters.packing import SUB_BYTE
+from converters.shapes import checked_shape
 from converters.storage import Data, FileRange, InMemory, MappedFile
+from converters.unique_names import UniqueNames
 from formats.tflite import schema
 from formats.tflite.containers import Section, sections
 from formats.tflite.graph import TFLiteGraph
@@ -46,7 +48,8 @@ class TFLiteReader:
     def read(self, path: Path) -> Model:
         """The constant tensors of all subgraphs of all models in the file, under their own names (duplicates get `:1`,
         `:2`, nameless ones `subgraph0/tensor5`; several models in a container: `<section>/<name>`)."""
-        found = sections(MappedFile.open(path))
+        container = MappedFile.open(path)
+        found, allowance = sections(container), Allowance(container.view.size)
         files = [_ModelFile.open(section, f"{section.name}/" if len(found) > 1 else "") for section in found]
         losses: list[Loss] = []
         constants: list[list[_Constant]] = []
@@ -68,7 +71,10 @@ class TFLiteReader:
                 tensors[tensor.name] = by_key[constant.key] = tensor
                 losses += its_losses
             names_of_codes = [_operator_name(code) for code in file.model.operator_codes]
-            graphs.append(TFLiteGraph(file.model, names_of_codes, by_key))
+            graphs.append(TFLiteGraph(file.model, names_of_codes, by_key, allowance))
+            for beside in file.external_files.values():
+                allowance.include(beside.nbytes if beside.file is not container else 0)
+        allowance.hold_all(tensors)
         operators: Counter[str] = Counter()
         for file in files:
             operators.update(file.operator_names)
@@ -124,7 +130,7 @@ class _ModelFile:
         produced = {key for graph in operators for operator in graph for key in operator.outputs}
         for index, graph in enumerate(graphs):
             inputs, outputs = _indices(graph.inputs), _indices(graph.outputs)
-            _check_tensors(f"subgraph {index}", (*inputs, *outputs), len(subgraphs[index]))
+            _check_tensors(f"subgraph {index}", (*inputs, *outputs), len(subgraphs[index]), least=0)
             produced.update((index, tensor) for tensor in inputs)
         external: dict[int, list[schema.ExternalBuffer]] = {}
         for buffer in model.external_buffers:
@@ -319,9 +325,10 @@ def _operators(names: list[str], index: int, subgraph: schema.SubGraph, count: i
     return operators
 
 
-def _check_tensors(who: str, tensors: tuple[int, ...], count: int) -> None:
+def _check_tensors(who: str, tensors: tuple[int, ...], count: int, *, least: int = -1) -> None:
+    """Raises CorruptFile for a tensor that is none; an operator's may be absent, which is -1."""
     for tensor in tensors:
-        if not -1 <= tensor < count:
+        if not least <= tensor < count:
             raise CorruptFile(f"{who} refers to tensor {tensor} of {count}: the file is damaged")
 
 
@@ -405,21 +412,14 @@ def _port(tensor: schema.Tensor) -> Port:
     known = 0 <= tensor.type < len(schema.TENSOR_TYPES)
     kind = schema.TENSOR_TYPES[tensor.type] if known else ""
     dtype = schema.DTYPES[kind].name if kind in schema.DTYPES else kind.lower()
-    sizes = tensor.shape if tensor.shape_signature is None else tensor.shape_signature
-    shape = () if sizes is None else tuple("" if size < 0 else size for size in sizes.tolist())
+    sizes = _indices(tensor.shape if tensor.shape_signature is None else tensor.shape_signature)
+    checked_shape([max(size, 0) for size in sizes], tensor=tensor.name)
+    shape = tuple("" if size < 0 else size for size in sizes)
     return Port(tensor.name or "", dtype, shape)
 
 
 def _shape(tensor: schema.Tensor) -> tuple[int, ...]:
-    sizes = tensor.shape
-    if sizes is None:
-        return ()
-    if sizes.size > MOST_DIMENSIONS:
-        raise Unsupported(f"has {sizes.size} dimensions; {MOST_DIMENSIONS} are the most that can be read")
-    shape = tuple(sizes.tolist())
-    if any(size < 0 for size in shape):
-        raise CorruptFile(f"shape {shape} has a negative size")
-    return shape
+    return checked_shape(_indices(tensor.shape))
 
 
 def _expanded(constant: _Constant, sparsity: schema.SparsityParameters, path: Path) -> Data:
@@ -429,24 +429,17 @@ def _expanded(constant: _Constant, sparsity: schema.SparsityParameters, path: Pa
         raise Unsupported(f"is sparse with {dtype} values, of which no producer is known")
     if stored.nbytes % dtype.itemsize:
         raise CorruptFile(f"has {stored.nbytes} bytes of {dtype} values")
-    layout = sparse_layout(sparsity, constant.shape, stored.nbytes, dtype.itemsize)
+    layout = sparse_layout(sparsity, constant.shape)
     return SparseData(path, constant.name, layout, dtype, stored)
 
 
 def _unique_names(names: list[str]) -> list[str]:
     """The second of a name becomes `name:1`, and so on, past names that there are already."""
-    taken = set(names)
-    next_number: dict[str, int] = {}
+    free, seen = UniqueNames(names, separator=":"), set[str]()
     unique = []
     for name in names:
-        number = next_number.get(name, 0)
-        chosen = f"{name}:{number}" if number else name
-        while number and chosen in taken:
-            number += 1
-            chosen = f"{name}:{number}"
-        next_number[name] = number + 1
-        taken.add(chosen)
-        unique.append(chosen)
+        unique.append(free.fresh(name) if name in seen else name)
+        seen.add(name)
     return unique
 
 

@@ -20,10 +20,6 @@ from converters.errors import CorruptFile, Unsupported
 from converters.storage import Data
 from formats.tflite.schema import DimensionMetadata, Int32Vector, SparsityParameters, Uint8Vector, Uint16Vector
 
-#: A dense form larger than this and than `_MOST_EXPANSION` times the stored values is taken for an attack.
-_HARMLESS_BYTES = 1 << 26
-_MOST_EXPANSION = 1024
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Level:
@@ -113,11 +109,9 @@ class SparseData:
         return expanded[start:stop]
 
 
-def sparse_layout(
-    sparsity: SparsityParameters, shape: tuple[int, ...], stored_bytes: int, itemsize: int
-) -> SparseLayout:
+def sparse_layout(sparsity: SparsityParameters, shape: tuple[int, ...]) -> SparseLayout:
     """The layout that `sparsity` describes for a tensor of dense `shape`. Raises CorruptFile when the parameters
-    contradict each other and Unsupported when the dense form is out of all proportion to the stored values."""
+    contradict each other, Unsupported for what LiteRT does not have."""
     order = tuple(_integers(sparsity.traversal_order))
     block_map = tuple(_integers(sparsity.block_map))
     metadata = sparsity.dim_metadata
@@ -131,9 +125,6 @@ def sparse_layout(
         raise CorruptFile(f"its sparsity maps blocks to dimensions {block_map} of {rank}")
     if any(dimension < rank for dimension in order[rank:]):
         raise CorruptFile(f"its sparsity traverses block dimensions before others: {order}")
-    dense_bytes = prod(shape) * itemsize
-    if dense_bytes > max(_HARMLESS_BYTES, _MOST_EXPANSION * stored_bytes):
-        raise Unsupported(f"is sparse with {stored_bytes} bytes stored for {dense_bytes} dense ones: refused as a bomb")
     by_dimension = dict(zip(order, metadata, strict=True))
     blocks = {axis: _block_size(by_dimension[rank + i], shape[axis]) for i, axis in enumerate(block_map)}
     levels = []

@@ -18,8 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from converters.allowance import Allowance
 from converters.errors import Unsupported
 from converters.ir import Tensor, WeightPlace
+from converters.shapes import checked_shape
+from converters.unique_names import UniqueNames
 from formats.tflite.options import Options
 
 #: Axes of channels-first images of 3, 4 and 5 axes, in terms of channels-last ones, and back.
@@ -29,7 +32,12 @@ TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 
 _QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
 _INT32 = np.dtype(np.int32)
 _INT16_SINCE = 21
-_LARGEST_STATE = 1 << 26  # elements
+_DESCRIBED = "its graph needs constants or nodes that its sizes describe"
+#: What a node costs that is there because a subgraph is run once more, and an element of a list: all that is made of
+#: it on the way, in bytes, about.
+_NODE_BYTES, _LISTED_BYTES = 1 << 12, 32
+#: The longest key of a constant that may be shared, and the bytes that are no longer in it.
+_LONGEST_KEY, _SHARED_BYTES = 200, 100
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
 
 Attribute = int | float | str | Sequence[int]
@@ -102,11 +110,14 @@ class Held:
 
 @dataclass(slots=True)
 class Builder:
-    """Collects nodes and initializers; `places` says which of the initializers are the model's weights."""
+    """Collects nodes and initializers; `places` says which of the initializers are the model's weights. `allowance` is
+    what may be made of sizes alone; `is_repeated`: of a subgraph that has been spelled out before. `origins` has the
+    nodes that made moved values."""
 
     tensors: list[TensorInfo]
     opset: int
-    names: set[str]
+    names: UniqueNames
+    allowance: Allowance
     nodes: list[ir.Node] = field(default_factory=list)
     held: dict[int, Held] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
@@ -121,15 +132,12 @@ class Builder:
     custom_domain: str = ""
     uses_custom: bool = False
     run_subgraph: Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
+    is_repeated: bool = False
+    origins: dict[ir.Value, ir.Node | None] = field(default_factory=dict)
 
     def fresh(self, wanted: str) -> str:
         """A name that no value has yet."""
-        name, count = wanted, 0
-        while name in self.names:
-            count += 1
-            name = f"{wanted}_{count}"
-        self.names.add(name)
-        return name
+        return self.names.fresh(wanted)
 
     def emit(
         self,
@@ -155,6 +163,8 @@ class Builder:
         **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Adds a node and returns its outputs."""
+        if self.is_repeated:
+            self.spend(_NODE_BYTES)
         made = [ir.convenience.convert_attribute(key, value) for key, value in attributes.items() if value is not None]
         if operator == "Reshape":
             inputs = _reshaped_once(*inputs)
@@ -165,17 +175,28 @@ class Builder:
         self.nodes.append(node)
         return node.outputs
 
+    def spend(self, nbytes: int) -> None:
+        """Counts what is made of sizes, or once more of the same bytes. Raises Unsupported beyond the allowance."""
+        self.root.allowance.spend(nbytes, _DESCRIBED)
+
+    def computed(self, nbytes: int, make: Callable[[], NDArray[Any]], name: str) -> ir.Value:
+        """An initializer of so many bytes, which are counted before they are made."""
+        self.root.allowance.rest().spend(nbytes, _DESCRIBED)
+        return self.constant(make(), name=name)
+
     def constant(self, values: Any, dtype: Any = None, name: str = "constant") -> ir.Value:
         """A small initializer."""
         array = np.asarray(values, dtype)
-        key = f"{name}_{array.dtype.name}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
-        known = self.root.shared.get(key) if len(key) < 200 else None
+        key = f"{name}_{array.dtype.name}_{'x'.join(map(str, array.shape))}_"
+        key += array.tobytes().hex() if array.nbytes <= _SHARED_BYTES else "x" * _LONGEST_KEY
+        known = self.root.shared.get(key) if len(key) < _LONGEST_KEY else None
         if known is not None:
             return known
+        self.spend(array.nbytes)
         value = ir.Value(name=self.fresh(name), const_value=ir.tensor(array), type=ir.TensorType(_type_of(array.dtype)))
         value.shape = ir.Shape(array.shape)
         self.root.initializers[value.name or ""] = value
-        if len(key) < 200:
+        if len(key) < _LONGEST_KEY:
             self.root.shared[key] = value
         return value
 
@@ -221,14 +242,18 @@ class Builder:
 
     def numbers(self, index: int) -> NDArray[Any] | None:
         """The values of a constant, as they are stored; None where they are known at run time only."""
-        info = self.info(index)
-        return None if info.constant is None else info.constant.numpy()
+        constant = self.info(index).constant
+        if constant is None:
+            return None
+        self.spend(constant.nbytes)  # a large one may be the input of any number of operators
+        return constant.numpy()
 
     def list_of(self, index: int) -> list[int]:
         """The integers of a constant. Raises Unsupported where they are known at run time only."""
         values = self.numbers(index)
         if values is None:
             raise Unsupported(f"an operator takes '{self.info(index).name}', which is known at run time only")
+        self.spend(_LISTED_BYTES * values.size)
         return [int(value) for value in values.reshape(-1)]
 
     def read(self, index: int) -> ir.Value:
@@ -307,12 +332,22 @@ class Builder:
 
     def _is_rounded(self, value: ir.Value, info: TensorInfo) -> bool:
         """Whether a value is another tensor's of the same scale and zero point, only moved."""
-        node = value.producer()
-        while node is not None and node.op_type in _MOVING and node.inputs[0] is not None:
-            node = node.inputs[0].producer()
+        node = self._origin(value)
         if node is None or node.op_type != "DequantizeLinear" or not self._has_linear(info):
             return False
         return all(a is b for a, b in zip(node.inputs[1:], self._parameters(info), strict=False))
+
+    def _origin(self, value: ir.Value) -> ir.Node | None:
+        """The node that made a value before it was moved; found once for each value, as moves may be a long chain."""
+        origins, passed = self.root.origins, []
+        node = value.producer()
+        while node is not None and node.op_type in _MOVING and node.inputs[0] is not None and value not in origins:
+            passed.append(value)
+            value = node.inputs[0]
+            node = value.producer()
+        found = origins.get(value, node)
+        origins.update(dict.fromkeys(passed, found))
+        return found
 
     def write_codes(self, index: int, codes: ir.Value, *, first: bool = False) -> None:
         """What a quantized tensor is from now on, given as its codes."""
@@ -378,8 +413,7 @@ class Builder:
         """An input of the graph that begins at zero."""
         dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
         name = self.fresh(info.name or "state")
-        if prod(info.shape) > _LARGEST_STATE:
-            raise Unsupported(f"is a variable of shape {info.shape}, which is larger than any state", tensor=info.name)
+        self.spend(prod(checked_shape(info.shape, tensor=info.name)) * dtype.itemsize)
         zeros = ir.tensor(np.zeros(info.shape, dtype))
         value = ir.Value(name=name, const_value=zeros, type=ir.TensorType(_type_of(dtype)), shape=ir.Shape(info.shape))
         self.initializers[name] = value
@@ -388,7 +422,15 @@ class Builder:
 
     def inner(self) -> Builder:
         """A builder for the body of a Scan, Loop or If: it sees what is around it."""
-        return Builder(self.tensors, self.opset, self.names, outer=self, run_subgraph=self.run_subgraph)
+        return Builder(
+            self.tensors,
+            self.opset,
+            self.names,
+            self.allowance,
+            outer=self,
+            run_subgraph=self.run_subgraph,
+            is_repeated=self.is_repeated,
+        )
 
     def argument(self, name: str, shape: Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         """An input of such a body."""

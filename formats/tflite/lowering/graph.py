@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from converters.allowance import Allowance
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import WeightPlace
+from converters.unique_names import UniqueNames
 from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
 from formats.tflite.lowering.operators import LOWERINGS
 
@@ -36,21 +39,24 @@ class Wishes:
 
 
 def lowered(
-    subgraphs: Sequence[Subgraph], main: int, wishes: Wishes, producer: str
+    subgraphs: Sequence[Subgraph], main: int, wishes: Wishes, producer: str, allowance: Allowance
 ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
     """The subgraph `main` as an ONNX model, and which of its initializers are the model's weights. Raises Unsupported,
-    naming all of them, for operators that there is no lowering for."""
+    naming all of them, for operators that there is no lowering for, and for constants and nodes beyond the allowance;
+    CorruptFile where tensors, operators and options contradict each other."""
     if not wishes.custom_domain:
         _refuse_unknown(subgraphs, main)
     graph, opset = subgraphs[main], wishes.opset
     taken = {graph.tensors[index].name for index in (*graph.inputs, *graph.outputs)}
-    root = Builder(list(graph.tensors), opset, set(taken), run_subgraph=_runner(subgraphs))
+    root = Builder(list(graph.tensors), opset, UniqueNames(taken), allowance, run_subgraph=_Runner(subgraphs, main))
     root.custom_domain = wishes.custom_domain
-    inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
+    with _contradictions("an input"):
+        inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
     _run(root, graph)
     root.outputs.update(value.name or "" for value in inputs)  # one that is an output as well gets another name there
-    outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
-    outputs += _states(root)
+    with _contradictions("an output"):
+        outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
+        outputs += _states(root)
     nodes = _used(root.nodes, outputs)
     made = ir.Graph(
         [*inputs, *root.variables],
@@ -85,32 +91,67 @@ def _used(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node
 def _run(b: Builder, graph: Subgraph) -> None:
     for operator in graph.operators:
         found = LOWERINGS.get(operator.name)
-        result = next((b.tensors[index].name for index in operator.outputs), None)
-        try:
+        result = next((b.tensors[index].name for index in operator.outputs if index >= 0), None)
+        with _contradictions(operator.name, result):
+            if b.is_repeated:
+                b.spend(_OPERATOR_BYTES)
             (custom if found is None else found.function)(b, operator)
-        except Error as error:
-            error.tensor = error.tensor or result
-            raise
-        except _CONTRADICTIONS as error:
-            reason = f"{type(error).__name__}: {error}"
-            message = (
-                f"{operator.name} has inputs or options that contradict each other ({reason}): the file is damaged"
-            )
-            raise CorruptFile(message, tensor=result) from error
 
 
-def _runner(subgraphs: Sequence[Subgraph]) -> Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]]:
-    def run(caller: Builder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
-        """Spells out a subgraph for these inputs among the caller's nodes."""
-        graph = subgraphs[index]
-        inner = Builder(list(graph.tensors), caller.opset, caller.names, nodes=caller.nodes, outer=caller)
-        inner.run_subgraph = caller.run_subgraph
+@contextmanager
+def _contradictions(what: str, tensor: str | None = None) -> Iterator[None]:
+    """Has what the file contradicts itself in said of `what`: lowering looks up indices, ranks and options as if they
+    were those that the operators' kernels accept."""
+    try:
+        yield
+    except Error as error:
+        error.tensor = error.tensor or tensor
+        raise
+    except _CONTRADICTIONS as error:
+        reason = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
+        message = f"{what} has shapes, inputs or options that contradict each other ({reason}): the file is damaged"
+        raise CorruptFile(message, tensor=tensor) from error
+
+
+@dataclass(slots=True, eq=False)
+class _Runner:
+    """Spells out subgraphs among the nodes of who runs them. One that is run again is nothing but more nodes, which a
+    few subgraphs that run each other can multiply without end: these are counted."""
+
+    subgraphs: Sequence[Subgraph]
+    main: int
+    _known: set[int] = field(default_factory=set)
+    _running: list[int] = field(default_factory=list)
+
+    def __call__(self, caller: Builder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """The outputs of a subgraph for these inputs. Raises CorruptFile for one that there is not, Unsupported for
+        one that runs itself or is nested too deep."""
+        if not 0 <= index < len(self.subgraphs):
+            raise CorruptFile(f"subgraph {index} of {len(self.subgraphs)} is run: the file is damaged")
+        if index == self.main or index in self._running:
+            raise Unsupported(f"subgraph {index} runs itself, for which ONNX has nothing")
+        if len(self._running) >= _MOST_NESTED:
+            raise Unsupported(f"subgraphs run each other more than {_MOST_NESTED} deep")
+        graph = self.subgraphs[index]
+        inner = Builder(
+            list(graph.tensors),
+            caller.opset,
+            caller.names,
+            caller.allowance,
+            nodes=caller.nodes,
+            outer=caller,
+            run_subgraph=self,
+            is_repeated=caller.is_repeated or index in self._known,
+        )
+        self._known.add(index)
+        if inner.is_repeated:
+            inner.spend(_OPERATOR_BYTES * (1 + len(graph.inputs) + len(graph.outputs)) + 8 * len(graph.tensors))
         for tensor, value in zip(graph.inputs, values, strict=True):
             inner.hold(tensor, value)
+        self._running.append(index)
         _run(inner, graph)
+        self._running.pop()
         return [inner.read(tensor) for tensor in graph.outputs]
-
-    return run
 
 
 def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
@@ -136,6 +177,10 @@ def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
 
 
 _IMAGE_RANK = 4
+_MOST_NESTED = 32
+#: What an operator costs that is looked at once more, in bytes, about.
+_OPERATOR_BYTES = 1 << 10
+_LONGEST_REASON = 200
 #: What lowering functions come upon where ranks, indices or options are not what the operator's kernel would accept.
 _CONTRADICTIONS = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 #: The options that name subgraphs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def matrix_set_diag(b: Builder, op: Operator) -> None:
 
 
 def _diagonal(b: Builder, rows: int, columns: int) -> ir.Value:
-    return b.constant(np.eye(rows, columns, dtype=np.bool_), name="diagonal")
+    return b.computed(rows * columns, lambda: np.eye(rows, columns, dtype=np.bool_), "diagonal")
 
 
 def _known(b: Builder, op: Operator, index: int, axes: Sequence[int]) -> list[int]:
@@ -82,7 +83,8 @@ def broadcast_args(b: Builder, op: Operator) -> None:
     values = []
     for index, size in zip(op.inputs, sizes, strict=True):
         value, missing = long_list(b, index), max(sizes) - size
-        values.append(b.emit("Concat", [b.ints([1] * missing), value], axis=0) if missing else value)
+        ones = b.computed(8 * missing, partial(np.ones, missing, np.int64), "ints") if missing else None
+        values.append(value if ones is None else b.emit("Concat", [ones, value], axis=0))
     shape = b.emit("Where", [b.emit("Equal", [values[0], b.ints([1])]), values[1], values[0]])
     b.write(op.outputs[0], b.emit("Cast", [shape], to=int(b.type_of(op.outputs[0]))))
 

@@ -7,14 +7,14 @@ from math import prod
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from converters.errors import Unsupported
+from converters.errors import CorruptFile, Unsupported
 from formats.tflite.lowering.builder import TO_FIRST, TO_LAST, Builder, Operator
 from formats.tflite.lowering.dense import free_first
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1
-_MOST_POSITIONS = 1 << 22
 
 
 def long_list(b: Builder, index: int) -> ir.Value:
@@ -118,6 +118,8 @@ def gather(b: Builder, op: Operator) -> None:
         b.write(op.outputs[0], b.emit("Gather", [values, indices], axis=axis))
         return
     rank, others = len(b.info(op.input(0)).shape), len(b.info(op.input(1)).shape) - batch
+    if not 0 < batch <= rank or others < 0:
+        raise CorruptFile(f"GATHER with {batch} axes of a batch, of tensors with {rank} and {others + batch} axes")
     axis %= rank
     if axis != batch:  # GatherND takes along the axis behind those of the batch
         values = b.emit("Transpose", [values], perm=_moved(rank, axis, batch))
@@ -167,10 +169,16 @@ def mirror_pad(b: Builder, op: Operator) -> None:
         if info.signature[axis] < 0 and before + after:
             raise Unsupported("MIRROR_PAD in mode SYMMETRIC of an axis whose size is open has no like in ONNX")
         if before + after:
-            places = np.pad(np.arange(info.shape[axis], dtype=np.int64), (before, after), "symmetric")
             at = TO_FIRST[rank].index(axis) if first else axis
-            value = b.emit("Gather", [value, b.ints(places.tolist())], axis=at)
+            value = b.emit("Gather", [value, _mirrored(b, info.shape[axis], before, after)], axis=at)
     b.write(op.outputs[0], value, first=first)
+
+
+def _mirrored(b: Builder, size: int, before: int, after: int) -> ir.Value:
+    """The positions of an axis with those at its ends once more, in the other order."""
+    nbytes = (size + max(before, 0) + max(after, 0)) * 8
+    make = lambda: np.pad(np.arange(size, dtype=np.int64), (before, after), "symmetric")  # noqa: E731
+    return b.computed(nbytes, make, "ints")
 
 
 def pad(b: Builder, op: Operator) -> None:
@@ -351,15 +359,17 @@ def dynamic_update_slice(b: Builder, op: Operator) -> None:
         ones = b.emit("Expand", [b.constant(np.ones((), np.bool_), name="true"), size])
         positions = b.emit("Transpose", [b.emit("NonZero", [ones])], perm=(1, 0))
         values = b.emit("Reshape", [values, b.ints([-1])])
-    elif prod(update.shape) > _MOST_POSITIONS:
-        raise Unsupported(f"DYNAMIC_UPDATE_SLICE of {update.shape} has too many positions to list")
     else:
         room = b.ints([whole - part for whole, part in zip(info.shape, update.shape, strict=True)])
-        listed = np.stack(np.meshgrid(*(np.arange(n) for n in update.shape), indexing="ij"), -1).astype(np.int64)
-        positions = b.constant(listed, name="positions")
+        positions = b.computed(prod(update.shape) * rank * 8, lambda: _positions(update.shape), "positions")
     start = b.emit("Max", [b.emit("Min", [long_list(b, op.input(2)), room]), b.ints([0] * rank)])
     indices = b.emit("Add", [positions, start])
     b.write(op.outputs[0], b.emit("ScatterND", [b.read(op.input(0)), indices, values]))
+
+
+def _positions(shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """The index of every element, shape (*shape, rank)."""
+    return np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1).astype(np.int64)
 
 
 def space_to_batch(b: Builder, op: Operator) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from converters.errors import CorruptFile
 from formats.tflite.lowering.builder import Builder, Operator
+
+_MOST_BITS = 16  # lite/kernels/fake_quant.cc
 
 
 def unpacked(b: Builder, op: Operator) -> None:
@@ -41,7 +44,10 @@ def fake_quant(b: Builder, op: Operator) -> None:
     """FAKE_QUANT (lite/kernels/internal/reference/fake_quant.h): to the nearest of 2 ** num_bits values from min to
     max, a range that is moved so that 0 is one of them."""
     options = op.options
-    lowest, highest = options.integer("narrow_range"), (1 << options.integer("num_bits")) - 1
+    bits = options.integer("num_bits")
+    if not 1 <= bits <= _MOST_BITS:
+        raise CorruptFile(f"FAKE_QUANT to {bits} bits: 1 to {_MOST_BITS} are possible")
+    lowest, highest = options.integer("narrow_range"), (1 << bits) - 1
     low, high = np.float32(options.number("min")), np.float32(options.number("max"))
     scale = (high - low) / np.float32(highest - lowest)
     zero_point = np.floor(np.clip(lowest - low / scale, lowest, highest) + np.float32(0.5))

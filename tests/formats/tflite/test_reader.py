@@ -270,7 +270,8 @@ def test_codes_stored_one_to_a_byte_are_refused(load: Load) -> None:
     ("shape", "message"),
     [
         ((-1, 4), "has a negative size"),
-        ((2**31 - 1,) * 32, "holds 4 bytes, but shape"),
+        ((2**31 - 1,) * 32, "is larger than any memory"),
+        ((2**29, 2**29), "holds 4 bytes, but shape"),
         ((1,) * 33, "has 33 dimensions; 32 are the most"),
         ((2,) * 5000, "has 5000 dimensions"),
     ],
