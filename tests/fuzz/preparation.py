@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -28,9 +29,15 @@ def prepare(*, guided: bool) -> None:
     with _seen_by_atheris() if guided else nullcontext():
         for package in map(importlib.import_module, _PACKAGES):
             _import_below(package)
-    for name in _ALSO:
-        importlib.import_module(name)
+    preload(_ALSO)
     importlib.import_module("converters.plugins").all_formats()  # which looks for plugins, once
+
+
+def preload(names: Iterable[str]) -> None:
+    """Imports further modules, as far as they are installed."""
+    for name in names:
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _import_below(package: ModuleType) -> None:
