@@ -6,7 +6,7 @@ comma := ,
 EXTRAS := $(if $(PEERS),test$(comma)peers,test)
 SELECT := $(if $(PEERS),,-m "not peers")
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench fuzz clean
 
 demo: .venv/.core
 	@mkdir -p $(DEMO)
@@ -29,6 +29,10 @@ types: .venv/.$(subst $(comma),-,$(EXTRAS))
 bench: .venv/.$(subst $(comma),-,$(EXTRAS))
 	$(BIN)/python -m benchmarks
 
+# MINUTES for all readers together; SEED for the same inputs each time (without coverage); READER for one of them
+fuzz: .venv/.test-fuzz
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(if $(READER),--reader $(READER))
+
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -39,6 +43,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-.venv/.test .venv/.test-peers: pyproject.toml .venv/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+.venv/.test .venv/.test-peers .venv/.test-fuzz: pyproject.toml .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(subst -,$(comma),$(@:.venv/.%=%))]"
 	@touch $@
