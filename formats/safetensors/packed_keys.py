@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from converters.ir import Model, Tensor
-from formats.safetensors.container import METADATA_KEY, is_unicode
+from formats.safetensors.container import METADATA_KEY
 from formats.safetensors.file_layout import KINDS
 from formats.safetensors.packed_layout import described
 
@@ -20,6 +20,7 @@ class PackedKeys:
         self.stored: dict[str, dict[str, Tensor]] = {name: {} for name in model}
         self._model = model
         self._names = {id(tensor): name for name, tensor in model.items()}
+        self._keys: dict[str, str] = {}
         self._taken: set[str] = set()
         self.descriptions = {name: self._described(name, tensor) for name, tensor in model.items()}
 
@@ -37,15 +38,17 @@ class PackedKeys:
 
     def _key_of(self, owner: str, tensor: Tensor, wish: str) -> str:
         name = self._names.get(id(tensor))
-        if name is not None and name != METADATA_KEY and is_unicode(name):
-            self.stored[name][name] = tensor
-            self._taken.add(name)
-            return name
+        if name is not None:
+            if name in self._keys:
+                return self._keys[name]
+            owner = wish = name
         wish = wish.encode(errors="backslashreplace").decode()
         key, number = wish, 0
-        while key in self._model or key in self._taken or key == METADATA_KEY:
+        while key in self._taken or key == METADATA_KEY or (key != name and key in self._model):
             number += 1
             key = f"{wish}:{number}"
         self.stored[owner][key] = tensor
         self._taken.add(key)
+        if name is not None:
+            self._keys[name] = key
         return key

@@ -101,10 +101,11 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
         if document["version"] != VERSION:
             raise Unsupported(f"its nibblecast metadata is of version {document['version']}; this one reads {VERSION}")
         models: dict[str, Tensor] = {}
+        by_key: dict[str, Tensor] = {}
         promised = document["tensors"]
         # parameters that are tensors of their own come first, so that their owners share the very object
         for name in sorted(promised, key=lambda name: "parameter_of" not in promised[name]):
-            models[name] = _built(name, promised[name], stored, models)
+            models[name] = by_key[promised[name]["data"]] = _built(name, promised[name], stored, by_key)
         return {name: models[name] for name in promised}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -112,19 +113,19 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
 
 
 def _built(
-    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], by_key: Mapping[str, Tensor]
 ) -> Tensor:
     key = description["data"]
     shape = tuple(_count(size) for size in description["shape"])
     dtype = DTYPES_BY_NAME[description["dtype"]]
-    shared = models.get(key)
+    shared = by_key.get(key)
     if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
         return shared
     if key not in stored:
         raise CorruptFile(f"its nibblecast metadata refers to '{key}', which is not stored", tensor=name)
     quantization = None
     if "quantization" in description:
-        quantization = _built_quantization(name, description["quantization"], stored, models)
+        quantization = _built_quantization(name, description["quantization"], stored, by_key)
     uses = tuple(_built_use(use) for use in description.get("uses", ()))
     return Tensor(name, shape, dtype, stored[key].data, quantization, uses, description.get("parameter_of"))
 
@@ -156,14 +157,14 @@ def _built_activation(described: list[Any] | None) -> Activation | None:
 
 
 def _built_quantization(
-    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], models: Mapping[str, Tensor]
+    name: str, description: Mapping[str, Any], stored: Mapping[str, StoredTensor], by_key: Mapping[str, Tensor]
 ) -> Quantization:
     parameters = {
-        role: _built(f"{name}.{role}", description[role], stored, models) for role in _PARAMETERS if role in description
+        role: _built(f"{name}.{role}", description[role], stored, by_key) for role in _PARAMETERS if role in description
     }
     group_index = None
     if "group_index" in description:
-        index = _built(f"{name}.group_index", description["group_index"], stored, models)
+        index = _built(f"{name}.group_index", description["group_index"], stored, by_key)
         group_index = GroupIndex(_count(description["group_axis"]), index)
     block_shape = tuple(_count(size) for size in description["block_shape"])
     return Quantization(
