@@ -345,8 +345,6 @@ def _divided(options: Mapping[str, Any], source: Path) -> tuple[dict[str, Any], 
     if not options:
         return {}, {}
     with pipeline.readable(source):
-        if not source.exists():
-            return {}, dict(options)
         format = plugins.detect(source)
     known = {help.name for help in plugins.reader_options(format)}
     names = {key: key.removeprefix(f"{format.name}.") for key in options}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from converters.errors import brief
+from converters.errors import CorruptFile, brief, line
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,28 @@ def test_brief_runs_nothing_of_a_class() -> None:
         __str__ = __repr__
 
     assert brief(Text("x")) == "a value of type Text"
+
+
+def test_a_line_is_of_limited_length_and_keeps_both_ends() -> None:
+    assert line("short") == "short"
+    assert line("a\nb\x1b") == r"a\nb\x1b"
+    assert line("b" + "x" * 1_000_000 + "e", 20) == "bxxxxxxxxx… (1000002 characters) …xxxxxxxxxe"
+    assert len(line("\U000e0001" * 1_000_000)) < 300
+
+
+def test_errors_shorten_each_of_their_parts() -> None:
+    """A name of a million characters does not push out what is wrong, nor what to do."""
+    error = CorruptFile(f"has no '{'k' * 1_000_000}': leave it out", path=Path("p" * 5_000), tensor="t" * 1_000_000)
+    text = str(error)
+    assert len(text) < 3_000
+    assert text.startswith("ppp")
+    assert "tensor 'ttt" in text
+    assert "(1000000 characters)" in text
+    assert text.endswith("kkk': leave it out")
+
+
+def test_shortening_takes_time_in_proportion_to_the_text() -> None:
+    began = time.process_time()
+    for character in ("a", "\n", "\ud800", "\u202e"):
+        line(character * 4_000_000)
+    assert time.process_time() - began < 4

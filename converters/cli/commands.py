@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import warnings
-from _thread import interrupt_main
 from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -119,7 +118,8 @@ def _unraisable(unraisable: UnraisableHookArgs) -> None:
     system there follow another one, which is told."""
     for exception, number in ((KeyboardInterrupt, signal.SIGINT), (SystemExit, signal.SIGTERM)):
         if isinstance(unraisable.exc_value, exception):
-            threading.Timer(_MOMENT_SECONDS, interrupt_main, (number,)).start()
+            main = threading.main_thread().ident or 0
+            threading.Timer(_MOMENT_SECONDS, signal.pthread_kill, (main, number)).start()
             return
     if not isinstance(unraisable.exc_value, OSError):
         sys.__unraisablehook__(unraisable)

@@ -156,8 +156,6 @@ def _planned(
     pieces, external = _laid_out(changes, owners, options, location)
     files = [OutputFile(target, pieces.nbytes)]
     if external.placed:
-        if location != location.encode(errors="replace").decode():
-            raise UsageError("an ONNX file names its file of external data, and this name is not Unicode", path=target)
         files.append(OutputFile(target.with_name(location), external.nbytes))
     expected = Model(_expected(changes), model.metadata)
     source = changes.graph.payloads.file

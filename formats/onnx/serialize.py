@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from converters.errors import Unsupported
+from converters.errors import Unsupported, UsageError
 from converters.ir import Tensor
 from converters.streaming import pieces
 from formats.onnx import schema
 from formats.onnx.graph import Node
 from formats.onnx.lowering import Constant, Initializer
 from formats.onnx.schema import ELEMENT_TYPES
-from formats.onnx.wire import bytes_head, encode
+from formats.onnx.wire import bytes_head, encode, is_unicode
 
 PRODUCER = "nibblecast"
 #: A protobuf message is no longer than this: https://protobuf.dev/programming-guides/proto-limits/
@@ -167,7 +167,10 @@ def tensor_head(
 
 
 def external_entries(location: str, offset: int, nbytes: int) -> bytes:
-    """TensorProto's fields that say where in a file of external data a payload is."""
+    """TensorProto's fields that say where in a file of external data a payload is. Raises UsageError for a name that
+    the model file cannot hold."""
+    if not is_unicode(location):
+        raise UsageError("an ONNX file names its file of external data, and this name is not Unicode: give it another")
     entries = {"location": location, "offset": str(offset), "length": str(nbytes)}
     encoded = [encode(schema.ENTRY, key=key, value=value) for key, value in entries.items()]
     return encode(schema.TENSOR, external_data=encoded, data_location=schema.DATA_LOCATION_EXTERNAL)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from converters.errors import VerificationFailed
 from converters.storage import read_regular
+from formats.onnx.wire import is_unicode
 
 _HANDLES = Path("/proc/self/fd")
 
@@ -39,9 +40,9 @@ def _refusal(path: Path) -> str | None:
 def _as_onnx_takes_it(path: Path) -> Iterator[str | bytes]:
     """The path, if that is UTF-8: onnx takes no other. Else the file's content, where it has such a name: then it has
     no external data, for those are named as it is. Where only a folder's name is not, the folder is opened."""
-    if _is_utf8(str(path)):
+    if is_unicode(str(path)):
         yield str(path)
-    elif _is_utf8(path.name) and _HANDLES.is_dir():
+    elif is_unicode(path.name) and _HANDLES.is_dir():
         handle = os.open(path.parent, os.O_RDONLY)
         try:
             yield str(_HANDLES / str(handle) / path.name)
@@ -49,11 +50,3 @@ def _as_onnx_takes_it(path: Path) -> Iterator[str | bytes]:
             os.close(handle)
     else:
         yield read_regular(path)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

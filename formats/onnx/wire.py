@@ -216,9 +216,15 @@ def bytes_head(number: int, nbytes: int) -> bytes:
     return varint(number << 3 | _BYTES) + varint(nbytes)
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a string field can hold it: it has no lone surrogates."""
+    return text == text.encode(errors="replace").decode()
+
+
 def encode(schema: Schema, **values: Any) -> bytes:
     """A message. An integer, a string, or bytes (a nested message is given encoded), or a sequence of one of these for
-    a repeated field; fields are written in the order in which they are given."""
+    a repeated field; fields are written in the order in which they are given. What of a string is not Unicode is
+    written as backslash escapes, as it is read."""
     out = bytearray()
     for name, value in values.items():
         number = schema.fields[name].number
@@ -226,6 +232,6 @@ def encode(schema: Schema, **values: Any) -> bytes:
             if isinstance(item, int):
                 out += varint(number << 3 | _VARINT) + varint(item)
             else:
-                content = item.encode() if isinstance(item, str) else item
+                content = item.encode(errors="backslashreplace") if isinstance(item, str) else item
                 out += bytes_head(number, len(content)) + content
     return bytes(out)

@@ -147,7 +147,7 @@ class OnnxWriter:
         external_from: int | None = options.external_data
         if external_from is None and sum(i.nbytes for i in flat) + len(graph) > LARGEST_IN_ONE_FILE:
             external_from = EXTERNAL_FROM
-        location = _location(target, external_from)
+        location = f"{target.name}.data"
         properties = {schema.LAYOUT: schema.WEIGHTS_LAYOUT}
         layout = lay_out(graph, flat, opset, properties, location, external_from)
         files = [OutputFile(target, layout.model_nbytes)]
@@ -181,13 +181,6 @@ def _graph_losses(model: Model) -> list[Loss]:
         return []
     reason = f" ({model.graph.missing})" if isinstance(model.graph, Missing) else ""
     return [Loss("", "dropped", f"the graph of {operators} operators: the ONNX file has the weights only{reason}")]
-
-
-def _location(target: Path, external_from: int | None) -> str:
-    location = f"{target.name}.data"
-    if external_from is not None and location != location.encode(errors="replace").decode():
-        raise UsageError("an ONNX file names its file of external data, and this name is not Unicode", path=target)
-    return location
 
 
 def _dtypes(tensor: Tensor, opset: int) -> Iterator[np.dtype[Any]]:

@@ -22,6 +22,7 @@ class PackedKeys:
         self._model = model
         self._names = {id(tensor): name for name, tensor in model.items()}
         self._free = UniqueNames([*model, METADATA_KEY], separator=":")
+        self._keys: dict[str, str] = {}
         self.descriptions = {name: self._described(name, tensor) for name, tensor in model.items()}
 
     @property
@@ -38,9 +39,15 @@ class PackedKeys:
 
     def _key_of(self, owner: str, tensor: Tensor, wish: str) -> str:
         name = self._names.get(id(tensor))
+        if name is not None:
+            if name in self._keys:
+                return self._keys[name]
+            owner = wish = name
         if name is not None and name != METADATA_KEY and is_unicode(name):
-            self.stored[name][name] = tensor
-            return name
-        key = self._free.fresh(wish.encode(errors="backslashreplace").decode())
+            key = name
+        else:
+            key = self._free.fresh(wish.encode(errors="backslashreplace").decode())
         self.stored[owner][key] = tensor
+        if name is not None:
+            self._keys[name] = key
         return key

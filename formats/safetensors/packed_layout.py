@@ -108,10 +108,11 @@ def build(description: str, stored: Mapping[str, StoredTensor]) -> dict[str, Ten
             version = brief(document["version"])
             raise Unsupported(f"its nibblecast metadata is of version {version}; this one reads {VERSION}")
         models: dict[str, Tensor] = {}
+        by_key: dict[str, Tensor] = {}
         promised = document["tensors"]
         # parameters that are tensors of their own come first, so that their owners share the very object
         for name in sorted(promised, key=lambda name: "parameter_of" not in promised[name]):
-            models[name] = _built(name, promised[name], stored, models)
+            models[name] = by_key[promised[name]["data"]] = _built(name, promised[name], stored, by_key)
         return {name: models[name] for name in promised}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
         reason = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
@@ -122,7 +123,7 @@ def _built(
     name: str,
     description: Mapping[str, Any],
     stored: Mapping[str, StoredTensor],
-    models: Mapping[str, Tensor],
+    by_key: Mapping[str, Tensor],
     depth: int = 0,
 ) -> Tensor:
     if depth > _DEEPEST:
@@ -130,14 +131,14 @@ def _built(
     key = description["data"]
     shape = checked_shape([_count(size) for size in description["shape"]], tensor=name)
     dtype = DTYPES_BY_NAME[description["dtype"]]
-    shared = models.get(key)
+    shared = by_key.get(key)
     if shared is not None and shared.parameter_of and (shared.shape, shared.dtype) == (shape, dtype) and key != name:
         return shared
     if key not in stored:
         raise CorruptFile(f"its nibblecast metadata refers to '{key}', which is not stored", tensor=name)
     quantization = None
     if "quantization" in description:
-        quantization = _built_quantization(name, description["quantization"], stored, models, depth + 1)
+        quantization = _built_quantization(name, description["quantization"], stored, by_key, depth + 1)
     uses = tuple(_built_use(use) for use in description.get("uses", ()))
     owner = description.get("parameter_of")
     if owner is not None and not isinstance(owner, str):
@@ -184,17 +185,17 @@ def _built_quantization(
     name: str,
     description: Mapping[str, Any],
     stored: Mapping[str, StoredTensor],
-    models: Mapping[str, Tensor],
+    by_key: Mapping[str, Tensor],
     depth: int,
 ) -> Quantization:
     parameters = {
-        role: _built(f"{name}.{role}", description[role], stored, models, depth)
+        role: _built(f"{name}.{role}", description[role], stored, by_key, depth)
         for role in _PARAMETERS
         if role in description
     }
     group_index = None
     if "group_index" in description:
-        index = _built(f"{name}.group_index", description["group_index"], stored, models, depth)
+        index = _built(f"{name}.group_index", description["group_index"], stored, by_key, depth)
         group_index = GroupIndex(_count(description["group_axis"]), index)
     block_shape = tuple(_count(size) for size in description["block_shape"])
     return Quantization(
