@@ -243,8 +243,6 @@ class _Builder:
             if element.itemsize != 1:
                 raise CorruptFile(f"{array_name} is of {array.element_type.decode()}, but its bytes lie in a file")
             return self.payloads.data(array, array.placement, nbytes, name, limit)
-        # the text, as a damaged table may have any number of tensors read all of it for an element each
-        self.payloads.allowance.hold(max(nbytes, array.stop - array.start))
         length = self.declarations.length_of(array)
         needed, possible = -(-nbytes // element.itemsize), _most_elements(array)
         if (length is not None and length < needed) or max(needed, length or 0) > possible:
@@ -254,6 +252,8 @@ class _Builder:
                 f"{array_name} has {possible if length is None else length} elements in {array.stop - array.start} "
                 f"characters, but {needed} are needed: it is truncated or damaged",
             )
+        # the text, as a damaged table may have any number of tensors read all of it for an element each
+        self.payloads.allowance.hold(max(nbytes, array.stop - array.start))
         return ElementData(array, nbytes, length, name, dtype, limit, lines_of(array), self.kept)
 
     def _array(self, name: str) -> ArrayText:

@@ -34,12 +34,14 @@ def is_size(value: Any) -> bool:
 class Checkpoint:
     """The tensors by key; `config` is the part of the configuration that is about quantization ({}: there is none),
     `architecture` the model's own (config.json). `values` are what a pickled state dict has by key beside tensors:
-    numbers, texts, tuples of numbers, names of dtypes."""
+    numbers, texts, tuples of numbers, names of dtypes. `worked_out` is what an encoding finds out once for all weights,
+    by the encoding's name."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
     architecture: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    worked_out: dict[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:

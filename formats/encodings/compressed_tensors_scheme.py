@@ -7,8 +7,8 @@ name, its scheme is the one that its tensors fit, of those groups that are not f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,8 @@ from formats.encodings.checkpoint import Checkpoint, Stored, is_size
 
 #: Layouts that are known by name only.
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
+#: Every weight is looked for in those that name none.
+_MOST_GROUPS = 1024
 #: Names that say nothing about the layout of one weight.
 _ANY = frozenset(("", "mixed-precision"))
 #: The dtypes of scales in the layouts whose scales are not of the model's dtype.
@@ -89,23 +91,13 @@ class Written:
 def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
     """The schemes of the configuration that are of one of `layouts`; empty where there is no configuration. Raises
     CorruptFile where it has some, but none of these, or means that the weight is not quantized."""
-    config = stored.checkpoint.config
-    groups = config.get("config_groups")
-    if groups is None:
-        return ()
-    ignored = config.get("ignore")
-    if isinstance(ignored, list) and stored.prefix in ignored:
+    groups = _groups(stored.checkpoint)
+    if stored.prefix in groups.ignored:
         raise CorruptFile("is among those that its configuration ignores, but has quantized tensors")
-    if not isinstance(groups, dict):
-        raise CorruptFile(f"has config_groups that are no object in its configuration: {brief(groups)}")
-    default = config.get("format")
-    named = {name: group for name, group in groups.items() if _targets(group, stored.prefix)}
-    if not named:
-        named = {name: group for name, group in groups.items() if not _only_names(group, stored.checkpoint)}
-    found = [_scheme(name, group, default) for name, group in (named or groups).items()]
-    weights = [scheme for scheme in found if scheme is not None]
-    fitting = tuple(scheme for scheme in weights if scheme.layout in layouts or scheme.layout in _ANY)
-    if not fitting:
+    names = groups.by_target.get(stored.prefix, groups.general)
+    weights = [scheme for name in names if (scheme := groups.scheme(name)) is not None]
+    fitting = tuple(scheme for scheme in dict.fromkeys(weights) if scheme.layout in layouts or scheme.layout in _ANY)
+    if groups.entries is not None and not fitting:
         told = ", ".join(sorted({scheme.layout for scheme in weights})) or "none"
         raise CorruptFile(f"has tensors of {' or '.join(sorted(layouts))}, but its configuration says {told}")
     return fitting
@@ -113,13 +105,61 @@ def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
 
 def layout_names(stored: Stored) -> frozenset[str]:
     """All names of layouts in the configuration."""
-    config = stored.checkpoint.config
-    groups = config.get("config_groups")
-    values = [
-        config.get("format"),
-        *(_of(group, "format") for group in (groups if isinstance(groups, dict) else {}).values()),
-    ]
-    return frozenset(value for value in values if isinstance(value, str))
+    return _groups(stored.checkpoint).layouts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Groups:
+    """The groups of a configuration by name (None: there is none), looked through once for all weights: those that name
+    a module, and those that are for any other, which are all where none is; the names of modules that are not
+    quantized, and of layouts."""
+
+    entries: Mapping[str, Any] | None
+    default: Any
+    ignored: frozenset[str]
+    by_target: Mapping[str, Sequence[str]]
+    general: Sequence[str]
+    layouts: frozenset[str]
+    schemes: dict[str, Scheme | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> _Groups:
+        """Those of a checkpoint. Raises CorruptFile for what is no object of groups, or too many."""
+        config = checkpoint.config
+        groups, ignored = config.get("config_groups"), config.get("ignore")
+        if groups is None:
+            return cls(None, None, frozenset(), {}, (), frozenset(_strings([config.get("format")])))
+        if not isinstance(groups, dict):
+            raise CorruptFile(f"has config_groups that are no object in its configuration: {brief(groups)}")
+        if len(groups) > _MOST_GROUPS:
+            raise CorruptFile(f"has {len(groups)} config_groups in its configuration: {_MOST_GROUPS} are the most")
+        by_target: dict[str, dict[str, None]] = {}
+        for name, group in groups.items():
+            for target in _targets(group):
+                by_target.setdefault(target, {})[name] = None
+        values = [config.get("format"), *(_of(group, "format") for group in groups.values())]
+        return cls(
+            groups,
+            config.get("format"),
+            frozenset(_strings(ignored)),
+            {target: tuple(names) for target, names in by_target.items()},
+            [name for name, group in groups.items() if not _only_names(group, checkpoint)] or list(groups),
+            frozenset(_strings(values)),
+        )
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of a group; None where it is about activations only."""
+        if name not in self.schemes:
+            self.schemes[name] = _scheme(name, _of(self.entries, name), self.default)
+        return self.schemes[name]
+
+
+def _groups(checkpoint: Checkpoint) -> _Groups:
+    key = "compressed-tensors"
+    if key not in checkpoint.worked_out:
+        checkpoint.worked_out[key] = _Groups.of(checkpoint)
+    found: _Groups = checkpoint.worked_out[key]
+    return found
 
 
 def _only_names(group: Any, checkpoint: Checkpoint) -> bool:
@@ -134,9 +174,12 @@ def _only_names(group: Any, checkpoint: Checkpoint) -> bool:
     )
 
 
-def _targets(group: Any, prefix: str) -> bool:
-    targets = _of(group, "targets")
-    return isinstance(targets, list) and prefix in targets
+def _targets(group: Any) -> Iterator[str]:
+    yield from _strings(_of(group, "targets"))
+
+
+def _strings(values: Any) -> Iterator[str]:
+    yield from (value for value in (values if isinstance(values, list) else ()) if isinstance(value, str))
 
 
 def _scheme(name: str, group: Any, default: Any) -> Scheme | None:

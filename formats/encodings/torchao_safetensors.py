@@ -100,12 +100,13 @@ def _keys(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
 
 
 def _names(metadata: Mapping[str, str]) -> list[str]:
-    """The names of the tensors; none where that entry is no list of names."""
+    """The names of the tensors, each once; none where that entry is no list of names."""
     try:
         names = json.loads(metadata.get(NAMES, "null"))
     except (ValueError, RecursionError):
         return []
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return list(dict.fromkeys(names)) if is_list else []
 
 
 def _entry(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:

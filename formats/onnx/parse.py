@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.errors import CorruptFile, Unsupported, printable
 from converters.ir import Port
-from converters.shapes import checked_shape
+from converters.shapes import MOST_DIMENSIONS, checked_shape
 from formats.onnx import schema
 from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from formats.onnx.wire import Range, Record, decode
@@ -162,7 +162,10 @@ def _ports(view: memoryview, where: Range, field: str) -> Iterator[Port]:
 
 
 def _sizes(view: memoryview, where: Range) -> tuple[int | str, ...]:
-    sizes = [decode(view, size, schema.DIMENSION) for size in decode(view, where, schema.SHAPE).ranges("dim")]
+    places = decode(view, where, schema.SHAPE).ranges("dim")
+    if len(places) > MOST_DIMENSIONS:
+        raise Unsupported(f"an input or output has {len(places)} dimensions; {MOST_DIMENSIONS} are the most")
+    sizes = [decode(view, size, schema.DIMENSION) for size in places]
     return tuple(s.integer("dim_value", 0) if "dim_value" in s.values else s.text("dim_param") for s in sizes)
 
 

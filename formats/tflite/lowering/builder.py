@@ -35,7 +35,7 @@ _INT16_SINCE = 21
 _DESCRIBED = "its graph needs constants or nodes that its sizes describe"
 #: What a node costs that is there because a subgraph is run once more, and an element of a list: all that is made of
 #: it on the way, in bytes, about.
-_NODE_BYTES, _LISTED_BYTES = 1 << 12, 32
+_NODE_BYTES, _LISTED_BYTES = 1 << 14, 32
 #: The longest key of a constant that may be shared, and the bytes that are no longer in it.
 _LONGEST_KEY, _SHARED_BYTES = 200, 100
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
