@@ -9,6 +9,7 @@ that fits. A lock on the mark says that the folder's maker still runs; the syste
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import os
@@ -30,7 +31,7 @@ _MOST_MARK_BYTES = 64
 _NAME_BYTES = 150  # of the 255 that a name may have
 _TOKEN_BYTES = 8
 
-#: The temporary folders of this process, for whoever has to end it at once.
+#: The temporary folders of this process.
 _alive: set[Path] = set()
 
 
@@ -61,18 +62,18 @@ def make_temporary(parent: Path, prefix: str, suffix: str = "") -> PrivateFolder
     """A new folder in `parent` that only this user can enter, `PREFIXRANDOMSUFFIX`. Raises OSError."""
     while True:
         path = parent / f"{prefix}{os.urandom(_TOKEN_BYTES).hex()}{suffix}"
+        if os.path.lexists(path):
+            continue
+        _alive.add(path)  # first: an interruption may come at any moment
         try:
             path.mkdir(mode=0o700)
-            break
+            return PrivateFolder(path, _marked(path, _TEMPORARY))
         except FileExistsError:
-            continue
-    _alive.add(path)
-    try:
-        return PrivateFolder(path, _marked(path, _TEMPORARY))
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        _alive.discard(path)
-        raise
+            _alive.discard(path)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            _alive.discard(path)
+            raise
 
 
 def open_resumable(path: Path, *, shared: bool) -> PrivateFolder:
@@ -119,9 +120,14 @@ def remove_left_behind(candidates: Iterable[Path]) -> None:
 
 
 def remove_all() -> None:
-    """Removes the temporary folders of this process: for one that ends at once."""
+    """Removes the temporary folders of this process. For one that ends at once; and at the end of each, for those whose
+    own removal was interrupted."""
     for path in tuple(_alive):
         _remove(path)
+
+
+atexit.register(remove_all)
+os.register_at_fork(after_in_child=_alive.clear)  # they are its parent's
 
 
 def _remove(path: Path) -> None:

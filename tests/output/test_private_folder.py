@@ -165,3 +165,17 @@ def test_only_folders_for_that_output_are_found(tmp_path: Path) -> None:
     found = [path.name for path in temporary_folders(tmp_path, "a.h")]
     assert len(found) == 1
     assert found[0].startswith(".a.h.")
+
+
+def test_what_an_interruption_left_is_removed_at_the_end(tmp_path: Path) -> None:
+    """One that comes amid the removal itself; and a child that was forked leaves its parent's folders."""
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom converters.output.private_folder import make_temporary\n"
+        f"made = make_temporary(Path(sys.argv[1]), '.x.', {SUFFIX!r})\n(made.path / 'data').touch()\n"
+        "if not (child := os.fork()):\n    sys.exit()\n"
+        "os.waitpid(child, 0)\nprint((made.path / 'data').exists())\nraise KeyboardInterrupt"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n"
+    assert "KeyboardInterrupt" in done.stderr
+    assert names(tmp_path) == []
