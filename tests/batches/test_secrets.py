@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import traceback
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import fsspec
 import pytest
@@ -22,7 +24,8 @@ from converters.errors import UsageError
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 SECRETS = ("HUSHUSER", "HUSHPASS", "HUSHSIG", "HUSHTOKEN", "HUSHFRAG")
-QUERY = "?X-Amz-Signature=HUSHSIG&token=HUSHTOKEN#HUSHFRAG"
+SIGNATURE = "?X-Amz-Signature=HUSHSIG&token=HUSHTOKEN"
+QUERY = f"{SIGNATURE}#HUSHFRAG"
 
 
 def assert_hushed(*texts: object) -> None:
@@ -117,12 +120,41 @@ def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "converters", "batch", str(source), str(target), "--to", "safetensors"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode in (2, 4)
-        assert len(done.stderr.splitlines()) == 1
-        assert "http://***@127.0.0.1" in done.stderr
+        lines = done.stderr.splitlines()
+        assert all("failed: " in line for line in lines[:-1]), "of models, where the target is not reached"
+        assert lines[-1].startswith("nibblecast: http://***@127.0.0.1")
         assert_hushed(done.stdout, done.stderr)
         with pytest.raises(converters.Error) as caught:
             converters.batch(source, target, "safetensors")
         assert_hushed(caught.value, "".join(traceback.format_exception(caught.value)).replace(url, ""))
+
+
+class Signed(SimpleHTTPRequestHandler):
+    """Files, for those who have the signature."""
+
+    def translate_path(self, path: str) -> str:
+        name, mark, query = path.partition("?")
+        models = {"/d/m.tflite": INT4, "/d/broken.tflite": ROOT / "README.md"}
+        return str(models.get(name, "/nowhere")) if mark + query == SIGNATURE else "/nowhere"
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.mark.peers  # aiohttp, which comes with s3fs
+def test_signed_urls_of_a_server(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Signed) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}/d"
+        (tmp_path / "list").write_text(f"{where}/m.tflite{SIGNATURE}\n{where}/broken.tflite{SIGNATURE}\n")
+        command = [sys.executable, "-m", "converters", "batch", tmp_path / "list", tmp_path / "out", "--to", "cheader"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
+        server.shutdown()
+    assert done.returncode == 7, done.stderr
+    assert f"failed: {where}/broken.tflite: " in done.stderr
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert {"m.c", "m.h", REPORT} <= set(written)
+    assert_hushed(done.stdout, done.stderr, *written, *written.values())
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "verify", "report", "report --title"])
