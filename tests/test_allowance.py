@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from converters.allowance import VARIABLE, Allowance
 from converters.errors import Unsupported, UsageError
+from converters.ir import Quantization, Tensor
 
 MIB = 1 << 20
 
@@ -46,3 +48,48 @@ def test_what_is_no_size_is_said(text: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(VARIABLE, text)
     with pytest.raises(UsageError, match=f"{VARIABLE}='{text}' is not a size"):
         Allowance(0)
+
+
+def test_further_files_allow_more() -> None:
+    allowance = Allowance(1)
+    allowance.spend(255 * MIB, "is sparse")
+    allowance.include(8 * MIB)  # 64 times that, and of a byte
+    allowance.spend(257 * MIB, "is sparse")
+    with pytest.raises(Unsupported):
+        allowance.spend(MIB, "is sparse")
+
+
+def test_each_use_of_a_model_has_the_same_rest() -> None:
+    allowance = Allowance(0)
+    allowance.spend(156 * MIB, "is sparse")
+    for _ in range(3):
+        use = allowance.rest()
+        use.spend(100 * MIB, "needs constants")
+        with pytest.raises(Unsupported):
+            use.spend(1, "needs constants")
+
+
+def test_what_the_files_hold_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "50")
+    allowance = Allowance(100)
+    for _ in range(3):
+        allowance.hold(50)
+    with pytest.raises(Unsupported, match="tensor 'w': repeats or expands what the file holds: 1 bytes"):
+        allowance.hold(1, tensor="w")
+
+
+def test_parameters_count_as_often_as_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "0")
+    scale = Tensor.from_array("scale", np.ones((1, 1), np.float32))
+    codes = np.zeros((4, 4), np.int8)
+    tensors = {name: Tensor.from_array(name, codes, Quantization(scale, (4, 4))) for name in "ab"}
+    Allowance(2 * (16 + 4)).hold_all(tensors)
+    with pytest.raises(Unsupported, match="tensor 'b'"):
+        Allowance(2 * (16 + 4) - 1).hold_all(tensors)
+
+
+def test_a_product_of_damaged_sizes_adds_nothing() -> None:
+    allowance = Allowance(0)
+    allowance.spend(-(1 << 40), "is of a negative size")
+    with pytest.raises(Unsupported):
+        allowance.spend(257 * MIB, "is sparse")

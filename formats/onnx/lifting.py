@@ -316,10 +316,8 @@ class Matcher:
         stored = self._stored(name, codes.data_type)
         if stored is None or self.scope.header(name) is not None:
             return stored
-        fact = ("fits", id(stored.header), codes.data_type)
-        if fact not in self.payloads.facts:
-            self.payloads.facts[fact] = fits(stored.tensor(self.payloads), self.payloads.tensor(codes).dtype)
-        return stored if self.payloads.facts[fact] else None
+        narrowed = fits(stored.tensor(self.payloads), self.payloads.tensor(codes).dtype)
+        return stored if narrowed else None
 
     def _arithmetic(self, node: Node | None) -> Pattern | None:
         offset = zero_point = None

@@ -56,8 +56,6 @@ class Payloads:
         self.view = file.view.data
         self.external: dict[str, MappedFile] = {}
         self.allowance = allowance or Allowance(file.view.size)
-        #: What is found out about payloads by reading them, by what is asked: any number of nodes may ask the same.
-        self.facts: dict[tuple[Any, ...], bool] = {}
         self._claims = self.allowance.rest()
         self._known: dict[int, tuple[TensorHeader, Data]] = {}
 
@@ -68,7 +66,7 @@ class Payloads:
         if dtype is None:
             what = "strings" if header.data_type == STRING else f"elements of ONNX type {header.data_type}"
             raise Unsupported(f"holds {what}, which cannot be read", tensor=header.name)
-        if id(header) not in self._known:  # a table of codes may be that of any number of weights
+        if id(header) not in self._known:  # scales may be those of any number of weights, and take time to count
             try:
                 data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
             except (CorruptFile, Unsupported) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters.allowance import VARIABLE
 from converters.errors import CorruptFile, Error, Unsupported
 from converters.ir import Model, Tensor
 from formats.cheader.render import INTERFACE
@@ -92,6 +93,7 @@ BROKEN_SOURCES = {
     "other shape": (swapped("= {6u, 40u}", "= {6u, 41u}"), "tensor 'w': .*m_w_data has 120 elements .*123"),
     "huge shape": (swapped("= {6u, 40u}", "= {600000u, 40000000000u}"), "m_w_data has .*, but 12000"),
     "larger shape": (swapped("= {6u, 40u}", "= {60000000000u, 40000000000u}"), "tensor 'w': .*larger than any memory"),
+    "rank of all axes": (swapped("m_w_RANK,", "33,"), "tensor 'w': has rank 33"),
     "no blocks": (swapped("= {1u, 20u}", "= {1u, 0u}"), "tensor 'w': .*at least one"),
     "other grid": (swapped("= {6u, 2u}", "= {6u, 1u}"), r"tensor 'w': scale of shape \(6, 1\)"),
     "granularity": (swapped("m_w_GRANULARITY", "NIBBLECAST_PER_AXIS"), "PER_AXIS, but its blocks are BLOCKWISE"),
@@ -232,3 +234,21 @@ def test_deep_and_long_text_takes_no_long_time(tmp_path: Path, text: bytes) -> N
     (tmp_path / "w.h").write_bytes(text)
     with pytest.raises(CorruptFile):
         read(tmp_path / "w.h")
+
+
+def test_text_that_many_rows_read_counts_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of small tensors, all of one large array: each would read all of its text."""
+    write(model_of(Tensor.from_array("w", np.zeros(1 << 16, np.uint8))), tmp_path / "m.h")
+    source = tmp_path / "m.c"
+    text = source.read_text()
+    start, stop = text.index("    {", text.index("m_tensors[")), text.rindex("};")
+    rows = text[start:stop].rstrip()
+    source.write_text(text[:start] + ",\n".join([rows.rstrip(",")] * 20) + "\n" + text[stop:])
+    header = tmp_path / "m.h"
+    for file in (header, source):
+        text = file.read_text().replace("m_tensors[1]", "m_tensors[20]")
+        file.write_text(text.replace("m_TENSOR_COUNT 1", "m_TENSOR_COUNT 20"))
+    assert len(read(header)) == 20
+    monkeypatch.setenv(VARIABLE, "1M")
+    with pytest.raises(Unsupported, match="tensor 'w:.': repeats or expands what the file holds"):
+        read(header)

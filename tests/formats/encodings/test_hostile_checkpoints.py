@@ -1,9 +1,11 @@
 """Parts of any dtype and shape, and configurations of any value: one-line errors or a weight, and nothing else."""
 
+import json
 from functools import cache
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +13,11 @@ from converters.errors import Error
 from converters.ir import Tensor
 from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from formats.encodings.configuration import model_config, quantization_config
+from formats.encodings.torchao_safetensors import describes
+from formats.encodings.torchao_safetensors import grouped as grouped_by_torchao
 from formats.safetensors.shards import open_checkpoint
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, decoded
+from tests.growth import assert_linear
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.uint32, np.int64, np.float16, np.float32, np.float64, np.bool_]
 DTYPES += [np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu]
@@ -135,3 +140,98 @@ def test_a_real_weight_that_is_damaged_is_read_or_refused(checkpoint):
                 np.testing.assert_array_equal(np.concatenate([values.reshape(-1)[:0], *pieces]), values.reshape(-1))
     except Error as error:
         assert "\n" not in str(error)
+
+
+HUGE = 10**4000
+INT4 = {
+    "m.weight_packed": np.zeros((4, 8), np.int32),
+    "m.weight_scale": np.ones((4, 2), np.float16),
+    "m.weight_shape": np.array([4, 64]),
+}
+MLX = {
+    "m.weight": np.zeros((4, 8), np.uint32),
+    "m.scales": np.ones((4, 2), np.float16),
+    "m.biases": np.ones((4, 2), np.float16),
+}
+FP8 = {"m.weight": np.zeros((4, 4), ml_dtypes.float8_e4m3fn), "m.weight_scale_inv": np.ones((2, 2), np.float32)}
+GPTQ = {
+    "m.qweight": np.zeros((8, 8), np.int32),
+    "m.qzeros": np.zeros((1, 1), np.int32),
+    "m.scales": np.ones((1, 8), np.float16),
+}
+QUANTO = {
+    "k_proj.weight._data._data": np.zeros((4, 32), np.uint8),
+    "k_proj.weight._scale": np.ones((8, 1), np.float16),
+    "k_proj.weight._shift": np.ones((8, 1), np.float16),
+}
+NVFP4 = {
+    "m.weight": np.zeros((4, 8), np.uint8),
+    "m.weight_scale": np.ones((4, 1), ml_dtypes.float8_e4m3fn),
+    "m.weight_scale_2": np.ones((), np.float32),
+}
+
+
+def grouped(**weights):
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"], "weights": weights}}}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "config", "architecture", "message"),
+    [
+        (INT4, grouped(num_bits=HUGE, group_size=32), {}, "has numbers in 'g'"),
+        (INT4, grouped(num_bits=4, group_size=HUGE), {}, "an integer of 13288 bits"),
+        (INT4, grouped(num_bits=4, group_size=-HUGE), {}, "an integer of 13288 bits"),
+        (INT4, grouped(num_bits=4, block_structure=[HUGE, 1]), {}, "has numbers in 'g'"),
+        (INT4, grouped(num_bits=4, strategy=["group"]), {}, "has the strategy"),
+        (INT4, {"quant_method": "compressed-tensors", "config_groups": {str(n): {} for n in range(2000)}}, {}, "2000"),
+        (MLX, {"quant_method": "mlx", "bits": 4, "group_size": HUGE}, {}, "an integer of 13288 bits"),
+        (MLX, {"quant_method": "mlx", "bits": HUGE, "group_size": HUGE}, {}, "an integer of 13288 bits"),
+        (MLX, {"quant_method": "mlx", "bits": 4, "group_size": 32, "mode": [["affine"]]}, {}, "mode"),
+        (FP8, {"quant_method": "fp8", "weight_block_size": [HUGE, HUGE]}, {}, "an integer of 13288 bits"),
+        (GPTQ, {"quant_method": "gptq", "bits": 4, "group_size": HUGE}, {}, "an integer of 13288 bits"),
+        (GPTQ, {"quant_method": "gptq", "bits": HUGE}, {}, "an integer of 13288 bits"),
+        (GPTQ, {"quant_method": [[["gptq"] * 9] * 9] * 9}, {}, "quant_method"),
+        (QUANTO, {"quant_method": "quanto"}, {"num_attention_heads": 10**4299, "head_dim": 10**9}, "tells of how"),
+        (QUANTO, {"quant_method": "quanto"}, {"num_attention_heads": 1, "hidden_size": HUGE}, "tells of how"),
+        (QUANTO, {"quant_method": "quanto", "modules": {"k_proj": {"weights": ["qint4"]}}}, {}, "has weights of"),
+        (NVFP4, {"quant_method": "modelopt", "quantized_layers": {"m": {"quant_algo": ["NVFP4"]}}}, {}, "quant_algo"),
+        (NVFP4, {"quant_method": "modelopt", "quantized_layers": {"m": {"group_size": HUGE}}}, {}, "an integer of"),
+    ],
+)
+def test_settings_that_are_none_are_one_short_line(arrays, config, architecture, message):
+    tensors = {key: Tensor.from_array(key, array) for key, array in arrays.items()}
+    with pytest.raises(Error, match=message) as caught:
+        decode_checkpoint(Checkpoint(tensors, config, architecture))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_configurations_of_many_modules_take_time_in_proportion():
+    """Each weight is looked for among those that a group names, and those that are ignored."""
+
+    def make(count):
+        codes, scale = np.zeros((1, 4), np.int8), np.ones((1, 1), np.float16)
+        tensors = {f"m{i}.weight": Tensor.from_array(f"m{i}.weight", codes) for i in range(count)}
+        tensors |= {f"m{i}.weight_scale": Tensor.from_array(f"m{i}.weight_scale", scale) for i in range(count)}
+        config = grouped(num_bits=8, strategy="channel")
+        config["config_groups"]["g"]["targets"] = [f"m{i}" for i in range(count)]
+        config["ignore"] = [f"n{i}" for i in range(count)]
+        return lambda: decode_checkpoint(Checkpoint(tensors, config))
+
+    assert_linear(make, 500)
+
+
+def test_names_that_metadata_have_again_and_again_are_looked_at_once():
+    """torchao's list of names, each of which has a text of its own to be read."""
+
+    def make(count):
+        metadata = {"tensor_names": json.dumps(["m"] * count), "m": json.dumps({"_type": "Tensor", "x": "y" * count})}
+        stored = {"m": Tensor.from_array("m", np.zeros(1, np.float32))}
+
+        def run():
+            assert describes(metadata)
+            assert list(grouped_by_torchao(stored, metadata)[0]) == ["m"]
+
+        return run
+
+    assert_linear(make, 20_000)

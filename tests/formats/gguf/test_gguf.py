@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import converters
+from converters.errors import Unsupported
 from tests.formats.gguf import gguf_files
+from tests.growth import assert_linear
 
 FIXTURE = Path(__file__).parents[3] / "fixtures" / "gguf" / "types.gguf"
 TRUTH = {key.removeprefix("w/"): value for key, value in np.load(FIXTURE.with_suffix(".npz")).items()}
@@ -147,6 +150,11 @@ HOSTILE = {
     "former type": (gguf_files.file([gguf_files.info("a", (256,), 4, 0)], DATA), "Q4_2"),
     "half a lattice": (gguf_files.file([gguf_files.info("a", (128,), 16, 0)], DATA), "whole blocks of 256"),
     "many axes": (gguf_files.file([gguf_files.info("a", (1,) * 40, 0, 0)], DATA), "dimensions"),
+    "large axes": (gguf_files.file([gguf_files.info("a", (1 << 62,) * 240, 0, 0)], DATA), "has 240 dimensions"),
+    "a long key": (
+        gguf_files.file([A], DATA, [gguf_files.number("k" * 10**6, 1)] * 2),
+        "has the key '" + "k" * 80 + "'… twice",
+    ),
     "alignment": (gguf_files.file([A], DATA, [gguf_files.number("general.alignment", 0)]), "power of two"),
     "truncated": (gguf_files.file([A], DATA)[:40], "truncated"),
 }
@@ -159,6 +167,21 @@ def test_files_that_lie_are_refused_in_one_line(case: str, tmp_path: Path) -> No
         load(tmp_path, content)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_many_axes_cost_nothing(tmp_path: Path) -> None:
+    """800 KB of them, each the largest: they are counted, and not multiplied."""
+
+    def make(count: int) -> Callable[[], object]:
+        content = gguf_files.file([gguf_files.info("a", (1 << 62,) * count, 0, 0)], DATA)
+
+        def run() -> None:
+            with pytest.raises(Unsupported, match=f"has {count} dimensions"):
+                load(tmp_path, content)
+
+        return run
+
+    assert_linear(make, 25_000)
 
 
 def test_every_truncation_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import converters
 from converters.errors import CorruptFile, Error, Unsupported
+from tests.growth import assert_linear
 
 
 def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -43,6 +45,16 @@ def entry(dtype: str = "F32", shape: Any = (2,), first: Any = 0, last: Any = 8) 
         (file_of({"a": entry(first=-8, last=0)}, bytes(8)), CorruptFile, "counts are needed"),
         (file_of({"a": entry(shape=[1 << 30, 1 << 20])}, bytes(8)), CorruptFile, "which takes"),
         (file_of({"a": entry(shape=[1 << 62, 1 << 62])}, bytes(8)), CorruptFile, "larger than any memory"),
+        (file_of({"a": entry(shape=[10**310])}, bytes(8)), CorruptFile, "tensor 'a': shape .* larger than any memory"),
+        (file_of({"a": entry(shape=[1] * 240)}, bytes(8)), Unsupported, "tensor 'a': has 240 dimensions"),
+        (file_of({"a": entry(shape=[10**4000] * 300)}, bytes(8)), Unsupported, "tensor 'a': has 300 dimensions"),
+        (file_of({"a": entry(last=9 * 10**4299)}, bytes(8)), CorruptFile, "has an integer of .* bits bytes for shape"),
+        (
+            file_of({"a": entry(first=10**4300 - 9, last=10**4300 - 1)}, bytes(8)),
+            CorruptFile,
+            "has its data at bytes an integer of",
+        ),
+        (file_of(b'{"a":' + b"9" * 5000 + b"}"), CorruptFile, "its header is no JSON"),
         (file_of({"a": entry()}, bytes(4)), CorruptFile, "outside the file|truncated"),
         (file_of({"a": entry()}, bytes(9)), CorruptFile, "it is truncated or has a tail"),
         (file_of({"a": entry(first=1, last=9)}, bytes(9)), CorruptFile, "holes and overlaps are refused"),
@@ -110,6 +122,23 @@ def test_plain_files_of_the_official_library(tmp_path: Path) -> None:
         np.testing.assert_array_equal(model[name].numpy(), array, strict=True)
         assert model[name].quantization is None
     assert model.metadata.producer == "np"
+
+
+def test_a_key_twice_is_found_in_time_in_proportion(tmp_path: Path) -> None:
+    """Where it takes the longest: at the end."""
+
+    def make(count: int) -> Callable[[], object]:
+        keys = b",".join(b'"%d":1' % key for key in (*range(count), count - 1))
+        path = tmp_path / f"{count}.safetensors"
+        path.write_bytes(file_of(b"{" + keys + b"}"))
+
+        def run() -> None:
+            with pytest.raises(CorruptFile, match=f"the key '{count - 1}' is there twice"):
+                converters.load(path)
+
+        return run
+
+    assert_linear(make, 4000)
 
 
 def test_opening_reads_the_header_only(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import converters
+from converters.allowance import VARIABLE
 from converters.errors import CorruptFile, Unsupported
 from converters.ir import Model, Quantization, Tensor
 from formats.safetensors.container import METADATA_KEY
@@ -184,6 +185,11 @@ def _set(*path: Any, value: Any) -> Any:
     return change
 
 
+def _activation(shape: list[int], zero_point: int) -> Any:
+    use = ["ADD", 1, 0, ["int8", shape, 1.0, zero_point], None]
+    return _set("tensors", "w", "uses", value=[use])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -203,6 +209,16 @@ def _set(*path: Any, value: Any) -> Any:
         (_set("tensors", "w", "quantization", "block_shape", value=[0, 4]), CorruptFile, "at least one element"),
         (_set("tensors", "w", "quantization", "scale", value=None), CorruptFile, "damaged"),
         (_set("tensors", "w", "uses", value=[[1]]), CorruptFile, "damaged"),
+        (_set("tensors", "w", "uses", value=[[["ADD"], 1, 0]]), CorruptFile, "no use of a tensor"),
+        (_set("tensors", "w", "uses", value=[["ADD", 1, "0"]]), CorruptFile, "no use of a tensor"),
+        (_set("tensors", "w", "uses", value=[["ADD", 1 << 40, 0]]), CorruptFile, "no use of a tensor"),
+        (_activation([1], 200), CorruptFile, "200 is no zero point of int8"),
+        (_activation([10**400], 0), CorruptFile, "larger than any memory"),
+        (_set("tensors", "w", "parameter_of", value=["w"]), CorruptFile, "\\['w'\\] is no name"),
+        (_set("tensors", "w", "quantization", "block_shape", value=[1, 10**400]), CorruptFile, "less than 2"),
+        (_set("tensors", "w", "quantization", "factor", value=10**400), CorruptFile, "damaged"),
+        (_set("version", value=10**4000), Unsupported, "of version an integer of"),
+        (_set("tensors", "w", "dtype", value="x" * 10**6), CorruptFile, "damaged"),
     ],
 )
 def test_a_damaged_description_is_one_line(change: Any, error: type, message: str, tmp_path: Path) -> None:
@@ -212,6 +228,34 @@ def test_a_damaged_description_is_one_line(change: Any, error: type, message: st
         converters.load(changed)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith(str(changed))
+
+
+def test_scales_of_scales_without_end_are_refused(tmp_path: Path) -> None:
+    round_trip(zoo.model([zoo.quantized("w", (2, 4), (1, 4))]), tmp_path / "w.safetensors")
+
+    def nest(description: Any) -> str:
+        scale = description["tensors"]["w"]["quantization"]["scale"]
+        for _ in range(200):
+            scale = {**scale, "quantization": {"block_shape": [2, 1], "scale": scale}}
+        description["tensors"]["w"]["quantization"]["scale"] = scale
+        return json.dumps(description)
+
+    with pytest.raises(CorruptFile, match="nested more than 8 deep"):
+        converters.load(_with_description(tmp_path / "w.safetensors", nest))
+
+
+def test_bytes_of_many_names_count_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "1M")
+    round_trip(zoo.model([Tensor.from_array("w", np.zeros(1 << 18, np.int8))]), tmp_path / "w.safetensors")
+    again = {"data": "w", "dtype": "int8", "shape": [1 << 18]}
+    names = {"version": 1, "tensors": {f"w{i}": again for i in range(8)}}
+    content = (tmp_path / "w.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length]) | {"__metadata__": {"nibblecast": json.dumps(names)}}
+    text = json.dumps(header).encode()
+    (tmp_path / "n.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(Unsupported, match="tensor 'w5': repeats or expands what the file holds"):
+        converters.load(tmp_path / "n.safetensors")
 
 
 @pytest.mark.peers
