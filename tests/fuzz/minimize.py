@@ -68,7 +68,8 @@ def _reduced(content: bytes, does: Does, filler: bytes) -> bytes:
         while at < len(content):
             part = content[at : at + length]
             tried = content[:at] + filler * len(part) + content[at + length :]
-            if tried != content and does(tried):
+            is_plain = bool(filler) and len(set(part)) == 1 and part[:1] in _FILLERS
+            if tried != content and not is_plain and does(tried):
                 content = tried
                 at += length if filler else 0
             else:

@@ -25,23 +25,25 @@ _MODEL_COMMANDS = """
     inspect {input}
     inspect {input} --json
     convert {input} {out}/m.h
-    convert {input} {out}/m.h --verify --opt layout=header --json
     convert {input} {out}/m.gguf --verify
     convert {input} {out}/m.onnx --verify
-    convert {input} {out}/m.safetensors --verify
-    convert {input} {out}/m.safetensors --quiet
-    convert {input} {out}/m --to safetensors --verify
-    convert {input} {out}/m --to safetensors --opt layout=gptq --opt others=dequantize
-    convert {input} {out}/m.h {out}/m.onnx {out}/m.safetensors
-    convert {input} {out}/m.safetensors --dequantize --verify
-    convert {input} {out}/m.gguf --dequantize bfloat16 --fail-on-loss
-    convert {input} {out}/m.onnx --quantize int4,block=32 --verify
-    convert {input} {out}/m.h --quantize int8,per-channel,mse,requantize
-    convert {input} {out}/m.onnx --dry-run --json
-    verify {input} {input} --json
+    convert {input} {out}/m.safetensors --verify --quiet
+    convert {input} {out}/m --to safetensors
+    convert {input} {out}/m.safetensors --dequantize
+    convert {input} {out}/m.onnx --quantize int4,block=32
     verify {input} {good}
     report {input} --json
     report {input} -o {out}/page.html
+"""
+#: And for those that can be read.
+_MORE_COMMANDS = """
+    convert {input} {out}/m.h --verify --opt layout=header --json
+    convert {input} {out}/m --to safetensors --opt layout=gptq --opt others=dequantize --verify
+    convert {input} {out}/m.h {out}/m.onnx {out}/m.safetensors
+    convert {input} {out}/m.gguf --dequantize bfloat16 --fail-on-loss
+    convert {input} {out}/m.onnx --quantize int8,per-channel,mse,requantize --verify
+    convert {input} {out}/m.onnx --dry-run --json
+    verify {input} {input} --json
 """
 _REPORT_COMMANDS = """
     report {input} --json
@@ -93,7 +95,15 @@ class Ended:
 
 def commands_for(kind: str) -> list[str]:
     """The commands for a kind of file, with places for its path."""
-    text = _COMMANDS.get(kind, _MODEL_COMMANDS)
+    return _lines(_COMMANDS.get(kind, _MODEL_COMMANDS))
+
+
+def more_commands_for(kind: str, first: Ended) -> list[str]:
+    """Further ones, which depend on how the first one ended."""
+    return _lines(_MORE_COMMANDS) if kind not in _COMMANDS and first.code == 0 else []
+
+
+def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
@@ -163,7 +173,7 @@ def _wrong_outputs(ended: Ended, name: str) -> list[str]:
         return [f"left behind: {path}" for path in ended.outputs if path.endswith("-part")]
     if ended.code == 0 and name in ("convert", "report") and "--dry-run" not in ended.command:
         wanted = set(re.findall(r"\{out\}/([\w.]+)", ended.command))
-        found = {path.split("/")[0] for path in ended.outputs} - {"m.c", "nibblecast.h"}
+        found = {path.split("/")[0] for path in ended.outputs} - {"m.c", "nibblecast.h", "m.onnx.data"}
         missing, more = wanted - found, found - wanted
         return [f"not written: {each}" for each in missing] + [f"left behind: {each}" for each in more]
     return [f"left behind: {path}" for path in ended.outputs]

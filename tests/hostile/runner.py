@@ -10,6 +10,8 @@ results are lines of JSON in a file of the folder.
 
 from __future__ import annotations
 
+import functools
+import gc
 import io
 import json
 import multiprocessing
@@ -25,11 +27,14 @@ from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import typer.main
+
 from tests.fuzz import preparation
 from tests.fuzz.limits import Limits, end_with_traces, limited
-from tests.hostile.commands import BYTES, GOOD, GOOD_ONNX, REPORT, SECONDS, Ended, commands_for
+from tests.hostile.commands import BYTES, GOOD, GOOD_ONNX, REPORT, SECONDS, Ended, commands_for, more_commands_for
 
 _PRELOADED = ("onnxruntime", "rich.table", "rich.progress", "matplotlib.figure", "onnx_ir")
+RESULTS = "results"
 _LIMITS = Limits(processor=2 * SECONDS, clock=150.0, memory=BYTES)
 _MOST_PRINTED = 1 << 20
 
@@ -149,47 +154,58 @@ def _of_children() -> float:
     return times.children_user + times.children_system
 
 
-def _work(number: int, folder: Path, kind: str, source: Path, first: int) -> None:
+def _work(folder: Path, kind: str, source: Path) -> None:
+    """Runs what is left to be run of a file's commands."""
     place = Place(folder, kind, source)
     os.chdir(place.cwd)
-    results, trace = folder / "results", folder / "trace"
-    with trace.open("w") as log, results.open("a") as lines:
+    with (folder / "trace").open("w") as log, (folder / RESULTS).open("a") as lines:
         end_with_traces(log)
-        for command in commands_for(kind)[first:]:
+        while command := _next(folder, kind):
             lines.write(f"{json.dumps(asdict(run(place, command)))}\n")
             lines.flush()
             place.clean()
 
 
+def _next(folder: Path, kind: str) -> str | None:
+    """The command after those that have ended."""
+    done = results_in(folder)
+    commands = commands_for(kind) + (more_commands_for(kind, done[0]) if done else [])
+    return commands[len(done)] if len(done) < len(commands) else None
+
+
+def results_in(folder: Path) -> list[Ended]:
+    """How commands have ended so far."""
+    results = folder / RESULTS
+    return [Ended(**json.loads(line)) for line in results.read_text().splitlines()] if results.exists() else []
+
+
 class _Turn:
     """A file's commands, in one process after the other."""
 
-    def __init__(self, number: int, folder: Path, kind: str, source: str) -> None:
-        self._given = number, folder / str(number), kind, Path(source)
-        self._folder, self._kind = self._given[1], kind
+    def __init__(self, folder: Path, kind: str, source: str) -> None:
+        self._folder, self._kind, self._source = folder, kind, Path(source)
         self._folder.mkdir(parents=True)
-        self.process = self._start(0)
+        self.process = self._start()
 
-    def _start(self, first: int) -> BaseProcess:
+    def _start(self) -> BaseProcess:
         context = multiprocessing.get_context("fork")
-        process = context.Process(target=_work, args=(*self._given, first))
+        process = context.Process(target=_work, args=(self._folder, self._kind, self._source))
         process.start()
         return process
 
     def goes_on(self) -> bool:
         """Whether there is more to do, once the process has ended."""
         self.process.join()
-        results = self._folder / "results"
-        commands = commands_for(self._kind)
-        done = len(results.read_text().splitlines()) if results.exists() else 0
-        if done == len(commands):
+        command = _next(self._folder, self._kind)
+        if command is None:
             return False
         code = self.process.exitcode or 0
-        traces = (self._folder / "trace").read_text()
-        ended = Ended(commands[done], code if code < 0 else 1, seconds=0.0, traces=traces or "the process is gone")
-        with results.open("a") as lines:
-            lines.write(f"{json.dumps(asdict(ended))}\n")
-        self.process = self._start(done + 1)
+        traces = (self._folder / "trace").read_text() or "the process is gone"
+        with (self._folder / RESULTS).open("a") as lines:
+            lines.write(f"{json.dumps(asdict(Ended(command, code if code < 0 else 1, traces=traces)))}\n")
+        if _next(self._folder, self._kind) is None:
+            return False
+        self.process = self._start()
         return True
 
 
@@ -199,13 +215,15 @@ def main() -> None:
     preparation.prepare(guided=False)
     os.environ.pop("NIBBLECAST_MAX_EXPANSION")  # what users have
     preparation.preload(_PRELOADED)
+    typer.main.get_command = functools.cache(typer.main.get_command)  # all commands anew would be most of the time
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     waiting = list(enumerate(task["tasks"]))
     running: list[_Turn] = []
     while waiting or running:
         while waiting and len(running) < task["jobs"]:
             number, (kind, source) = waiting.pop(0)
-            running.append(_Turn(number, Path(task["folder"]), kind, source))
+            running.append(_Turn(Path(task["folder"]) / str(number), kind, source))
         multiprocessing.connection.wait([turn.process.sentinel for turn in running])
         running = [turn for turn in running if turn.process.is_alive() or turn.goes_on()]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from fixtures.hostile import make
-from tests.hostile.commands import ROOT, Ended, commands_for, wrong_with
+from tests.hostile.commands import ROOT, Ended, commands_for, more_commands_for, wrong_with
+from tests.hostile.runner import results_in
 
 KINDS = sorted(path.name for path in make.HERE.iterdir() if path.is_dir() and path.name != "__pycache__")
 #: Kinds of which a batch converts all files.
@@ -48,11 +49,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "task.json").write_text(json.dumps(task))
     command = [sys.executable, "-m", "tests.hostile.runner", str(folder / "task.json")]
     subprocess.run(command, check=True, cwd=ROOT, timeout=MOST_SECONDS)
-    found = {}
-    for number, (_, name) in enumerate(tasks):
-        lines = (folder / "work" / str(number) / "results").read_text().splitlines()
-        found[name] = [Ended(**json.loads(line)) for line in lines]
-    return found
+    return {name: results_in(folder / "work" / str(number)) for number, (_, name) in enumerate(tasks)}
 
 
 def _source(name: str, large: Path) -> Path:
@@ -64,7 +61,7 @@ def _source(name: str, large: Path) -> Path:
 
 @pytest.mark.parametrize(("kind", "name"), NAMES, ids=[name for _, name in NAMES])
 def test_every_command_ended_well(kind: str, name: str, results: Results) -> None:
-    commands = commands_for(kind)
-    assert [ended.command for ended in results[name]] == commands
+    commands = [ended.command for ended in results[name]]
+    assert commands == commands_for(kind) + more_commands_for(kind, results[name][0])
     wrong = [f"nibblecast {ended.command}: {why}" for ended in results[name] for why in wrong_with(ended)]
     assert not wrong, "\n".join(wrong)
