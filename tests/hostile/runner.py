@@ -36,7 +36,7 @@ from tests.hostile.commands import BYTES, GOOD, GOOD_ONNX, REPORT, SECONDS, Ende
 _PRELOADED = ("onnxruntime", "rich.table", "rich.progress", "matplotlib.figure", "onnx_ir")
 RESULTS = "results"
 _LIMITS = Limits(processor=2 * SECONDS, clock=150.0, memory=BYTES)
-_MOST_PRINTED = 1 << 20
+_MOST_PRINTED = 1 << 24
 
 
 class Place:
