@@ -120,7 +120,7 @@ def _named(payload: Payloads, flow: Flow, limits: Limits) -> Iterator[tuple[str,
     weights: dict[str, Weight] = {}
     places: dict[str, list[str]] = {}
     for weight in flow.weights:
-        limits.spend(LEAF + len(weight.stored))
+        limits.spend(LEAF + 8 * len(weight.stored))  # several regular expressions go through it
         same = originals.get(weight.tensor.shape, set())
         own = next(name for name in _candidates(weight, stored, same, numbers) if name not in taken)
         taken.add(own)

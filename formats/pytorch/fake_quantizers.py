@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from converters.errors import CorruptFile, Error, UsageError, brief
 from converters.ir import Loss, Quantization, Tensor, is_float, per_axis, per_tensor
 from formats.encodings.fake_quantize import quantized
-from formats.pytorch.limits import Limits
+from formats.pytorch.limits import LEAF, Limits
 
 #: Names of a weight's fake quantizer in its module, and where the float weight is: torch.ao, torchao, parametrizations.
 _QUANTIZERS = (
@@ -48,6 +48,8 @@ _WIDTHS = range(2, 9)
 _MOST_CODE = 1 << 31
 #: What finding the range of codes goes through in memory, for each scale: some 60 candidates in float64.
 _FITTING_BYTES = 512
+#: What a fake quantizer takes besides, in the unit of `Limits.spend`.
+_QUANTIZER = 8 * LEAF
 
 Range = tuple[int, int]
 
@@ -72,6 +74,7 @@ def quantize_weights(
     codes: dict[str, Tensor] = {}
     left_out: set[str] = set()
     for quantizer in _fake_quantizers(tensors):
+        limits.spend(_QUANTIZER)
         weight = tensors[quantizer.stored_weight]
         try:
             made, found = _as_trained(quantizer, weight, tensors, settings.get(quantizer.name, {}), bits, limits)

@@ -40,7 +40,7 @@ class Limits:
         read = self.read + reading
         if self._spent > _LEAST + _TIMES * read:
             raise CorruptFile(
-                f"repeats its values without end, {_TIMES} times what its {read} bytes of pickle hold: "
+                f"repeats the values in its {read} bytes of pickle or JSON without end: "
                 "it may be an attack, or holds itself"
             )
 

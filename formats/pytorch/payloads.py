@@ -68,7 +68,9 @@ def payloads(archive: Archive, limits: Limits) -> Iterator[Payloads]:
 
 
 def _read_storages(found: Payloads, archive: Archive, folder: str, config: str, limits: Limits) -> None:
-    document = entries(parsed(archive.bytes_of(config)), config)
+    text = archive.bytes_of(config)
+    limits.read += len(text)
+    document = entries(parsed(text), config)
     pickled: dict[str, StridedTensor | SubclassTensor] = {}  # several tensors may be in one record
     for name, value in entries(document.get("config"), "config").items():
         meta = entries(value, name)

@@ -43,6 +43,7 @@ def take(limits: Limits, name: str, value: Any, depth: int = 0) -> None:
             if isinstance(parameter, StridedTensor):
                 limits.take(prod(parameter.shape) * parameter.dtype.numpy.itemsize, name)
             elif isinstance(parameter, list):
+                limits.spend(STEP * len(parameter))
                 limits.take(len(parameter) * _FLOAT64.itemsize, name)
     elif isinstance(value, SubclassTensor) and depth <= _DEEPEST:
         limits.spend(STEP * len(value.attributes))

@@ -78,14 +78,11 @@ class Unpickler:
         return value
 
     def _take(self, count: int) -> memoryview:
-        end = self.position + count
+        begin = self.position
+        self.position = end = begin + count
         if count < 0 or end > len(self._data):
-            raise CorruptFile(
-                f"its pickle ends at byte {len(self._data)}, where {count} more after {self.position} are due"
-            )
-        taken = self._data[self.position : end]
-        self.position = end
-        return taken
+            raise CorruptFile(f"its pickle ends at byte {len(self._data)}, where {count} more after {begin} are due")
+        return self._data[begin:end]
 
     def _line(self) -> bytes:
         end = self.position
@@ -100,6 +97,10 @@ class Unpickler:
 
     def _number(self, nbytes: int, *, signed: bool = False) -> int:
         return int.from_bytes(self._take(nbytes), "little", signed=signed)
+
+    def _push_byte(self) -> None:
+        self._stack.append(self._data[self.position])
+        self.position += 1
 
     def _push(self, value: Any) -> None:
         self._stack.append(value)
@@ -129,10 +130,10 @@ class Unpickler:
         return values
 
     def _text(self, count: int) -> None:
-        self._push(str(self._take(count), "utf-8", "surrogatepass"))
+        self._stack.append(str(self._take(count), "utf-8", "surrogatepass"))
 
     def _bytes(self, count: int) -> None:
-        self._push(bytes(self._take(count)))
+        self._stack.append(bytes(self._take(count)))
 
     def _integer(self, count: int) -> None:
         if count > _MOST_INTEGER_BYTES:
@@ -246,8 +247,13 @@ class Unpickler:
         return zip(self._keys(values[::2]), values[1::2], strict=True)
 
     def _tuple(self, count: int) -> None:
-        values = [self._pop() for _ in range(count)]
-        self._push(tuple(reversed(values)))
+        values = self._stack[-count:]
+        if len(values) < count:
+            raise IndexError("fewer values than a tuple is of")
+        for value in values:
+            if value is _MARK:
+                raise ValueError("a mark where a value is due")
+        self._stack[-count:] = (tuple(values),)
 
     def _persistent(self, identifier: Any) -> None:
         self._push(self._persistent_load(identifier))
@@ -275,7 +281,7 @@ class Unpickler:
             "F": lambda self: self._push(float(self._line())),
             "G": lambda self: self._push(struct.unpack(">d", self._take(8))[0]),
             "J": lambda self: self._push(self._number(4, signed=True)),
-            "K": lambda self: self._push(self._byte()),
+            "K": _push_byte,
             "M": lambda self: self._push(self._number(2)),
             "\x8a": lambda self: self._integer(self._byte()),
             "\x8b": lambda self: self._integer(self._number(4, signed=True)),

@@ -19,7 +19,7 @@ from converters.errors import CorruptFile, brief
 from converters.storage import FileRange
 from formats.pytorch.limits import STEP
 
-_LONGEST_KEY = 1 << 16
+_LONGEST_KEY = 1 << 14
 _MOST_KEY_PARTS = 64
 _MOST_KEY_BITS = 256
 _DEEPEST_KEY = 2
