@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -66,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
     streams.open_standard_streams()
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
     sys.unraisablehook = _unraisable
+    logging.getLogger().addHandler(logging.NullHandler())  # what libraries log is not for whoever runs a command
     keep_freed_memory()
     code = _outcome(arguments)
     on_signals(end_at_once)
