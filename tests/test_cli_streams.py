@@ -249,13 +249,14 @@ def test_what_is_imported_before_signals_are_seen_to_is_next_to_nothing() -> Non
 
 def test_warnings_of_libraries_are_not_shown_and_our_own_are_one_line(tmp_path: Path) -> None:
     program = (
-        "import sys, warnings\n"
+        "import logging, sys, warnings\n"
         "from converters.cli import commands\n"
         "from converters.errors import Notice\n"
         "def work(**_):\n"
         "    import numpy as np\n"
         "    np.array([np.inf]).astype(np.int8)\n"
         "    warnings.warn('old', DeprecationWarning, stacklevel=1)\n"
+        "    logging.getLogger('urllib3').error('GET https://u:p@h/x')\n"
         "    warnings.warn('a\\nplugin is broken https://u:p@h/x?sig=s ' + 'n' * 1000000, Notice, stacklevel=1)\n"
         "commands.app = work\n"
         "from converters.cli import main\n"

@@ -7,6 +7,7 @@ the workers of Dask may have none of those.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import resource
 import signal
@@ -152,6 +153,7 @@ def _process_ended(job: Job, code: int) -> Failure:
 def _begin(parent: int, memory: int | None) -> None:
     """The process ends with the one that started it, is held to its memory, and prints nothing: what goes wrong is in
     records. Warnings are the parent's to give, once."""
+    logging.getLogger().addHandler(logging.NullHandler())
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if sys.platform == "linux":

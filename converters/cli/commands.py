@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -67,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     streams.open_standard_streams()
     warnings.showwarning = _one_line_warning  # type: ignore[assignment]  # the rest of its arguments is not shown
     sys.unraisablehook = _unraisable
+    logging.getLogger().addHandler(logging.NullHandler())  # what libraries log is not for whoever runs a command
     keep_freed_memory()
     end_at_truncated_inputs()
     code = _outcome(arguments)

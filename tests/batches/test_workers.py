@@ -23,39 +23,46 @@ from converters.batches.sources import find_sources
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 GOOD = FIXTURES / "cnn_int4_per_channel.tflite"
 
-#: Runs at the start of every worker: the names of models say how it misbehaves.
+#: Runs at the start of every worker: the names of models say how it misbehaves. The batch itself imports nothing so
+#: early: an interruption would come while Python starts, before anything of ours can see to it.
 MISBEHAVING = """
-import os, signal, time
-from pathlib import Path
-import numpy as np
-from converters.batches import jobs
-from converters.output.private_folder import hidden_name, make_temporary
+import sys
 
-convert = jobs._converted
+def misbehave():
+    import os, signal, time
+    from pathlib import Path
+    import numpy as np
+    from converters.batches import jobs
+    from converters.output.private_folder import hidden_name, make_temporary
 
-def converted(job, *, dry_run):
-    stem = Path(job.name).stem
-    if stem in ("hangs", "dies", "exits"):
-        part = make_temporary(job.folder, hidden_name(job.targets[0][1].name), ".nibblecast-part")
-        (part.path / "half").write_bytes(b"half")
-    if stem == "hangs":
-        time.sleep(600)
-    if stem == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if stem == "exits":
-        os._exit(5)
-    if stem == "eats":
-        np.ones(1 << 31, np.uint8)
-    if stem == "fails once":
-        marker = job.folder / ".failed"
-        if not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGSEGV)
-    if stem == "bug":
-        raise RuntimeError("a bug\\nin two lines")
-    return convert(job, dry_run=dry_run)
+    convert = jobs._converted
 
-jobs._converted = converted
+    def converted(job, *, dry_run):
+        stem = Path(job.name).stem
+        if stem in ("hangs", "dies", "exits"):
+            part = make_temporary(job.folder, hidden_name(job.targets[0][1].name), ".nibblecast-part")
+            (part.path / "half").write_bytes(b"half")
+        if stem == "hangs":
+            time.sleep(600)
+        if stem == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if stem == "exits":
+            os._exit(5)
+        if stem == "eats":
+            np.ones(1 << 31, np.uint8)
+        if stem == "fails once":
+            marker = job.folder / ".failed"
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGSEGV)
+        if stem == "bug":
+            raise RuntimeError("a bug\\nin two lines")
+        return convert(job, dry_run=dry_run)
+
+    jobs._converted = converted
+
+if "converters.batches.child" in sys.orig_argv:
+    misbehave()
 """
 
 
