@@ -29,9 +29,11 @@ types: .venv/.$(subst $(comma),-,$(EXTRAS))
 bench: .venv/.$(subst $(comma),-,$(EXTRAS))
 	$(BIN)/python -m benchmarks
 
-# MINUTES for all readers together; SEED for the same inputs each time (without coverage); READER for one of them
+# MINUTES for all readers together; SEED for the same inputs each time (without coverage), EXECUTIONS for as many of each
+# reader at most; READER for one of them
 fuzz: .venv/.test-fuzz
-	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) $(if $(READER),--reader $(READER))
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(EXECUTIONS),--executions $(EXECUTIONS)) $(if $(READER),--reader $(READER))
 
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -215,12 +215,11 @@ def _renamed(model: Model, names: Mapping[str, str]) -> Model:
     """The model with its tensors' names in the file."""
     if all(name == new for name, new in names.items()):
         return model
-    tensors = {
-        names[name]: replace(
-            tensor, name=names[name], parameter_of=names.get(tensor.parameter_of or "", tensor.parameter_of)
-        )
-        for name, tensor in model.items()
-    }
+    tensors = {}
+    for name, tensor in model.items():
+        owner = tensor.parameter_of
+        renamed = None if owner is None else names.get(owner, owner)
+        tensors[names[name]] = replace(tensor, name=names[name], parameter_of=renamed)
     return replace(model, tensors=tensors)
 
 

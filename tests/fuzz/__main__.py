@@ -41,7 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"engine: {engine} ({why}); seed {seed}; {len(readers)} readers, {jobs} at a time", file=sys.stderr)
     seconds = given.minutes * 60 * jobs / len(readers)
     campaign = Campaign(
-        readers, seconds, seed, jobs, engine == "atheris", lambda found: print(f"found: {found}", file=sys.stderr)
+        readers,
+        seconds,
+        seed,
+        jobs,
+        engine == "atheris",
+        lambda found: print(f"found: {found}", file=sys.stderr),
+        executions=given.executions,
     )
     tallies = campaign.run()
     findings = []
@@ -65,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0, help="for all readers together")
     parser.add_argument("--seed", type=int, help="the same inputs each time: without atheris")
+    parser.add_argument("--executions", type=int, help="at most as many of each reader: without atheris")
     parser.add_argument("--reader", action="append", default=[], help="only this one; several times for several")
     parser.add_argument("--engine", choices=_ENGINES, help="atheris where it is installed and no --seed is given")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="workers at a time")

@@ -51,7 +51,7 @@ class Tally:
 
 @dataclass
 class Campaign:
-    """`seconds` are for each reader; `is_guided` says which engine."""
+    """`seconds` are for each reader, and so is `executions`, of the plain engine; `is_guided` says which it is."""
 
     readers: Sequence[Reader]
     seconds: float
@@ -60,6 +60,7 @@ class Campaign:
     is_guided: bool
     on_finding: OnFinding
     limits: Limits = field(default_factory=Limits)
+    executions: int | None = None
 
     def run(self) -> list[Tally]:
         """Fuzzes every reader; `jobs` of them at a time."""
@@ -139,7 +140,7 @@ class _Turn:
         seed = self.campaign.seed
         if self.campaign.is_guided:
             return engines.guided(self._blobs, seed, left, self._corpus)
-        return engines.plain(self._blobs, seed, left)
+        return engines.plain(self._blobs, seed, left, self.campaign.executions)
 
 
 def kept(tallies: Sequence[Tally], folder: Path, limits: Limits, seconds: float) -> Iterator[tuple[Finding, Path]]:

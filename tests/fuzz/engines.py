@@ -21,12 +21,13 @@ from tests.fuzz.worker import Runner, Work
 _SIGNALS = "abrt bus fpe ill int segv term usr1 usr2 xfsz".split()
 
 
-def plain(blobs: Sequence[bytes], seed: int, seconds: float) -> Work:
-    """Mutations of these inputs. The n-th one depends on them, on `seed`, on the reader and on n alone."""
+def plain(blobs: Sequence[bytes], seed: int, seconds: float, most: int | None = None) -> Work:
+    """Mutations of these inputs, `most` of them if that is given. The n-th one depends on them, on `seed`, on the reader
+    and on n alone."""
 
     def work(runner: Runner, pipe: Connection) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        while time.monotonic() < until and (most is None or runner.number < most):
             runner.tell(nth(runner.reader, blobs, seed, runner.number), pipe)
 
     return work
