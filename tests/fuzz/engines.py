@@ -22,8 +22,8 @@ _SIGNALS = "abrt bus fpe ill int segv term usr1 usr2 xfsz".split()
 
 
 def plain(blobs: Sequence[bytes], seed: int, seconds: float, most: int | None = None) -> Work:
-    """Mutations of these inputs, `most` of them if that is given. The n-th one depends on them, on `seed`, on the reader
-    and on n alone."""
+    """Mutations of these inputs, `most` of them if that is given. The n-th one depends on them, on `seed`, on the
+    reader and on n alone."""
 
     def work(runner: Runner, pipe: Connection) -> None:
         until = time.monotonic() + seconds
