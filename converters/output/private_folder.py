@@ -15,6 +15,7 @@ import fcntl
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def _remove(path: Path) -> None:
 
 def hidden_name(name: str) -> str:
     """The beginning of the hidden names for what becomes `name`: cut, for a name has 255 bytes at most."""
-    return f".{os.fsencode(name)[:_NAME_BYTES].decode('utf-8', 'ignore')}."
+    return f".{os.fsencode(name)[:_NAME_BYTES].decode(sys.getfilesystemencoding(), 'ignore')}."
 
 
 def _marked(path: Path, kind: str) -> int:
