@@ -105,15 +105,21 @@ def test_a_batch_is_done_whatever_its_streams_are(redirection: str, tmp_path: Pa
     assert all((tmp_path / "out" / output["path"]).is_file() for record in records for output in record["outputs"])
 
 
-def test_nothing_that_is_opened_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
-    """What a library prints would be in it."""
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_nothing_that_is_opened_gets_the_number_of_a_closed_stream(closed: str, tmp_path: Path) -> None:
+    """What a library prints would be in it, and what a program that is started prints."""
+    shown = tmp_path / "shown"
     program = (
-        "import os, sys\nfrom converters.cli import streams\nstreams.open_standard_streams()\n"
-        f"print('lost'); open({str(tmp_path / 'fd')!r}, 'w').write(str(os.open({str(tmp_path)!r}, os.O_RDONLY)))"
+        "import os, subprocess\nfrom converters.cli import streams\nstreams.open_standard_streams()\n"
+        f"handle = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
+        "open = [number for number in range(3) if os.get_inheritable(number)]\n"
+        f"os.write(os.open({str(shown)!r}, os.O_WRONLY | os.O_CREAT), f'{{handle}} {{open}}'.encode())\n"
     )
-    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, "-c", program]
+    command = ["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-c", program]
     subprocess.run(command, check=True, cwd=ROOT)
-    assert int((tmp_path / "fd").read_text()) > 2
+    number, _, inherited = shown.read_text().partition(" ")
+    assert int(number) > 2
+    assert inherited == "[0, 1, 2]"
 
 
 ENCODINGS: Mapping[str, Mapping[str, str]] = {
@@ -224,6 +230,20 @@ def test_an_interruption_that_python_can_only_print_comes_again() -> None:
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "nibblecast: interrupted: nothing was left half written\n")
+
+
+def test_an_interruption_within_exec_is_the_same(tmp_path: Path) -> None:
+    """Where a KeyboardInterrupt goes through exec() of text, as of dataclasses, `python -m` ends by SIGINT itself."""
+    (tmp_path / "probe.py").write_text(
+        "import os, signal\n"
+        "from converters.cli import commands, main\n"
+        "commands.app = lambda **_: exec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(99): pass')\n"
+        "main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    command = [sys.executable, "-m", "probe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (130, "nibblecast: interrupted: nothing was left half written\n")
 
 

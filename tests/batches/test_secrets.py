@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 import converters
+from converters.batches import remote
 from converters.batches.jobs import Request
 from converters.batches.records import REPORT, Failure
 from converters.batches.run import Settings
@@ -127,6 +128,20 @@ def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
         with pytest.raises(converters.Error) as caught:
             converters.batch(source, target, "safetensors")
         assert_hushed(caught.value, "".join(traceback.format_exception(caught.value)).replace(url, ""))
+
+
+def test_what_a_store_says_is_hushed_in_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores quote the URL that they could not reach, and a traceback shows the cause."""
+
+    def refused(_: str) -> None:
+        raise FileNotFoundError(2, f"no answer from https://HUSHUSER:HUSHPASS@host/{QUERY}")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refused)
+    with pytest.raises(UsageError, match="cannot be reached") as caught:
+        remote.files_below("memory://x")
+    assert isinstance(caught.value.__cause__, OSError)
+    shown = traceback.format_exception(caught.value)
+    assert_hushed(caught.value, *(line for line in shown if "raise FileNotFoundError" not in line))
 
 
 class Signed(SimpleHTTPRequestHandler):
