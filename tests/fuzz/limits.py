@@ -31,7 +31,7 @@ class Limits:
     of memory beyond what the process had before."""
 
     processor: float = 10.0
-    clock: float = 60.0
+    clock: float = 240.0
     memory: int = 1 << 30
 
     def seconds_for(self, nbytes: int) -> float:

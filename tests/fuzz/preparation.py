@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pkgutil
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ def has_atheris() -> bool:
 def prepare(*, guided: bool) -> None:
     """Imports all that an input may need, so that workers import nothing; for atheris, in a way that it sees."""
     os.environ.update(_ENVIRONMENT)
-    with _seen_by_atheris() if guided else nullcontext():
+    with redirect_stderr(io.StringIO()), _seen_by_atheris() if guided else nullcontext():  # it names each module
         for package in map(importlib.import_module, _PACKAGES):
             _import_below(package)
     preload(_ALSO)

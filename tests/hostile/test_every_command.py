@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,58 @@ def test_every_command_ended_well(kind: str, name: str, results: Results) -> Non
     assert commands == commands_for(kind) + more_commands_for(kind, results[name][0])
     wrong = [f"nibblecast {ended.command}: {why}" for ended in results[name] for why in wrong_with(ended)]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_fixtures_are_what_the_script_makes() -> None:
+    made = make.files()
+    kept = {path.relative_to(make.HERE).as_posix(): path for path in make.HERE.glob("*/**/*") if path.is_file()}
+    kept = {name: path for name, path in kept.items() if "__pycache__" not in name}
+    assert {name for name in kept if make.FOUND not in name} == set(made)
+    assert not [name for name, content in made.items() if kept[name].read_bytes() != content]
+    assert sum(path.stat().st_size for path in kept.values()) < 1 << 20
+
+
+DONE = Ended("convert {input} {out}/m.h", 0, err="note: a hint\nlost: w: dropped\n", outputs=["m.h", "m.c"])
+REFUSED = Ended("inspect {input}", 3, err="nibblecast: m.h: is damaged\n")
+
+
+@pytest.mark.parametrize(
+    ("ended", "why"),
+    [
+        (DONE, None),
+        (REFUSED, None),
+        (replace(DONE, outputs=[]), "not written: m.h"),
+        (replace(DONE, outputs=["m.h", ".m.nibblecast-part"]), "left behind: .m.nibblecast-part"),
+        (replace(DONE, strays=["executed"]), "files that nobody asked for: executed"),
+        (replace(DONE, err="RuntimeWarning: overflow\n"), "1 lines on stderr"),
+        (replace(DONE, command="convert {input} {out}/m.h --quiet"), "2 lines on stderr"),
+        (replace(DONE, seconds=11.0), "it took 11.0 s"),
+        (replace(REFUSED, code=1), "exit code 1"),
+        (replace(REFUSED, code=-11), "exit code -11"),
+        (replace(REFUSED, code=7), "exit code 7"),
+        (replace(REFUSED, err=""), "0 lines on stderr"),
+        (replace(REFUSED, err="nibblecast: a\nnibblecast: b\n"), "2 lines on stderr"),
+        (replace(REFUSED, err="m.h: is damaged\n"), "1 lines on stderr"),
+        (replace(REFUSED, err=f"nibblecast: {'x' * 20_000}\n"), "a line of 20012 characters"),
+        (replace(REFUSED, err="nibblecast: \x1b[31m\n"), "a line that is not printable"),
+        (replace(REFUSED, err="nibblecast: out of memory\n"), "it took all memory"),
+        (replace(REFUSED, out="Traceback (most recent call last):"), "a traceback"),
+        (replace(REFUSED, outputs=["m.h"]), "left behind: m.h"),
+        (Ended("inspect {input} --json", 0, out="{"), "no JSON on stdout"),
+        (Ended("inspect {input} --json", 0, out='{"a": NaN}'), "no JSON on stdout: NaN"),
+        (Ended("verify {input} {good}", 6), None),
+        (Ended("batch {folder} {out}/b --to onnx", 7, err="1/1 failed: m.h: is damaged\n", outputs=["b/r"]), None),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_seen(ended: Ended, why: str | None) -> None:
+    found = wrong_with(ended)
+    assert found == [] if why is None else any(each.startswith(why) for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "transient", "is_wrong"), [(3, False, False), (1, False, True), (2, True, True), (7, False, True)]
+)
+def test_what_is_wrong_with_a_model_of_a_batch_is_seen(exit_code: int, transient: bool, is_wrong: bool) -> None:
+    failure = {"exit_code": exit_code, "message": "m: is damaged", "transient": transient}
+    out = json.dumps({"records": [{"source": "m", "failure": failure}]})
+    assert bool(wrong_with(Ended("batch {folder} {out}/b --json", 7, out))) == is_wrong
