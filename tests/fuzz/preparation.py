@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import pkgutil
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr, suppress
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ def has_atheris() -> bool:
 def prepare(*, guided: bool) -> None:
     """Imports all that an input may need, so that workers import nothing; for atheris, in a way that it sees."""
     os.environ.update(_ENVIRONMENT)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # its exporter takes seconds for each program
     with redirect_stderr(io.StringIO()), _seen_by_atheris() if guided else nullcontext():  # it names each module
         for package in map(importlib.import_module, _PACKAGES):
             _import_below(package)

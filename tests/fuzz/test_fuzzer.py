@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -16,12 +18,11 @@ import pytest
 
 import converters
 from converters.errors import CorruptFile, VerificationFailed
-from tests.fuzz import __main__ as command
 from tests.fuzz import case as cases
 from tests.fuzz.campaign import Campaign, keep, kept
 from tests.fuzz.engines import nth
 from tests.fuzz.exercise import Exercise, _watched, refusable
-from tests.fuzz.findings import Finding
+from tests.fuzz.findings import ROOT, Finding
 from tests.fuzz.limits import MOST_BYTES, Limits
 from tests.fuzz.minimize import minimized, smaller
 from tests.fuzz.readers import READERS, Reader
@@ -238,13 +239,18 @@ def test_cases_are_bytes_and_back() -> None:
         assert cases.divided(hostile[:end], "x")
 
 
-def test_the_command_tells_what_it_did(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = ["--minutes", "0.03", "--seed", "3", "--reader", "pytorch-legacy", "--keep", str(tmp_path), "--json"]
-    code = command.main(arguments)
-    out, err = capfd.readouterr()
-    document = json.loads(out)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, for what it sets up is for the whole process."""
+    command = [sys.executable, "-m", "tests.fuzz", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_the_command_tells_what_it_did(tmp_path: Path) -> None:
+    usual = "--minutes", "1", "--reader", "pytorch-legacy", "--keep", str(tmp_path), "--json"
+    done = run(*usual, "--seed", "3", "--executions", "40")
+    document = json.loads(done.stdout)
     assert document["engine"] == "plain"
-    assert document["readers"][0]["executions"] > 0
-    assert code == bool(document["findings"])
-    assert err.startswith("engine: plain (--seed is for the same inputs each time); seed 3")
-    assert command.main(["--reader", "strange"]) == 2
+    assert document["readers"][0]["executions"] == 40
+    assert done.returncode == bool(document["findings"])
+    assert done.stderr.startswith("engine: plain (--seed is for the same inputs each time); seed 3")
+    assert run("--reader", "strange").returncode == 2
