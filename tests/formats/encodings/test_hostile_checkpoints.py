@@ -214,8 +214,8 @@ def test_configurations_of_many_modules_take_time_in_proportion():
         tensors = {f"m{i}.weight": Tensor.from_array(f"m{i}.weight", codes) for i in range(count)}
         tensors |= {f"m{i}.weight_scale": Tensor.from_array(f"m{i}.weight_scale", scale) for i in range(count)}
         config = grouped(num_bits=8, strategy="channel")
-        config["config_groups"]["g"]["targets"] = [f"m{i}" for i in range(count)]
-        config["ignore"] = [f"n{i}" for i in range(count)]
+        config["config_groups"]["g"]["targets"] = [f"m{i}" for i in range(20 * count)]
+        config["ignore"] = [f"n{i}" for i in range(20 * count)]
         return lambda: decode_checkpoint(Checkpoint(tensors, config))
 
     assert_linear(make, 500)
