@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.errors import UsageError
+from converters.errors import UsageError, brief
 
 _ESCAPED = re.compile(r"(\\*)([ #:])")
 _IMPOSSIBLE = re.compile(r"[\r\n\t%|;=*?]")
@@ -25,5 +25,5 @@ def _escaped(path: Path) -> str:
     """A name with the escapes that both make (GNU's 4.3, "Rule Syntax") and ninja (depfile_parser.in.cc) take."""
     name = str(path)
     if (wrong := _IMPOSSIBLE.search(name)) is not None:
-        raise UsageError(f"a name with {wrong[0]!r} cannot stand in a depfile: give it another name", path=path)
+        raise UsageError(f"a name with {brief(wrong[0])} cannot stand in a depfile: give it another name", path=path)
     return _ESCAPED.sub(r"\1\1\\\2", name.replace("$", "$$"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from converters.errors import RefusedLoss, UsageError
+from converters.errors import RefusedLoss, UsageError, brief
 from converters.interfaces import Capabilities, OutputFile, Size
 from converters.ir import Loss, Model, Tensor
 from formats.cheader import kernels
@@ -164,7 +164,7 @@ def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement
 def _depfile(name: str) -> Path:
     path = Path(name)
     if not path.name or "\0" in name or path.is_dir():
-        raise UsageError(f"depfile={name!r}: the name of a file is needed, which is no folder")
+        raise UsageError(f"depfile={brief(name)}: the name of a file is needed, which is no folder")
     return path
 
 

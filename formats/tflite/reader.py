@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from converters.allowance import Allowance
 from converters.containment import contained_file
-from converters.errors import CorruptFile, Error, Unsupported
+from converters.errors import CorruptFile, Error, Unsupported, brief
 from converters.ir import (
     Activation,
     Loss,
@@ -119,7 +119,8 @@ class _ModelFile:
         content = section.data.read(0, section.data.nbytes)
         identifier = content[4:8].tobytes()
         if identifier != schema.IDENTIFIER:
-            raise CorruptFile(f"has identifier {identifier!r} at byte 4; a TFLite model has {schema.IDENTIFIER!r}")
+            known = brief(schema.IDENTIFIER)
+            raise CorruptFile(f"has identifier {brief(identifier)} at byte 4; a TFLite model has {known}")
         model = schema.Model.root(content)
         if model.version != schema.VERSION:
             raise Unsupported(f"has schema version {model.version}; {schema.VERSION} is the one in use since 2017")
