@@ -44,7 +44,6 @@ SMALL_FLOATS = frozenset(
     )
 )
 
-_LARGEST_BLOCK = (1 << 63) - 1
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 #: What a library may round its values to when it has computed them.
@@ -176,7 +175,7 @@ class Quantization:
         """Raises CorruptFile unless these parameters fit a tensor of that shape and dtype."""
         if len(self.block_shape) != len(shape):
             raise CorruptFile(f"block shape {self.block_shape} has not the rank of shape {shape}")
-        if not all(1 <= block <= _LARGEST_BLOCK for block in self.block_shape):
+        if not all(1 <= block < 1 << 63 for block in self.block_shape):
             shown = brief(self.block_shape)
             raise CorruptFile(f"block shape {shown}: every block must hold at least one element, and less than 2**63")
         if not (is_integer(dtype) or is_float(dtype)):

@@ -69,7 +69,7 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
         raise Unsupported(f"onnx's version converter does not bring it to opset {opset}: {reason}") from error
     converted = np.frombuffer(model.SerializeToString(), np.uint8)
     file = MappedFile(graph.payloads.file.path, converted, None)
-    payloads = Payloads(file, carried)
+    payloads = Payloads(file, carried, graph.payloads.allowance)
     parsed = parse(payloads.view, file.path)
     return replace(graph, parsed=parsed, payloads=payloads, headers=_same_headers(graph, parsed))
 

@@ -112,7 +112,7 @@ class Held:
 class Builder:
     """Collects nodes and initializers; `places` says which of the initializers are the model's weights. `allowance` is
     what may be made of sizes alone; `is_repeated`: of a subgraph that has been spelled out before. `origins` has the
-    nodes that made moved values."""
+    nodes that made moved values, `copied` the names of the weights that are initializers already."""
 
     tensors: list[TensorInfo]
     opset: int
@@ -134,6 +134,7 @@ class Builder:
     run_subgraph: Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
     is_repeated: bool = False
     origins: dict[ir.Value, ir.Node | None] = field(default_factory=dict)
+    copied: set[str] = field(default_factory=set)
 
     def fresh(self, wanted: str) -> str:
         """A name that no value has yet."""
@@ -305,6 +306,9 @@ class Builder:
         is_float = tensor.quantization is not None
         dtype = np.dtype(np.float32) if is_float else tensor.dtype
         shape = tensor.shape if permutation is None else tuple(tensor.shape[axis] for axis in permutation)
+        if tensor.name in root.copied:  # once more, with its axes in another order
+            self.spend(prod(shape) * dtype.itemsize)
+        root.copied.add(tensor.name)
         name = root.fresh(tensor.name or "weight")
         place = WeightPlace(tensor, permutation)
 
