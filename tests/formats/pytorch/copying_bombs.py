@@ -25,7 +25,7 @@ from tests.formats.pytorch.bombs import (
     tensor,
 )
 
-_MANY = 100_000
+_MANY = 50_000
 _PRIME = (1 << 61) - 1  # what CPython hashes integers modulo
 _TEXT = "x" * 500_000
 
@@ -59,7 +59,7 @@ def integer(value: int) -> bytes:
     return b"\x8a\x0a" + data
 
 
-def colliding(count: int = 80_000) -> Iterator[bytes]:
+def colliding(count: int = 40_000) -> Iterator[bytes]:
     """Integers whose hashes are the same."""
     return (integer(number * _PRIME) for number in range(1, count))
 
@@ -107,15 +107,15 @@ def unpickled() -> Iterator[tuple[str, bytes]]:
     yield "tensors: of too many axes", saved(_views(long_tuple(200_000, b"K\x01")))
     huge = kept(b"\x8b" + struct.pack("<i", 1000) + b"\x7f" * 1000)
     yield "tensors: of many huge sizes", saved(huge + _views(long_tuple(200_000, get(0)), first=1))
-    yield "opcodes: a megabyte of sets", saved(b"\x8f" * (1 << 20))
-    yield "opcodes: a megabyte of dictionaries", saved(b"}" * (1 << 20))
-    yield "opcodes: a megabyte of marks", saved(b"(" * (1 << 20))
-    yield "opcodes: a megabyte of copies of the top", saved(b"N" + b"2" * (1 << 20))
-    yield "opcodes: a megabyte of objects", saved(kept(named("mine", "X")) + (get(0) + b")R") * 250_000)
+    yield "opcodes: half a megabyte of sets", saved(b"\x8f" * (1 << 19))
+    yield "opcodes: half a megabyte of dictionaries", saved(b"}" * (1 << 19))
+    yield "opcodes: half a megabyte of marks", saved(b"(" * (1 << 19))
+    yield "opcodes: half a megabyte of copies of the top", saved(b"N" + b"2" * (1 << 19))
+    yield "opcodes: half a megabyte of objects", saved(kept(named("mine", "X")) + (get(0) + b")R") * 125_000)
     yield (
-        "opcodes: a megabyte of storages",
+        "opcodes: half a megabyte of storages",
         saved(
-            kept(storage()[:-1], storage(named("torch", "IntStorage"))[:-1]) + (get(0) + b"Q" + get(1) + b"Q") * 170_000
+            kept(storage()[:-1], storage(named("torch", "IntStorage"))[:-1]) + (get(0) + b"Q" + get(1) + b"Q") * 80_000
         ),
     )
     yield "opcodes: a decimal of a megabyte", saved(b"I" + b"9" * (1 << 20) + b"\n")
@@ -152,14 +152,14 @@ def walked() -> Iterator[tuple[str, bytes]]:
     )
     yield "shared: modules", saved(doubled(_module(b"}"), put(0) + b"0" + _module(b"}" + _two(0))))
     yield "shared: a list in a list", saved(kept(long_list()) + repeated(get(0)))
-    numbers = b"}(" + b"".join(pushed(f"{n}") + b"K\x01" for n in range(30_000)) + b"u"
+    numbers = b"}(" + b"".join(pushed(f"{n}") + b"K\x01" for n in range(15_000)) + b"u"
     yield "shared: a dictionary in objects", saved(kept(numbers) + repeated(record(get(0))))
     yield "shared: two dictionaries in objects", saved(kept(numbers + numbers + b"\x86") + repeated(record(get(0))))
     yield "shared: a dictionary of numbers", saved(kept(numbers) + repeated(get(0)))
     long_name = entry(numbers, pushed("n" * 16_000))
     yield "shared: a long name", saved(doubled(long_name, put(0) + b"0}" + pushed("n" * 16_000) + get(0) + b"s", 10))
     beside = b"}(" + pushed("state_dict") + entry(tensor())
-    beside += b"".join(pushed(f"{n}") + get(0) for n in range(50_000)) + b"u"
+    beside += b"".join(pushed(f"{n}") + get(0) for n in range(25_000)) + b"u"
     yield "shared: a list beside the model", saved(kept(long_list()) + beside)
     yield (
         "shared: models in models",
@@ -181,7 +181,7 @@ def walked() -> Iterator[tuple[str, bytes]]:
     inner = subclass(b"}" + b"".join(pushed(f"{n}") + get(0) + b"s" for n in range(1000)))
     yield "shared: tensors in tensors", saved(entry(doubled(subclass(b"}"), put(0) + b"0" + inner, 8)))
     sizes = kept(long_tuple(element=b"K\x01"))
-    many = b"}(" + b"".join(pushed(f"{n}") + get(0) for n in range(50_000)) + b"u"
+    many = b"}(" + b"".join(pushed(f"{n}") + get(0) for n in range(25_000)) + b"u"
     yield "shared: attributes of a tensor", saved(sizes + entry(subclass(many)))
     yield "shared: a tensor under many names", saved(kept(tensor()) + repeated(get(0), 500_000))
     yield "shared: frozen constants", saved(kept(tensor()) + repeated(get(0), 500_000))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import converters
+from converters.api import _convert
 from converters.errors import Error
 from tests.formats.pytorch.bombs import honest
 
@@ -38,7 +39,7 @@ def examine(path: Path) -> str:
             left -= tensor.size * 4
             if left > 0 and tensor.dtype.kind != "c":
                 tensor.dequantize()
-        converters.convert(path, path.with_suffix(".safetensors"), dry_run=True)
+        _convert(model, [path.with_suffix(".safetensors")], dry_run=True, options={})
     except Error as error:
         said = str(error).removeprefix(f"{path}: ")
         return f"refused: {said}" if "\n" not in said and len(said) < 2000 else f"a long line: {said[:2000]}"
@@ -84,6 +85,8 @@ def main() -> None:
     """Measures what a function of a module makes: the files whose names begin alike in one process."""
     module, function, folder = sys.argv[1:]
     path = Path(folder) / "model.pt"
+    path.write_bytes(honest())
+    examine(path)  # so that all that it imports is there in the processes that follow
     made = getattr(import_module(f"tests.formats.pytorch.{module}"), function)()
     for _, group in groupby(chain([("honest: a megabyte", honest())], made), lambda file: file[0].partition(": ")[0]):
         for result in measured(group, path):

@@ -61,7 +61,7 @@ _TEXTS = (
         "latin1",
     ),
     *("fc._packed_params", "a_all_weight_values.0.param", "weight_fake_quant", "weight_fake_quant.scale", "quant_min"),
-    *("scale", "zero_point", "W_q", "meta", "bn.running_var", "f4", "<", "a\0b", "..", "", "training"),
+    *("scale", "zero_point", "W_q", "\ud800", "meta", "bn.running_var", "f4", "<", "a\0b", "..", "", "training"),
 )
 _STRANGE = tuple(value for name, value in VALUES.items() if not {"deep", "100", "integer"} & set(name.split()))
 _DEEP = (b")" + b"\x85" * 20_000, VALUES["a deep list"])

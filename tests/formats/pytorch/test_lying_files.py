@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import converters
 from converters.errors import CorruptFile, Error, Unsupported
@@ -91,6 +93,62 @@ def test_compressed_records_are_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "m.pt", tensor((2, 3), (3, 1)), compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(Unsupported, match="compressed"):
         converters.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_read"),
+    [("", False), ("/", True), ("data/1\0", True), ("data/0\0junk", False), ("..", False), ("x" * 60_000, False)],
+    ids=["none", "a slash", "with a zero", "another's before a zero", "two dots", "long"],
+)
+def test_records_of_strange_names(name: str, is_read: bool, tmp_path: Path) -> None:
+    """Whatever a record is called, the others are found, or the archive is refused for what it lacks."""
+    path = archive(tmp_path / "m.pt", tensor((2, 3), (3, 1)), {"data/0": FLOATS.tobytes(), "data/?": b"x"})
+    stand_in, now = b"archive/data/?", (b"archive/" if name.startswith("data") else b"") + name.encode()
+    content, change = path.read_bytes(), len(now) - len(stand_in)
+    local = content.rindex(stand_in, 0, content.index(b"PK\x01\x02"))
+    listed, end = content.rindex(stand_in), content.rindex(b"PK\x05\x06")
+    renamed = bytearray(
+        content[: local - 4]
+        + struct.pack("<H", len(now))
+        + content[local - 2 : local]
+        + now
+        + content[local + len(stand_in) : listed - 18]
+        + struct.pack("<H", len(now))
+        + content[listed - 16 : listed]
+        + now
+        + content[listed + len(stand_in) :]
+    )
+    size, start = struct.unpack("<2L", content[end + 12 : end + 20])
+    end += 2 * change
+    renamed[end + 12 : end + 20] = struct.pack("<2L", size + change, start + change)
+    path.write_bytes(renamed)
+    if is_read:
+        assert list(converters.load(path)) == ["x"]
+    else:
+        with pytest.raises(CorruptFile) as raised:
+            converters.load(path)
+        assert len(str(raised.value)) < 500
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
+    cut=st.sampled_from([0, 0, 0, 1, 30]),
+)
+def test_any_damage_of_a_directory_is_read_or_refused_in_one_line(
+    changes: list[tuple[int, int]], cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = archive(tmp_path_factory.getbasetemp() / "damaged.pt", tensor((2, 3), (3, 1)))
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    for at, byte in changes:
+        content[directory + at % (len(content) - directory)] = byte
+    path.write_bytes(content[: len(content) - cut])
+    try:
+        for each in converters.load(path).values():
+            each.numpy()
+    except Error as error:
+        assert "\n" not in str(error)
 
 
 def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
