@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from converters.errors import Unsupported
 from converters.interfaces import RunPort
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _DTYPES = {
     "float": np.dtype(np.float32),
@@ -23,18 +26,15 @@ _DTYPES = {
 
 class OnnxRuntimeRunner:
     """A model on onnxruntime's CPU. Optimizations are off: with them, products by 4-bit weights round activations to 8
-    bits, and those by 2-bit weights are wrong (onnxruntime 1.32). Precision goes before speed: processors without VNNI
-    else add products of 8 bits in 16, which overflow (onnxruntime_session_options_config_keys.h)."""
+    bits, and those by 2-bit weights are wrong (onnxruntime 1.32)."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = precise_session(path, options)
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise Unsupported(f"onnxruntime does not load it: {_line(error)}", path=path) from error
         self._path = path
@@ -56,6 +56,20 @@ class OnnxRuntimeRunner:
             return dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
         except Exception as error:
             raise Unsupported(f"onnxruntime does not run it: {_line(error)}", path=self._path) from error
+
+
+def precise_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session on the CPU whose products of 8 bits do not overflow. Processors without VNNI else add them in 16 bits
+    (session.x64quantprecision in onnxruntime_session_options_config_keys.h). Raises what onnxruntime raises."""
+    import onnxruntime
+
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception:  # the rewriting for it fails where two operators share a weight (onnxruntime 1.32)
+        options.add_session_config_entry("session.x64quantprecision", "0")
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _port(argument: Any) -> RunPort:

@@ -196,7 +196,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         (batch, None, {"only": ["*"]}, UsageError, "takes no --reference"),
         (tmp_path / "empty.jsonl", None, {}, CorruptFile, "holds no record"),
         (tmp_path / "odd.jsonl", None, {}, CorruptFile, "holds no record"),
-        (tmp_path / "gone.jsonl", None, {}, CorruptFile, "does not exist"),
+        (tmp_path / "gone.jsonl", None, {}, CorruptFile, "No such file"),
         (tmp_path / "gone.gguf", None, {}, CorruptFile, "No such file"),
     ):
         with pytest.raises(error, match=message):
