@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-import converters
+import nibblecast
 from benchmarks.measure import Row, processes_by_turns
-from converters.ir import Model, Tensor
+from nibblecast.converters.ir import Model, Tensor
 
 TEXT_STYLES = ("words32", "words64", "string", "incbin")
 COMPILERS = (
@@ -25,7 +25,7 @@ def rows(folder: Path) -> list[Row]:
     data = np.random.default_rng(0).integers(0, 256, _MIB << 20, np.uint8)
     model = Model({"weights": Tensor.from_array("weights", data)})
     for style in ("bytes", *TEXT_STYLES, "embed"):
-        converters.save(model, folder / f"as_{style}.h", style=style)
+        nibblecast.save(model, folder / f"as_{style}.h", style=style)
     return [row for compiler, styles in COMPILERS for row in _compiled(folder, compiler, styles)]
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-import converters
+import nibblecast
 from benchmarks.measure import Row, processes_by_turns, seconds_and_peak
-from converters.ir import Model, Quantization, Tensor
+from nibblecast.converters.ir import Model, Quantization, Tensor
 
 STYLES = ("bytes", "words32", "words64", "string", "incbin")
 NUMBERS = ("int32", "int64", "float32", "float64")
@@ -56,7 +56,7 @@ def _save_model(folder: Path, nbytes: int) -> None:
     shape = (2 * nbytes // 4096, 4096)
     quantization = Quantization(Tensor.from_array("scale", np.array([[0.5]], np.float32)), shape)
     weights = Tensor("weights", shape, np.dtype(ml_dtypes.int4), codes.data, quantization)
-    converters.save(Model({"weights": weights}), folder / "weights.safetensors")
+    nibblecast.save(Model({"weights": weights}), folder / "weights.safetensors")
 
 
 def _save_numbers(folder: Path, nbytes: int) -> None:
@@ -68,9 +68,9 @@ def _save_numbers(folder: Path, nbytes: int) -> None:
             numbers = np.frombuffer(rng.bytes(nbytes), dtype)
         else:
             numbers = rng.normal(0, 0.05, nbytes // dtype.itemsize).astype(dtype)
-        converters.save(Model({"weights": Tensor.from_array("weights", numbers)}), folder / f"{kind}.safetensors")
+        nibblecast.save(Model({"weights": Tensor.from_array("weights", numbers)}), folder / f"{kind}.safetensors")
 
 
 def _conversion(folder: Path, style: str, source: str = "weights", target: str = "") -> list[str]:
     model, header = folder / f"{source}.safetensors", folder / f"{target or style}.h"
-    return [sys.executable, "-m", "converters", "convert", str(model), str(header), "--opt", f"style={style}"]
+    return [sys.executable, "-m", "nibblecast", "convert", str(model), str(header), "--opt", f"style={style}"]

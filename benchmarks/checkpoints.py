@@ -21,14 +21,14 @@ import numpy as np
 from benchmarks import checkpoint_files as files
 from benchmarks.checkpoint_peers import PEERS
 from benchmarks.measure import Row, by_turns, seconds_and_peak
-from converters import compiled
-from converters.allocator import keep_freed_memory
-from converters.dequantize import dequantized
-from converters.ir import Tensor
-from converters.storage import InMemory
-from converters.streaming import pieces_of
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
-from formats.gguf.blocks import BLOCK_TYPES, Blocks
+from nibblecast.converters import compiled
+from nibblecast.converters.allocator import keep_freed_memory
+from nibblecast.converters.dequantize import dequantized
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.storage import InMemory
+from nibblecast.converters.streaming import pieces_of
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from nibblecast.formats.gguf.blocks import BLOCK_TYPES, Blocks
 
 #: What conversions write.
 TARGET = "out"
@@ -171,7 +171,7 @@ def _conversion(folder: Path, kind: str, dtype: str, gigabytes: float) -> tuple[
         source = files.write_gguf(folder / "model.gguf", _GGUF[kind][0], stored, count)
     else:
         source = files.write_checkpoint(folder / "model", stored, count)
-    command = [sys.executable, "-m", "converters", "convert", str(source), str(folder / TARGET)]
+    command = [sys.executable, "-m", "nibblecast", "convert", str(source), str(folder / TARGET)]
     command += ["--to", "safetensors"]
     return source, [*command, "--dequantize", dtype] if dtype else command
 

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.measure import Row, by_turns
-from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 
 
 def rows(folder: Path) -> list[Row]:

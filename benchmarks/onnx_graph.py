@@ -17,11 +17,11 @@ _SIZE, _BLOCK, _LAYERS = 4096, 32, 240
 def rows(folder: Path) -> list[Row]:
     """QDQ to MatMulNBits, and to float16, each against copying what it writes to the disk."""
     source = _model(folder)
-    start = seconds_and_peak([sys.executable, "-c", "import converters, numpy"])[1]
+    start = seconds_and_peak([sys.executable, "-c", "import nibblecast, numpy"])[1]
     found = []
     for what, options in (("MatMulNBits", ["--opt", "layout=matmulnbits"]), ("float16", ["--dequantize", "float16"])):
         target = folder / "out.onnx"
-        convert = [sys.executable, "-m", "converters", "convert", "--quiet", str(source), str(target), *options]
+        convert = [sys.executable, "-m", "nibblecast", "convert", "--quiet", str(source), str(target), *options]
         ours, peak = seconds_and_peak(convert)
         data = folder / "out.onnx.data"
         copy = ["sh", "-c", f"cp {data} {folder}/copy && sync {folder}/copy"]

@@ -21,7 +21,7 @@ for number in range(64):
 torch.save(state, sys.argv[1])
 """
 THEIRS = "import sys, torch; state = torch.load(sys.argv[1], weights_only=True, mmap=True); "
-OURS = "import sys, converters; state = converters.load(sys.argv[1]); "
+OURS = "import sys, nibblecast; state = nibblecast.load(sys.argv[1]); "
 #: What is done with the file, by both.
 TASKS = (
     ("list 192 tensors", "print([(n, t.shape, t.dtype) for n, t in state.items()])", "10 times as fast, memory 0.33"),

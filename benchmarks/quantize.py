@@ -13,11 +13,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-import converters
+import nibblecast
 from benchmarks.measure import Row, by_turns
-from converters.ir import Tensor
-from converters.quantize import quantized
-from converters.scheme import parse_scheme
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.quantize import quantized
+from nibblecast.converters.scheme import parse_scheme
 
 _SHAPE = (4096, 4096)
 _LAYERS, _WIDTH = 12, 2048
@@ -88,7 +88,7 @@ def _model(folder: Path) -> list[Row]:
     onnx.save(_chain(), source)
 
     def ours() -> None:
-        converters.convert(source, folder / "ours.onnx", quantize="int4,block=32")
+        nibblecast.convert(source, folder / "ours.onnx", quantize="int4,block=32")
 
     def theirs() -> None:
         config = peer.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx
 
-import converters
+import nibblecast
 from benchmarks.measure import Row, processes_by_turns
 
 FIXTURES = Path(__file__).parent.parent / "fixtures/tflite"
@@ -31,7 +31,7 @@ def compared(source: Path, peer: str, folder: Path) -> Iterator[Row]:
     """Time, memory, nodes, and the largest difference of an output from LiteRT's."""
     targets = ours, theirs = folder / "ours.onnx", folder / "theirs.onnx"
     commands = (
-        [sys.executable, "-m", "converters", "convert", "--quiet", str(source), str(ours)],
+        [sys.executable, "-m", "nibblecast", "convert", "--quiet", str(source), str(ours)],
         [peer, "-m", "tf2onnx.convert", "--opset", "18", "--tflite", str(source), "--output", str(theirs)],
     )
     (seconds, peak), (peer_seconds, peer_peak) = processes_by_turns(commands, rounds=3)
@@ -47,7 +47,7 @@ def compared(source: Path, peer: str, folder: Path) -> Iterator[Row]:
 
 def _difference(source: Path, converted: Path) -> str:
     try:
-        found = converters.compare_outputs(source, converted)
-    except converters.Error as error:
+        found = nibblecast.compare_outputs(source, converted)
+    except nibblecast.Error as error:
         return f"does not run: {error.message.splitlines()[0]:.60}"
     return f"{max(each.largest for each in found):.2g}"

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING
 
-from converters.errors import Unsupported, UsageError, brief
+from nibblecast.converters.errors import Unsupported, UsageError, brief
 
 if TYPE_CHECKING:
-    from converters.ir import Tensor
+    from nibblecast.converters.ir import Tensor
 
 #: The environment variable that raises the allowance: bytes, e.g. 16G.
 VARIABLE = "NIBBLECAST_MAX_EXPANSION"

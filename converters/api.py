@@ -1,4 +1,4 @@
-"""What `import converters` offers: load, save, convert, verify, batch, report."""
+"""What `import nibblecast` offers: load, save, convert, verify, batch, report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from converters import pipeline, plugins, running
-from converters.comparison import Comparison, compare
-from converters.errors import UsageError, VerificationFailed
-from converters.interfaces import OutputFile, Progress, Validating
-from converters.ir import Loss, Model
-from converters.options import describe
-from converters.paths import input_path, output_path
-from converters.running import OutputDifference
-from converters.storage import open_regular
+from nibblecast.converters import pipeline, plugins, running
+from nibblecast.converters.comparison import Comparison, compare
+from nibblecast.converters.errors import UsageError, VerificationFailed
+from nibblecast.converters.interfaces import OutputFile, Progress, Validating
+from nibblecast.converters.ir import Loss, Model
+from nibblecast.converters.options import describe
+from nibblecast.converters.paths import input_path, output_path
+from nibblecast.converters.running import OutputDifference
+from nibblecast.converters.storage import open_regular
 
 if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
-    from converters.accuracy import Accuracy
-    from converters.batches.run import BatchResult, OnResult, OnRunning, Settings
-    from converters.reports.run import Report
-    from converters.scheme import Scheme
+    from nibblecast.converters.accuracy import Accuracy
+    from nibblecast.converters.batches.run import BatchResult, OnResult, OnRunning, Settings
+    from nibblecast.converters.reports.run import Report
+    from nibblecast.converters.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
 
@@ -49,7 +49,7 @@ class Conversion:
 
 def load(path: AnyPath, **options: Any) -> Model:
     """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for. `options` are the
-    reader's own. Raises converters.Error with one line that says what is wrong with the file."""
+    reader's own. Raises nibblecast.Error with one line that says what is wrong with the file."""
     return pipeline.read(input_path(path), options)
 
 
@@ -83,7 +83,7 @@ def convert(
     and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares every value, where
     its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps what
     an interrupted run has completed of a folder; other keyword arguments are the reader's and the writers' own options.
-    Raises converters.Error.
+    Raises nibblecast.Error.
     """
     read_with, write_with = _divided(options, input_path(source))
     return _convert(
@@ -135,12 +135,12 @@ def batch(
     `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
     a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
     of how many, `on_running` of the names of those that are worked on; the other arguments are `convert`'s. The report
-    is `nibblecast-report.jsonl` in the target. Raises converters.Error for what concerns the batch as a whole, before
+    is `nibblecast-report.jsonl` in the target. Raises nibblecast.Error for what concerns the batch as a whole, before
     anything is written.
     """
-    from converters.batches.jobs import Request
-    from converters.batches.remote import is_remote
-    from converters.batches.run import Settings, run_batch
+    from nibblecast.converters.batches.jobs import Request
+    from nibblecast.converters.batches.remote import is_remote
+    from nibblecast.converters.batches.run import Settings, run_batch
 
     request = Request(
         dequantize=None if dequantize is None else np.dtype(dequantize).name,
@@ -196,10 +196,10 @@ def report(
     an HTML file, if there is one; `document()` of the result gives the numbers.
 
     `reference` is a model with the floats that the codes stand for, by the same names; `only` and `skip` are shell
-    patterns of tensor names; `options` are the readers' own. Raises converters.Error: MissingDependency where the page
+    patterns of tensor names; `options` are the readers' own. Raises nibblecast.Error: MissingDependency where the page
     needs `pip install 'nibblecast[report]'`.
     """
-    from converters.reports.run import make_report
+    from nibblecast.converters.reports.run import make_report
 
     paths = [input_path(path) for path in (source, reference) if path is not None]
     return make_report(
@@ -228,7 +228,7 @@ def write_shard(
 ) -> int:
     """A part of a conversion, for several processes to share in: begins the folders among the targets (`number` 0), or
     writes one of their shards, from 1, to a folder that has been begun. `convert` with `resume` then writes what is
-    missing and puts the folders in their places. Returns how many shards there are; raises converters.Error."""
+    missing and puts the folders in their places. Returns how many shards there are; raises nibblecast.Error."""
     read_with, write_with = _divided(options, input_path(source))
     planned = _planned(
         load(source, **read_with),
@@ -250,7 +250,7 @@ def compare_outputs(
 ) -> list[OutputDifference]:
     """Runs two models, TFLite ones by LiteRT and ONNX ones by onnxruntime, on the same inputs and compares their
     outputs. `inputs` are arrays by the first model's names, or an .npz file of such; random where there are none.
-    Raises converters.Error, which names the package to install where a runtime is missing."""
+    Raises nibblecast.Error, which names the package to install where a runtime is missing."""
     if inputs is None or isinstance(inputs, Mapping):
         return running.compare_outputs(input_path(a), input_path(b), inputs, seed)
     return running.compare_outputs(input_path(a), input_path(b), running.read_inputs(input_path(inputs)), seed)
@@ -296,7 +296,7 @@ def _convert(
     conversion = replace(conversion, files=written, verified=verified, notes=(*conversion.notes, *hints))
     if quantize is None:
         return conversion
-    from converters.quantize import accuracy
+    from nibblecast.converters.quantize import accuracy
 
     return replace(conversion, quantized=accuracy(planned[0].model))
 
@@ -335,7 +335,7 @@ def _planned(
 def _scheme(quantize: str | Scheme | None) -> Scheme | None:
     if not isinstance(quantize, str):
         return quantize
-    from converters.scheme import parse_scheme
+    from nibblecast.converters.scheme import parse_scheme
 
     return parse_scheme(quantize)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from converters.errors import CorruptFile
+from nibblecast.converters.errors import CorruptFile
 
 _MOST_SHOWN = 200
 

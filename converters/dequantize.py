@@ -23,12 +23,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import compiled
-from converters.errors import Unsupported, UsageError
-from converters.float16 import Float16
-from converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
-from converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
-from converters.storage import Computed
+from nibblecast.converters import compiled
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.float16 import Float16
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
+from nibblecast.converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
+from nibblecast.converters.storage import Computed
 
 #: What values can be dequantized to, by name.
 FLOAT_DTYPES = {

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Loss, Model, Tensor
+from nibblecast.converters.ir import Loss, Model, Tensor
 
 #: Told how many bytes of payload are done, and how many there are.
 Progress = Callable[[int, int], None]
@@ -73,7 +73,7 @@ class Reader(Protocol):
     """
 
     def read(self, path: Path) -> Model:
-        """The model in `path`, headers only; raises converters.errors.Error for whatever is wrong with the file."""
+        """The model in `path`, headers only; raises nibblecast.Error for whatever is wrong with the file."""
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from converters.errors import CorruptFile, Error, UsageError
+from nibblecast.converters.errors import CorruptFile, Error, UsageError
 
 
 def input_path(given: str | os.PathLike[str]) -> Path:

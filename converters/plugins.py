@@ -15,11 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from converters.errors import CorruptFile, MissingDependency, Notice, UsageError
-from converters.interfaces import Reader, Runner, Writer
-from converters.ir import Model
-from converters.options import OptionHelp, describe, parse
-from converters.storage import open_regular
+from nibblecast.converters.errors import CorruptFile, MissingDependency, Notice, UsageError
+from nibblecast.converters.interfaces import Reader, Runner, Writer
+from nibblecast.converters.ir import Model
+from nibblecast.converters.options import OptionHelp, describe, parse
+from nibblecast.converters.storage import open_regular
 
 ENTRY_POINT_GROUP = "nibblecast.formats"
 
@@ -64,8 +64,8 @@ FORMATS = (
         "cheader",
         "C source: packed codes, scales and zero points as const arrays",
         (".h",),
-        reader="formats.cheader.reader:CHeaderReader",
-        writer="formats.cheader.writer:CHeaderWriter",
+        reader="nibblecast.formats.cheader.reader:CHeaderReader",
+        writer="nibblecast.formats.cheader.writer:CHeaderWriter",
     ),
     Format(
         "gguf",
@@ -74,17 +74,17 @@ FORMATS = (
         (Magic(0, b"GGUF"),),
         folder=("*.gguf",),
         yields_to=("pytorch", "safetensors"),
-        reader="formats.gguf.reader:GGUFReader",
-        writer="formats.gguf.writer:GGUFWriter",
+        reader="nibblecast.formats.gguf.reader:GGUFReader",
+        writer="nibblecast.formats.gguf.writer:GGUFWriter",
     ),
     Format(
         "onnx",
         "ONNX: weights as initializers behind DequantizeLinear",
         (".onnx",),
         (Magic(0, b"\x08"),),
-        reader="formats.onnx.reader:OnnxReader",
-        writer="formats.onnx.writer:OnnxWriter",
-        runner="formats.onnx.runner:OnnxRuntimeRunner",
+        reader="nibblecast.formats.onnx.reader:OnnxReader",
+        writer="nibblecast.formats.onnx.writer:OnnxWriter",
+        runner="nibblecast.formats.onnx.runner:OnnxRuntimeRunner",
         install_runner="pip install onnxruntime",
     ),
     Format(
@@ -94,7 +94,7 @@ FORMATS = (
         (Magic(0, b"PK\x03\x04"), Magic(0, b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
         folder=("*.bin", "*.bin.index.json", "*.pt", "*.pth"),
         yields_to=("safetensors",),  # as in transformers, where a repository has its weights in both
-        reader="formats.pytorch.reader:PyTorchReader",
+        reader="nibblecast.formats.pytorch.reader:PyTorchReader",
     ),
     Format(
         "safetensors",
@@ -102,16 +102,16 @@ FORMATS = (
         (".safetensors",),
         (Magic(8, b"{"),),
         folder=("*.safetensors", "*.safetensors.index.json"),
-        reader="formats.safetensors.reader:SafetensorsReader",
-        writer="formats.safetensors.writer:SafetensorsWriter",
+        reader="nibblecast.formats.safetensors.reader:SafetensorsReader",
+        writer="nibblecast.formats.safetensors.writer:SafetensorsWriter",
     ),
     Format(
         "tflite",
         "TensorFlow Lite / LiteRT models, alone or inside .task and .litertlm",
         (".tflite", ".task", ".litertlm"),
         (Magic(4, b"TFL3"), Magic(0, b"LITERTLM"), Magic(0, b"PK\x03\x04")),
-        reader="formats.tflite.reader:TFLiteReader",
-        runner="formats.tflite.runner:LiteRTRunner",
+        reader="nibblecast.formats.tflite.reader:TFLiteReader",
+        runner="nibblecast.formats.tflite.runner:LiteRTRunner",
         install_runner="pip install ai-edge-litert",
     ),
 )
@@ -139,7 +139,9 @@ def all_formats() -> Mapping[str, Format]:
         try:
             format = entry_point.load()
             if not isinstance(format, Format):
-                raise TypeError(f"{entry_point.value} is no converters.plugins.Format but {type(format).__name__}")
+                raise TypeError(
+                    f"{entry_point.value} is no nibblecast.converters.plugins.Format but {type(format).__name__}"
+                )
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             told = f"the plugin {package} for format '{entry_point.name}' is broken: {reason}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from converters.errors import UsageError
+from nibblecast.converters.errors import UsageError
 
 #: The variable that says so for a process: `batch` sets it for workers, who share the processors.
 THREADS = "NIBBLECAST_THREADS"

@@ -1,7 +1,7 @@
 """The arithmetic of quantization: scales and zero points of blocks of floats, and their nearest codes.
 
     code = clip(round(value / scale) + zero_point, lowest, highest)          ties to the even code, one float32 division
-    value = scale * (code - zero_point)                                      as converters.dequantize computes it
+    value = scale * (code - zero_point)                                      as `dequantize` computes it
 
 Blocks come as float32 arrays of shape (k, b, q): b elements of k * q blocks, along axis 1. Their parameters are float32
 arrays of shape (k, 1, q) while computing, and of shape (k * q,) elsewhere; scales have been rounded to the dtype that
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.scheme import Scheme
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.scheme import Scheme
 
 Floats = NDArray[np.float32]
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from converters import plugins
-from converters.errors import CorruptFile, UsageError
-from converters.interfaces import Runner, RunPort
-from converters.pipeline import readable
-from converters.storage import open_regular
+from nibblecast.converters import plugins
+from nibblecast.converters.errors import CorruptFile, UsageError
+from nibblecast.converters.interfaces import Runner, RunPort
+from nibblecast.converters.pipeline import readable
+from nibblecast.converters.storage import open_regular
 
 _MOST_INDEX = 10  # integers that are no codes are as a rule indices: small ones are valid everywhere
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from converters.dequantize import FLOAT_DTYPES
-from converters.errors import UsageError
-from converters.packing import bits_of
+from nibblecast.converters.dequantize import FLOAT_DTYPES
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.packing import bits_of
 
 #: What floats can become, by name.
 CODE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 
 #: What every NumPy can hold (2.0 went from 32 to 64).
 MOST_DIMENSIONS = 32

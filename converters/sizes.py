@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters.ir import Model, Quantization, Tensor
+from nibblecast.converters.ir import Model, Quantization, Tensor
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

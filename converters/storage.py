@@ -19,7 +19,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import ChangedFile, CorruptFile, MissingFile
+from nibblecast.converters.errors import ChangedFile, CorruptFile, MissingFile
 
 
 @runtime_checkable

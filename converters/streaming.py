@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from converters.processors import threads
-from converters.storage import FileRange, InMemory, read_into
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.processors import threads
+from nibblecast.converters.storage import FileRange, InMemory, read_into
 
 if TYPE_CHECKING:  # imported when there is something to compute
     from concurrent.futures import Future

@@ -16,9 +16,9 @@ import sys
 import threading
 import time
 
-from converters.errors import ChangedFile, ExitCode
-from converters.output.private_folder import remove_all
-from converters.storage import truncated_file
+from nibblecast.converters.errors import ChangedFile, ExitCode
+from nibblecast.converters.output.private_folder import remove_all
+from nibblecast.converters.storage import truncated_file
 
 _STDERR = 2
 _first = threading.Lock()

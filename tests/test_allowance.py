@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from converters.allowance import VARIABLE, Allowance
-from converters.errors import Unsupported, UsageError
-from converters.ir import Quantization, Tensor
+from nibblecast.converters.allowance import VARIABLE, Allowance
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.ir import Quantization, Tensor
 
 MIB = 1 << 20
 

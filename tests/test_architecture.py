@@ -10,22 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from converters import plugins
+from nibblecast.converters import plugins
 
 ROOT = Path(__file__).parent.parent
 FOR_FORMATS = {
-    "converters.allowance",
-    "converters.containment",
-    "converters.errors",
-    "converters.fields",
-    "converters.interfaces",
-    "converters.ir",
-    "converters.packing",
-    "converters.shapes",
-    "converters.storage",
-    "converters.streaming",
-    "converters.unique_names",
-    "converters.version",
+    "nibblecast.converters.allowance",
+    "nibblecast.converters.containment",
+    "nibblecast.converters.errors",
+    "nibblecast.converters.fields",
+    "nibblecast.converters.interfaces",
+    "nibblecast.converters.ir",
+    "nibblecast.converters.packing",
+    "nibblecast.converters.shapes",
+    "nibblecast.converters.storage",
+    "nibblecast.converters.streaming",
+    "nibblecast.converters.unique_names",
+    "nibblecast.converters.version",
 }
 
 
@@ -38,13 +38,15 @@ def modules(package: str) -> Iterator[tuple[Path, set[str]]]:
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module)
-                imported |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "converters"}
+                imported |= {
+                    f"{node.module}.{alias.name}" for alias in node.names if node.module == "nibblecast.converters"
+                }
         yield path, imported
 
 
 def test_formats_import_of_converters_only_what_is_meant_for_them() -> None:
     for path, imported in modules("formats"):
-        foreign = {name for name in imported if name.split(".")[0] == "converters"} - FOR_FORMATS
+        foreign = {name for name in imported if name.startswith("nibblecast.converters")} - FOR_FORMATS
         assert not foreign, f"{path} imports {foreign}"
 
 
@@ -52,19 +54,21 @@ def test_no_format_imports_another() -> None:
     for path, imported in modules("formats"):
         own = path.relative_to(ROOT / "formats").parts[0]
         others = {
-            name for name in imported if name.startswith("formats.") and name.split(".")[1] not in (own, "encodings")
+            name
+            for name in imported
+            if name.startswith("nibblecast.formats.") and name.split(".")[2] not in (own, "encodings")
         }
         assert not others, f"{path} imports {others}"
 
 
 def test_converters_name_no_format() -> None:
     for path, imported in modules("converters"):
-        assert not {name for name in imported if name.split(".")[0] == "formats"}, path
+        assert not {name for name in imported if name.startswith("nibblecast.formats")}, path
 
 
 def test_every_format_package_is_in_the_table() -> None:
     packages = {path.name for path in (ROOT / "formats").iterdir() if (path / "__init__.py").exists()}
-    listed = {location.split(".")[1] for f in plugins.FORMATS for location in (f.reader, f.writer) if location}
+    listed = {location.split(".")[2] for f in plugins.FORMATS for location in (f.reader, f.writer) if location}
     assert packages - {"encodings"} == listed
 
 
@@ -84,15 +88,15 @@ def test_the_table_is_alphabetical() -> None:
 @pytest.mark.parametrize(
     ("arguments", "forbidden"),
     [
-        (["--help"], ["formats", "onnx", "torch", "safetensors"]),
+        (["--help"], ["nibblecast.formats", "onnx", "torch", "safetensors"]),
         (
             ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.h"],
             [
-                "converters.quantize",
-                "converters.reports",
+                "nibblecast.converters.quantize",
+                "nibblecast.converters.reports",
                 "jinja2",
                 "matplotlib",
-                "formats.cheader.reader",
+                "nibblecast.formats.cheader.reader",
                 "onnx",
                 "onnx_ir",
                 "torch",
@@ -121,7 +125,7 @@ def test_the_table_is_alphabetical() -> None:
 )
 def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: list[str], tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom converters.cli import main\n"
+        "import sys\nfrom nibblecast.converters.cli import main\n"
         f"sys.argv = ['nibblecast', *{[a.format(tmp=tmp_path) for a in arguments]!r}]\n"
         "try:\n    main()\nfinally:\n"
         f"    print('IMPORTED', [m for m in {forbidden!r} if m in sys.modules])\n"
@@ -133,7 +137,7 @@ def test_a_run_imports_no_more_than_it_needs(arguments: list[str], forbidden: li
 
 def test_importing_it_imports_no_executor_and_no_file_system() -> None:
     program = (
-        "import sys, converters, converters.batches.run, converters.batches.workers\n"
+        "import sys, nibblecast, nibblecast.converters.batches.run, nibblecast.converters.batches.workers\n"
         "print([name for name in ('dask', 'distributed', 'fsspec') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.cli.arguments import human_bytes, progress_bar, with_default_dequantize
-from converters.version import __version__
+from nibblecast.converters.cli.arguments import human_bytes, progress_bar, with_default_dequantize
+from nibblecast.converters.version import __version__
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 INT4 = str(FIXTURES / "cnn_int4_per_channel.tflite")
@@ -20,7 +20,7 @@ INT4 = str(FIXTURES / "cnn_int4_per_channel.tflite")
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "converters", *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "nibblecast", *map(str, arguments)], capture_output=True, text=True, check=False
     )
 
 
@@ -191,8 +191,8 @@ def test_a_bar_shows_on_a_terminal_when_there_is_much_to_do(monkeypatch: pytest.
 def test_terminated_it_cleans_up_and_says_so_in_its_exit_code(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from converters.cli import main\n"
-        "from formats.safetensors import writer\n"
+        "from nibblecast.converters.cli import main\n"
+        "from nibblecast.formats.safetensors import writer\n"
         "writer._SafetensorsSink.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"sys.argv = ['nibblecast', 'convert', {INT4!r}, {str(tmp_path / 'a.safetensors')!r}]\n"
         "main()\n"

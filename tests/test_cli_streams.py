@@ -19,9 +19,16 @@ from tests.batches.places import write_models
 
 ROOT = Path(__file__).parent.parent
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
-PYTHON = [sys.executable, "-m", "converters"]
+PYTHON = [sys.executable, "-m", "nibblecast"]
 #: What the module of the command line is imported for, one after the other, and things that its runs import.
-IMPORTED = ("typer", "numpy", "ml_dtypes", "converters.api", "converters.cli.batch", "converters.cli.commands")
+IMPORTED = (
+    "typer",
+    "numpy",
+    "ml_dtypes",
+    "nibblecast.converters.api",
+    "nibblecast.converters.cli.batch",
+    "nibblecast.converters.cli.commands",
+)
 
 
 def shell(redirection: str, *arguments: object, **more: str) -> subprocess.CompletedProcess[bytes]:
@@ -110,7 +117,7 @@ def test_nothing_that_is_opened_gets_the_number_of_a_closed_stream(closed: str, 
     """What a library prints would be in it, and what a program that is started prints."""
     shown = tmp_path / "shown"
     program = (
-        "import os, subprocess\nfrom converters.cli import streams\nstreams.open_standard_streams()\n"
+        "import os, subprocess\nfrom nibblecast.converters.cli import streams\nstreams.open_standard_streams()\n"
         f"handle = os.open({str(tmp_path)!r}, os.O_RDONLY)\n"
         "open = [number for number in range(3) if os.get_inheritable(number)]\n"
         f"os.write(os.open({str(shown)!r}, os.O_WRONLY | os.O_CREAT), f'{{handle}} {{open}}'.encode())\n"
@@ -186,7 +193,7 @@ def interrupted(module: str, number: int, *arguments: str) -> subprocess.Complet
         f"            os.kill(os.getpid(), {number})\n"
         "sys.meta_path.insert(0, Finder())\n"
         f"sys.argv = ['nibblecast', *{list(arguments)!r}]\n"
-        "from converters.cli import main\n"
+        "from nibblecast.converters.cli import main\n"
         "main()\n"
     )
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -201,7 +208,10 @@ def test_an_interruption_while_it_starts(module: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
 
 
-@pytest.mark.parametrize("module", ["formats.tflite.reader", "formats.onnx.writer", "onnx_ir", "converters.accuracy"])
+@pytest.mark.parametrize(
+    "module",
+    ["nibblecast.formats.tflite.reader", "nibblecast.formats.onnx.writer", "onnx_ir", "nibblecast.converters.accuracy"],
+)
 def test_an_interruption_while_it_works(module: str, tmp_path: Path) -> None:
     """Also where a KeyboardInterrupt goes through Python's exec(), for which it would end itself by a signal."""
     target = str(tmp_path / "out.onnx")
@@ -217,7 +227,7 @@ def test_an_interruption_that_python_can_only_print_comes_again() -> None:
     """It came while a finalizer ran, in which no exception leads anywhere."""
     program = (
         "import os, signal, sys, time\n"
-        "from converters.cli import commands\n"
+        "from nibblecast.converters.cli import commands\n"
         "class Finalized:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
@@ -226,7 +236,7 @@ def test_an_interruption_that_python_can_only_print_comes_again() -> None:
         "    Finalized()\n"
         "    time.sleep(60)\n"
         "commands.app = work\n"
-        "from converters.cli import main\n"
+        "from nibblecast.converters.cli import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
@@ -237,7 +247,7 @@ def test_an_interruption_within_exec_is_the_same(tmp_path: Path) -> None:
     """Where a KeyboardInterrupt goes through exec() of text, as of dataclasses, `python -m` ends by SIGINT itself."""
     (tmp_path / "probe.py").write_text(
         "import os, signal\n"
-        "from converters.cli import commands, main\n"
+        "from nibblecast.converters.cli import commands, main\n"
         "commands.app = lambda **_: exec('os.kill(os.getpid(), signal.SIGINT)\\nfor _ in range(99): pass')\n"
         "main()\n"
     )
@@ -250,7 +260,7 @@ def test_an_interruption_within_exec_is_the_same(tmp_path: Path) -> None:
 def test_an_interruption_that_is_to_be_ignored_is() -> None:
     """As `nohup` and shells in scripts have it for what runs in the background."""
     program = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    program += "from converters.cli import main\nimport sys, os\nos.kill(os.getpid(), signal.SIGINT)\n"
+    program += "from nibblecast.converters.cli import main\nimport sys, os\nos.kill(os.getpid(), signal.SIGINT)\n"
     program += "sys.argv = ['nibblecast', '--version']\nmain()\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
@@ -258,20 +268,25 @@ def test_an_interruption_that_is_to_be_ignored_is() -> None:
 
 def test_what_is_imported_before_signals_are_seen_to_is_next_to_nothing() -> None:
     program = (
-        "import sys\nbefore = set(sys.modules)\nimport converters.cli\nprint(*sorted(set(sys.modules) - before))\n"
+        "import sys\nbefore = set(sys.modules)\n"
+        "import nibblecast.converters.cli\nprint(*sorted(set(sys.modules) - before))\n"
     )
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     imported = done.stdout.split()
-    assert "converters.cli" in imported
-    assert [name for name in imported if name.startswith("converters")] == ["converters", "converters.cli"]
+    assert "nibblecast.converters.cli" in imported
+    assert [name for name in imported if name.startswith("nibblecast")] == [
+        "nibblecast",
+        "nibblecast.converters",
+        "nibblecast.converters.cli",
+    ]
     assert not {"typing", "pathlib", "contextlib", "dataclasses", "numpy", "typer"}.intersection(imported)
 
 
 def test_warnings_of_libraries_are_not_shown_and_our_own_are_one_line(tmp_path: Path) -> None:
     program = (
         "import logging, sys, warnings\n"
-        "from converters.cli import commands\n"
-        "from converters.errors import Notice\n"
+        "from nibblecast.converters.cli import commands\n"
+        "from nibblecast.converters.errors import Notice\n"
         "def work(**_):\n"
         "    import numpy as np\n"
         "    np.array([np.inf]).astype(np.int8)\n"
@@ -279,7 +294,7 @@ def test_warnings_of_libraries_are_not_shown_and_our_own_are_one_line(tmp_path: 
         "    logging.getLogger('urllib3').error('GET https://u:p@h/x')\n"
         "    warnings.warn('a\\nplugin is broken https://u:p@h/x?sig=s ' + 'n' * 1000000, Notice, stacklevel=1)\n"
         "commands.app = work\n"
-        "from converters.cli import main\n"
+        "from nibblecast.converters.cli import main\n"
         "main()\n"
     )
     command = [sys.executable, "-c", program]
@@ -315,7 +330,7 @@ def test_lines_and_cells_are_of_limited_length_and_json_has_names_whole(tmp_path
 
 
 def test_a_bug_is_a_traceback_and_exit_1(tmp_path: Path) -> None:
-    program = "from converters.cli import commands, main\ncommands.app = lambda **_: 1 / 0\nmain()\n"
+    program = "from nibblecast.converters.cli import commands, main\ncommands.app = lambda **_: 1 / 0\nmain()\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
@@ -323,7 +338,7 @@ def test_a_bug_is_a_traceback_and_exit_1(tmp_path: Path) -> None:
 
 def test_what_the_system_refuses_unforeseen_is_one_line(tmp_path: Path) -> None:
     program = (
-        "from converters.cli import commands, main\n"
+        "from nibblecast.converters.cli import commands, main\n"
         "def work(**_):\n    open('/nowhere/x')\n"
         "commands.app = work\nmain()\n"
     )

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters import comparison
-from converters.comparison import compare
-from converters.ir import Model, Quantization, Tensor
+import nibblecast
+from nibblecast.converters import comparison
+from nibblecast.converters.comparison import compare
+from nibblecast.converters.ir import Model, Quantization, Tensor
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 
@@ -123,8 +123,8 @@ def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -
 
 def test_files_of_different_formats(tmp_path: Path) -> None:
     source = FIXTURES / "mlp_int4_blockwise.tflite"
-    converters.convert(source, tmp_path / "a.safetensors", tmp_path / "a.onnx")
+    nibblecast.convert(source, tmp_path / "a.safetensors", tmp_path / "a.onnx")
     for a, b in ((source, "a.safetensors"), (source, "a.onnx"), (tmp_path / "a.onnx", "a.safetensors")):
-        result = converters.verify(a, tmp_path / b)
+        result = nibblecast.verify(a, tmp_path / b)
         assert result.equal, result.differences
-        assert result.quantized == sum(t.quantization is not None for t in converters.load(source).values()) > 1
+        assert result.quantized == sum(t.quantization is not None for t in nibblecast.load(source).values()) > 1

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import compiled
-from converters.dequantize import dequantize
-from converters.errors import UsageError
-from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters import compiled
+from nibblecast.converters.dequantize import dequantize
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from tests import zoo
 
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -136,7 +136,7 @@ def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(decode(*arguments))
         return calls[-1]
 
-    monkeypatch.setattr("converters.dequantize.compiled.decode", counted)
+    monkeypatch.setattr("nibblecast.converters.dequantize.compiled.decode", counted)
     scale = Tensor.from_array("s", np.ones((4, 2), np.float16))
     quantization = Quantization(scale, (1, 32), value_dtype=FLOAT16)
     tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=quantization)
@@ -147,7 +147,8 @@ def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_expected_starts_its_import_and_numpy_decodes_meanwhile() -> None:
     program = (
-        "import sys, numpy as np\nfrom converters import compiled\nfrom converters.ir import Quantization, Tensor\n"
+        "import sys, numpy as np\nfrom nibblecast.converters import compiled\n"
+        "from nibblecast.converters.ir import Quantization, Tensor\n"
         "s = Tensor.from_array('s', np.ones((1, 1), np.float32))\n"
         "tensor = Tensor.from_array('w', np.ones((1, 1024), np.int8), Quantization(s, (1, 1024)))\n"
         "compiled.expect(1 << 40)\nfirst = tensor.dequantize('float32')\n"
@@ -177,7 +178,7 @@ def test_a_threshold_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_little_work_does_not_import_the_compiler() -> None:
     program = (
-        "import sys, numpy as np\nfrom converters.ir import Quantization, Tensor\n"
+        "import sys, numpy as np\nfrom nibblecast.converters.ir import Quantization, Tensor\n"
         "s = Tensor.from_array('s', np.ones((1, 1), np.float32))\n"
         "Tensor.from_array('w', np.ones((64, 64), np.int8), Quantization(s, (64, 64))).dequantize()\n"
         "assert 'numba' not in sys.modules\n"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.containment import contained_file, is_inside
-from converters.errors import CorruptFile
+import nibblecast
+from nibblecast.converters.containment import contained_file, is_inside
+from nibblecast.converters.errors import CorruptFile
 from tests.formats.encodings.checkpoints import write_file, write_folder
 from tests.formats.gguf import gguf_files
 from tests.formats.onnx.onnx_models import save
@@ -40,12 +40,12 @@ def _tflite(folder: Path) -> tuple[Path, str]:
 
 
 def _c_source(folder: Path) -> tuple[Path, str]:
-    converters.convert(INT4, folder / "m.h")
+    nibblecast.convert(INT4, folder / "m.h")
     return folder / "m.h", "m.c"
 
 
 def _c_payload(folder: Path) -> tuple[Path, str]:
-    converters.convert(INT4, folder / "m.h", style="incbin")
+    nibblecast.convert(INT4, folder / "m.h", style="incbin")
     return folder / "m.h", "m.bin"
 
 
@@ -112,7 +112,7 @@ by_maker = pytest.mark.parametrize("make", MAKERS, ids=[make.__name__.strip("_")
 
 
 def _read(path: Path) -> None:
-    for tensor in converters.load(path).values():
+    for tensor in nibblecast.load(path).values():
         tensor.dequantize(np.float32)
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_is_a_fifo_is_not_waited_for(suffix: str, tmp_path: Path) -
     path = tmp_path / f"model{suffix}"
     os.mkfifo(path)
     with pytest.raises(CorruptFile, match="cannot be read: not a regular file"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_configuration_that_is_a_link_out_of_the_folder_reaches_no_output(tmp_
     (tmp_path / "secret.json").write_text('{"auths": "SECRETTOKEN"}')
     (source / "config.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(CorruptFile, match=r"config\.json: is a link out of the folder"):
-        converters.convert(source, tmp_path / "out", to="safetensors")
+        nibblecast.convert(source, tmp_path / "out", to="safetensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -224,7 +224,7 @@ def test_files_that_are_not_copied_are_said(tmp_path: Path) -> None:
     (source / "gone.json").symlink_to("nothing")
     (source / "folder").symlink_to(tmp_path)
     os.mkfifo(source / "fifo")
-    done = converters.convert(source, tmp_path / "out", to="safetensors")
+    done = nibblecast.convert(source, tmp_path / "out", to="safetensors")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors"]
     said = "; ".join(loss.detail for loss in done.losses)
     for name, reason in {

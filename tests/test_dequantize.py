@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import dequantize as stage
-from converters.errors import CorruptFile, Unsupported, UsageError
-from converters.ir import (
+from nibblecast.converters import dequantize as stage
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
+from nibblecast.converters.ir import (
     GroupIndex,
     Model,
     Quantization,

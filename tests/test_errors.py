@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from converters.errors import CorruptFile, brief, line
+from nibblecast.converters.errors import CorruptFile, brief, line
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import (
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import (
     GroupIndex,
     Metadata,
     Model,
@@ -20,7 +20,7 @@ from converters.ir import (
     per_axis,
     per_tensor,
 )
-from converters.storage import InMemory
+from nibblecast.converters.storage import InMemory
 
 
 def scale_of(*shape: int) -> Tensor:

@@ -27,9 +27,9 @@ _STATE = {
 _PROGRAM = """
 import re, sys
 from pathlib import Path
-import converters
+import nibblecast
 source, target, dtype = sys.argv[1:]
-converters.convert(source, target, dequantize=dtype or None)
+nibblecast.convert(source, target, dequantize=dtype or None)
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
 """
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-import converters
-from converters.errors import Unsupported, VerificationFailed
-from converters.ir import Model, per_axis
-from formats.onnx.validation import validate
+import nibblecast
+from nibblecast.converters.errors import Unsupported, VerificationFailed
+from nibblecast.converters.ir import Model, per_axis
+from nibblecast.formats.onnx.validation import validate
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent
@@ -38,12 +38,12 @@ def named_so() -> Model:
 def test_safetensors_keeps_them(target: str, dequantize: str | None, tmp_path: Path) -> None:
     """Its own keys are escapes of them; the description has the names."""
     model = named_so()
-    converters.save(model, tmp_path / "source.safetensors")
-    done = converters.convert(
+    nibblecast.save(model, tmp_path / "source.safetensors")
+    done = nibblecast.convert(
         tmp_path / "source.safetensors", tmp_path / target, to="safetensors", dequantize=dequantize, verify=True
     )
     assert not [loss for loss in done.losses if loss.kind == "renamed"]
-    read = converters.load(tmp_path / target)
+    read = nibblecast.load(tmp_path / target)
     assert set(read) >= set(NAMES)
     if dequantize is None:
         zoo.assert_identical(read, model)
@@ -60,9 +60,9 @@ def test_safetensors_keeps_them(target: str, dequantize: str | None, tmp_path: P
 def test_plain_floats_are_described_too(tmp_path: Path) -> None:
     """A folder of floats says nothing of itself otherwise."""
     model = zoo.model([zoo.codes(name, (4, 32), np.float32) for name in NAMES])
-    converters.save(model, tmp_path / "out", to="safetensors", shard_size=600)
+    nibblecast.save(model, tmp_path / "out", to="safetensors", shard_size=600)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    read = converters.load(tmp_path / "out")
+    read = nibblecast.load(tmp_path / "out")
     assert {name: read[name].numpy().tobytes() for name in read} == {n: t.numpy().tobytes() for n, t in model.items()}
 
 
@@ -71,34 +71,34 @@ def test_other_layouts_refuse_them_by_name(layout: str, tmp_path: Path) -> None:
     weight = zoo.quantized("m.weight", (128, 128), (1, 128), scale=np.float16, zero_point=np.int8)
     model = zoo.model([weight, zoo.codes("n\ud800.weight", (4, 4), np.float32)])
     with pytest.raises(Unsupported, match=r"tensor 'n\\ud800\.weight': has a name that is not Unicode"):
-        converters.save(model, tmp_path / "out", to="safetensors", layout=layout, others="dequantize")
+        nibblecast.save(model, tmp_path / "out", to="safetensors", layout=layout, others="dequantize")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_renames_them_and_says_so(tmp_path: Path) -> None:
-    converters.save(named_so(), tmp_path / "source.safetensors")
-    done = converters.convert(tmp_path / "source.safetensors", tmp_path / "out.onnx", verify=True)
+    nibblecast.save(named_so(), tmp_path / "source.safetensors")
+    done = nibblecast.convert(tmp_path / "source.safetensors", tmp_path / "out.onnx", verify=True)
     renamed = {loss.tensor: loss.detail for loss in done.losses if loss.kind == "renamed"}
     assert set(renamed) == {"a\ud800", "\udcff", "a\ud800.scale", "\ude00\ud83d", "a\ud800:1", "s\ud800"}
     assert renamed["a\ud800"].endswith(r"it is called 'a\ud800_1'")
-    assert set(converters.load(tmp_path / "out.onnx")) >= {r"a\ud800", r"a\ud800_1", r"\udcff", "plain"}
+    assert set(nibblecast.load(tmp_path / "out.onnx")) >= {r"a\ud800", r"a\ud800_1", r"\udcff", "plain"}
 
 
 def test_c_keeps_them(tmp_path: Path) -> None:
-    converters.save(named_so(), tmp_path / "source.safetensors")
-    converters.convert(tmp_path / "source.safetensors", tmp_path / "out.h", verify=True)
-    assert set(converters.load(tmp_path / "out.h")) >= set(NAMES)
+    nibblecast.save(named_so(), tmp_path / "source.safetensors")
+    nibblecast.convert(tmp_path / "source.safetensors", tmp_path / "out.h", verify=True)
+    assert set(nibblecast.load(tmp_path / "out.h")) >= set(NAMES)
 
 
 def test_gguf_refuses_them_by_name(tmp_path: Path) -> None:
     model = zoo.model([zoo.codes("n\ud800", (4, 32), np.float32)])
     with pytest.raises(Unsupported, match=r"tensor 'n\\ud800': has a name .* that is not Unicode"):
-        converters.save(model, tmp_path / "out.gguf")
+        nibblecast.save(model, tmp_path / "out.gguf")
 
 
 def test_reports_and_listings_show_escapes(tmp_path: Path) -> None:
-    converters.save(named_so(), tmp_path / "source.safetensors")
-    report = converters.report(tmp_path / "source.safetensors", tmp_path / "out.html")
+    nibblecast.save(named_so(), tmp_path / "source.safetensors")
+    report = nibblecast.report(tmp_path / "source.safetensors", tmp_path / "out.html")
     assert r"a\ud800" in (tmp_path / "out.html").read_text("utf-8")
     names = json.loads(json.dumps(report.document()))["tensors"]
     assert {tensor["name"] for tensor in names} >= set(NAMES)
@@ -113,10 +113,10 @@ def test_a_model_of_a_name_that_is_no_utf8_is_verified(
     path = tmp_path / os.fsdecode(target)
     path.parent.mkdir(exist_ok=True)
     if options and b"\xff" in path.name.encode(errors="surrogateescape"):
-        with pytest.raises(converters.Error, match="this name is not Unicode"):
-            converters.convert(INT4, path, verify=True, **options)
+        with pytest.raises(nibblecast.Error, match="this name is not Unicode"):
+            nibblecast.convert(INT4, path, verify=True, **options)
         return
-    done = converters.convert(INT4, path, verify=True, **options)
+    done = nibblecast.convert(INT4, path, verify=True, **options)
     assert len(done.files) == (2 if options else 1)
     content = bytearray(path.read_bytes())
     at = content.index(b"DequantizeLinear")

@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.ir import Model, Tensor, is_float
-from converters.packing import SUB_BYTE
+import nibblecast
+from nibblecast.converters.ir import Model, Tensor, is_float
+from nibblecast.converters.packing import SUB_BYTE
 from tests import zoo
 
 VALUES = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 65504.0, 65520.0, 1e308, -1e308, 1e-320]
@@ -91,8 +91,8 @@ QUANTIZE = ("int4,block=32", "int8,per-channel,mse", "int4,block=32,asymmetric,s
 def test_writers(target: str, options: dict[str, Any], tmp_path: Path) -> None:
     written = 0
     for tensor in TENSORS:
-        with suppress(converters.Error):
-            converters.save(Model({tensor.name: tensor}), tmp_path / target, **options)
+        with suppress(nibblecast.Error):
+            nibblecast.save(Model({tensor.name: tensor}), tmp_path / target, **options)
             written += 1
     assert written
 
@@ -100,9 +100,9 @@ def test_writers(target: str, options: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantize", QUANTIZE)
 def test_quantizing(quantize: str, tmp_path: Path) -> None:
     for tensor in TENSORS[::2]:
-        with suppress(converters.Error):
-            converters.save(Model({tensor.name: tensor}), tmp_path / "in.safetensors")
-            converters.convert(
+        with suppress(nibblecast.Error):
+            nibblecast.save(Model({tensor.name: tensor}), tmp_path / "in.safetensors")
+            nibblecast.convert(
                 tmp_path / "in.safetensors", tmp_path / "out.onnx", quantize=f"{quantize},requantize", verify=True
             )
 
@@ -111,17 +111,17 @@ def test_quantizing(quantize: str, tmp_path: Path) -> None:
 def test_decoding_comparing_and_measuring(dtype: str, tmp_path: Path) -> None:
     source, decoded = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     for tensor in TENSORS[::2]:
-        converters.save(Model({tensor.name: tensor}), source)
-        with suppress(converters.Error):
+        nibblecast.save(Model({tensor.name: tensor}), source)
+        with suppress(nibblecast.Error):
             tensor.dequantize(dtype)
-        with suppress(converters.Error):
-            converters.convert(source, decoded, dequantize=dtype, verify=True)
-            converters.verify(source, decoded)
-            converters.report(source, reference=decoded).document()
-        assert converters.verify(source, source).equal
+        with suppress(nibblecast.Error):
+            nibblecast.convert(source, decoded, dequantize=dtype, verify=True)
+            nibblecast.verify(source, decoded)
+            nibblecast.report(source, reference=decoded).document()
+        assert nibblecast.verify(source, source).equal
 
 
 def test_a_page_has_a_figure_for_them(tmp_path: Path) -> None:
     model = zoo.model([replace(tensor, name=f"{number}") for number, tensor in enumerate(TENSORS[::12])])
-    converters.save(model, tmp_path / "in.safetensors")
-    converters.report(tmp_path / "in.safetensors", tmp_path / "out.html")
+    nibblecast.save(model, tmp_path / "in.safetensors")
+    nibblecast.report(tmp_path / "in.safetensors", tmp_path / "out.html")

@@ -7,9 +7,9 @@ from typing import Literal
 
 import pytest
 
-from converters.errors import UsageError
-from converters.interfaces import Size, option
-from converters.options import describe, parse, parse_size
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import Size, option
+from nibblecast.converters.options import describe, parse, parse_size
 
 
 @dataclass(frozen=True, slots=True)

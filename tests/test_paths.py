@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-import converters
-from converters import running
-from converters.errors import Error, ExitCode
+import nibblecast
+from nibblecast.converters import running
+from nibblecast.converters.errors import Error, ExitCode
 
 ROOT = Path(__file__).parent.parent
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
@@ -27,26 +27,26 @@ ONNX = ROOT / "fixtures" / "onnx" / "matmul_nbits_quantizer.onnx"
 
 LONG = "n" * 300
 READING: dict[str, Callable[[Any], object]] = {
-    "load": converters.load,
-    "load with options": lambda path: converters.load(path, graph=False),
-    "convert": lambda path: converters.convert(path, "/nowhere/out.h"),
-    "convert with options": lambda path: converters.convert(path, "/nowhere/out.h", layout="header"),
-    "verify": lambda path: converters.verify(path, INT4),
-    "verify the other": lambda path: converters.verify(INT4, path),
-    "verify with options": lambda path: converters.verify(INT4, path, graph=False),
-    "compare_outputs": lambda path: converters.compare_outputs(path, ONNX),
-    "inputs": lambda path: converters.compare_outputs(ONNX, ONNX, inputs=path),
-    "report": converters.report,
-    "reference": lambda path: converters.report(INT4, reference=path),
-    "batch": lambda path: converters.batch(path, "/nowhere/out", "safetensors"),
+    "load": nibblecast.load,
+    "load with options": lambda path: nibblecast.load(path, graph=False),
+    "convert": lambda path: nibblecast.convert(path, "/nowhere/out.h"),
+    "convert with options": lambda path: nibblecast.convert(path, "/nowhere/out.h", layout="header"),
+    "verify": lambda path: nibblecast.verify(path, INT4),
+    "verify the other": lambda path: nibblecast.verify(INT4, path),
+    "verify with options": lambda path: nibblecast.verify(INT4, path, graph=False),
+    "compare_outputs": lambda path: nibblecast.compare_outputs(path, ONNX),
+    "inputs": lambda path: nibblecast.compare_outputs(ONNX, ONNX, inputs=path),
+    "report": nibblecast.report,
+    "reference": lambda path: nibblecast.report(INT4, reference=path),
+    "batch": lambda path: nibblecast.batch(path, "/nowhere/out", "safetensors"),
 }
 WRITING: dict[str, Callable[[Any], object]] = {
-    "save": lambda path: converters.save(converters.load(INT4), path, to="safetensors"),
-    "convert": lambda path: converters.convert(INT4, path, to="safetensors"),
-    "convert to C": lambda path: converters.convert(INT4, path, to="cheader", layout="header"),
-    "convert to ONNX": lambda path: converters.convert(INT4, path, to="onnx"),
-    "report": lambda path: converters.report(INT4, f"{path}.html" if path and "\0" not in path else path),
-    "batch": lambda path: converters.batch(ROOT / "fixtures" / "onnx", path, "safetensors"),
+    "save": lambda path: nibblecast.save(nibblecast.load(INT4), path, to="safetensors"),
+    "convert": lambda path: nibblecast.convert(INT4, path, to="safetensors"),
+    "convert to C": lambda path: nibblecast.convert(INT4, path, to="cheader", layout="header"),
+    "convert to ONNX": lambda path: nibblecast.convert(INT4, path, to="onnx"),
+    "report": lambda path: nibblecast.report(INT4, f"{path}.html" if path and "\0" not in path else path),
+    "batch": lambda path: nibblecast.batch(ROOT / "fixtures" / "onnx", path, "safetensors"),
 }
 
 
@@ -91,7 +91,7 @@ def test_what_cannot_be_written(what: str, kind: str, paths: dict[str, str]) -> 
 #: Runs commands, each in a fork, in which all is imported already.
 EACH = """
 import json, os, sys, tempfile
-from converters.cli import commands, main
+from nibblecast.converters.cli import commands, main
 for arguments in json.loads(sys.argv[1]):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
@@ -191,7 +191,7 @@ def test_paths_are_not_checked_by_typer() -> None:
     """What it checks, it tells in a box, as an error of usage."""
     import typer
 
-    from converters.cli import app
+    from nibblecast.converters.cli import app
 
     group: Any = typer.main.get_command(app)
     for command in group.commands.values():
@@ -207,8 +207,8 @@ def test_a_report_that_the_system_refuses_is_one_line(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refused)
-    with pytest.raises(converters.Error, match=f"report.html: cannot be written: {os.strerror(number)}") as caught:
-        converters.report(INT4, tmp_path / "report.html")
+    with pytest.raises(nibblecast.Error, match=f"report.html: cannot be written: {os.strerror(number)}") as caught:
+        nibblecast.report(INT4, tmp_path / "report.html")
     assert caught.value.exit_code == ExitCode.USAGE
     assert list(tmp_path.iterdir()) == []
 
@@ -218,8 +218,8 @@ def test_a_batch_whose_report_the_system_refuses_is_one_line(tmp_path: Path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", refused)
-    with pytest.raises(converters.Error, match="No space left on device") as caught:
-        converters.batch(ROOT / "fixtures" / "onnx", tmp_path / "out", "safetensors")
+    with pytest.raises(nibblecast.Error, match="No space left on device") as caught:
+        nibblecast.batch(ROOT / "fixtures" / "onnx", tmp_path / "out", "safetensors")
     assert caught.value.exit_code == ExitCode.USAGE
 
 

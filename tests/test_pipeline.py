@@ -15,15 +15,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters import dequantize as stage
-from converters import plugins
-from converters.errors import RefusedLoss, Unsupported, UsageError
-from converters.interfaces import Capabilities
-from converters.ir import Metadata, Model, Quantization, Tensor
-from converters.output.atomic import atomic_outputs
-from converters.pipeline import Target, fit
-from converters.storage import Computed
+import nibblecast
+from nibblecast.converters import dequantize as stage
+from nibblecast.converters import plugins
+from nibblecast.converters.errors import RefusedLoss, Unsupported, UsageError
+from nibblecast.converters.interfaces import Capabilities
+from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor
+from nibblecast.converters.output.atomic import atomic_outputs
+from nibblecast.converters.pipeline import Target, fit
+from nibblecast.converters.storage import Computed
 from tests import zoo
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
@@ -35,7 +35,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def test_one_read_feeds_several_writers(tmp_path: Path) -> None:
-    done = converters.convert(INT4, tmp_path / "a.safetensors", tmp_path / "b.safetensors", verify=True)
+    done = nibblecast.convert(INT4, tmp_path / "a.safetensors", tmp_path / "b.safetensors", verify=True)
     assert [file.path.name for file in done.files] == ["a.safetensors", "b.safetensors"]
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert all(comparison is not None and comparison.equal for comparison in done.verified.values())
@@ -49,15 +49,15 @@ def test_a_computed_tensor_is_computed_once_for_all_writers(tmp_path: Path) -> N
         return np.arange(start, stop, dtype=np.uint8)
 
     model = Model({"x": Tensor("x", (16,), np.dtype(np.uint8), Computed(16, compute))})
-    converters.api._convert(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], options={})
+    nibblecast.converters.api._convert(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], options={})
     assert calls == [(0, 16)]
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(tmp_path: Path) -> None:
     target = tmp_path / "a.safetensors"
-    planned = converters.convert(INT4, target, dry_run=True)
+    planned = nibblecast.convert(INT4, target, dry_run=True)
     assert not target.exists()
-    written = converters.convert(INT4, target)
+    written = nibblecast.convert(INT4, target)
     assert planned.files == written.files
 
 
@@ -66,7 +66,7 @@ def test_planning_reads_no_payload(tmp_path: Path) -> None:
         raise AssertionError("payload was read")
 
     model = Model({"x": Tensor("x", (1 << 40,), np.dtype(np.float32), Computed(1 << 42, compute))})
-    done = converters.api._convert(model, [tmp_path / "a.safetensors"], dry_run=True, options={})
+    done = nibblecast.converters.api._convert(model, [tmp_path / "a.safetensors"], dry_run=True, options={})
     assert done.files[0].nbytes is not None
     assert done.files[0].nbytes > 1 << 42
 
@@ -74,37 +74,37 @@ def test_planning_reads_no_payload(tmp_path: Path) -> None:
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        converters.convert(INT4, tmp_path / name / "w.safetensors", tmp_path / name / "w.onnx", tmp_path / name / "w.h")
+        nibblecast.convert(INT4, tmp_path / name / "w.safetensors", tmp_path / name / "w.onnx", tmp_path / name / "w.h")
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
 
 
 def test_only_and_skip_choose_by_pattern(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "a.safetensors", only=["*MatMul", "*BiasAdd"], skip=["*dense*MatMul"])
-    assert list(converters.load(tmp_path / "a.safetensors")) == ["cnn_1/dense_1/BiasAdd"]
+    nibblecast.convert(INT4, tmp_path / "a.safetensors", only=["*MatMul", "*BiasAdd"], skip=["*dense*MatMul"])
+    assert list(nibblecast.load(tmp_path / "a.safetensors")) == ["cnn_1/dense_1/BiasAdd"]
     with pytest.raises(UsageError, match="no tensor matches"):
-        converters.convert(INT4, tmp_path / "a.safetensors", only=["nothing"])
+        nibblecast.convert(INT4, tmp_path / "a.safetensors", only=["nothing"])
 
 
 def test_parameters_that_are_tensors_go_with_their_owner(tmp_path: Path) -> None:
     source = FIXTURES / "mlp_int4_blockwise.tflite"
-    model = converters.load(source)
+    model = nibblecast.load(source)
     owner = next(t.parameter_of for t in model.values() if t.parameter_of)
-    converters.convert(source, tmp_path / "a.safetensors", only=[owner])
-    assert sorted(converters.load(tmp_path / "a.safetensors")) == sorted(
+    nibblecast.convert(source, tmp_path / "a.safetensors", only=[owner])
+    assert sorted(nibblecast.load(tmp_path / "a.safetensors")) == sorted(
         [owner, *(name for name, t in model.items() if t.parameter_of == owner)]
     )
 
 
 def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "a.safetensors"
-    converters.convert(INT4, source)
+    nibblecast.convert(INT4, source)
     before = source.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(source)
     for target in (source, tmp_path / "link.safetensors", tmp_path / "." / "a.safetensors"):
         with pytest.raises(UsageError, match="is the input as well as an output"):
-            converters.convert(source, target)
+            nibblecast.convert(source, target)
     assert source.read_bytes() == before
 
 
@@ -115,18 +115,18 @@ def test_an_output_that_holds_data_of_the_input_is_refused(tmp_path: Path, dequa
     target = tmp_path / "external_buffer.weights.bin"
     before = target.read_bytes()
     with pytest.raises(UsageError, match="is the input as well as an output"):
-        converters.convert(tmp_path / "external_buffer.tflite", target, to="safetensors", dequantize=dequantize)
+        nibblecast.convert(tmp_path / "external_buffer.tflite", target, to="safetensors", dequantize=dequantize)
     assert target.read_bytes() == before
 
 
 def test_two_outputs_on_one_path_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="would be written twice"):
-        converters.convert(INT4, tmp_path / "a.safetensors", tmp_path / "." / "a.safetensors")
+        nibblecast.convert(INT4, tmp_path / "a.safetensors", tmp_path / "." / "a.safetensors")
     assert listing(tmp_path) == []
 
 
 def test_two_c_outputs_in_one_folder_share_the_runtime_header(tmp_path: Path) -> None:
-    done = converters.convert(INT4, tmp_path / "a.h", tmp_path / "b.h")
+    done = nibblecast.convert(INT4, tmp_path / "a.h", tmp_path / "b.h")
     assert listing(tmp_path) == ["a.c", "a.h", "b.c", "b.h", "nibblecast.h"]
     assert sorted(file.path.name for file in done.files) == listing(tmp_path)
 
@@ -138,21 +138,21 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         (tmp_path / "folder.safetensors", "is a folder"),
     ):
         with pytest.raises(UsageError, match=reason):
-            converters.convert(INT4, tmp_path / "ok.safetensors", target)
+            nibblecast.convert(INT4, tmp_path / "ok.safetensors", target)
     assert listing(tmp_path) == ["folder.safetensors"]
     with pytest.raises(UsageError, match="there is no target"):
-        converters.convert(INT4)
+        nibblecast.convert(INT4)
 
 
 def test_a_failure_leaves_the_old_output_and_nothing_else(tmp_path: Path) -> None:
     def compute(start: int, stop: int) -> np.ndarray:
-        raise converters.Error("the data turned out to be damaged", tensor="x")
+        raise nibblecast.Error("the data turned out to be damaged", tensor="x")
 
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"what was there before")
     model = Model({"x": Tensor("x", (4,), np.dtype(np.uint8), Computed(4, compute))})
-    with pytest.raises(converters.Error, match="turned out to be damaged"):
-        converters.save(model, target)
+    with pytest.raises(nibblecast.Error, match="turned out to be damaged"):
+        nibblecast.save(model, target)
     assert target.read_bytes() == b"what was there before"
     assert listing(tmp_path) == ["a.safetensors"]
 
@@ -162,16 +162,16 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(converters.Error, match="a.safetensors.*No space left on device"):
-        converters.convert(INT4, tmp_path / "a.safetensors")
+    with pytest.raises(nibblecast.Error, match="a.safetensors.*No space left on device"):
+        nibblecast.convert(INT4, tmp_path / "a.safetensors")
     assert listing(tmp_path) == []
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import converters
-from converters.output import atomic
+import nibblecast
+from nibblecast.converters.output import atomic
 count = int(sys.argv[1])
 def counted(function):
     def wrapper(*args, **kwargs):
@@ -184,7 +184,7 @@ def counted(function):
 os.fsync = counted(os.fsync)
 Path.replace = counted(Path.replace)
 Path.unlink = counted(Path.unlink)
-converters.convert(sys.argv[2], *sys.argv[3:])
+nibblecast.convert(sys.argv[2], *sys.argv[3:])
 """
 
 
@@ -192,10 +192,10 @@ converters.convert(sys.argv[2], *sys.argv[3:])
 def test_killed_at_any_step_there_is_the_old_output_or_the_new_or_none(step: int, tmp_path: Path) -> None:
     names = ["w.safetensors", "w.h", "w.c", "nibblecast.h"]
     targets = [str(tmp_path / "w.safetensors"), str(tmp_path / "w.h")]
-    converters.convert(FIXTURES / "mlp_int4_per_tensor.tflite", *targets)
+    nibblecast.convert(FIXTURES / "mlp_int4_per_tensor.tflite", *targets)
     old = {name: (tmp_path / name).read_bytes() for name in names}
     (tmp_path / "fresh").mkdir()
-    converters.convert(INT4, tmp_path / "fresh" / "w.safetensors", tmp_path / "fresh" / "w.h")
+    nibblecast.convert(INT4, tmp_path / "fresh" / "w.safetensors", tmp_path / "fresh" / "w.h")
     new = {name: (tmp_path / "fresh" / name).read_bytes() for name in names}
     done = subprocess.run([sys.executable, "-c", KILLED, str(step), str(INT4), *targets], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -220,19 +220,19 @@ def test_atomic_outputs_replace_the_main_file_last(tmp_path: Path, monkeypatch: 
 def test_fail_on_loss_refuses_and_says_what(tmp_path: Path) -> None:
     source = FIXTURES / "sparse_float32.tflite"
     with pytest.raises(RefusedLoss, match=r"would lose: .*expanded.*without --fail-on-loss"):
-        converters.convert(source, tmp_path / "a.safetensors", fail_on_loss=True)
+        nibblecast.convert(source, tmp_path / "a.safetensors", fail_on_loss=True)
     assert listing(tmp_path) == []
-    done = converters.convert(source, tmp_path / "a.safetensors")
+    done = nibblecast.convert(source, tmp_path / "a.safetensors")
     assert {loss.kind for loss in done.losses} == {"expanded"}
-    assert converters.convert(INT4, tmp_path / "b.safetensors", fail_on_loss=True).losses == ()
+    assert nibblecast.convert(INT4, tmp_path / "b.safetensors", fail_on_loss=True).losses == ()
 
 
 def test_a_model_without_constant_weights_is_said_to_have_none(tmp_path: Path) -> None:
-    done = converters.save(Model({}), tmp_path / "empty.safetensors")
+    done = nibblecast.save(Model({}), tmp_path / "empty.safetensors")
     assert [loss.detail for loss in done.losses] == [
         "it has no constant weights, so that what is written holds no tensor"
     ]
-    assert dict(converters.load(tmp_path / "empty.safetensors")) == {}
+    assert dict(nibblecast.load(tmp_path / "empty.safetensors")) == {}
 
 
 def test_what_a_writer_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_what_a_writer_cannot_hold_is_refused_before_anything_is_written(tmp_pat
     with pytest.raises(
         Unsupported, match="tensor 'z': format 'cheader' cannot hold complex64 values: leave the tensor out"
     ):
-        converters.save(model, tmp_path / "z.h")
+        nibblecast.save(model, tmp_path / "z.h")
     assert listing(tmp_path) == []
 
 
@@ -264,17 +264,17 @@ def test_second_level_scales_are_flattened_for_writers_without_them(tmp_path: Pa
     inner = Tensor.from_array("s1", np.ones((2, 2), ml_dtypes.float8_e4m3fn), outer)
     codes = np.arange(16).reshape(2, 8).astype(np.uint8).view(ml_dtypes.float4_e2m1fn)
     model = Model({"w": Tensor.from_array("w", codes, Quantization(inner, (1, 4)))})
-    assert converters.save(model, tmp_path / "a.safetensors").losses == ()
-    losses = converters.save(model, tmp_path / "a.onnx").losses
+    assert nibblecast.save(model, tmp_path / "a.safetensors").losses == ()
+    losses = nibblecast.save(model, tmp_path / "a.onnx").losses
     assert [(loss.tensor, loss.kind) for loss in losses] == [("w", "widened")]
-    assert converters.verify(tmp_path / "a.safetensors", tmp_path / "a.onnx").equal
+    assert nibblecast.verify(tmp_path / "a.safetensors", tmp_path / "a.onnx").equal
 
 
 def test_dequantized_floats_open_in_the_official_library(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    converters.convert(INT4, tmp_path / "a.safetensors", dequantize="float32", verify=True)
-    model = converters.load(INT4)
+    nibblecast.convert(INT4, tmp_path / "a.safetensors", dequantize="float32", verify=True)
+    model = nibblecast.load(INT4)
     loaded = load_file(tmp_path / "a.safetensors")
     assert sorted(loaded) == sorted(model)
     for name, tensor in model.items():
@@ -283,19 +283,19 @@ def test_dequantized_floats_open_in_the_official_library(tmp_path: Path) -> None
 
 
 def test_options_go_to_the_writers_that_have_them(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "a.h", tmp_path / "a.safetensors", prefix="net")
+    nibblecast.convert(INT4, tmp_path / "a.h", tmp_path / "a.safetensors", prefix="net")
     assert "net_TENSOR_COUNT" in (tmp_path / "a.h").read_text()
     with pytest.raises(UsageError, match="no target has an option 'color'"):
-        converters.convert(INT4, tmp_path / "a.h", color="red")
-    converters.convert(INT4, tmp_path / "b.h", tmp_path / "b.safetensors", **{"cheader.layout": "header"})
+        nibblecast.convert(INT4, tmp_path / "a.h", color="red")
+    nibblecast.convert(INT4, tmp_path / "b.h", tmp_path / "b.safetensors", **{"cheader.layout": "header"})
     assert not (tmp_path / "b.c").exists()
 
 
 MEASURED = """
 import re, sys
 from pathlib import Path
-import converters
-converters.convert(sys.argv[1], sys.argv[2], dequantize=sys.argv[3] or None)
+import nibblecast
+nibblecast.convert(sys.argv[1], sys.argv[2], dequantize=sys.argv[3] or None)
 # not getrusage, which counts what the process was before exec, too
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
 """
@@ -308,7 +308,7 @@ def test_memory_does_not_grow_with_the_model(dequantize: str, tmp_path: Path) ->
     quantization = Quantization(Tensor.from_array("s", np.ones((1, 1), np.float32)), (4096, nbytes // 2048))
     zeros = Computed(nbytes, lambda start, stop: np.zeros(stop - start, np.uint8))
     tensor = Tensor("w", (4096, nbytes // 2048), np.dtype(ml_dtypes.int4), zeros, quantization)
-    converters.save(Model({"w": tensor}), tmp_path / name)
+    nibblecast.save(Model({"w": tensor}), tmp_path / name)
     program = [sys.executable, "-c", MEASURED, str(tmp_path / name), str(tmp_path / f"out-{name}"), dequantize]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 160  # megabytes, of which the interpreter and NumPy take a quarter
@@ -316,7 +316,7 @@ def test_memory_does_not_grow_with_the_model(dequantize: str, tmp_path: Path) ->
 
 def test_progress_counts_up_to_the_total(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    converters.convert(INT4, tmp_path / "a.safetensors", progress=lambda done, total: seen.append((done, total)))
+    nibblecast.convert(INT4, tmp_path / "a.safetensors", progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] > 0
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -326,7 +326,7 @@ def test_json_of_a_conversion_is_json(tmp_path: Path) -> None:
         [
             sys.executable,
             "-m",
-            "converters",
+            "nibblecast",
             "convert",
             str(INT4),
             str(tmp_path / "a.safetensors"),

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters import plugins
-from converters.errors import CorruptFile, MissingDependency, UsageError
-from converters.plugins import Format, Magic
+import nibblecast
+from nibblecast.converters import plugins
+from nibblecast.converters.errors import CorruptFile, MissingDependency, UsageError
+from nibblecast.converters.plugins import Format, Magic
 
 PLUGIN = """
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from converters.interfaces import Capabilities, NoOptions, OutputFile
-from converters.ir import Metadata, Model, Tensor
-from converters.plugins import Format, Magic
+from nibblecast.converters.interfaces import Capabilities, NoOptions, OutputFile
+from nibblecast.converters.ir import Metadata, Model, Tensor
+from nibblecast.converters.plugins import Format, Magic
 
 FORMAT = Format("npy", "NumPy arrays", (".npy",), (Magic(0, b"\\x93NUMPY"),),
                 "nibblecast_npy:Reader", "nibblecast_npy:Writer")
@@ -73,22 +73,22 @@ def test_a_plugin_of_another_distribution_reads_and_writes(install, tmp_path: Pa
     install("nibblecast-npy", "npy = nibblecast_npy:FORMAT", PLUGIN)
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     np.save(tmp_path / "a.npy", array)
-    model = converters.load(tmp_path / "a.npy")
+    model = nibblecast.load(tmp_path / "a.npy")
     np.testing.assert_array_equal(model["array"].dequantize(), array)
-    converters.convert(tmp_path / "a.npy", tmp_path / "b.safetensors", tmp_path / "b.npy", verify=True)
+    nibblecast.convert(tmp_path / "a.npy", tmp_path / "b.safetensors", tmp_path / "b.npy", verify=True)
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), array)
     # content comes before the extension
     (tmp_path / "a.npy").rename(tmp_path / "a.bin")
-    assert list(converters.load(tmp_path / "a.bin")) == ["array"]
+    assert list(nibblecast.load(tmp_path / "a.bin")) == ["array"]
 
 
 def test_the_planner_refuses_what_a_plugin_cannot_hold(install, tmp_path: Path) -> None:
     install("nibblecast-npy", "npy = nibblecast_npy:FORMAT", PLUGIN)
     np.save(tmp_path / "a.npy", np.zeros(3, np.int32))
     with pytest.raises(
-        converters.Error, match="tensor 'array': format 'npy' cannot hold int32 values: leave the tensor"
+        nibblecast.Error, match="tensor 'array': format 'npy' cannot hold int32 values: leave the tensor"
     ):
-        converters.convert(tmp_path / "a.npy", tmp_path / "b.npy")
+        nibblecast.convert(tmp_path / "a.npy", tmp_path / "b.npy")
     assert not (tmp_path / "b.npy").exists()
 
 
@@ -116,14 +116,14 @@ def test_a_broken_plugin_is_one_warning_and_an_error_when_used(install, tmp_path
 
 def test_an_entry_point_that_is_no_format_is_broken(install) -> None:
     install("odd-package", "odd = json:dumps")
-    with pytest.warns(UserWarning, match="json:dumps is no converters.plugins.Format but function"):
+    with pytest.warns(UserWarning, match="json:dumps is no nibblecast.converters.plugins.Format but function"):
         plugins.all_formats()
 
 
 def test_the_command_line_lists_plugins(install, tmp_path: Path) -> None:
     install("nibblecast-npy", "npy = nibblecast_npy:FORMAT", PLUGIN)
     done = subprocess.run(
-        [sys.executable, "-m", "converters", "formats"],
+        [sys.executable, "-m", "nibblecast", "formats"],
         capture_output=True,
         text=True,
         check=True,
@@ -153,13 +153,13 @@ def test_an_unknown_file_says_what_it_begins_with(tmp_path: Path) -> None:
     path = tmp_path / "model.xyz"
     path.write_bytes(b"no model at all")
     with pytest.raises(CorruptFile, match=r"model.xyz: begins with b'no model'.*readable are .*tflite"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 @pytest.mark.parametrize(("name", "reason"), [("missing.tflite", "No such file"), (".", "folder without a model")])
 def test_what_cannot_be_opened_is_said(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(CorruptFile, match=reason):
-        converters.load(tmp_path / name)
+        nibblecast.load(tmp_path / name)
 
 
 def test_an_unknown_format_or_extension_lists_the_known_ones(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from converters import blocks, quantize
-from converters.errors import Unsupported
-from converters.ir import Model, Quantization, Tensor, blocked, grid_shape
-from converters.processors import THREADS
-from converters.quantize import accuracy, quantize_model, quantized
-from converters.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
+from nibblecast.converters import blocks, quantize
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Model, Quantization, Tensor, blocked, grid_shape
+from nibblecast.converters.processors import THREADS
+from nibblecast.converters.quantize import accuracy, quantize_model, quantized
+from nibblecast.converters.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 FLOAT32, FLOAT16, INT8 = (

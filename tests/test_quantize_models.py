@@ -17,13 +17,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-import converters
-from converters.errors import UsageError
-from converters.ir import Activation, Loss, Model, Quantization, Tensor, Use
-from converters.packing import unpack
-from converters.quantize import quantize_model, quantized
-from converters.scheme import Scheme, parse_scheme
-from converters.storage import Computed
+import nibblecast
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.ir import Activation, Loss, Model, Quantization, Tensor, Use
+from nibblecast.converters.packing import unpack
+from nibblecast.converters.quantize import quantize_model, quantized
+from nibblecast.converters.scheme import Scheme, parse_scheme
+from nibblecast.converters.storage import Computed
 from tests import zoo
 from tests.formats.cheader.c_harness import assert_same_values, walked
 
@@ -158,32 +158,32 @@ class TestConversions:
     )
     def test_every_writer_takes_them(self, source: Path, text: str, tmp_path: Path) -> None:
         targets = [tmp_path / name for name in ("w.safetensors", "w.onnx", "w.h")]
-        done = converters.convert(source, *targets, quantize=text, verify=True)
+        done = nibblecast.convert(source, *targets, quantize=text, verify=True)
         assert all(comparison is not None and comparison.equal for comparison in done.verified.values())
-        model = quantize_model(converters.load(source), parse_scheme(text))
+        model = quantize_model(nibblecast.load(source), parse_scheme(text))
         names = [name for name, tensor in model.items() if tensor.quantization]
         assert names
         assert [each.tensor for each in done.quantized] == names
         for target in targets:
-            assert converters.verify(model, target).quantized == len(names)
+            assert nibblecast.verify(model, target).quantized == len(names)
         assert_same_values(walked("gcc c99", [tmp_path / "w.h", tmp_path / "w.c"], "w"), model)
 
     def test_from_onnx_and_safetensors(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         arrays = {name: rng.normal(size=(48, 48)).astype(np.float32) for name in "ab"}
         source = onnx_model(tmp_path / "m.onnx", **arrays)
-        converters.convert(source, tmp_path / "plain.safetensors")
+        nibblecast.convert(source, tmp_path / "plain.safetensors")
         for path in (source, tmp_path / "plain.safetensors"):
-            done = converters.convert(path, tmp_path / "w.h", quantize="int4,block=16,axis=0,asymmetric", verify=True)
+            done = nibblecast.convert(path, tmp_path / "w.h", quantize="int4,block=16,axis=0,asymmetric", verify=True)
             assert [each.tensor for each in done.quantized] == ["a", "b"]
-            read = converters.load(tmp_path / "w.h")
+            read = nibblecast.load(tmp_path / "w.h")
             for name, array in arrays.items():
                 expected = quantized(Tensor.from_array(name, array), parse_scheme("int4,block=16,axis=0,asymmetric"))
                 np.testing.assert_array_equal(read[name].dequantize(), expected.dequantize())
 
     def test_the_error_is_reported_for_each_tensor(self, tmp_path: Path) -> None:
-        done = converters.convert(FLOATS[0], tmp_path / "w.safetensors", quantize="int4,mse")
-        floats, written = converters.load(FLOATS[0]), converters.load(tmp_path / "w.safetensors")
+        done = nibblecast.convert(FLOATS[0], tmp_path / "w.safetensors", quantize="int4,mse")
+        floats, written = nibblecast.load(FLOATS[0]), nibblecast.load(tmp_path / "w.safetensors")
         for each in done.quantized:
             values = floats[each.tensor].dequantize().astype(np.float64)
             errors = written[each.tensor].dequantize() - values
@@ -194,42 +194,42 @@ class TestConversions:
             assert each.signal_to_noise == pytest.approx(ratio, abs=1e-4)
 
     def test_a_scheme_is_taken_as_well_as_its_text(self, tmp_path: Path) -> None:
-        converters.convert(FLOATS[0], tmp_path / "a.safetensors", quantize="int4,block=8")
-        converters.save(converters.load(FLOATS[0]), tmp_path / "b.safetensors", quantize=parse_scheme("int4,block=8"))
+        nibblecast.convert(FLOATS[0], tmp_path / "a.safetensors", quantize="int4,block=8")
+        nibblecast.save(nibblecast.load(FLOATS[0]), tmp_path / "b.safetensors", quantize=parse_scheme("int4,block=8"))
         assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
     def test_not_together_with_dequantize(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="exclude each other: 'int4,per-channel,symmetric,requantize'"):
-            converters.convert(INT4, tmp_path / "w.h", quantize="int4", dequantize="float32")
+            nibblecast.convert(INT4, tmp_path / "w.h", quantize="int4", dequantize="float32")
 
     def test_the_files_of_the_floats_are_still_inputs(self, tmp_path: Path) -> None:
         onnx_model(tmp_path / "m.onnx", a=np.ones((64, 64), np.float32))
         proto = onnx.load(tmp_path / "m.onnx")
         onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="data.h", size_threshold=0)
         with pytest.raises(UsageError, match="is the input as well as an output"):
-            converters.convert(tmp_path / "m.onnx", tmp_path / "data.h", quantize="int4")
+            nibblecast.convert(tmp_path / "m.onnx", tmp_path / "data.h", quantize="int4")
 
     def test_requantizing_is_a_loss_and_quantizing_is_none(self, tmp_path: Path) -> None:
         target = tmp_path / "w.safetensors"
-        assert not converters.convert(FLOATS[0], target, quantize="int4", fail_on_loss=True).losses
-        with pytest.raises(converters.errors.RefusedLoss, match="requantized"):
-            converters.convert(INT8, target, quantize="int4,requantize", fail_on_loss=True)
-        done = converters.convert(INT8, target, quantize="int4,requantize", verify=True)
+        assert not nibblecast.convert(FLOATS[0], target, quantize="int4", fail_on_loss=True).losses
+        with pytest.raises(nibblecast.converters.errors.RefusedLoss, match="requantized"):
+            nibblecast.convert(INT8, target, quantize="int4,requantize", fail_on_loss=True)
+        done = nibblecast.convert(INT8, target, quantize="int4,requantize", verify=True)
         assert {loss.kind for loss in done.losses} == {"requantized"}
 
     def test_progress_counts_the_bytes_that_are_written(self, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
-        converters.convert(
+        nibblecast.convert(
             FLOATS[0], tmp_path / "w.safetensors", quantize="int4", progress=lambda *each: seen.append(each)
         )
-        total = sum(tensor.nbytes for tensor in converters.load(tmp_path / "w.safetensors").values())
+        total = sum(tensor.nbytes for tensor in nibblecast.load(tmp_path / "w.safetensors").values())
         assert seen[-1] == (total, total)
         assert seen == sorted(seen)
 
 
 class TestCommandLine:
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "converters", "convert", *map(str, arguments)]
+        command = [sys.executable, "-m", "nibblecast", "convert", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def test_a_table_of_errors(self, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ class TestMemory:
             raise AssertionError("payload was read")
 
         tensor = Tensor("w", (1 << 20, 1 << 20), np.dtype(np.float32), Computed(1 << 42, refuse))
-        done = converters.api._convert(
+        done = nibblecast.converters.api._convert(
             Model({"w": tensor}),
             [tmp_path / name for name in ("w.safetensors", "w.onnx", "w.h")],
             quantize=parse_scheme("int4,block=32"),
@@ -332,14 +332,14 @@ class TestMemory:
 
     def test_what_was_found_is_let_go_once_written(self, tmp_path: Path) -> None:
         model = quantize_model(zoo.model([plain("w", (64, 64))]), parse_scheme("int4"))
-        converters.save(model, tmp_path / "w.safetensors")
+        nibblecast.save(model, tmp_path / "w.safetensors")
         assert not model["w"].data._fitted  # type: ignore[attr-defined]
 
     def test_several_sinks_share_one_computation(self, tmp_path: Path) -> None:
         source = Source((256, 256))
         model = quantize_model(Model({"w": source.tensor}), parse_scheme("int4"))
         targets = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
-        converters.api._convert(model, targets, options={})
+        nibblecast.converters.api._convert(model, targets, options={})
         assert source.total == source.tensor.nbytes
 
 

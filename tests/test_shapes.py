@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.shapes import MOST_DIMENSIONS, MOST_ELEMENTS, checked_shape
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.shapes import MOST_DIMENSIONS, MOST_ELEMENTS, checked_shape
 
 
 @pytest.mark.parametrize(

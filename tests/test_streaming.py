@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import converters
-from converters.dequantize import dequantized
-from converters.errors import CorruptFile
-from converters.ir import Model, Quantization, Tensor, blocked
-from converters.processors import THREADS
-from converters.storage import Computed, InMemory
-from converters.streaming import pieces
+import nibblecast
+from nibblecast.converters.dequantize import dequantized
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import Model, Quantization, Tensor, blocked
+from nibblecast.converters.processors import THREADS
+from nibblecast.converters.storage import Computed, InMemory
+from nibblecast.converters.streaming import pieces
 
 _ROWS, _COLUMNS = 64, 32
 _BYTES = np.arange(_ROWS * _COLUMNS, dtype=np.uint16).view(np.uint8)[: _ROWS * _COLUMNS]
@@ -138,5 +138,5 @@ def test_columns_of_an_array_are_written_as_well(tmp_path: Path) -> None:
     pairs = np.arange(2 * _ROWS, dtype=np.uint8).reshape(_ROWS, 2)
     every_other = Computed(_ROWS, lambda start, stop: pairs[:, :1].reshape(-1)[start:stop])
     model = Model({"w": Tensor("w", (_ROWS,), np.dtype(np.uint8), every_other)})
-    converters.save(model, tmp_path / "w.safetensors")
-    np.testing.assert_array_equal(converters.load(tmp_path / "w.safetensors")["w"].numpy(), pairs[:, 0])
+    nibblecast.save(model, tmp_path / "w.safetensors")
+    np.testing.assert_array_equal(nibblecast.load(tmp_path / "w.safetensors")["w"].numpy(), pairs[:, 0])

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters import pipeline
-from converters.batches.records import REPORT, read_report
-from converters.errors import ChangedFile
-from converters.storage import MappedFile, truncated_file
+import nibblecast
+from nibblecast.converters import pipeline
+from nibblecast.converters.batches.records import REPORT, read_report
+from nibblecast.converters.errors import ChangedFile
+from nibblecast.converters.storage import MappedFile, truncated_file
 from tests.formats.encodings.checkpoints import write_file
 
 #: Cuts off the file that argument 1 names when the first piece of it has been read, then goes on as the command line.
 TRUNCATING = """
 import os, sys
-from converters import storage
-from converters.cli import main
+from nibblecast.converters import storage
+from nibblecast.converters.cli import main
 path, *arguments = sys.argv[1:]
 read = storage.FileRange.read
 def cut_off(self, start, stop):
@@ -81,12 +81,12 @@ def test_a_batch_says_so_of_the_model(options: tuple[str, ...], message: str, mo
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import os, sys\nfrom converters import storage\nread = storage.FileRange.read\n"
+        "import os, sys\nfrom nibblecast.converters import storage\nread = storage.FileRange.read\n"
         "def cut_off(self, start, stop):\n    os.truncate(self.file.path, 4096)\n    return read(self, start, stop)\n"
         "storage.FileRange.read = cut_off\n"
     )
     path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "converters", "batch", str(model.parent), str(tmp_path / "out"), "--to", "gguf"]
+    command = [sys.executable, "-m", "nibblecast", "batch", str(model.parent), str(tmp_path / "out"), "--to", "gguf"]
     done = subprocess.run(
         [*command, *options], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
@@ -101,8 +101,8 @@ def test_a_batch_says_so_of_the_model(options: tuple[str, ...], message: str, mo
 def test_what_was_written_to_meanwhile_is_refused(model: Path, tmp_path: Path) -> None:
     """Half of the values could be those of before, and half those of now."""
     (planned,) = pipeline.plan(
-        converters.load(model),
-        [pipeline.Target(tmp_path / "out.gguf", converters.plugins.format_named("gguf"))],
+        nibblecast.load(model),
+        [pipeline.Target(tmp_path / "out.gguf", nibblecast.converters.plugins.format_named("gguf"))],
     )
     with model.open("r+b") as stream:
         stream.seek(-4, os.SEEK_END)
@@ -115,13 +115,13 @@ def test_what_was_written_to_meanwhile_is_refused(model: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("change", ["removed", "replaced"])
 def test_what_is_mapped_stays_when_its_name_goes(change: str, model: Path, tmp_path: Path) -> None:
-    loaded = converters.load(model)
+    loaded = nibblecast.load(model)
     expected = loaded["w"].numpy()
     model.unlink()
     if change == "replaced":
         model.write_bytes(b"another")
-    converters.save(loaded, tmp_path / "out.safetensors")
-    np.testing.assert_array_equal(converters.load(tmp_path / "out.safetensors")["w"].numpy(), expected)
+    nibblecast.save(loaded, tmp_path / "out.safetensors")
+    np.testing.assert_array_equal(nibblecast.load(tmp_path / "out.safetensors")["w"].numpy(), expected)
 
 
 def test_the_truncated_file_is_found_among_all(model: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from converters.errors import UsageError
-from converters.urls import without_credentials, without_secrets
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.urls import without_credentials, without_secrets
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from zlib import crc32
 import ml_dtypes
 import numpy as np
 
-from converters.interfaces import Writer
-from converters.ir import (
+from nibblecast.converters.interfaces import Writer
+from nibblecast.converters.ir import (
     GroupIndex,
     Model,
     Quantization,
@@ -28,7 +28,7 @@ from converters.ir import (
     per_axis,
     per_tensor,
 )
-from converters.packing import SUB_BYTE, bits_of, pack
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 SMALL_CODES = (ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2, ml_dtypes.uint2, np.int8, np.uint8)

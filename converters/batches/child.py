@@ -20,12 +20,12 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
-from converters.allocator import keep_freed_memory
-from converters.batches.jobs import Job, failed, run_job
-from converters.batches.records import Failure, Record
-from converters.errors import ExitCode
-from converters.processors import THREADS
-from converters.truncation import end_at_truncated_inputs
+from nibblecast.converters.allocator import keep_freed_memory
+from nibblecast.converters.batches.jobs import Job, failed, run_job
+from nibblecast.converters.batches.records import Failure, Record
+from nibblecast.converters.errors import ExitCode
+from nibblecast.converters.processors import THREADS
+from nibblecast.converters.truncation import end_at_truncated_inputs
 
 _PR_SET_PDEATHSIG = 1
 _END_SECONDS = 5
@@ -40,7 +40,7 @@ class Child:
         self._timeout = timeout
         self._pipe, theirs = Pipe()
         arguments = [str(theirs.fileno()), str(os.getpid()), str(memory or 0)]
-        command = [sys.executable, "-m", "converters.batches.child", *arguments]
+        command = [sys.executable, "-m", "nibblecast.converters.batches.child", *arguments]
         with theirs:  # in a process group of its own, for an interruption from the terminal is for the parent
             self._process = subprocess.Popen(  # noqa: S603
                 command,

@@ -15,12 +15,12 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from converters.batches.child import Children
-from converters.batches.jobs import Job
-from converters.batches.records import Failure, Record
-from converters.batches.workers import BUNDLED_JOBS, is_small, unexpected
-from converters.errors import ExitCode, MissingDependency, UsageError
-from converters.processors import processors
+from nibblecast.converters.batches.child import Children
+from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.records import Failure, Record
+from nibblecast.converters.batches.workers import BUNDLED_JOBS, is_small, unexpected
+from nibblecast.converters.errors import ExitCode, MissingDependency, UsageError
+from nibblecast.converters.processors import processors
 
 _CONNECT_SECONDS = 5
 _WORKERS_SECONDS = 10

@@ -11,16 +11,16 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from converters import api
-from converters.batches.records import Failure, Output, Record
-from converters.batches.remote import RemoteSource
-from converters.batches.sources import bytes_of, digest_of
-from converters.dequantize import FLOAT_DTYPES
-from converters.errors import ChangedFile, Error, ExitCode, UsageError
-from converters.interfaces import OutputFile
-from converters.pipeline import readable
-from converters.urls import without_secrets
-from converters.version import __version__
+from nibblecast.converters import api
+from nibblecast.converters.batches.records import Failure, Output, Record
+from nibblecast.converters.batches.remote import RemoteSource
+from nibblecast.converters.batches.sources import bytes_of, digest_of
+from nibblecast.converters.dequantize import FLOAT_DTYPES
+from nibblecast.converters.errors import ChangedFile, Error, ExitCode, UsageError
+from nibblecast.converters.interfaces import OutputFile
+from nibblecast.converters.pipeline import readable
+from nibblecast.converters.urls import without_secrets
+from nibblecast.converters.version import __version__
 
 #: Parts of a job that are no shards.
 BEGIN, DIGEST = 0, -1
@@ -147,13 +147,13 @@ def _at_hand(job: Job) -> AbstractContextManager[Job]:
     """The job as one whose files are on this machine."""
     if job.remote is None and not job.destination:
         return nullcontext(job)
-    from converters.batches.transfer import brought_here
+    from nibblecast.converters.batches.transfer import brought_here
 
     return brought_here(job)
 
 
 def _deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
-    from converters.batches.transfer import deliver
+    from nibblecast.converters.batches.transfer import deliver
 
     deliver(local, destination, files)
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import plugins
-from converters.batches.jobs import Job, Request
-from converters.batches.records import REPORT
-from converters.batches.sources import Source
-from converters.errors import UsageError
+from nibblecast.converters import plugins
+from nibblecast.converters.batches.jobs import Job, Request
+from nibblecast.converters.batches.records import REPORT
+from nibblecast.converters.batches.sources import Source
+from nibblecast.converters.errors import UsageError
 
 
 def planned_jobs(

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from converters.batches.jobs import BEGIN, DIGEST, Job
-from converters.batches.records import Record
+from nibblecast.converters.batches.jobs import BEGIN, DIGEST, Job
+from nibblecast.converters.batches.records import Record
 
 _LARGE_BYTES = 1 << 30
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from converters.batches.jobs import Job
-from converters.batches.records import REPORT
-from converters.batches.remote import RemoteFile, fetch, files_below, joined, put
-from converters.batches.scratch import scratch_folder
-from converters.errors import Error, UsageError
-from converters.output.creation import lock
-from converters.output.private_folder import remove_left_behind, temporary_folders
-from converters.urls import without_credentials
+from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.records import REPORT
+from nibblecast.converters.batches.remote import RemoteFile, fetch, files_below, joined, put
+from nibblecast.converters.batches.scratch import scratch_folder
+from nibblecast.converters.errors import Error, UsageError
+from nibblecast.converters.output.creation import lock
+from nibblecast.converters.output.private_folder import remove_left_behind, temporary_folders
+from nibblecast.converters.urls import without_credentials
 
 _LOCK = ".nibblecast-lock"
 _PUT_SECONDS = 30

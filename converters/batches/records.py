@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from converters.errors import line
-from converters.output.atomic import atomic_outputs
-from converters.output.creation import open_beside_others
-from converters.storage import read_regular
+from nibblecast.converters.errors import line
+from nibblecast.converters.output.atomic import atomic_outputs
+from nibblecast.converters.output.creation import open_beside_others
+from nibblecast.converters.storage import read_regular
 
 REPORT = "nibblecast-report.jsonl"
 

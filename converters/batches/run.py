@@ -17,17 +17,17 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import IO
 
-from converters.batches.jobs import Job, Request, failed, run_job
-from converters.batches.outputs import planned_jobs
-from converters.batches.parts import Parts, is_large
-from converters.batches.places import LocalFolder, Place, RemoteFolder
-from converters.batches.records import Record, append, appended_report, flush, read_report, write_report
-from converters.batches.remote import is_of_this_process, is_remote
-from converters.batches.sources import digest_of, find_sources
-from converters.batches.workers import LocalWorkers, OwnProcess, Workers
-from converters.errors import ExitCode, UsageError
-from converters.processors import processors
-from converters.version import __version__
+from nibblecast.converters.batches.jobs import Job, Request, failed, run_job
+from nibblecast.converters.batches.outputs import planned_jobs
+from nibblecast.converters.batches.parts import Parts, is_large
+from nibblecast.converters.batches.places import LocalFolder, Place, RemoteFolder
+from nibblecast.converters.batches.records import Record, append, appended_report, flush, read_report, write_report
+from nibblecast.converters.batches.remote import is_of_this_process, is_remote
+from nibblecast.converters.batches.sources import digest_of, find_sources
+from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Workers
+from nibblecast.converters.errors import ExitCode, UsageError
+from nibblecast.converters.processors import processors
+from nibblecast.converters.version import __version__
 
 _WAIT_SECONDS = 0.2
 _GATHER_SECONDS = 0.02
@@ -195,7 +195,7 @@ def _workers(settings: Settings, todo: Sequence[Job]) -> Workers:
     if own:
         return OwnProcess()
     if settings.executor is not None:
-        from converters.batches.dask_workers import DaskWorkers
+        from nibblecast.converters.batches.dask_workers import DaskWorkers
 
         return DaskWorkers(settings.executor, settings.jobs, timeout=settings.timeout, memory=settings.memory)
     count = settings.jobs or _as_many_as_fit(settings.memory)

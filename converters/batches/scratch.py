@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from converters.output.private_folder import make_temporary, remove_left_behind
+from nibblecast.converters.output.private_folder import make_temporary, remove_left_behind
 
 _PREFIX = "nibblecast-scratch-"
 

@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from converters import pipeline
-from converters.batches.jobs import Job
-from converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
-from converters.batches.scratch import scratch_folder
-from converters.errors import Error, MissingFile
-from converters.interfaces import OutputFile
-from converters.urls import without_credentials, without_secrets
+from nibblecast.converters import pipeline
+from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
+from nibblecast.converters.batches.scratch import scratch_folder
+from nibblecast.converters.errors import Error, MissingFile
+from nibblecast.converters.interfaces import OutputFile
+from nibblecast.converters.urls import without_credentials, without_secrets
 
 
 @contextmanager

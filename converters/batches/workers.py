@@ -8,11 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol
 
-from converters.batches.child import Children
-from converters.batches.jobs import Job, run_job
-from converters.batches.records import Failure, Record
-from converters.errors import ExitCode
-from converters.processors import processors
+from nibblecast.converters.batches.child import Children
+from nibblecast.converters.batches.jobs import Job, run_job
+from nibblecast.converters.batches.records import Failure, Record
+from nibblecast.converters.errors import ExitCode
+from nibblecast.converters.processors import processors
 
 #: Small jobs are handed out so many at a time.
 BUNDLED_JOBS = 16

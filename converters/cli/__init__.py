@@ -23,7 +23,7 @@ def main() -> None:
     # An exception would not do while things are imported: it may come where Python can only print it (in what an import
     # runs when a lock is let go), or where a library takes it for a missing package.
     on_signals(end_at_once)
-    from converters.cli.commands import run
+    from nibblecast.converters.cli.commands import run
 
     code = run(sys.argv[1:])
     on_signals(signal.SIG_IGN)  # all is done, and Python tidies up
@@ -53,7 +53,7 @@ def end_at_once(number: int, _: "FrameType | None") -> None:
 def __getattr__(name: str) -> "Any":
     """`app`, the commands as Typer has them."""
     if name != "app":
-        raise AttributeError(f"module 'converters.cli' has no attribute '{name}'")
-    from converters.cli.commands import app
+        raise AttributeError(f"module 'nibblecast.converters.cli' has no attribute '{name}'")
+    from nibblecast.converters.cli.commands import app
 
     return app

@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from converters import api
-from converters.cli.arguments import Json, Quiet, cell, float_dtype, human_bytes, key_values, print_json, table_console
-from converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, ExitCode, line
-from converters.options import parse_size
+from nibblecast.converters import api
+from nibblecast.converters.cli.arguments import (
+    Json,
+    Quiet,
+    cell,
+    float_dtype,
+    human_bytes,
+    key_values,
+    print_json,
+    table_console,
+)
+from nibblecast.converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, ExitCode, line
+from nibblecast.converters.options import parse_size
 
 if TYPE_CHECKING:
-    from converters.batches.records import Record
-    from converters.batches.run import BatchResult, OnResult, OnRunning
+    from nibblecast.converters.batches.records import Record
+    from nibblecast.converters.batches.run import BatchResult, OnResult, OnRunning
 
 _SHOWN_FAILURES = 50
 
@@ -51,7 +60,7 @@ def batch(
     quiet: Quiet = False,
 ) -> None:
     """Convert every model of a folder, each on its own; a report says what became of it. Exit 7 when any failed."""
-    from converters.batches.run import Settings
+    from nibblecast.converters.batches.run import Settings
 
     dtype = float_dtype(dequantize)
     settings = Settings(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from converters.allocator import keep_freed_memory
-from converters.cli import (
+from nibblecast.converters.allocator import keep_freed_memory
+from nibblecast.converters.cli import (
     INTERRUPTED,
     INTERRUPTED_CODE,
     batch,
@@ -27,10 +27,10 @@ from converters.cli import (
     streams,
     verify,
 )
-from converters.cli.arguments import with_default_dequantize
-from converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
-from converters.truncation import end_at_truncated_inputs
-from converters.version import __version__
+from nibblecast.converters.cli.arguments import with_default_dequantize
+from nibblecast.converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
+from nibblecast.converters.truncation import end_at_truncated_inputs
+from nibblecast.converters.version import __version__
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs

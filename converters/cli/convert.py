@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from converters import api
-from converters.cli.arguments import (
+from nibblecast.converters import api
+from nibblecast.converters.cli.arguments import (
     Json,
     Quiet,
     Source,
@@ -26,11 +26,11 @@ from converters.cli.arguments import (
     shown_loss,
     table_console,
 )
-from converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, line
-from converters.interfaces import OutputFile
+from nibblecast.converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, line
+from nibblecast.converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
-    from converters.accuracy import Accuracy
+    from nibblecast.converters.accuracy import Accuracy
 
 _SHOWN_LOSSES = 10
 _SHOWN_TENSORS = 10
@@ -129,7 +129,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     """The tensors with the lowest signal-to-noise ratio, and all of them together."""
     from rich.table import Table
 
-    from converters.accuracy import Accuracy
+    from nibblecast.converters.accuracy import Accuracy
 
     table = Table(box=None, pad_edge=False)
     for column in ("quantized", "to"):

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from converters import plugins
-from converters.cli.arguments import Json, cell, print_json, table_console
-from converters.errors import MOST_OF_MESSAGE, line
-from converters.options import describe
+from nibblecast.converters import plugins
+from nibblecast.converters.cli.arguments import Json, cell, print_json, table_console
+from nibblecast.converters.errors import MOST_OF_MESSAGE, line
+from nibblecast.converters.options import describe
 
 
 def formats(

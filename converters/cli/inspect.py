@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters import api
-from converters.cli.arguments import (
+from nibblecast.converters import api
+from nibblecast.converters.cli.arguments import (
     Json,
     ReaderOptions,
     Source,
@@ -16,9 +16,9 @@ from converters.cli.arguments import (
     shown_loss,
     table_console,
 )
-from converters.errors import line
-from converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
-from converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
+from nibblecast.converters.errors import line
+from nibblecast.converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
+from nibblecast.converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
 
 _READ_BYTES = 1 << 16
 

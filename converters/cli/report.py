@@ -7,9 +7,18 @@ from typing import Annotated
 
 import typer
 
-from converters import api
-from converters.cli.arguments import Json, Quiet, ReaderOptions, human_bytes, key_values, path, print_json, progress_bar
-from converters.errors import MOST_OF_PATH, UsageError, line
+from nibblecast.converters import api
+from nibblecast.converters.cli.arguments import (
+    Json,
+    Quiet,
+    ReaderOptions,
+    human_bytes,
+    key_values,
+    path,
+    print_json,
+    progress_bar,
+)
+from nibblecast.converters.errors import MOST_OF_PATH, UsageError, line
 
 
 def report(

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from converters import api
-from converters.cli.arguments import (
+from nibblecast.converters import api
+from nibblecast.converters.cli.arguments import (
     Json,
     ReaderOptions,
     cell,
@@ -17,9 +17,9 @@ from converters.cli.arguments import (
     progress_bar,
     table_console,
 )
-from converters.comparison import Comparison
-from converters.errors import ExitCode, line
-from converters.running import OutputDifference
+from nibblecast.converters.comparison import Comparison
+from nibblecast.converters.errors import ExitCode, line
+from nibblecast.converters.running import OutputDifference
 
 _SHOWN = 50
 _FEW_STEPS = 3  # how far LiteRT's own kernels are from each other

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from converters.errors import UsageError
-from converters.output.creation import refuse_special
-from converters.output.large_files import new_file
-from converters.output.private_folder import PART, PrivateFolder, hidden_name, make_temporary
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.output.creation import refuse_special
+from nibblecast.converters.output.large_files import new_file
+from nibblecast.converters.output.private_folder import PART, PrivateFolder, hidden_name, make_temporary
 
 
 @dataclass(slots=True)

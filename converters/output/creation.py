@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import IO
 
-from converters.errors import UsageError
+from nibblecast.converters.errors import UsageError
 
 _KINDS = (
     (stat.S_ISCHR, "a device"),

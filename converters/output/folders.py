@@ -21,13 +21,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converters.errors import UsageError
-from converters.interfaces import Companion, FolderPlan, Shard
-from converters.output.atomic import sync_folder
-from converters.output.large_files import new_file
-from converters.output.private_folder import MARK, PART, NotOurs, open_resumable
-from converters.storage import open_regular
-from converters.version import __version__
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import Companion, FolderPlan, Shard
+from nibblecast.converters.output.atomic import sync_folder
+from nibblecast.converters.output.large_files import new_file
+from nibblecast.converters.output.private_folder import MARK, PART, NotOurs, open_resumable
+from nibblecast.converters.storage import open_regular
+from nibblecast.converters.version import __version__
 
 _INTENT = ".nibblecast-intent"
 _FORMER = ".nibblecast-former"

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.output.creation import open_beside_others
+from nibblecast.converters.output.creation import open_beside_others
 
 MARK = ".nibblecast-mark"
 #: How the names of folders end in which outputs are staged.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from converters.batches.records import Record
-from converters.errors import ExitCode
-from converters.reports import plots
-from converters.reports.batches import BatchStatistics, output_bytes
-from converters.reports.page import Cell, Column, Detail, Page, Section, Table
-from converters.reports.words import seconds_text, shown, thousands
-from converters.sizes import bytes_text
+from nibblecast.converters.batches.records import Record
+from nibblecast.converters.errors import ExitCode
+from nibblecast.converters.reports import plots
+from nibblecast.converters.reports.batches import BatchStatistics, output_bytes
+from nibblecast.converters.reports.page import Cell, Column, Detail, Page, Section, Table
+from nibblecast.converters.reports.words import seconds_text, shown, thousands
+from nibblecast.converters.sizes import bytes_text
 
 _LONGEST_MESSAGE = 500
 _MOST_LINES = 50

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.batches.records import REPORT, Record, read_report
-from converters.errors import CorruptFile
-from converters.storage import open_regular
+from nibblecast.converters.batches.records import REPORT, Record, read_report
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.storage import open_regular
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from converters.accuracy import Accuracy
-from converters.reports.counts import Codes, Spread
-from converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
+from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.reports.counts import Codes, Spread
+from nibblecast.converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
 
 
 def model_document(statistics: ModelStatistics) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from math import isnan
 
 from markupsafe import Markup
 
-from converters.accuracy import Accuracy
-from converters.reports import plots
-from converters.reports.counts import Codes, Spread
-from converters.reports.page import Cell, Column, Detail, Page, Section, Table
-from converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
-from converters.reports.words import number, percent, shown, thousands
-from converters.sizes import bytes_text
+from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.reports import plots
+from nibblecast.converters.reports.counts import Codes, Spread
+from nibblecast.converters.reports.page import Cell, Column, Detail, Page, Section, Table
+from nibblecast.converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
+from nibblecast.converters.reports.words import number, percent, shown, thousands
+from nibblecast.converters.sizes import bytes_text
 
 _MOST_DETAILS = 256
 _MOST_LINES = 200

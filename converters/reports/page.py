@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from converters.version import __version__
+from nibblecast.converters.version import __version__
 
 _PARTS = re.compile(r"[^./_]*[./_]+|[^./_]+")
 _TEMPLATES = Path(__file__).parent / "templates"

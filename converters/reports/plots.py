@@ -23,9 +23,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from converters.reports.counts import BINS_PER_OCTAVE, Codes, Spread
-from converters.reports.words import count_text, number
-from converters.sizes import bytes_text, bytes_unit
+from nibblecast.converters.reports.counts import BINS_PER_OCTAVE, Codes, Spread
+from nibblecast.converters.reports.words import count_text, number
+from nibblecast.converters.sizes import bytes_text, bytes_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

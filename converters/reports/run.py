@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters import pipeline
-from converters.errors import MissingDependency, UsageError
-from converters.interfaces import Progress
-from converters.output.atomic import atomic_outputs
-from converters.reports.batches import BatchStatistics, batch_statistics, report_of
-from converters.reports.documents import model_document
-from converters.reports.statistics import ModelStatistics, measure
+from nibblecast.converters import pipeline
+from nibblecast.converters.errors import MissingDependency, UsageError
+from nibblecast.converters.interfaces import Progress
+from nibblecast.converters.output.atomic import atomic_outputs
+from nibblecast.converters.reports.batches import BatchStatistics, batch_statistics, report_of
+from nibblecast.converters.reports.documents import model_document
+from nibblecast.converters.reports.statistics import ModelStatistics, measure
 
 _SUFFIXES = (".html", ".htm")
 
@@ -32,9 +32,9 @@ class Report:
     def html(self, title: str | None = None) -> str:
         """The page. Raises MissingDependency without the packages of the extra `report`."""
         try:
-            from converters.reports.batch_page import batch_page
-            from converters.reports.model_page import model_page
-            from converters.reports.page import render
+            from nibblecast.converters.reports.batch_page import batch_page
+            from nibblecast.converters.reports.model_page import model_page
+            from nibblecast.converters.reports.page import render
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             message = f"a page needs the package '{package}': pip install 'nibblecast[report]'"

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converters.accuracy import Accuracy, errors
-from converters.comparison import common_rows
-from converters.errors import UsageError
-from converters.interfaces import Progress
-from converters.ir import Loss, Model, Tensor, dtype_name, is_integer
-from converters.reports.counts import Codes, Spread, codes_of, spread_of
-from converters.sizes import bits_per_weight, stored_bytes, weights_of
+from nibblecast.converters.accuracy import Accuracy, errors
+from nibblecast.converters.comparison import common_rows
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import Progress
+from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name, is_integer
+from nibblecast.converters.reports.counts import Codes, Spread, codes_of, spread_of
+from nibblecast.converters.sizes import bits_per_weight, stored_bytes, weights_of
 
 _FIRST_NUMBER = re.compile(r"(?:[^./]*[./])*?[0-9]{1,9}(?=[./]|$)")
 _LAST_NUMBER = re.compile(r"(?<![^./])[0-9]{1,9}$")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import isfinite
 
-from converters.errors import printable
-from converters.urls import without_secrets
+from nibblecast.converters.errors import printable
+from nibblecast.converters.urls import without_secrets
 
 _LONGEST_NAME = 120
 

@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Tensor, is_integer
-from converters.packing import SUB_BYTE
-from formats.cheader import notation
-from formats.cheader.notation import NOTATIONS, Notation
-from formats.cheader.packings import DENSE, Packing, packing_for
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.formats.cheader import notation
+from nibblecast.formats.cheader.notation import NOTATIONS, Notation
+from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 
 #: What data are aligned to; for all other arrays, the worst case of a linker's layout.
 ALIGNMENT = 16

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Error
-from converters.packing import SUB_BYTE, pack, packed_size, unpack
-from converters.storage import MappedFile
-from formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
-from formats.cheader.c_payload import StoredData
-from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
-from formats.cheader.packings import Packing, in_other_order, row_of
+from nibblecast.converters.errors import CorruptFile, Error
+from nibblecast.converters.packing import SUB_BYTE, pack, packed_size, unpack
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
+from nibblecast.formats.cheader.c_payload import StoredData
+from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, ArrayText
+from nibblecast.formats.cheader.packings import Packing, in_other_order, row_of
 
 
 @dataclass(slots=True)

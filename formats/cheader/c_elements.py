@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
-from formats.cheader.c_source import ELEMENT_TYPES, ArrayText
-from formats.cheader.c_tokens import Tokens, integer_of, string_bytes, without_comments
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, ArrayText
+from nibblecast.formats.cheader.c_tokens import Tokens, integer_of, string_bytes, without_comments
 
 Elements = NDArray[Any]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.allowance import Allowance
-from converters.containment import contained_file
-from converters.errors import CorruptFile
-from converters.storage import FileRange, MappedFile
-from formats.cheader.c_source import ArrayText, Declarations, Placement
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.containment import contained_file
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.storage import FileRange, MappedFile
+from nibblecast.formats.cheader.c_source import ArrayText, Declarations, Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from converters.errors import CorruptFile, Unsupported
-from converters.storage import MappedFile
-from formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, string_bytes, without_comments
-from formats.cheader.packings import PACKING_NAMES
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, string_bytes, without_comments
+from nibblecast.formats.cheader.packings import PACKING_NAMES
 
 TABLE_TYPE = b"nibblecast_tensor"
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, cast
 
-from converters.errors import CorruptFile
-from converters.storage import MappedFile
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.storage import MappedFile
 
 Kind = Literal["name", "number", "string", "mark", "directive"]
 

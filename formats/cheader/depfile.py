@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.errors import UsageError, brief
+from nibblecast.converters.errors import UsageError, brief
 
 _ESCAPED = re.compile(r"(\\*)([ #:])")
 _IMPOSSIBLE = re.compile(r"[\r\n\t%|;=*?]")

@@ -27,11 +27,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Activation, Tensor, Use, is_integer
-from formats.cheader.arrays import Array
-from formats.cheader.kernels import named
-from formats.cheader.notation import INT32
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Activation, Tensor, Use, is_integer
+from nibblecast.formats.cheader.arrays import Array
+from nibblecast.formats.cheader.kernels import named
+from nibblecast.formats.cheader.notation import INT32
 
 #: The operators whose kernels requantize so, and whether their kernels want one multiplier for each output channel even
 #: where the weight has a single scale.

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from converters.errors import RefusedLoss
-from converters.interfaces import Size
-from converters.ir import Tensor, is_float
-from formats.cheader.kernels import advice
-from formats.cheader.packings import DENSE, Packing
+from nibblecast.converters.errors import RefusedLoss
+from nibblecast.converters.interfaces import Size
+from nibblecast.converters.ir import Tensor, is_float
+from nibblecast.formats.cheader.kernels import advice
+from nibblecast.formats.cheader.packings import DENSE, Packing
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _LARGEST = 5

@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-from converters.errors import UsageError
+from nibblecast.converters.errors import UsageError
 
 MAX_IDENTIFIER = 63
 MAX_PREFIX = 24

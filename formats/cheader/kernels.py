@@ -15,8 +15,8 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
-from converters.ir import Activation, Tensor, Use, is_integer
-from formats.cheader.packings import DENSE, Packing, packing_for
+from nibblecast.converters.ir import Activation, Tensor, Use, is_integer
+from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 
 _BITS: Mapping[np.dtype[np.generic], int] = MappingProxyType({np.dtype(ml_dtypes.int4): 4, np.dtype(np.int8): 8})
 _SIGNED = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.int4))

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.packing import SUB_BYTE
-from formats.cheader import digits, doubles, floats
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.formats.cheader import digits, doubles, floats
 
 _MANY = 1 << 16
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from converters.errors import UsageError
-from converters.interfaces import Size, option
-from formats.cheader.arrays import ALIGNMENT, BYTES, Arrangement, Style
-from formats.cheader.packings import Packing
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import Size, option
+from nibblecast.formats.cheader.arrays import ALIGNMENT, BYTES, Arrangement, Style
+from nibblecast.formats.cheader.packings import Packing
 
 _MOST_ALIGNMENT = 4096
 _SECTION = re.compile(r"[A-Za-z_.][A-Za-z0-9_.$]{0,127}")
@@ -84,7 +84,7 @@ class CHeaderOptions:
             raise UsageError(f"style={self.style} is not for std=c90, as {_BEYOND_C90[self.style]}: choose words32")
         if self.style == "bytes":
             return BYTES
-        from formats.cheader.styles import STYLES
+        from nibblecast.formats.cheader.styles import STYLES
 
         style = STYLES[self.style]
         if style.needs_source and self.layout == "header":

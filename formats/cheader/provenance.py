@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.errors import CorruptFile
-from converters.ir import Metadata
-from converters.storage import open_regular
-from converters.version import __version__
-from formats.cheader.identifiers import comment
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import Metadata
+from nibblecast.converters.storage import open_regular
+from nibblecast.converters.version import __version__
+from nibblecast.formats.cheader.identifiers import comment
 
 _UNKNOWN_DIGEST = "0" * hashlib.sha256().digest_size * 2
 

@@ -17,23 +17,23 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.allowance import Allowance
-from converters.containment import refuse_outside
-from converters.errors import CorruptFile, Error, MissingFile, Unsupported
-from converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
-from converters.packing import packed_size
-from converters.shapes import MOST_DIMENSIONS, checked_shape
-from converters.storage import Data, InMemory, MappedFile
-from converters.unique_names import UniqueNames
-from formats.cheader.arrays import granularity_of, is_signed, kind_of
-from formats.cheader.c_data import ElementData, Kept, PackedData
-from formats.cheader.c_elements import all_elements, lines_of
-from formats.cheader.c_payload import PayloadFiles, StoredData
-from formats.cheader.c_source import ELEMENT_TYPES, GRANULARITY_NAMES, KIND_NAMES, ArrayText, Declarations
-from formats.cheader.c_table import Row, rows_of
-from formats.cheader.c_tokens import corrupt
-from formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
-from formats.cheader.render import INTERFACE
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.containment import refuse_outside
+from nibblecast.converters.errors import CorruptFile, Error, MissingFile, Unsupported
+from nibblecast.converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
+from nibblecast.converters.packing import packed_size
+from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
+from nibblecast.converters.storage import Data, InMemory, MappedFile
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.cheader.arrays import granularity_of, is_signed, kind_of
+from nibblecast.formats.cheader.c_data import ElementData, Kept, PackedData
+from nibblecast.formats.cheader.c_elements import all_elements, lines_of
+from nibblecast.formats.cheader.c_payload import PayloadFiles, StoredData
+from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, GRANULARITY_NAMES, KIND_NAMES, ArrayText, Declarations
+from nibblecast.formats.cheader.c_table import Row, rows_of
+from nibblecast.formats.cheader.c_tokens import corrupt
+from nibblecast.formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
+from nibblecast.formats.cheader.render import INTERFACE
 
 #: The dtype of each kind and number of bits.
 _DTYPES: Mapping[tuple[str, int], np.dtype[Any]] = MappingProxyType(

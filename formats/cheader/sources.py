@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.errors import UsageError
-from converters.ir import Model, Tensor
-from converters.storage import MappedFile, files_of
-from formats.cheader.arrays import Arrangement, Array
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.storage import MappedFile, files_of
+from nibblecast.formats.cheader.arrays import Arrangement, Array
 
 
 def model_array(model: Model, arrangement: Arrangement) -> Array:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
-from converters.errors import RefusedLoss, UsageError, brief
-from converters.interfaces import Capabilities, OutputFile, Size
-from converters.ir import Loss, Model, Tensor
-from formats.cheader import kernels
-from formats.cheader.arrays import BYTES, Arrangement, Array, Style, check
-from formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
-from formats.cheader.notation import NOTATIONS
-from formats.cheader.options import CHeaderOptions
-from formats.cheader.provenance import Provenance
-from formats.cheader.render import (
+from nibblecast.converters.errors import RefusedLoss, UsageError, brief
+from nibblecast.converters.interfaces import Capabilities, OutputFile, Size
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.formats.cheader import kernels
+from nibblecast.formats.cheader.arrays import BYTES, Arrangement, Array, Style, check
+from nibblecast.formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
+from nibblecast.formats.cheader.notation import NOTATIONS
+from nibblecast.formats.cheader.options import CHeaderOptions
+from nibblecast.formats.cheader.provenance import Provenance
+from nibblecast.formats.cheader.render import (
     PLACEHOLDER,
     Document,
     Entry,
@@ -28,7 +28,7 @@ from formats.cheader.render import (
     placed,
     runtime_header,
 )
-from formats.cheader.text import InitialiserText, text_size
+from nibblecast.formats.cheader.text import InitialiserText, text_size
 
 RUNTIME_HEADER = "nibblecast.h"
 
@@ -155,7 +155,7 @@ class CHeaderWriter:
 
 
 def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement: Arrangement) -> Entry:
-    from formats.cheader.sources import model_array
+    from nibblecast.formats.cheader.sources import model_array
 
     array = model_array(model, arrangement)
     return placed(Entry(array.tensor, prefix, (array,)), max((entry.end for entry in entries), default=0))
@@ -171,8 +171,8 @@ def _depfile(name: str) -> Path:
 def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:
     """The rule for all outputs but the one that other models share: ninja stops at an output that its build statement
     does not declare, and two statements cannot declare the same."""
-    from formats.cheader.depfile import dependency_file
-    from formats.cheader.sources import source_files
+    from nibblecast.formats.cheader.depfile import dependency_file
+    from nibblecast.formats.cheader.sources import source_files
 
     own = [file.path for file in outputs.values() if not file.shared]
     return dependency_file(own, source_files(model))
@@ -256,7 +256,7 @@ def _kernel_notes(tensors: Sequence[Tensor], arrangement: Arrangement, options: 
     found = kernels.notes(tensors, arrangement.packing)
     if not options.fixed_point:
         return found
-    from formats.cheader import fixed_point
+    from nibblecast.formats.cheader import fixed_point
 
     return (*found, *fixed_point.notes(tensors))
 

@@ -16,11 +16,11 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Quantization, Tensor
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import float_scales, group_size, value_dtype
-from formats.encodings.rearranged import columns_in_words, transposed
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.parameters import float_scales, group_size, value_dtype
+from nibblecast.formats.encodings.rearranged import columns_in_words, transposed
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
 

@@ -14,15 +14,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Tensor
-from formats.encodings.awq import PER_WORD, PLACES
-from formats.encodings.column_blocks import ColumnBlocks
-from formats.encodings.encoded import Configuration, Encoded
-from formats.encodings.lowering import computed, integer_quantization
-from formats.encodings.module_names import HEADS, Modules, last_part, linear_module
-from formats.encodings.rearranged import turned
-from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.awq import PER_WORD, PLACES
+from nibblecast.formats.encodings.column_blocks import ColumnBlocks
+from nibblecast.formats.encodings.encoded import Configuration, Encoded
+from nibblecast.formats.encodings.lowering import computed, integer_quantization
+from nibblecast.formats.encodings.module_names import HEADS, Modules, last_part, linear_module
+from nibblecast.formats.encodings.rearranged import turned
+from nibblecast.formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups
 
 _INT32 = np.dtype(np.int32)
 _UINT4 = np.dtype(ml_dtypes.uint4)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from converters.packing import bits_of, pack
-from converters.storage import Computed, Data
-from formats.encodings.codes import dtype_for
-from formats.encodings.lowering import computed
-from formats.encodings.rearranged import by_rows, made_by_rows, turned
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import bits_of, pack
+from nibblecast.converters.storage import Computed, Data
+from nibblecast.formats.encodings.codes import dtype_for
+from nibblecast.formats.encodings.lowering import computed
+from nibblecast.formats.encodings.rearranged import by_rows, made_by_rows, turned
 
 _WORD_BITS = 32
 _INT32 = np.dtype(np.int32)

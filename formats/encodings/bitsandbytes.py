@@ -25,14 +25,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Loss, Quantization, Tensor
-from converters.packing import packed_size
-from converters.shapes import checked_shape
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.flat_blocks import FlatBlocks, flat_blocks
-from formats.encodings.parameters import value_dtype
-from formats.encodings.rearranged import swapped_nibbles
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Loss, Quantization, Tensor
+from nibblecast.converters.packing import packed_size
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.flat_blocks import FlatBlocks, flat_blocks
+from nibblecast.formats.encodings.parameters import value_dtype
+from nibblecast.formats.encodings.rearranged import swapped_nibbles
 
 METHODS = frozenset(("bitsandbytes", "bitsandbytes_4bit"))
 

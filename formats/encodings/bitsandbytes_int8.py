@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Quantization, per_axis
-from formats.encodings.checkpoint import Stored, Weight
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Quantization, per_axis
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
 
 METHODS = frozenset(("bitsandbytes", "bitsandbytes_8bit"))
 

@@ -17,9 +17,9 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
-from converters.errors import CorruptFile, Error, brief
-from converters.ir import Loss, Tensor
-from formats.encodings.unread import unread_codes
+from nibblecast.converters.errors import CorruptFile, Error, brief
+from nibblecast.converters.ir import Loss, Tensor
+from nibblecast.formats.encodings.unread import unread_codes
 
 #: Beyond this a setting is no number of bits, or of elements in a group.
 _LARGEST_SIZE = (1 << 31) - 1
@@ -184,7 +184,7 @@ def _in_order(
 def _weight(stored: Stored, names: tuple[str, ...]) -> Weight | None:
     method = stored.checkpoint.method
     for name in names:
-        encoding = cast("_Encoding", import_module(f"formats.encodings.{name}"))
+        encoding = cast("_Encoding", import_module(f"nibblecast.formats.encodings.{name}"))
         try:
             if not encoding.claims(stored):
                 continue

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Computed, Data
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed, Data
 
 #: The range of codes that each dtype holds, narrowest first.
 _RANGES: Mapping[np.dtype[Any], tuple[int, int]] = MappingProxyType(

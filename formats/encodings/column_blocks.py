@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE
-from converters.storage import release
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.converters.storage import release
 
 _BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22

@@ -26,14 +26,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_tensor
-from formats.encodings.bit_fields import across_rows, along_rows, words_for
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.codes import dtype_for, narrowed
-from formats.encodings.compressed_tensors_scheme import UNREAD, Scheme, layout_names, schemes
-from formats.encodings.float6 import FLOAT6_E2M3, float6
-from formats.encodings.parameters import (
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_tensor
+from nibblecast.formats.encodings.bit_fields import across_rows, along_rows, words_for
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.codes import dtype_for, narrowed
+from nibblecast.formats.encodings.compressed_tensors_scheme import UNREAD, Scheme, layout_names, schemes
+from nibblecast.formats.encodings.float6 import FLOAT6_E2M3, float6
+from nibblecast.formats.encodings.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
     FLOATS,
@@ -44,7 +44,7 @@ from formats.encodings.parameters import (
     small_floats,
     value_dtype,
 )
-from formats.encodings.rearranged import made_by_rows
+from nibblecast.formats.encodings.rearranged import made_by_rows
 
 #: `fp8` and `fbgemm_fp8` have the tensors of float-quantized, and are read as that.
 METHODS = frozenset(("compressed-tensors", "sparseml", "fp8", "fbgemm_fp8"))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from converters.errors import CorruptFile, brief
-from converters.ir import blocked, grid_shape, per_tensor
-from formats.encodings.checkpoint import Checkpoint, Stored, is_size
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import blocked, grid_shape, per_tensor
+from nibblecast.formats.encodings.checkpoint import Checkpoint, Stored, is_size
 
 #: Layouts that are known by name only.
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))

@@ -18,14 +18,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Quantization, Tensor
-from converters.storage import InMemory
-from formats.encodings.bit_fields import code_dtype, in_words, in_words_across
-from formats.encodings.compressed_tensors import MX_BLOCK, NVFP4_BLOCK, divided
-from formats.encodings.compressed_tensors_scheme import SCALE_DTYPES, Scheme, Written
-from formats.encodings.encoded import Configuration, Encoded
-from formats.encodings.lowering import (
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Quantization, Tensor
+from nibblecast.converters.storage import InMemory
+from nibblecast.formats.encodings.bit_fields import code_dtype, in_words, in_words_across
+from nibblecast.formats.encodings.compressed_tensors import MX_BLOCK, NVFP4_BLOCK, divided
+from nibblecast.formats.encodings.compressed_tensors_scheme import SCALE_DTYPES, Scheme, Written
+from nibblecast.formats.encodings.encoded import Configuration, Encoded
+from nibblecast.formats.encodings.lowering import (
     elementwise,
     extent,
     integer_quantization,
@@ -36,8 +36,8 @@ from formats.encodings.lowering import (
     unsigned,
     without_factor,
 )
-from formats.encodings.offsets import offsets_as_zero_points
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
+from nibblecast.formats.encodings.offsets import offsets_as_zero_points
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
 
 _VERSION = "0.20.0"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -8,9 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from converters.containment import refuse_outside
-from converters.errors import CorruptFile
-from converters.storage import open_regular
+from nibblecast.converters.containment import refuse_outside
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.storage import open_regular
 
 CONFIG = "config.json"
 

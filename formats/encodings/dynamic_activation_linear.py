@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.ir import is_float
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.torchao import dynamic_activation_linear
+from nibblecast.converters.ir import is_float
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.torchao import dynamic_activation_linear
 
 METHODS = frozenset(("torchao",))
 

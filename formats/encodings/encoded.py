@@ -18,7 +18,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
-from converters.ir import Loss, Tensor
+from nibblecast.converters.ir import Loss, Tensor
 
 #: The layouts of `--opt layout=` that are encodings, and the module of each.
 WRITABLE: Mapping[str, str] = MappingProxyType(
@@ -69,4 +69,4 @@ class WritableEncoding(Protocol):
 
 def writable_encoding(layout: str) -> WritableEncoding:
     """The module that writes a layout, imported now."""
-    return cast("WritableEncoding", import_module(f"formats.encodings.{WRITABLE[layout]}"))
+    return cast("WritableEncoding", import_module(f"nibblecast.formats.encodings.{WRITABLE[layout]}"))

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from formats.encodings.lowering import in_pieces
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.lowering import in_pieces
 
 _PIECE_ELEMENTS = 1 << 22
 _KEY_BYTES = 8

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Quantization, Tensor, is_float
-from converters.packing import bits_of, pack, packed_size
-from converters.storage import Computed
-from formats.encodings.codes import dtype_for
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Quantization, Tensor, is_float
+from nibblecast.converters.packing import bits_of, pack, packed_size
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.encodings.codes import dtype_for
 
 _FLOAT32 = np.dtype(np.float32)
 _PIECE_ELEMENTS = 1 << 20

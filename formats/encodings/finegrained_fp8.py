@@ -19,10 +19,18 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Quantization, Tensor, grid_shape, per_tensor
-from formats.encodings.checkpoint import Stored, Weight, is_size
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS, exponents, float_scales, value_dtype
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_tensor
+from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.parameters import (
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E8M0,
+    FLOATS,
+    exponents,
+    float_scales,
+    value_dtype,
+)
 
 #: ModelOpt's checkpoints keep weights of DeepSeek's that it did not quantize as they were.
 METHODS = frozenset(("fp8", "modelopt", "modelopt_fp4", "modelopt_mixed"))

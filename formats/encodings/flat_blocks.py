@@ -12,9 +12,9 @@ from math import gcd, prod
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
-from converters.ir import GroupIndex, Quantization, Tensor, grid_shape, per_tensor
-from converters.storage import Computed, Data
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, grid_shape, per_tensor
+from nibblecast.converters.storage import Computed, Data
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from converters.packing import packed_size
-from converters.storage import Computed, Data
-from formats.encodings.bit_fields import dense_fields
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import packed_size
+from nibblecast.converters.storage import Computed, Data
+from nibblecast.formats.encodings.bit_fields import dense_fields
 
 BITS = 6
 FLOAT6_E2M3 = np.dtype(ml_dtypes.float6_e2m3fn)

@@ -20,11 +20,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, is_float
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import group_index, value_dtype
-from formats.encodings.rearranged import by_rows, columns_in_words, transposed, turned
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_float
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.parameters import group_index, value_dtype
+from nibblecast.formats.encodings.rearranged import by_rows, columns_in_words, transposed, turned
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor
-from converters.packing import pack
-from converters.version import __version__
-from formats.encodings.column_blocks import ColumnBlocks
-from formats.encodings.encoded import Configuration, Encoded
-from formats.encodings.gptq import ONES
-from formats.encodings.lowering import computed, elementwise, integer_quantization
-from formats.encodings.module_names import HEADS, Modules, last_part, linear_module, stack_of
-from formats.encodings.parameters import group_index
-from formats.encodings.rearranged import turned
-from formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups, sizes_for
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
+from nibblecast.converters.packing import pack
+from nibblecast.converters.version import __version__
+from nibblecast.formats.encodings.column_blocks import ColumnBlocks
+from nibblecast.formats.encodings.encoded import Configuration, Encoded
+from nibblecast.formats.encodings.gptq import ONES
+from nibblecast.formats.encodings.lowering import computed, elementwise, integer_quantization
+from nibblecast.formats.encodings.module_names import HEADS, Modules, last_part, linear_module, stack_of
+from nibblecast.formats.encodings.parameters import group_index
+from nibblecast.formats.encodings.rearranged import turned
+from nibblecast.formats.encodings.row_groups import GroupSizes, common_size, notes_on, row_groups, sizes_for
 
 _INT32 = np.dtype(np.int32)
 _UINT32 = np.dtype(np.uint32)

@@ -22,12 +22,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Loss, Quantization, Tensor, is_float
-from converters.shapes import checked_shape
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
-from formats.encodings.rearranged import fields
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
+from nibblecast.formats.encodings.rearranged import fields
 
 METHODS = frozenset(("hqq",))
 

@@ -16,12 +16,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Loss, LossKind, Quantization, Tensor, grid_shape, is_integer
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Computed, Data
-from formats.encodings.parameters import FLOAT4, FLOATS, value_dtype
-from formats.encodings.rearranged import by_rows
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, grid_shape, is_integer
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed, Data
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOATS, value_dtype
+from nibblecast.formats.encodings.rearranged import by_rows
 
 _UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
     {

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Quantization, Tensor, blocked
-from formats.encodings.bit_fields import along_rows
-from formats.encodings.checkpoint import Stored, Weight, is_size
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, small_floats
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Quantization, Tensor, blocked
+from nibblecast.formats.encodings.bit_fields import along_rows
+from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, small_floats
 
 METHODS = frozenset(("mlx",))
 

@@ -16,16 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Loss, LossKind, Quantization, Tensor, blocked
-from converters.packing import bits_of
-from formats.encodings.bit_fields import code_dtype
-from formats.encodings.checkpoint import Checkpoint, Stored
-from formats.encodings.encoded import Configuration, Encoded
-from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import flat, from_elements, in_pieces, integer_quantization, refined, unsigned
-from formats.encodings.mlx import DEFAULTS, Setting, decode
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, blocked
+from nibblecast.converters.packing import bits_of
+from nibblecast.formats.encodings.bit_fields import code_dtype
+from nibblecast.formats.encodings.checkpoint import Checkpoint, Stored
+from nibblecast.formats.encodings.encoded import Configuration, Encoded
+from nibblecast.formats.encodings.exactness import largest_change
+from nibblecast.formats.encodings.lowering import (
+    flat,
+    from_elements,
+    in_pieces,
+    integer_quantization,
+    refined,
+    unsigned,
+)
+from nibblecast.formats.encodings.mlx import DEFAULTS, Setting, decode
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 
 _AFFINE_SIZES = (128, 64, 32)
 #: The dtypes of codes and of scales in the modes of small floats.

@@ -21,11 +21,18 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, group_size, small_floats
-from formats.encodings.rearranged import paired_rows
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.parameters import (
+    FLOAT4,
+    FLOAT8_E4M3,
+    exponents,
+    float_scales,
+    group_size,
+    small_floats,
+)
+from nibblecast.formats.encodings.rearranged import paired_rows
 
 METHODS = frozenset(("modelopt", "modelopt_fp4", "modelopt_mixed"))
 

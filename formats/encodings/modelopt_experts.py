@@ -19,12 +19,12 @@ from math import prod
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Quantization, Tensor, grid_shape, per_axis, per_tensor
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.modelopt import METHODS, MX_BLOCK, NVFP4_BLOCK, agree, nested
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOATS, exponents, small_floats
-from formats.encodings.rearranged import paired_rows
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_axis, per_tensor
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.modelopt import METHODS, MX_BLOCK, NVFP4_BLOCK, agree, nested
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOATS, exponents, small_floats
+from nibblecast.formats.encodings.rearranged import paired_rows
 
 __all__ = ["METHODS", "claims", "decode"]
 

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import Unsupported
-from converters.ir import Tensor
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor
 
 #: The last parts of names that only embeddings have in transformers 5.23, where linear layers are replaced alone.
 EMBEDDINGS = frozenset(

@@ -13,9 +13,9 @@ from math import prod
 
 import numpy as np
 
-from converters.errors import CorruptFile
-from formats.encodings.checkpoint import Stored, Weight
-from formats.encodings.parameters import FLOAT4, exponents, small_floats
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.parameters import FLOAT4, exponents, small_floats
 
 METHODS = frozenset(("mxfp4",))
 

@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Tensor, is_integer
-from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import flat, from_elements, in_pieces
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Tensor, is_integer
+from nibblecast.formats.encodings.exactness import largest_change
+from nibblecast.formats.encodings.lowering import flat, from_elements, in_pieces
 
 _INT16 = np.dtype(np.int16)
 _MOST_MULTIPLE = 1 << 14

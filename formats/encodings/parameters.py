@@ -9,10 +9,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
-from converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked, is_integer
-from converters.packing import bits_of
-from converters.storage import InMemory
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked, is_integer
+from nibblecast.converters.packing import bits_of
+from nibblecast.converters.storage import InMemory
 
 FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 FLOAT8_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

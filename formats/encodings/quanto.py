@@ -26,12 +26,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Loss, Quantization, Tensor, grid_shape, is_float, is_integer, per_axis, per_tensor
-from converters.storage import Computed
-from formats.encodings.checkpoint import Stored, Weight, is_size
-from formats.encodings.flat_blocks import flat_blocks
-from formats.encodings.rearranged import fields
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, is_float, is_integer, per_axis, per_tensor
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.flat_blocks import flat_blocks
+from nibblecast.formats.encodings.rearranged import fields
 
 METHODS = frozenset(("quanto",))
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size
-from converters.storage import Computed, Data, InMemory
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size
+from nibblecast.converters.storage import Computed, Data, InMemory
 
 _STRIP_ROWS, _SPARE_BYTES = 128, 16
 

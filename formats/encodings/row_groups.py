@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from sys import maxsize
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Quantization, Tensor
-from formats.encodings.lowering import (
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Quantization, Tensor
+from nibblecast.formats.encodings.lowering import (
     constant,
     elementwise,
     extent,
@@ -21,7 +21,7 @@ from formats.encodings.lowering import (
     unsigned,
     without_factor,
 )
-from formats.encodings.offsets import offsets_as_zero_points
+from nibblecast.formats.encodings.offsets import offsets_as_zero_points
 
 #: What configurations say for whole rows.
 WHOLE_ROWS = -1

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.containment import contained_file, refuse_outside
-from converters.errors import CorruptFile
-from converters.ir import Loss
-from formats.encodings.configuration import read_json
+from nibblecast.converters.containment import contained_file, refuse_outside
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import Loss
+from nibblecast.formats.encodings.configuration import read_json
 
 
 @dataclass(frozen=True, slots=True)

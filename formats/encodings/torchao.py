@@ -17,12 +17,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from formats.encodings.codes import dtype_for, narrowed
-from formats.encodings.parameters import value_dtype
-from formats.encodings.rearranged import made_by_rows, swapped_nibbles, transposed
-from formats.encodings.torchao_affine import (
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.formats.encodings.codes import dtype_for, narrowed
+from nibblecast.formats.encodings.parameters import value_dtype
+from nibblecast.formats.encodings.rearranged import made_by_rows, swapped_nibbles, transposed
+from nibblecast.formats.encodings.torchao_affine import (
     affine,
     affine_quantized,
     bytes_of_pairs,
@@ -35,8 +35,8 @@ from formats.encodings.torchao_affine import (
     tensor_core_codes,
     tinygemm,
 )
-from formats.encodings.torchao_layouts import as_dtype, swizzled_size, unswizzled
-from formats.encodings.torchao_parts import Cpu, Parts, WrappedTensor
+from nibblecast.formats.encodings.torchao_layouts import as_dtype, swizzled_size, unswizzled
+from nibblecast.formats.encodings.torchao_parts import Cpu, Parts, WrappedTensor
 
 __all__ = ["Cpu", "WrappedTensor", "decoded", "dynamic_activation_linear"]
 

@@ -20,13 +20,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
-from converters.packing import SUB_BYTE, bits_of
-from formats.encodings.codes import dtype_for, narrowed
-from formats.encodings.rearranged import made_by_rows, transposed
-from formats.encodings.torchao_layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards
-from formats.encodings.torchao_parts import Parts, WrappedTensor
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of
+from nibblecast.formats.encodings.codes import dtype_for, narrowed
+from nibblecast.formats.encodings.rearranged import made_by_rows, transposed
+from nibblecast.formats.encodings.torchao_layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards
+from nibblecast.formats.encodings.torchao_parts import Parts, WrappedTensor
 
 _INT4 = np.dtype(ml_dtypes.int4)
 _UINT4 = np.dtype(ml_dtypes.uint4)

@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from formats.encodings.rearranged import made_by_rows
-from formats.encodings.torchao_parts import Cpu
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.rearranged import made_by_rows
+from nibblecast.formats.encodings.torchao_parts import Cpu
 
 _UINT4 = np.dtype(ml_dtypes.uint4)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Loss, LossKind, Tensor, is_float, is_integer
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Loss, LossKind, Tensor, is_float, is_integer
 
 #: The instruction sets for which PyTorch packs int4 weights differently.
 Cpu = Literal["avx512", "avx2", "generic"]

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Loss, Tensor
-from converters.shapes import checked_shape
-from formats.encodings.torchao import Cpu, WrappedTensor, decoded
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Loss, Tensor
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.formats.encodings.torchao import Cpu, WrappedTensor, decoded
 
 NAMES = "tensor_names"
 _DEEPEST = 8

@@ -19,12 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Quantization, Tensor, is_integer, per_axis, per_tensor
-from converters.packing import SUB_BYTE
-from formats.encodings.codes import dtype_for, widened
-from formats.encodings.encoded import Configuration, Encoded
-from formats.encodings.lowering import (
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Quantization, Tensor, is_integer, per_axis, per_tensor
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.formats.encodings.codes import dtype_for, widened
+from nibblecast.formats.encodings.encoded import Configuration, Encoded
+from nibblecast.formats.encodings.lowering import (
     computed_in,
     computed_with_scales,
     constant,
@@ -38,9 +38,9 @@ from formats.encodings.lowering import (
     signed,
     without_factor,
 )
-from formats.encodings.offsets import offsets_as_zero_points
-from formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
-from formats.encodings.torchao_safetensors import NAMES
+from nibblecast.formats.encodings.offsets import offsets_as_zero_points
+from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
+from nibblecast.formats.encodings.torchao_safetensors import NAMES
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32 = np.dtype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from converters.ir import SMALL_FLOATS, Tensor, is_integer
+from nibblecast.converters.ir import SMALL_FLOATS, Tensor, is_integer
 
 #: What follows a weight's or a module's name in the names of its scales, and of its codes (the name itself is one).
 _SCALES = (

@@ -21,12 +21,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Quantization, Tensor, blocked, is_float
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Computed, Data
-from formats.encodings.rearranged import by_rows
-from formats.gguf.blocks import iq4_codebook
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, is_float
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed, Data
+from nibblecast.formats.encodings.rearranged import by_rows
+from nibblecast.formats.gguf.blocks import iq4_codebook
 
 _INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
 _INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)

@@ -14,9 +14,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.shapes import MOST_DIMENSIONS, checked_shape
-from converters.storage import FileRange, MappedFile
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
+from nibblecast.converters.storage import FileRange, MappedFile
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

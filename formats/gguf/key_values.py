@@ -14,13 +14,13 @@ from math import prod
 
 import numpy as np
 
-from converters.errors import Unsupported
-from converters.ir import Loss, Model
-from converters.storage import Data, InMemory
-from formats.gguf.blocks import PLAIN_TYPES
-from formats.gguf.container import DEFAULT_ALIGNMENT, MAGIC, STRING, UINT32, Container, TensorInfo
-from formats.gguf.reader import metadata_losses
-from formats.gguf.split import SPLIT_KEYS, open_files
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Loss, Model
+from nibblecast.converters.storage import Data, InMemory
+from nibblecast.formats.gguf.blocks import PLAIN_TYPES
+from nibblecast.formats.gguf.container import DEFAULT_ALIGNMENT, MAGIC, STRING, UINT32, Container, TensorInfo
+from nibblecast.formats.gguf.reader import metadata_losses
+from nibblecast.formats.gguf.split import SPLIT_KEYS, open_files
 
 _VERSION = 3
 #: ggml.h, GGML_QNT_VERSION.

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.allowance import Allowance
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Loss, Metadata, Model, Tensor
-from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
-from formats.gguf.container import Container, TensorInfo
-from formats.gguf.split import SPLIT_KEYS, open_files
-from formats.gguf.stored import StoredBlocks
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
+from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
+from nibblecast.formats.gguf.container import Container, TensorInfo
+from nibblecast.formats.gguf.split import SPLIT_KEYS, open_files
+from nibblecast.formats.gguf.stored import StoredBlocks
 
 _SHOWN_KEYS = 3
 

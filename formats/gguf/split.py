@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from converters.containment import refuse_outside
-from converters.errors import CorruptFile, Error, UsageError, brief
-from converters.storage import MappedFile
-from formats.gguf.container import Container, open_container
+from nibblecast.converters.containment import refuse_outside
+from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.gguf.container import Container, open_container
 
 SPLIT_KEYS = "split."
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"

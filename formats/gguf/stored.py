@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Quantization, Tensor
-from converters.storage import Data, release
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.converters.storage import Data, release
 
 
 @dataclass(frozen=True, slots=True, eq=False)

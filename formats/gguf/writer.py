@@ -15,16 +15,16 @@ from typing import Any, BinaryIO, ClassVar
 import ml_dtypes
 import numpy as np
 
-from converters.errors import Unsupported
-from converters.interfaces import Capabilities, OutputFile, option
-from converters.ir import Loss, Model, Tensor
-from converters.storage import Data, release
-from formats.gguf.arranged import Kind, arrange, arranged
-from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
-from formats.gguf.container import TensorInfo
-from formats.gguf.encoding import encode
-from formats.gguf.key_values import KeyValues
-from formats.gguf.stored import stored_blocks
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.interfaces import Capabilities, OutputFile, option
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.converters.storage import Data, release
+from nibblecast.formats.gguf.arranged import Kind, arrange, arranged
+from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
+from nibblecast.formats.gguf.container import TensorInfo
+from nibblecast.formats.gguf.encoding import encode
+from nibblecast.formats.gguf.key_values import KeyValues
+from nibblecast.formats.gguf.stored import stored_blocks
 
 _MOST_AXES = 4
 _MOST_NAME_BYTES = 63

@@ -18,14 +18,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from converters.packing import SUB_BYTE, pack, packed_size, unpack
-from converters.storage import Computed, Data
-from formats.encodings.flat_blocks import flat_blocks
-from formats.encodings.rearranged import swapped_nibbles
-from formats.onnx.graph import Node, TensorHeader
-from formats.onnx.payload import Payloads
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters.packing import SUB_BYTE, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed, Data
+from nibblecast.formats.encodings.flat_blocks import flat_blocks
+from nibblecast.formats.encodings.rearranged import swapped_nibbles
+from nibblecast.formats.onnx.graph import Node, TensorHeader
+from nibblecast.formats.onnx.payload import Payloads
 
 MICROSOFT = "com.microsoft"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from converters.allowance import Allowance
-from converters.errors import Unsupported
-from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from formats.onnx.lifting import Scope
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import Unsupported
+from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.lifting import Scope
 
 #: A value: the graph that makes it, by identity, and its name there.
 Value = tuple[int, str]

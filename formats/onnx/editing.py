@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from converters.unique_names import UniqueNames
-from formats.onnx.dataflow import Dataflow, Taker, Value
-from formats.onnx.graph import Node, ParsedModel
-from formats.onnx.lifting import Scope
-from formats.onnx.rewriting import GraphEdit, NewInitializer
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.onnx.dataflow import Dataflow, Taker, Value
+from nibblecast.formats.onnx.graph import Node, ParsedModel
+from nibblecast.formats.onnx.lifting import Scope
+from nibblecast.formats.onnx.rewriting import GraphEdit, NewInitializer
 
 
 @dataclass(slots=True)

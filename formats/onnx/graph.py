@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from converters.ir import Port
-from formats.onnx.wire import Range, Record
+from nibblecast.converters.ir import Port
+from nibblecast.formats.onnx.wire import Range, Record
 
 #: The location of payloads that are carried along beside a model in memory.
 CARRIED = "nibblecast:carried"

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from converters.allowance import Allowance
-from converters.errors import Unsupported
-from converters.ir import Tensor, is_float
-from converters.packing import packed_size
-from formats.onnx.block_operators import MICROSOFT
-from formats.onnx.dataflow import Taker
-from formats.onnx.editing import Editor
-from formats.onnx.graph import Node, ParsedModel, TensorHeader
-from formats.onnx.lifting import Matcher, Scope
-from formats.onnx.lowering import Initializer, Lowering, widened
-from formats.onnx.operators import Fusion, Site, expansion, fusions
-from formats.onnx.payload import Payloads
-from formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
-from formats.onnx.rewriting import NewInitializer, as_it_is
-from formats.onnx.schema import DTYPES, ELEMENT_TYPES
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor, is_float
+from nibblecast.converters.packing import packed_size
+from nibblecast.formats.onnx.block_operators import MICROSOFT
+from nibblecast.formats.onnx.dataflow import Taker
+from nibblecast.formats.onnx.editing import Editor
+from nibblecast.formats.onnx.graph import Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.lifting import Matcher, Scope
+from nibblecast.formats.onnx.lowering import Initializer, Lowering, widened
+from nibblecast.formats.onnx.operators import Fusion, Site, expansion, fusions
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
+from nibblecast.formats.onnx.rewriting import NewInitializer, as_it_is
+from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -8,23 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, ClassVar
 
-from converters.errors import CorruptFile, Unsupported, UsageError
-from converters.interfaces import OutputFile
-from converters.ir import Loss, Model, Tensor, is_float
-from converters.storage import MappedFile
-from converters.streaming import pieces
-from formats.onnx import schema
-from formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
-from formats.onnx.made_graph import Lowerable, made_graph
-from formats.onnx.opset import raised, required_opset
-from formats.onnx.repacking import permuted
-from formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
-from formats.onnx.serialize import LARGEST_MODEL, go_to
-from formats.onnx.validation import validate
-from formats.onnx.wire import Range
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
+from nibblecast.converters.interfaces import OutputFile
+from nibblecast.converters.ir import Loss, Model, Tensor, is_float
+from nibblecast.converters.storage import MappedFile
+from nibblecast.converters.streaming import pieces
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
+from nibblecast.formats.onnx.made_graph import Lowerable, made_graph
+from nibblecast.formats.onnx.opset import raised, required_opset
+from nibblecast.formats.onnx.repacking import permuted
+from nibblecast.formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
+from nibblecast.formats.onnx.serialize import LARGEST_MODEL, go_to
+from nibblecast.formats.onnx.validation import validate
+from nibblecast.formats.onnx.wire import Range
 
 if TYPE_CHECKING:
-    from formats.onnx.writer import OnnxOptions
+    from nibblecast.formats.onnx.writer import OnnxOptions
 
 #: Above this, payloads go to a second file unasked: tools need room below protobuf's 2 GiB to add to a model.
 LARGEST_IN_ONE_FILE = 1_500_000_000

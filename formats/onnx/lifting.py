@@ -11,12 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.ir import Tensor
-from converters.shapes import MOST_DIMENSIONS
-from formats.onnx.graph import Graph, Node, TensorHeader
-from formats.onnx.lowering import fits, is_wide
-from formats.onnx.payload import Payloads
-from formats.onnx.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.shapes import MOST_DIMENSIONS
+from nibblecast.formats.onnx.graph import Graph, Node, TensorHeader
+from nibblecast.formats.onnx.lowering import fits, is_wide
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
 
 _FLOAT32 = ELEMENT_TYPES[np.dtype(np.float32)].number
 _UINT8 = ELEMENT_TYPES[np.dtype(np.uint8)].number

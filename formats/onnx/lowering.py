@@ -15,13 +15,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.allowance import Allowance
-from converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
-from converters.packing import SUB_BYTE, bits_of, packed_size, unpack
-from converters.storage import Computed
-from converters.unique_names import UniqueNames
-from formats.onnx.graph import Node
-from formats.onnx.schema import (
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size, unpack
+from nibblecast.converters.storage import Computed
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.onnx.graph import Node
+from nibblecast.formats.onnx.schema import (
     BLOCKS_SINCE,
     DEQUANTIZE_LINEAR_SINCE,
     ELEMENT_TYPES,

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.ir import Model, Tensor, WeightPlace
-from converters.storage import Computed, MappedFile
-from formats.onnx.graph import CARRIED
-from formats.onnx.kept_graph import OnnxGraph
-from formats.onnx.parse import parse
-from formats.onnx.payload import Payloads
-from formats.onnx.repacking import permuted
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Model, Tensor, WeightPlace
+from nibblecast.converters.storage import Computed, MappedFile
+from nibblecast.formats.onnx.graph import CARRIED
+from nibblecast.formats.onnx.kept_graph import OnnxGraph
+from nibblecast.formats.onnx.parse import parse
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.repacking import permuted
 
 if TYPE_CHECKING:
     import onnx_ir

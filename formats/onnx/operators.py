@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from converters.unique_names import UniqueNames
-from formats.onnx.block_operators import MICROSOFT
-from formats.onnx.dataflow import Dataflow, Taker
-from formats.onnx.graph import Node
-from formats.onnx.lifting import Matcher, Scope
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.onnx.block_operators import MICROSOFT
+from nibblecast.formats.onnx.dataflow import Dataflow, Taker
+from nibblecast.formats.onnx.graph import Node
+from nibblecast.formats.onnx.lifting import Matcher, Scope
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.errors import Unsupported, UsageError
-from converters.ir import Model, Tensor
-from converters.storage import MappedFile
-from formats.onnx import schema
-from formats.onnx.dataflow import Dataflow
-from formats.onnx.graph import CARRIED, ParsedModel, TensorHeader
-from formats.onnx.parse import domain_of, parse
-from formats.onnx.payload import Payloads
-from formats.onnx.repacking import Blobs, transposed
-from formats.onnx.rewriting import ExternalData, Payload, Rewriting
-from formats.onnx.wire import Range
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.dataflow import Dataflow
+from nibblecast.formats.onnx.graph import CARRIED, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.parse import domain_of, parse
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.repacking import Blobs, transposed
+from nibblecast.formats.onnx.rewriting import ExternalData, Payload, Rewriting
+from nibblecast.formats.onnx.wire import Range
 
 if TYPE_CHECKING:
-    from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
+    from nibblecast.formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
 
 _LEFT_INSIDE = 1024  # bytes; the converter looks into axes, shapes and the like
 

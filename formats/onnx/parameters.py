@@ -7,12 +7,12 @@ from math import prod
 
 import numpy as np
 
-from converters.errors import CorruptFile
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from formats.encodings.rearranged import Rows, made_by_rows
-from formats.onnx.lifting import Pattern, Spread, Stored
-from formats.onnx.payload import Payloads
-from formats.onnx.schema import GROUP_SIZE
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.formats.encodings.rearranged import Rows, made_by_rows
+from nibblecast.formats.onnx.lifting import Pattern, Spread, Stored
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.schema import GROUP_SIZE
 
 
 def quantization(pattern: Pattern, payloads: Payloads, known: Mapping[int, Tensor]) -> Quantization | None:

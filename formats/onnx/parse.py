@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
-from converters.errors import CorruptFile, Unsupported, printable
-from converters.ir import Port
-from converters.shapes import MOST_DIMENSIONS, checked_shape
-from formats.onnx import schema
-from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from formats.onnx.wire import Range, Record, decode
+from nibblecast.converters.errors import CorruptFile, Unsupported, printable
+from nibblecast.converters.ir import Port
+from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.wire import Range, Record, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
 _LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.allowance import Allowance
-from converters.containment import contained_file
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE, bits_of, packed_size
-from converters.storage import Data, InMemory, MappedFile
-from formats.onnx.graph import CARRIED, TensorHeader
-from formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
-from formats.onnx.wire import Range, count_varints, unpack_varints
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.containment import contained_file
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size
+from nibblecast.converters.storage import Data, InMemory, MappedFile
+from nibblecast.formats.onnx.graph import CARRIED, TensorHeader
+from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
+from nibblecast.formats.onnx.wire import Range, count_varints, unpack_varints
 
 _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 

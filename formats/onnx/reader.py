@@ -10,22 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters.allowance import Allowance
-from converters.errors import CorruptFile, Error
-from converters.ir import Loss, Metadata, Model, Tensor, Use
-from converters.storage import MappedFile
-from converters.unique_names import UniqueNames
-from formats.onnx import schema
-from formats.onnx.block_operators import BlockWeight, block_weights
-from formats.onnx.dataflow import Dataflow, call_scopes
-from formats.onnx.graph import TensorHeader
-from formats.onnx.kept_graph import OnnxGraph
-from formats.onnx.lifting import Matcher, Pattern, Scope, Stored
-from formats.onnx.parameters import quantization
-from formats.onnx.parse import parse
-from formats.onnx.payload import Payloads
-from formats.onnx.rounding import rounded_codes
-from formats.onnx.uses import uses_of
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import CorruptFile, Error
+from nibblecast.converters.ir import Loss, Metadata, Model, Tensor, Use
+from nibblecast.converters.storage import MappedFile
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.block_operators import BlockWeight, block_weights
+from nibblecast.formats.onnx.dataflow import Dataflow, call_scopes
+from nibblecast.formats.onnx.graph import TensorHeader
+from nibblecast.formats.onnx.kept_graph import OnnxGraph
+from nibblecast.formats.onnx.lifting import Matcher, Pattern, Scope, Stored
+from nibblecast.formats.onnx.parameters import quantization
+from nibblecast.formats.onnx.parse import parse
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.rounding import rounded_codes
+from nibblecast.formats.onnx.uses import uses_of
 
 
 class OnnxReader:

@@ -14,9 +14,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import GroupIndex, Quantization, Tensor, is_integer
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Computed
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_integer
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed
 
 _TILE = 256
 _PIECE_BYTES = 1 << 20

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from converters.allowance import Allowance
-from converters.errors import Unsupported
-from converters.ir import Tensor
-from converters.packing import bits_of, packed_size
-from formats.onnx import schema
-from formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from formats.onnx.parse import tensor_header
-from formats.onnx.payload import Payloads
-from formats.onnx.serialize import aligned, encode_node, external_entries, tensor_head
-from formats.onnx.wire import Range, bytes_head, decode, encode, raw_fields
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import bits_of, packed_size
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.parse import tensor_header
+from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.serialize import aligned, encode_node, external_entries, tensor_head
+from nibblecast.formats.onnx.wire import Range, bytes_head, decode, encode, raw_fields
 
 _PAYLOAD_FIELDS = frozenset(
     schema.TENSOR.fields[name].number

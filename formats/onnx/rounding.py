@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Quantization, Tensor
-from converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from converters.storage import Computed, Data
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.storage import Computed, Data
 
 _PIECE_ELEMENTS = 1 << 16
 

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.interfaces import RunPort
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.interfaces import RunPort
 
 if TYPE_CHECKING:
     import onnxruntime

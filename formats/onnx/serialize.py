@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from converters.errors import Unsupported, UsageError
-from converters.ir import Tensor
-from converters.streaming import pieces
-from formats.onnx import schema
-from formats.onnx.graph import Node
-from formats.onnx.lowering import Constant, Initializer
-from formats.onnx.schema import ELEMENT_TYPES
-from formats.onnx.wire import bytes_head, encode, is_unicode
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.streaming import pieces
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.graph import Node
+from nibblecast.formats.onnx.lowering import Constant, Initializer
+from nibblecast.formats.onnx.schema import ELEMENT_TYPES
+from nibblecast.formats.onnx.wire import bytes_head, encode, is_unicode
 
 PRODUCER = "nibblecast"
 #: A protobuf message is no longer than this: https://protobuf.dev/programming-guides/proto-limits/

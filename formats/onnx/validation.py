@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from converters.errors import VerificationFailed
-from converters.storage import read_regular
-from formats.onnx.wire import is_unicode
+from nibblecast.converters.errors import VerificationFailed
+from nibblecast.converters.storage import read_regular
+from nibblecast.formats.onnx.wire import is_unicode
 
 _HANDLES = Path("/proc/self/fd")
 

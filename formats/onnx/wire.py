@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
+from nibblecast.converters.errors import CorruptFile
 
 
 class Kind(Enum):

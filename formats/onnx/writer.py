@@ -12,19 +12,19 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
-from converters.allowance import Allowance
-from converters.errors import Unsupported, UsageError, printable
-from converters.interfaces import Capabilities, OutputFile, Size, option
-from converters.ir import Loss, Model, Tensor, is_integer
-from converters.packing import bits_of, packed_size
-from converters.unique_names import UniqueNames
-from formats.onnx import schema
-from formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
-from formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
-from formats.onnx.lowering import Initializer, Lowering, carrier, widened
-from formats.onnx.made_graph import Lowerable, Missing
-from formats.onnx.schema import ELEMENT_TYPES
-from formats.onnx.serialize import (
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import Unsupported, UsageError, printable
+from nibblecast.converters.interfaces import Capabilities, OutputFile, Size, option
+from nibblecast.converters.ir import Loss, Model, Tensor, is_integer
+from nibblecast.converters.packing import bits_of, packed_size
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.onnx import schema
+from nibblecast.formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
+from nibblecast.formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
+from nibblecast.formats.onnx.lowering import Initializer, Lowering, carrier, widened
+from nibblecast.formats.onnx.made_graph import Lowerable, Missing
+from nibblecast.formats.onnx.schema import ELEMENT_TYPES
+from nibblecast.formats.onnx.serialize import (
     Layout,
     Stream,
     encode_constant,
@@ -33,7 +33,7 @@ from formats.onnx.serialize import (
     encode_output,
     lay_out,
 )
-from formats.onnx.validation import validate
+from nibblecast.formats.onnx.validation import validate
 
 _FLOAT32 = np.dtype(np.float32)
 

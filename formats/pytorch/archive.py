@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.storage import FileRange, MappedFile
-from formats.pytorch.values import reason_of
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.storage import FileRange, MappedFile
+from nibblecast.formats.pytorch.values import reason_of
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"

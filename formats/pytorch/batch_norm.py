@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, brief
-from converters.ir import Loss, Tensor
-from converters.storage import Computed
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import Loss, Tensor
+from nibblecast.converters.storage import Computed
 
 _DEFAULT_EPS = 1e-5
 _STATISTICS = ("running_mean", "running_var")

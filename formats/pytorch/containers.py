@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.storage import MappedFile
-from formats.pytorch.archive import Archive
-from formats.pytorch.dtypes import STORAGES
-from formats.pytorch.limits import Limits
-from formats.pytorch.unpickler import Unpickler
-from formats.pytorch.values import Global, Storage, TorchDtype, described
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.pytorch.archive import Archive
+from nibblecast.formats.pytorch.dtypes import STORAGES
+from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.unpickler import Unpickler
+from nibblecast.formats.pytorch.values import Global, Storage, TorchDtype, described
 
 ZIP_MAGIC = b"PK\x03\x04"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.ir import MOST_DIMENSIONS, Loss
-from formats.pytorch.limits import ENTRY, LEAF, STEP, Limits
-from formats.pytorch.values import Global, Key, Record, StridedTensor, SubclassTensor, described, is_tensor
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.ir import MOST_DIMENSIONS, Loss
+from nibblecast.formats.pytorch.limits import ENTRY, LEAF, STEP, Limits
+from nibblecast.formats.pytorch.values import Global, Key, Record, StridedTensor, SubclassTensor, described, is_tensor
 
 #: Under which keys checkpoints keep the model, the most specific first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "net", "generator", "params", "weights")

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import Error
-from converters.ir import Activation, Tensor, Use, is_float, is_integer
-from formats.encodings.codes import dtype_for
-from formats.pytorch.limits import Limits
-from formats.pytorch.program import Node, Program, Ref
-from formats.pytorch.quantize_operators import (
+from nibblecast.converters.errors import Error
+from nibblecast.converters.ir import Activation, Tensor, Use, is_float, is_integer
+from nibblecast.formats.encodings.codes import dtype_for
+from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.program import Node, Program, Ref
+from nibblecast.formats.pytorch.quantize_operators import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
     QUANTIZE,
@@ -28,8 +28,8 @@ from formats.pytorch.quantize_operators import (
     decoded,
     rounded,
 )
-from formats.pytorch.tensors import is_row_major, tensor_of
-from formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype, shortened
+from nibblecast.formats.pytorch.tensors import is_row_major, tensor_of
+from nibblecast.formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype, shortened
 
 _PASSING = frozenset(
     {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}

@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from converters.ir import Loss, Port, Tensor, is_float
-from formats.pytorch.archive import Archive
-from formats.pytorch.dataflow import Flow, Weight, flow_of
-from formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
-from formats.pytorch.limits import LEAF, Limits
-from formats.pytorch.payloads import Payloads, payloads
-from formats.pytorch.program import Program, program_of
-from formats.pytorch.tensors import take, tensor_of
-from formats.pytorch.values import StridedTensor, SubclassTensor
+from nibblecast.converters.ir import Loss, Port, Tensor, is_float
+from nibblecast.formats.pytorch.archive import Archive
+from nibblecast.formats.pytorch.dataflow import Flow, Weight, flow_of
+from nibblecast.formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
+from nibblecast.formats.pytorch.limits import LEAF, Limits
+from nibblecast.formats.pytorch.payloads import Payloads, payloads
+from nibblecast.formats.pytorch.program import Program, program_of
+from nibblecast.formats.pytorch.tensors import take, tensor_of
+from nibblecast.formats.pytorch.values import StridedTensor, SubclassTensor
 
 #: What folding and lifting call their constants, whatever they were before.
 _NAMELESS = re.compile(r"(?:.*\.)?(?:_frozen_param|_?lifted_tensor_|_(?:lifted_)?tensor_constant|_param_constant)\d+")

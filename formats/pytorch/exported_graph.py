@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.errors import Error, MissingDependency, Unsupported, UsageError, brief
-from converters.ir import Tensor, WeightPlace
-from formats.pytorch.program import Program
-from formats.pytorch.rebuilding import Rebuilt, rebuilt
+from nibblecast.converters.errors import Error, MissingDependency, Unsupported, UsageError, brief
+from nibblecast.converters.ir import Tensor, WeightPlace
+from nibblecast.formats.pytorch.program import Program
+from nibblecast.formats.pytorch.rebuilding import Rebuilt, rebuilt
 
 if TYPE_CHECKING:
     import onnx_ir as ir

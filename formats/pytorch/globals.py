@@ -12,11 +12,11 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import MOST_DIMENSIONS
-from formats.pytorch.dtypes import ALIASES, DTYPES
-from formats.pytorch.limits import ENTRY, REFERENCE, STEP
-from formats.pytorch.values import (
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import MOST_DIMENSIONS
+from nibblecast.formats.pytorch.dtypes import ALIASES, DTYPES
+from nibblecast.formats.pytorch.limits import ENTRY, REFERENCE, STEP
+from nibblecast.formats.pytorch.values import (
     AttributedDict,
     Global,
     Quantizer,

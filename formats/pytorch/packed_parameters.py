@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from converters.ir import Loss
-from formats.pytorch.contents import Leaf, StateDict
-from formats.pytorch.limits import STEP, Limits
-from formats.pytorch.values import Record, StridedTensor, described, is_tensor, shortened
+from nibblecast.converters.ir import Loss
+from nibblecast.formats.pytorch.contents import Leaf, StateDict
+from nibblecast.formats.pytorch.limits import STEP, Limits
+from nibblecast.formats.pytorch.values import Record, StridedTensor, described, is_tensor, shortened
 
 #: What the last parts of a name become for a weight and for a bias.
 _SUFFIXES = (

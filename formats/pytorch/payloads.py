@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from converters.errors import CorruptFile, Error, Unsupported, brief
-from converters.ir import Loss
-from formats.pytorch.archive import OLD_PROGRAM, Archive
-from formats.pytorch.containers import ZIP_MAGIC, saved_value
-from formats.pytorch.globals import view_of
-from formats.pytorch.limits import LEAF, Limits
-from formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
-from formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
+from nibblecast.converters.ir import Loss
+from nibblecast.formats.pytorch.archive import OLD_PROGRAM, Archive
+from nibblecast.formats.pytorch.containers import ZIP_MAGIC, saved_value
+from nibblecast.formats.pytorch.globals import view_of
+from nibblecast.formats.pytorch.limits import LEAF, Limits
+from nibblecast.formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
+from nibblecast.formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
 
 _STRIDED = 7  # schema.Layout
 _MODELS, _JSON = "models/", ".json"

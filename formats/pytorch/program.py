@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Port
-from formats.pytorch.dtypes import DTYPES
-from formats.pytorch.values import TorchDtype, reason_of, shortened
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Port
+from nibblecast.formats.pytorch.dtypes import DTYPES
+from nibblecast.formats.pytorch.values import TorchDtype, reason_of, shortened
 
 #: schema.ScalarType
 _SCALAR_TYPES: Mapping[int, str] = {

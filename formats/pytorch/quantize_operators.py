@@ -17,15 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Quantization, Tensor, blocked, grid_shape, is_float, is_integer, per_axis, per_tensor
-from converters.packing import bits_of
-from formats.encodings.codes import dtype_for, narrowed
-from formats.encodings.fake_quantize import quantized
-from formats.pytorch.limits import Limits
-from formats.pytorch.program import Node, Ref
-from formats.pytorch.tensors import row_major
-from formats.pytorch.values import StridedTensor, TorchDtype, described, shortened
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import (
+    Quantization,
+    Tensor,
+    blocked,
+    grid_shape,
+    is_float,
+    is_integer,
+    per_axis,
+    per_tensor,
+)
+from nibblecast.converters.packing import bits_of
+from nibblecast.formats.encodings.codes import dtype_for, narrowed
+from nibblecast.formats.encodings.fake_quantize import quantized
+from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.program import Node, Ref
+from nibblecast.formats.pytorch.tensors import row_major
+from nibblecast.formats.pytorch.values import StridedTensor, TorchDtype, described, shortened
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32 = np.iinfo(np.int32)

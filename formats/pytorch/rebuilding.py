@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, MissingDependency, Unsupported, brief
-from converters.ir import Port, Tensor
-from formats.pytorch.program import Node, Opaque, Program, Ref
-from formats.pytorch.quantize_operators import DEQUANTIZE, QUANTIZE
-from formats.pytorch.values import TorchDtype, shortened
+from nibblecast.converters.errors import CorruptFile, MissingDependency, Unsupported, brief
+from nibblecast.converters.ir import Port, Tensor
+from nibblecast.formats.pytorch.program import Node, Opaque, Program, Ref
+from nibblecast.formats.pytorch.quantize_operators import DEQUANTIZE, QUANTIZE
+from nibblecast.formats.pytorch.values import TorchDtype, shortened
 
 _NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed", "torchao"})
 #: Operators that reach beyond their inputs.

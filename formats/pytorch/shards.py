@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from converters.errors import Error, Unsupported
-from converters.storage import MappedFile
-from formats.encodings.shards import Shards, owners, shards_of
-from formats.pytorch.archive import CONSTANTS, Archive
-from formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
-from formats.pytorch.contents import StateDict, as_saved, strip_wrappers
-from formats.pytorch.limits import Limits
+from nibblecast.converters.errors import Error, Unsupported
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.encodings.shards import Shards, owners, shards_of
+from nibblecast.formats.pytorch.archive import CONSTANTS, Archive
+from nibblecast.formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
+from nibblecast.formats.pytorch.contents import StateDict, as_saved, strip_wrappers
+from nibblecast.formats.pytorch.limits import Limits
 
 _INDEX = "*.bin.index.json"
 _NAMED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "adapter_model.bin", "consolidated.*.pth")

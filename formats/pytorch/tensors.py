@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Quantization, Tensor, per_axis, per_tensor
-from converters.packing import packed_size
-from converters.storage import Computed, Data, FileRange, InMemory
-from formats.pytorch.limits import STEP, Limits
-from formats.pytorch.values import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Quantization, Tensor, per_axis, per_tensor
+from nibblecast.converters.packing import packed_size
+from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
+from nibblecast.formats.pytorch.limits import STEP, Limits
+from nibblecast.formats.pytorch.values import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
 
 _FLOAT64 = np.dtype(np.float64)
 _UINT4 = np.dtype(ml_dtypes.uint4)

@@ -15,9 +15,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from converters.errors import CorruptFile, brief
-from converters.storage import FileRange
-from formats.pytorch.limits import STEP
+from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.storage import FileRange
+from nibblecast.formats.pytorch.limits import STEP
 
 _LONGEST_KEY = 1 << 14
 _MOST_KEY_PARTS = 64

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.errors import CorruptFile
-from formats.encodings.torchao_parts import WrappedTensor
-from formats.pytorch.limits import LEAF, STEP, Limits
-from formats.pytorch.tensors import tensor_of
-from formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.formats.encodings.torchao_parts import WrappedTensor
+from nibblecast.formats.pytorch.limits import LEAF, STEP, Limits
+from nibblecast.formats.pytorch.tensors import tensor_of
+from nibblecast.formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor
 
 _DEEPEST = 8  # nested attributes: a weight in a wrapper, codes in an implementation, planes in these
 

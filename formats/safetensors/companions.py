@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.containment import is_inside
-from converters.errors import CorruptFile
-from converters.interfaces import Companion, OutputFile
-from converters.ir import Loss, Model
-from formats.encodings.configuration import CONFIG, QUANTIZATION_FILES, QUANTIZATION_KEYS, model_config
+from nibblecast.converters.containment import is_inside
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.interfaces import Companion, OutputFile
+from nibblecast.converters.ir import Loss, Model
+from nibblecast.formats.encodings.configuration import CONFIG, QUANTIZATION_FILES, QUANTIZATION_KEYS, model_config
 
 _FORMATS_WITH_CONFIG = frozenset(("safetensors", "pytorch"))
 _WEIGHTS = frozenset(

@@ -16,11 +16,11 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.packing import bits_of
-from converters.shapes import checked_shape
-from converters.storage import Data, MappedFile
-from formats.encodings import float6
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.packing import bits_of
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.storage import Data, MappedFile
+from nibblecast.formats.encodings import float6
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"

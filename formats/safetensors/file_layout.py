@@ -9,12 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from converters.errors import Unsupported
-from converters.interfaces import OutputFile
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE, bits_of
-from converters.streaming import pieces_of
-from formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.interfaces import OutputFile
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE, bits_of
+from nibblecast.converters.streaming import pieces_of
+from nibblecast.formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
 
 #: The container's name of each dtype that it stores as it is.
 KINDS: Mapping[Any, str] = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}

@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Loss, Model, Tensor, is_float
-from converters.storage import Computed, Joined
-from formats.encodings import modelopt, mxfp4
-from formats.encodings.column_blocks import ColumnBlocks
+from nibblecast.converters.ir import Loss, Model, Tensor, is_float
+from nibblecast.converters.storage import Computed, Joined
+from nibblecast.formats.encodings import modelopt, mxfp4
+from nibblecast.formats.encodings.column_blocks import ColumnBlocks
 
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
 _PRE_QUANT_SCALE = ".pre_quant_scale"

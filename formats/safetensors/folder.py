@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import ml_dtypes
 import numpy as np
 
-from converters.errors import Unsupported
-from converters.interfaces import Companion, OutputFile
-from converters.ir import Loss, Model, Tensor
-from formats.encodings.configuration import CONFIG
-from formats.encodings.encoded import Configuration, Encoded, writable_encoding
-from formats.encodings.lowering import computed_with_scales
-from formats.safetensors.companions import copied, json_companion, rewritten_config
-from formats.safetensors.file_layout import KINDS, FileLayout, laid_out
-from formats.safetensors.float_model import as_float_model, unheld_scales
-from formats.safetensors.packed_keys import PackedKeys
-from formats.safetensors.packed_layout import METADATA_NAME, description_of
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.interfaces import Companion, OutputFile
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.formats.encodings.configuration import CONFIG
+from nibblecast.formats.encodings.encoded import Configuration, Encoded, writable_encoding
+from nibblecast.formats.encodings.lowering import computed_with_scales
+from nibblecast.formats.safetensors.companions import copied, json_companion, rewritten_config
+from nibblecast.formats.safetensors.file_layout import KINDS, FileLayout, laid_out
+from nibblecast.formats.safetensors.float_model import as_float_model, unheld_scales
+from nibblecast.formats.safetensors.packed_keys import PackedKeys
+from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, description_of
 
 if TYPE_CHECKING:
-    from formats.safetensors.writer import SafetensorsOptions
+    from nibblecast.formats.safetensors.writer import SafetensorsOptions
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.ir import Model, Tensor
-from converters.unique_names import UniqueNames
-from formats.safetensors.container import METADATA_KEY, is_unicode
-from formats.safetensors.file_layout import KINDS
-from formats.safetensors.packed_layout import described
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.safetensors.container import METADATA_KEY, is_unicode
+from nibblecast.formats.safetensors.file_layout import KINDS
+from nibblecast.formats.safetensors.packed_layout import described
 
 
 class PackedKeys:

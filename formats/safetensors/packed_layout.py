@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported, brief
-from converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
-from converters.packing import SUB_BYTE
-from converters.shapes import checked_shape
-from formats.encodings import float6
-from formats.safetensors.container import DTYPES, StoredTensor, is_unicode
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.formats.encodings import float6
+from nibblecast.formats.safetensors.container import DTYPES, StoredTensor, is_unicode
 
 METADATA_NAME = "nibblecast"
 VERSION = 1

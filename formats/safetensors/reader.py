@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters.allowance import Allowance
-from converters.ir import Loss, Metadata, Model, Tensor
-from formats.encodings import torchao_safetensors
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
-from formats.encodings.configuration import model_config, quantization_config
-from formats.encodings.float6 import BY_NAME
-from formats.safetensors.container import Container
-from formats.safetensors.packed_layout import METADATA_NAME, build
-from formats.safetensors.shards import open_checkpoint
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
+from nibblecast.formats.encodings import torchao_safetensors
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from nibblecast.formats.encodings.configuration import model_config, quantization_config
+from nibblecast.formats.encodings.float6 import BY_NAME
+from nibblecast.formats.safetensors.container import Container
+from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, build
+from nibblecast.formats.safetensors.shards import open_checkpoint
 
 _FLOAT6 = "its float6 tensors are taken to have the lowest bits first, an order that safetensors leaves open"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters.errors import Error, Unsupported
-from converters.ir import Loss
-from converters.storage import MappedFile
-from formats.encodings.shards import owners, shards_of
-from formats.encodings.torchao_safetensors import together
-from formats.safetensors.container import Container, open_container
-from formats.safetensors.packed_layout import METADATA_NAME, merged
+from nibblecast.converters.errors import Error, Unsupported
+from nibblecast.converters.ir import Loss
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.encodings.shards import owners, shards_of
+from nibblecast.formats.encodings.torchao_safetensors import together
+from nibblecast.formats.safetensors.container import Container, open_container
+from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, merged
 
 _INDEX = "*.safetensors.index.json"
 _SHARD = "*.safetensors"

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal
 
-from converters.errors import UsageError
-from converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Size, option
-from converters.ir import Loss, Model, Tensor
-from formats.safetensors.file_layout import FileLayout, laid_out, write_at
-from formats.safetensors.packed_keys import PackedKeys
-from formats.safetensors.packed_layout import DTYPES_BY_NAME, METADATA_NAME, description_of
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import Capabilities, FolderPlan, OutputFile, Plan, Size, option
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.formats.safetensors.file_layout import FileLayout, laid_out, write_at
+from nibblecast.formats.safetensors.packed_keys import PackedKeys
+from nibblecast.formats.safetensors.packed_layout import DTYPES_BY_NAME, METADATA_NAME, description_of
 
 _EXTENSION = ".safetensors"
 
@@ -54,7 +54,7 @@ class SafetensorsWriter:
         """Lays out the files. Raises Unsupported when a header would pass the container's limit, or for what the layout
         cannot hold; UsageError for a file in a layout that needs a configuration."""
         if target.suffix.lower() != _EXTENSION and not target.is_file():
-            from formats.safetensors.folder import planned_folder  # a single file needs none of it
+            from nibblecast.formats.safetensors.folder import planned_folder  # a single file needs none of it
 
             return planned_folder(model, target, options)
         if options.layout != "packed":

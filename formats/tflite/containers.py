@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from converters.errors import CorruptFile, Unsupported
-from converters.storage import FileRange, MappedFile
-from formats.tflite.flatbuffer import Table, scalar, string, table, tables
-from formats.tflite.schema import IDENTIFIER
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.storage import FileRange, MappedFile
+from nibblecast.formats.tflite.flatbuffer import Table, scalar, string, table, tables
+from nibblecast.formats.tflite.schema import IDENTIFIER
 
 if TYPE_CHECKING:
     import zipfile

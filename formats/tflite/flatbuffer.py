@@ -21,7 +21,7 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.errors import CorruptFile, Unsupported
 
 #: Bytes that may be read into objects: so many times the flatbuffer's size, and some for small ones.
 _MOST_READS = 2

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from formats.tflite.flatbuffer import Table
+from nibblecast.formats.tflite.flatbuffer import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_axis, per_tensor
-from formats.tflite.schema import BlockwiseQuantization, MultiAxisQuantization, QuantizationParameters
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_axis, per_tensor
+from nibblecast.formats.tflite.schema import BlockwiseQuantization, MultiAxisQuantization, QuantizationParameters
 
 _SCALE_DTYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
 

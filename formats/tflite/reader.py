@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.allowance import Allowance
-from converters.containment import contained_file
-from converters.errors import CorruptFile, Error, Unsupported, brief
-from converters.ir import (
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.containment import contained_file
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
+from nibblecast.converters.ir import (
     Activation,
     Loss,
     Metadata,
@@ -28,15 +28,15 @@ from converters.ir import (
     Use,
     is_integer,
 )
-from converters.packing import SUB_BYTE
-from converters.shapes import checked_shape
-from converters.storage import Data, FileRange, InMemory, MappedFile
-from converters.unique_names import UniqueNames
-from formats.tflite import schema
-from formats.tflite.containers import Section, sections
-from formats.tflite.graph import TFLiteGraph
-from formats.tflite.quantization import quantization_of
-from formats.tflite.sparsity import SparseData, sparse_layout
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.storage import Data, FileRange, InMemory, MappedFile
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.containers import Section, sections
+from nibblecast.formats.tflite.graph import TFLiteGraph
+from nibblecast.formats.tflite.quantization import quantization_of
+from nibblecast.formats.tflite.sparsity import SparseData, sparse_layout
 
 #: A tensor by subgraph and index.
 Key = tuple[int, int]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from converters.interfaces import RunPort
-from formats.tflite.reader import TFLiteReader
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.interfaces import RunPort
+from nibblecast.formats.tflite.reader import TFLiteReader
 
 _WRONG_REFERENCES = frozenset({"LOCAL_RESPONSE_NORMALIZATION", "SUM"})
 _NO_KERNEL = "Didn't find op"

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
+from nibblecast.formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
 
 IDENTIFIER = b"TFL3"
 VERSION = 3

@@ -16,9 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Unsupported
-from converters.storage import Data
-from formats.tflite.schema import DimensionMetadata, Int32Vector, SparsityParameters, Uint8Vector, Uint16Vector
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.storage import Data
+from nibblecast.formats.tflite.schema import (
+    DimensionMetadata,
+    Int32Vector,
+    SparsityParameters,
+    Uint8Vector,
+    Uint16Vector,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

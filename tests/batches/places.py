@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.batches.records import REPORT
+from nibblecast.converters.batches.records import REPORT
 from tests.formats.encodings.checkpoints import write_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

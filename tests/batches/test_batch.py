@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import converters
-from converters.batches.jobs import Job, Request
-from converters.batches.places import LocalFolder
-from converters.batches.records import REPORT, Record, read_report
-from converters.batches.run import Settings
-from converters.errors import UsageError
-from converters.output.private_folder import hidden_name, make_temporary
+import nibblecast
+from nibblecast.converters.batches.jobs import Job, Request
+from nibblecast.converters.batches.places import LocalFolder
+from nibblecast.converters.batches.records import REPORT, Record, read_report
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.output.private_folder import hidden_name, make_temporary
 from tests.formats.encodings.checkpoints import write_folder
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -51,7 +51,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "converters", "batch", *map(str, arguments)]
+    command = [sys.executable, "-m", "nibblecast", "batch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -98,14 +98,14 @@ def test_json_is_the_whole_answer(models: Path, tmp_path: Path) -> None:
 
 
 def test_several_formats_at_once(models: Path, tmp_path: Path) -> None:
-    result = converters.batch(models / "part0", tmp_path / "out", ["safetensors", "cheader"], exclude=["types_zoo*"])
+    result = nibblecast.batch(models / "part0", tmp_path / "out", ["safetensors", "cheader"], exclude=["types_zoo*"])
     assert not result.failed
     suffixes = {Path(output.path).suffix for record in result.records for output in record.outputs}
     assert suffixes == {".safetensors", ".h", ".c"}
 
 
 def test_of_several_formats_all_or_none_are_written(models: Path, tmp_path: Path) -> None:
-    result = converters.batch(models, tmp_path / "out", ["safetensors", "cheader"], include=["*types_zoo*"])
+    result = nibblecast.batch(models, tmp_path / "out", ["safetensors", "cheader"], include=["*types_zoo*"])
     (record,) = result.failed
     assert record.failure is not None
     assert "format 'cheader' cannot hold complex64" in record.failure.message
@@ -115,15 +115,15 @@ def test_of_several_formats_all_or_none_are_written(models: Path, tmp_path: Path
 def test_a_list_of_paths(models: Path, tmp_path: Path) -> None:
     chosen = [*sorted((models / "part0").iterdir())[:3], models / "part1" / "llama"]
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in chosen))
-    result = converters.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
+    result = nibblecast.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
     assert [record.source for record in result.records] == [str(path.relative_to(models)) for path in chosen]
-    command = [sys.executable, "-m", "converters", "batch", "-", str(tmp_path / "again"), "--to", "safetensors"]
+    command = [sys.executable, "-m", "nibblecast", "batch", "-", str(tmp_path / "again"), "--to", "safetensors"]
     subprocess.run(command, input=(tmp_path / "list.txt").read_text(), text=True, check=True, capture_output=True)
     assert outputs_of(tmp_path / "again") == outputs_of(tmp_path / "out")
 
 
 def test_patterns_choose_sources(models: Path, tmp_path: Path) -> None:
-    result = converters.batch(models, tmp_path / "out", "safetensors", include=["part0/*"], exclude=[GOOD[0].name])
+    result = nibblecast.batch(models, tmp_path / "out", "safetensors", include=["part0/*"], exclude=[GOOD[0].name])
     assert {record.source for record in result.records} == {
         f"part0/{path.name}" for number, path in enumerate(GOOD) if number % 3 == 0 and number
     }
@@ -133,7 +133,7 @@ def test_weights_beside_a_model_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for name in ("external_buffer.tflite", "external_buffer.weights.bin"):
         shutil.copy(FIXTURES / "tflite" / name, tmp_path / "models")
-    result = converters.batch(tmp_path / "models", tmp_path / "out", "safetensors")
+    result = nibblecast.batch(tmp_path / "models", tmp_path / "out", "safetensors")
     assert [record.source for record in result.records] == ["external_buffer.tflite"]
     assert not result.failed
 
@@ -141,7 +141,7 @@ def test_weights_beside_a_model_are_no_model(tmp_path: Path) -> None:
 def test_names_that_clash_are_an_error_before_the_start(models: Path, tmp_path: Path) -> None:
     shutil.copy(models / "part0" / GOOD[0].name, models / "part0" / f"{GOOD[0].stem}.litertlm")
     with pytest.raises(UsageError, match="would be written for .* and for .*: leave one of them out with --exclude"):
-        converters.batch(models, tmp_path / "out", "safetensors")
+        nibblecast.batch(models, tmp_path / "out", "safetensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -161,13 +161,13 @@ def test_sources_that_are_none(source: str, message: str, tmp_path: Path) -> Non
     (tmp_path / "binary").write_bytes(b"\xff\x00\xfe")
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(UsageError, match=message):
-        converters.batch(tmp_path / source, tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / source, tmp_path / "out", "safetensors")
 
 
 def test_a_dry_run_prices_the_job_and_writes_nothing(models: Path, tmp_path: Path) -> None:
-    planned = converters.batch(models, tmp_path / "out", "safetensors", settings=Settings(dry_run=True))
+    planned = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=Settings(dry_run=True))
     assert not (tmp_path / "out").exists()
-    done = converters.batch(models, tmp_path / "out", "safetensors")
+    done = nibblecast.batch(models, tmp_path / "out", "safetensors")
     sizes = [[(o.path, o.bytes) for o in record.outputs] for record in planned.records]
     assert sizes == [[(o.path, o.bytes) for o in record.outputs] for record in done.records]
     assert [record.done for record in planned.records] == [record.done for record in done.records]
@@ -175,24 +175,24 @@ def test_a_dry_run_prices_the_job_and_writes_nothing(models: Path, tmp_path: Pat
 
 def test_resume_skips_what_is_done_and_unchanged(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    converters.batch(models, out, "safetensors")
+    nibblecast.batch(models, out, "safetensors")
     changed, gone, again = (f"part0/{GOOD[number].name}" for number in (0, 3, 6))
     shutil.copy(GOOD[1], models / changed)
     (out / gone).with_suffix(".safetensors").unlink()
     (out / again).with_suffix(".safetensors").write_bytes(b"")
     (models / "empty.tflite").write_bytes(GOOD[2].read_bytes())
-    result = converters.batch(models, out, "safetensors", settings=Settings(resume=True))
+    result = nibblecast.batch(models, out, "safetensors", settings=Settings(resume=True))
     redone = {record.source for record in result.records if not record.kept}
     assert redone == {changed, gone, again, *BROKEN}
     assert {record.source for record in result.failed} == set(BROKEN) - {"empty.tflite"}
-    converters.batch(models, tmp_path / "whole", "safetensors")
+    nibblecast.batch(models, tmp_path / "whole", "safetensors")
     assert outputs_of(out) == outputs_of(tmp_path / "whole")
 
 
 def test_other_options_are_done_again(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    converters.batch(models / "part0", out, "safetensors")
-    result = converters.batch(
+    nibblecast.batch(models / "part0", out, "safetensors")
+    result = nibblecast.batch(
         models / "part0", out, "safetensors", dequantize="float16", settings=Settings(resume=True)
     )
     assert not any(record.kept for record in result.records)
@@ -200,17 +200,17 @@ def test_other_options_are_done_again(models: Path, tmp_path: Path) -> None:
 
 def test_a_report_with_a_torn_line_is_read(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    converters.batch(models / "part0", out, "safetensors")
+    nibblecast.batch(models / "part0", out, "safetensors")
     report = out / REPORT
     whole = report.read_bytes()
     report.write_bytes(whole[:-40] + b'{"status": "done", "sour\xff')
-    result = converters.batch(models / "part0", out, "safetensors", settings=Settings(resume=True))
+    result = nibblecast.batch(models / "part0", out, "safetensors", settings=Settings(resume=True))
     assert sum(not record.kept for record in result.records) == 1
     assert len(read_report(report)) == len(result.records)
 
 
 def test_the_first_failure_ends_a_batch_that_wants_it(models: Path, tmp_path: Path) -> None:
-    result = converters.batch(models, tmp_path / "out", "safetensors", settings=Settings(fail_fast=True, jobs=1))
+    result = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=Settings(fail_fast=True, jobs=1))
     assert len(result.failed) == 1
     assert len(result.records) < len(GOOD)
 
@@ -234,7 +234,7 @@ def test_what_an_ended_process_left_is_removed_and_nothing_else(tmp_path: Path) 
 
 def test_as_many_formats_as_targets_are_needed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there are 2 targets, but 1 formats"):
-        converters.convert(GOOD[0], tmp_path / "a.h", tmp_path / "b.h", to=["cheader"])
+        nibblecast.convert(GOOD[0], tmp_path / "a.h", tmp_path / "b.h", to=["cheader"])
 
 
 def test_two_batches_do_not_write_one_folder(models: Path, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_two_batches_do_not_write_one_folder(models: Path, tmp_path: Path) -> No
         assert holder.stdout is not None
         holder.stdout.readline()
         with pytest.raises(UsageError, match="is being written by another batch"):
-            converters.batch(models, tmp_path / "out", "safetensors")
+            nibblecast.batch(models, tmp_path / "out", "safetensors")
         holder.kill()
 
 
@@ -263,7 +263,7 @@ def test_a_killed_tree_is_resumed_to_the_same_outcome(models: Path, tmp_path: Pa
     arguments = ["batch", str(models), str(out), "--to", "safetensors", "--to", "cheader", "--jobs", "2", "--resume"]
     for _ in range(10):
         with subprocess.Popen(
-            [sys.executable, "-m", "converters", *arguments],
+            [sys.executable, "-m", "nibblecast", *arguments],
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

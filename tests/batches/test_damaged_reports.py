@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-import converters
-from converters.batches.records import REPORT, Failure, Output, Record, read_report, record_of, write_report
-from converters.batches.run import Settings
-from converters.errors import CorruptFile
+import nibblecast
+from nibblecast.converters.batches.records import REPORT, Failure, Output, Record, read_report, record_of, write_report
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.errors import CorruptFile
 
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
@@ -153,7 +153,7 @@ def damaged(tmp_path: Path) -> Path:
     """A batch's target whose report has, beside the record of its model, all damaged lines."""
     (tmp_path / "in").mkdir()
     shutil.copy(INT4, tmp_path / "in" / "z.tflite")
-    converters.batch(tmp_path / "in", tmp_path / "out", "safetensors")
+    nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors")
     report = tmp_path / "out" / REPORT
     own = report.read_text()
     report.write_text(
@@ -163,13 +163,13 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_report_and_resume_go_on(damaged: Path, tmp_path: Path) -> None:
-    document = converters.report(damaged, tmp_path / "page.html").document()
+    document = nibblecast.report(damaged, tmp_path / "page.html").document()
     json.dumps(document, allow_nan=False)
     for arguments in (["report", damaged, "--json"], ["report", damaged, "-o", tmp_path / "b.html"]):
-        command = [sys.executable, "-m", "converters", *map(str, arguments)]
+        command = [sys.executable, "-m", "nibblecast", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert (done.returncode, done.stderr) == (0, "")
-    (record,) = converters.batch(tmp_path / "in", damaged, "safetensors", settings=Settings(resume=True)).records
+    (record,) = nibblecast.batch(tmp_path / "in", damaged, "safetensors", settings=Settings(resume=True)).records
     assert record.kept
     assert [record_of(line) for line in (damaged / REPORT).read_text().splitlines()] == [record]
 
@@ -178,7 +178,7 @@ def test_report_and_resume_go_on(damaged: Path, tmp_path: Path) -> None:
 def test_a_report_of_damaged_lines_alone_holds_no_record(line: str, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(line)
     with pytest.raises(CorruptFile, match="holds no record of a batch"):
-        converters.report(tmp_path / "r.jsonl")
+        nibblecast.report(tmp_path / "r.jsonl")
 
 
 def no_file(path: Path) -> None:

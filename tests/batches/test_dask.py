@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.batches.records import REPORT, read_report
+from nibblecast.converters.batches.records import REPORT, read_report
 
 pytestmark = pytest.mark.peers
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
@@ -25,7 +25,7 @@ MODELS = [path for path in sorted(FIXTURES.glob("*.tflite")) if not path.name.st
 SLOW = """
 import os, signal, time
 from pathlib import Path
-from converters.batches import jobs
+from nibblecast.converters.batches import jobs
 
 convert = jobs._converted
 
@@ -109,7 +109,7 @@ def models(tmp_path: Path) -> Path:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "converters", "batch", *map(str, arguments), "--to", "safetensors"]
+    return [sys.executable, "-m", "nibblecast", "batch", *map(str, arguments), "--to", "safetensors"]
 
 
 def until(condition, seconds: float = 60) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.batches.records import REPORT, Record, read_report
+from nibblecast.converters.batches.records import REPORT, Record, read_report
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "batch.md").read_text()

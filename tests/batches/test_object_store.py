@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import converters
-from converters.batches.records import REPORT, record_of
-from converters.batches.run import Settings
-from converters.errors import UsageError
+import nibblecast
+from nibblecast.converters.batches.records import REPORT, record_of
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.errors import UsageError
 from tests.batches.places import GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
 pytestmark = pytest.mark.peers
@@ -82,12 +82,12 @@ def bucket(server: dict[str, str], models: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def batch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "converters", "batch", *map(str, arguments)]
+    command = [sys.executable, "-m", "nibblecast", "batch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_from_a_bucket_to_a_bucket(bucket, models: Path, tmp_path: Path) -> None:
-    local = converters.batch(models, tmp_path / "out", ["safetensors", "cheader"], exclude=NO_MODELS)
+    local = nibblecast.batch(models, tmp_path / "out", ["safetensors", "cheader"], exclude=NO_MODELS)
     formats = ["--to", "safetensors", "--to", "cheader"] + [f"--exclude={pattern}" for pattern in NO_MODELS]
     done = batch(f"{BUCKET}/in", f"{BUCKET}/out", *formats, "--jobs", 2)
     assert done.returncode == 7, done.stderr
@@ -105,18 +105,18 @@ def test_from_a_bucket_to_a_bucket(bucket, models: Path, tmp_path: Path) -> None
 def test_resume_goes_by_what_the_store_says(bucket) -> None:
     source, target = f"{BUCKET}/in", f"{BUCKET}/out"
     exclude = ["broken*", "*.weights.bin"]
-    converters.batch(source, target, "safetensors", exclude=exclude)
+    nibblecast.batch(source, target, "safetensors", exclude=exclude)
     whole = objects_of(bucket, "models/out")
     changed, gone = GOOD[0].name, f"part/{GOOD[1].name}"
     bucket.pipe_file(f"models/in/{changed}", GOOD[0].read_bytes())
     bucket.rm_file(f"models/out/{Path(gone).with_suffix('.safetensors')}")
-    result = converters.batch(
+    result = nibblecast.batch(
         source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=Settings(resume=True)
     )
     assert not result.failed
     assert {record.source for record in result.records if not record.kept} - {changed} == {gone}
     bucket.put_file(str(GOOD[1]), f"models/in/{changed}")
-    result = converters.batch(
+    result = nibblecast.batch(
         source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=Settings(resume=True)
     )
     assert [record.source for record in result.records if not record.kept] == [changed]
@@ -124,8 +124,8 @@ def test_resume_goes_by_what_the_store_says(bucket) -> None:
 
 
 def test_from_here_to_a_bucket_and_back(bucket, models: Path, tmp_path: Path) -> None:
-    converters.batch(models, f"{BUCKET}/out", "safetensors", exclude=["broken*", "*.weights.bin"])
-    result = converters.batch(f"{BUCKET}/out", tmp_path / "back", "safetensors")
+    nibblecast.batch(models, f"{BUCKET}/out", "safetensors", exclude=["broken*", "*.weights.bin"])
+    result = nibblecast.batch(f"{BUCKET}/out", tmp_path / "back", "safetensors")
     assert not result.failed
     assert outputs_of(tmp_path / "back") == objects_of(bucket, "models/out")
 
@@ -133,20 +133,20 @@ def test_from_here_to_a_bucket_and_back(bucket, models: Path, tmp_path: Path) ->
 def test_a_list_of_urls(bucket, tmp_path: Path) -> None:
     names = [GOOD[0].name, "part/llama"]
     (tmp_path / "list.txt").write_text("".join(f"{BUCKET}/in/{name}\n" for name in names))
-    result = converters.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
+    result = nibblecast.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
     assert [record.source for record in result.records] == names
     assert all(record.done for record in result.records)
     (tmp_path / "list.txt").write_text(f"{BUCKET}/in/none.tflite\n")
     with pytest.raises(UsageError, match="s3://models/in/none.tflite: is in the list .*, but does not exist"):
-        converters.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / "list.txt", tmp_path / "out", "safetensors")
 
 
 def test_a_folder_is_replaced_whole(bucket, tmp_path: Path) -> None:
     options = {"include": ["part/llama"], "shard_size": 300}
-    converters.batch(f"{BUCKET}/in", f"{BUCKET}/out", "safetensors", **options)
+    nibblecast.batch(f"{BUCKET}/in", f"{BUCKET}/out", "safetensors", **options)
     many = objects_of(bucket, "models/out/part/llama")
-    converters.batch(f"{BUCKET}/in", f"{BUCKET}/out", "safetensors", include=["part/llama"])
-    converters.batch(f"{BUCKET}/in", tmp_path / "out", "safetensors", include=["part/llama"])
+    nibblecast.batch(f"{BUCKET}/in", f"{BUCKET}/out", "safetensors", include=["part/llama"])
+    nibblecast.batch(f"{BUCKET}/in", tmp_path / "out", "safetensors", include=["part/llama"])
     few = objects_of(bucket, "models/out/part/llama")
     assert few == outputs_of(tmp_path / "out" / "part" / "llama")
     assert len(few) < len(many)

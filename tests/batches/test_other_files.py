@@ -12,11 +12,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import converters
-from converters.batches.records import REPORT
-from converters.batches.run import Settings
-from converters.batches.scratch import scratch_folder
-from converters.errors import UsageError
+import nibblecast
+from nibblecast.converters.batches.records import REPORT
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.batches.scratch import scratch_folder
+from nibblecast.converters.errors import UsageError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 MODEL = FIXTURES / "mlp_int4_blockwise.tflite"
@@ -39,13 +39,13 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_batch_from_a_url_leaves_the_outputs_of_earlier_batches(name: str, temporary: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(MODEL, tmp_path / "in")
-    converters.batch(tmp_path / "in", temporary / name, "safetensors")
+    nibblecast.batch(tmp_path / "in", temporary / name, "safetensors")
     before = contents(temporary / name)
     assert len(before) >= 2
     store = fsspec.filesystem("memory")
     store.store.clear()
     store.put_file(str(MODEL), "/in/m.tflite")
-    result = converters.batch("memory://in", "memory://out", "safetensors")
+    result = nibblecast.batch("memory://in", "memory://out", "safetensors")
     assert not result.failed
     assert contents(temporary / name) == before
     assert [path.name for path in temporary.iterdir()] == [name]
@@ -86,7 +86,7 @@ def test_a_list_with_steps_up_writes_below_the_target(
     monkeypatch.chdir(tmp_path / "here")
     Path("list").write_text("\n".join(lines))
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    result = converters.batch("list", "../out/target", "safetensors")
+    result = nibblecast.batch("list", "../out/target", "safetensors")
     assert not result.failed
     made = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert all(path.is_relative_to(tmp_path / "out" / "target") for path in made)
@@ -99,7 +99,7 @@ def test_one_file_by_two_ways_is_one_model(tmp_path: Path, monkeypatch: pytest.M
     shutil.copy(MODEL, tmp_path / "in" / "a.tflite")
     monkeypatch.chdir(tmp_path)
     Path("list").write_text("in/a.tflite\nin/../in/a.tflite\n./in/a.tflite")
-    assert [record.source for record in converters.batch("list", "out", "safetensors").records] == ["a.tflite"]
+    assert [record.source for record in nibblecast.batch("list", "out", "safetensors").records] == ["a.tflite"]
 
 
 def test_a_url_with_steps_up_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_url_with_steps_up_is_refused_before_anything_is_written(tmp_path: Pat
         store.store[name] = type(store.open("/x", "wb"))(store, name, MODEL.read_bytes())
     (tmp_path / "list").write_text("memory://in/a.tflite\nmemory://in/../b.tflite")
     with pytest.raises(UsageError, match="outside of it|does not exist"):
-        converters.batch(tmp_path / "list", tmp_path / "out" / "target", "safetensors")
+        nibblecast.batch(tmp_path / "list", tmp_path / "out" / "target", "safetensors")
     assert not (tmp_path / "out").exists()
 
 
@@ -118,7 +118,7 @@ def test_a_fifo_holds_up_no_batch(name: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     shutil.copy(MODEL, tmp_path / "in" / "a.tflite")
     os.mkfifo(tmp_path / "in" / name)
-    command = [sys.executable, "-m", "converters", "batch", str(tmp_path / "in"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "nibblecast", "batch", str(tmp_path / "in"), str(tmp_path / "out")]
     done = subprocess.run([*command, "--to", "safetensors"], capture_output=True, timeout=60, check=False)
     assert done.returncode == (7 if name == "pipe.tflite" else 0)
     assert (tmp_path / "out" / "a.safetensors").exists()
@@ -127,7 +127,7 @@ def test_a_fifo_holds_up_no_batch(name: str, tmp_path: Path) -> None:
 def test_a_list_that_is_a_fifo_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list")
     with pytest.raises(UsageError, match="cannot be read: not a regular file"):
-        converters.batch(tmp_path / "list", tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / "list", tmp_path / "out", "safetensors")
 
 
 @pytest.mark.parametrize("name", [".nibblecast-lock", REPORT])
@@ -138,10 +138,10 @@ def test_links_in_the_target_are_not_followed(name: str, tmp_path: Path) -> None
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "out" / name).symlink_to(tmp_path / "victim")
     if name == REPORT:
-        converters.batch(tmp_path / "in", tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors")
     else:
         with pytest.raises(UsageError, match="cannot be written"):
-            converters.batch(tmp_path / "in", tmp_path / "out", "safetensors")
+            nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors")
     assert (tmp_path / "victim").read_text() == "mine"
 
 
@@ -151,14 +151,14 @@ def test_a_report_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     shutil.copy(MODEL, tmp_path / "in" / "a.tflite")
     os.mkfifo(tmp_path / "out" / REPORT)
     with pytest.raises(UsageError, match="is a FIFO"):
-        converters.batch(tmp_path / "in", tmp_path / "out", "safetensors", settings=Settings(resume=True))
+        nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors", settings=Settings(resume=True))
 
 
 @pytest.mark.parametrize("step", ["begin", "line"])
 def test_a_report_that_does_not_fit_on_the_disk_is_one_line(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converters.batches import run
+    from nibblecast.converters.batches import run
 
     (tmp_path / "in").mkdir()
     shutil.copy(MODEL, tmp_path / "in" / "a.tflite")
@@ -168,4 +168,4 @@ def test_a_report_that_does_not_fit_on_the_disk_is_one_line(
 
     monkeypatch.setattr(run, {"begin": "write_report", "line": "flush"}[step], full)
     with pytest.raises(UsageError, match=r"nibblecast-report\.jsonl: cannot be written: No space left on device"):
-        converters.batch(tmp_path / "in", tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors")

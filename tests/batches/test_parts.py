@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.batches.records import REPORT, read_report
+import nibblecast
+from nibblecast.converters.batches.records import REPORT, read_report
 from tests.batches.places import outputs_of
 from tests.formats.encodings.checkpoints import write_folder
 
@@ -24,8 +24,8 @@ TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range
 NOTED = """
 import os, signal, time
 from pathlib import Path
-from converters.batches import parts
-from formats.safetensors import file_layout
+from nibblecast.converters.batches import parts
+from nibblecast.formats.safetensors import file_layout
 
 parts._LARGE_BYTES = 0
 write = file_layout.FileLayout.write
@@ -59,13 +59,13 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(source: Path, tmp_path: Path) -> dict[str, bytes]:
-    converters.convert(source, tmp_path / "expected", to="safetensors", shard_size="17K")
+    nibblecast.convert(source, tmp_path / "expected", to="safetensors", shard_size="17K")
     return outputs_of(tmp_path / "expected")
 
 
 def command(folder: Path, *options: str) -> list[str]:
     to = ["--to", "safetensors", "--opt", "shard_size=17K", "--verify", "--jobs", "2"]
-    return [sys.executable, "-m", "converters", "batch", str(folder / "models"), str(folder / "out"), *to, *options]
+    return [sys.executable, "-m", "nibblecast", "batch", str(folder / "models"), str(folder / "out"), *to, *options]
 
 
 def notes(folder: Path) -> list[tuple[int, int]]:

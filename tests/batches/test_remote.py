@@ -10,12 +10,12 @@ from pathlib import Path
 import fsspec
 import pytest
 
-import converters
-from converters.batches import remote
-from converters.batches.records import REPORT
-from converters.batches.run import Settings
-from converters.batches.scratch import scratch_folder
-from converters.errors import UsageError
+import nibblecast
+from nibblecast.converters.batches import remote
+from nibblecast.converters.batches.records import REPORT
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.batches.scratch import scratch_folder
+from nibblecast.converters.errors import UsageError
 from tests.batches.places import EXTERNAL, FIXTURES, GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
 
@@ -31,16 +31,16 @@ def test_in_memory(models: Path, tmp_path: Path) -> None:
         if path.is_file():
             store.put_file(str(path), f"/in/{path.relative_to(models)}")
     options = {"exclude": NO_MODELS, "verify": True}
-    expected = converters.batch(models, tmp_path / "out", ["safetensors", "cheader"], **options)
-    result = converters.batch("memory://in", "memory://out", ["safetensors", "cheader"], **options)
+    expected = nibblecast.batch(models, tmp_path / "out", ["safetensors", "cheader"], **options)
+    result = nibblecast.batch("memory://in", "memory://out", ["safetensors", "cheader"], **options)
     assert [r.outputs for r in result.records] == [r.outputs for r in expected.records]
     assert objects_of(store, "/out") == outputs_of(tmp_path / "out")
-    again = converters.batch(
+    again = nibblecast.batch(
         "memory://in", "memory://out", ["safetensors", "cheader"], settings=Settings(resume=True), **options
     )
     assert {record.source for record in again.records if not record.kept} == {"broken.tflite"}
     with pytest.raises(UsageError, match="is seen by this process only"):
-        converters.batch("memory://in", "memory://out", "safetensors", settings=Settings(timeout=9))
+        nibblecast.batch("memory://in", "memory://out", "safetensors", settings=Settings(timeout=9))
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_in_memory(models: Path, tmp_path: Path) -> None:
 def test_a_file_comes_with_those_that_it_refers_to(name: str, options: dict[str, object], tmp_path: Path) -> None:
     source = tmp_path / "in" / name
     source.parent.mkdir()
-    files = converters.convert(FIXTURES / "tflite" / "mlp_int4_per_tensor.tflite", source, **options).files
+    files = nibblecast.convert(FIXTURES / "tflite" / "mlp_int4_per_tensor.tflite", source, **options).files
     assert len(files) > 1
     store = fsspec.filesystem("memory")
     store.store.clear()
     for path in source.parent.iterdir():
         store.put_file(str(path), f"/in/{path.name}")
-    expected = converters.batch(tmp_path / "in", tmp_path / "out", "safetensors", include=[name])
-    result = converters.batch("memory://in", "memory://out", "safetensors", include=[name])
+    expected = nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors", include=[name])
+    result = nibblecast.batch("memory://in", "memory://out", "safetensors", include=[name])
     assert not result.failed
     assert [record.outputs for record in result.records] == [record.outputs for record in expected.records]
 
@@ -67,7 +67,7 @@ def test_a_file_that_is_missing_there_too_is_that_models_failure(tmp_path: Path)
     store = fsspec.filesystem("memory")
     store.store.clear()
     store.put_file(str(EXTERNAL), f"/in/{EXTERNAL.name}")
-    (record,) = converters.batch("memory://in", tmp_path / "out", "safetensors").failed
+    (record,) = nibblecast.batch("memory://in", tmp_path / "out", "safetensors").failed
     assert record.failure is not None
     assert record.failure.exit_code == 3
     assert record.failure.message.startswith("memory://in/external_buffer.weights.bin: ")
@@ -87,7 +87,7 @@ def test_what_breaks_off_in_memory_is_removed(tmp_path: Path, monkeypatch: pytes
                 raise OSError("the disk is gone")
 
     monkeypatch.setattr(type(store), "put_file", staticmethod(broken))
-    (record,) = converters.batch("memory://in", "memory://out", "safetensors").failed
+    (record,) = nibblecast.batch("memory://in", "memory://out", "safetensors").failed
     assert record.failure is not None
     assert record.failure.transient
     assert record.failure.message == "memory://out/model.safetensors cannot be reached: the disk is gone"
@@ -96,7 +96,7 @@ def test_what_breaks_off_in_memory_is_removed(tmp_path: Path, monkeypatch: pytes
 
 def test_what_a_killed_process_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
-        "import sys\nfrom converters.batches.scratch import scratch_folder\n"
+        "import sys\nfrom nibblecast.converters.batches.scratch import scratch_folder\n"
         "with scratch_folder() as folder:\n    (folder / 'model').touch()\n    print(folder, flush=True)\n"
         "    sys.stdin.read()"
     )
@@ -137,11 +137,11 @@ def test_names_that_lead_out_of_the_folder_are_no_models(tmp_path: Path) -> None
 def test_urls_that_are_none(url: str, message: str, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/in/good.tflite", GOOD[0].read_bytes())
     with pytest.raises(UsageError, match=message):
-        converters.batch(url, tmp_path / "out", "safetensors")
+        nibblecast.batch(url, tmp_path / "out", "safetensors")
 
 
 def test_a_store_whose_package_is_missing(tmp_path: Path) -> None:
-    program = "import sys\nsys.modules['s3fs'] = None\nfrom converters.cli import main\nmain()"
+    program = "import sys\nsys.modules['s3fs'] = None\nfrom nibblecast.converters.cli import main\nmain()"
     arguments = ["batch", "s3://models/in", str(tmp_path), "--to", "safetensors"]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 4

@@ -15,12 +15,12 @@ from threading import Thread
 import fsspec
 import pytest
 
-import converters
-from converters.batches import remote
-from converters.batches.jobs import Request
-from converters.batches.records import REPORT, Failure
-from converters.batches.run import Settings
-from converters.errors import UsageError
+import nibblecast
+from nibblecast.converters.batches import remote
+from nibblecast.converters.batches.jobs import Request
+from nibblecast.converters.batches.records import REPORT, Failure
+from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
@@ -55,7 +55,7 @@ def test_a_list_of_signed_urls(
     names = ("a/m.tflite", "b/broken.tflite", "c/empty.v1.2.tflite")
     (tmp_path / "list").write_text("".join(f"memory://in/{name}{QUERY}\n" for name in names))
     shown: list[object] = []
-    result = converters.batch(
+    result = nibblecast.batch(
         tmp_path / "list",
         "memory://out",
         "safetensors",
@@ -68,9 +68,9 @@ def test_a_list_of_signed_urls(
     assert sorted(written) == ["/out/a/m.safetensors", f"/out/{REPORT}"]
     assert_hushed(*written, *written.values(), *shown, *capsys.readouterr())
     assert "memory://in/b/broken.tflite" in result.failed[0].failure.message  # type: ignore[union-attr]
-    again = converters.batch(tmp_path / "list", "memory://out", "safetensors", settings=Settings(resume=True))
+    again = nibblecast.batch(tmp_path / "list", "memory://out", "safetensors", settings=Settings(resume=True))
     assert [record.kept for record in again.records] == [True, False, False]
-    converters.report(_brought(store, tmp_path), tmp_path / "page.html")
+    nibblecast.report(_brought(store, tmp_path), tmp_path / "page.html")
     assert_hushed((tmp_path / "page.html").read_text())
 
 
@@ -86,7 +86,7 @@ def test_a_new_signature_is_no_new_model(store: fsspec.AbstractFileSystem, tmp_p
     store.store["/in/m.tflite?sig=2"].created = created
     for number, kept in ((1, False), (2, True)):
         (tmp_path / "list").write_text(f"memory://in/m.tflite?sig={number}\n")
-        (record,) = converters.batch(
+        (record,) = nibblecast.batch(
             tmp_path / "list", "memory://out", "safetensors", settings=Settings(resume=True)
         ).records
         assert (record.source, record.kept) == ("m.tflite", kept)
@@ -99,7 +99,7 @@ def test_urls_that_differ_by_their_query_only_are_told(store: fsspec.AbstractFil
         store.put_file(str(INT4), url.partition(":/")[2])
     (tmp_path / "list").write_text("\n".join(urls))
     with pytest.raises(UsageError, match=r"would be written for m\.tflite and for m\.tflite") as caught:
-        converters.batch(tmp_path / "list", tmp_path / "out", "safetensors")
+        nibblecast.batch(tmp_path / "list", tmp_path / "out", "safetensors")
     assert_hushed(caught.value)
 
 
@@ -118,15 +118,15 @@ def test_places_that_cannot_be_reached(tmp_path: Path) -> None:
         (tmp_path / "list", tmp_path / "out"),
         (ROOT / "fixtures/onnx", url),
     ):
-        command = [sys.executable, "-m", "converters", "batch", str(source), str(target), "--to", "safetensors"]
+        command = [sys.executable, "-m", "nibblecast", "batch", str(source), str(target), "--to", "safetensors"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert done.returncode in (2, 4)
         lines = done.stderr.splitlines()
         assert all("failed: " in line for line in lines[:-1]), "of models, where the target is not reached"
         assert lines[-1].startswith("nibblecast: http://***@127.0.0.1")
         assert_hushed(done.stdout, done.stderr)
-        with pytest.raises(converters.Error) as caught:
-            converters.batch(source, target, "safetensors")
+        with pytest.raises(nibblecast.Error) as caught:
+            nibblecast.batch(source, target, "safetensors")
         assert_hushed(caught.value, "".join(traceback.format_exception(caught.value)).replace(url, ""))
 
 
@@ -162,7 +162,7 @@ def test_signed_urls_of_a_server(tmp_path: Path) -> None:
         Thread(target=server.serve_forever, daemon=True).start()
         where = f"http://127.0.0.1:{server.server_port}/d"
         (tmp_path / "list").write_text(f"{where}/m.tflite{SIGNATURE}\n{where}/broken.tflite{SIGNATURE}\n")
-        command = [sys.executable, "-m", "converters", "batch", tmp_path / "list", tmp_path / "out", "--to", "cheader"]
+        command = [sys.executable, "-m", "nibblecast", "batch", tmp_path / "list", tmp_path / "out", "--to", "cheader"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
         server.shutdown()
     assert done.returncode == 7, done.stderr
@@ -182,7 +182,7 @@ def test_a_url_where_a_path_belongs(command: str, tmp_path: Path) -> None:
         "report": ["report", url, "-o", str(tmp_path / "a.html")],
         "report --title": ["report", str(INT4), "-o", str(tmp_path / "a.html"), "--title", url],
     }[command]
-    program = [sys.executable, "-m", "converters", *arguments]
+    program = [sys.executable, "-m", "nibblecast", *arguments]
     done = subprocess.run(
         program, capture_output=True, text=True, check=False, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}
     )
@@ -209,7 +209,7 @@ def test_credentials_of_a_target_are_in_no_message_and_in_no_report(
     for name in ("m.tflite", "m.task"):
         (tmp_path / "in" / name).write_bytes(INT4.read_bytes())
     with pytest.raises(UsageError, match="would be written for") as caught:
-        converters.batch(tmp_path / "in", "memory://HUSHUSER:HUSHPASS@out", "safetensors", include=["*"])
+        nibblecast.batch(tmp_path / "in", "memory://HUSHUSER:HUSHPASS@out", "safetensors", include=["*"])
     assert_hushed(caught.value)
-    result = converters.batch(tmp_path / "in", "memory://HUSHUSER:HUSHPASS@out", "safetensors", include=["*.tflite"])
+    result = nibblecast.batch(tmp_path / "in", "memory://HUSHUSER:HUSHPASS@out", "safetensors", include=["*.tflite"])
     assert_hushed(json.dumps([json.loads(record.line()) for record in result.records]))

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from converters.batches.child import Children
-from converters.batches.jobs import Request
-from converters.batches.outputs import planned_jobs
-from converters.batches.records import REPORT, read_report
-from converters.batches.sources import find_sources
+from nibblecast.converters.batches.child import Children
+from nibblecast.converters.batches.jobs import Request
+from nibblecast.converters.batches.outputs import planned_jobs
+from nibblecast.converters.batches.records import REPORT, read_report
+from nibblecast.converters.batches.sources import find_sources
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 GOOD = FIXTURES / "cnn_int4_per_channel.tflite"
@@ -32,8 +32,8 @@ def misbehave():
     import os, signal, time
     from pathlib import Path
     import numpy as np
-    from converters.batches import jobs
-    from converters.output.private_folder import hidden_name, make_temporary
+    from nibblecast.converters.batches import jobs
+    from nibblecast.converters.output.private_folder import hidden_name, make_temporary
 
     convert = jobs._converted
 
@@ -61,7 +61,7 @@ def misbehave():
 
     jobs._converted = converted
 
-if "converters.batches.child" in sys.orig_argv:
+if "nibblecast.converters.batches.child" in sys.orig_argv:
     misbehave()
 """
 
@@ -84,7 +84,7 @@ def models(folder: Path, *names: str) -> Path:
 def command(folder: Path, *options: str) -> list[str]:
     """Converts a folder to `out` beside it."""
     target = folder.parent / "out"
-    return [sys.executable, "-m", "converters", "batch", str(folder), str(target), "--to", "safetensors", *options]
+    return [sys.executable, "-m", "nibblecast", "batch", str(folder), str(target), "--to", "safetensors", *options]
 
 
 def batch(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:

@@ -10,9 +10,9 @@ from zlib import crc32
 import ml_dtypes
 import numpy as np
 
-from converters.ir import Model, Quantization, Tensor, is_integer, per_axis
-from formats.cheader.writer import CHeaderOptions, CHeaderWriter
-from formats.tflite.reader import TFLiteReader
+from nibblecast.converters.ir import Model, Quantization, Tensor, is_integer, per_axis
+from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderWriter
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests import zoo
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"

@@ -27,7 +27,7 @@ def shown_whole(tree: ast.AST) -> Iterator[ast.AST]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(FORMATS)))
 def test_values_are_shown_briefly(path: Path) -> None:
     found = [f"line {node.lineno}" for node in shown_whole(ast.parse(path.read_text("utf-8")))]
-    assert not found, f"{path}: use converters.errors.brief in {found}"
+    assert not found, f"{path}: use nibblecast.converters.errors.brief in {found}"
 
 
 def test_the_rule_sees_what_it_is_for() -> None:

@@ -18,13 +18,13 @@ from zlib import crc32
 
 import numpy as np
 
-import converters
-from converters import pipeline, plugins
-from converters.batches.records import read_report
-from converters.cli.inspect import _document
-from converters.dequantize import FLOAT_DTYPES
-from converters.errors import VerificationFailed
-from converters.ir import Model
+import nibblecast
+from nibblecast.converters import pipeline, plugins
+from nibblecast.converters.batches.records import read_report
+from nibblecast.converters.cli.inspect import _document
+from nibblecast.converters.dequantize import FLOAT_DTYPES
+from nibblecast.converters.errors import VerificationFailed
+from nibblecast.converters.ir import Model
 from tests.fuzz import case as cases
 from tests.fuzz.findings import MOST_OF_LINE, Odd, place_of
 
@@ -115,7 +115,7 @@ def model(path: Path, outputs: Path, pick: int) -> bool:
     """Loads a model, lists it, decodes all of it, measures it, plans it for every writer, and writes it by one."""
     found: Model | None = None
     with refusable(outputs), _watched(path):
-        found = converters.load(path)
+        found = nibblecast.load(path)
     if found is None:
         return False
     with refusable(outputs):
@@ -128,7 +128,7 @@ def model(path: Path, outputs: Path, pick: int) -> bool:
                 tensor.codes()
     if pick == ALL or pick % 8 == 0:
         with refusable(outputs):
-            json.dumps(converters.report(path).document(), allow_nan=False)
+            json.dumps(nibblecast.report(path).document(), allow_nan=False)
     written = range(len(OUTPUTS)) if pick == ALL else (pick % len(OUTPUTS),)
     for number, (name, format, how) in enumerate(OUTPUTS):
         if number >= _ALWAYS_PLANNED and number not in written:
@@ -138,7 +138,7 @@ def model(path: Path, outputs: Path, pick: int) -> bool:
             small = _planned_bytes(found, outputs / name, format, how) <= _SMALL
         if small and number in written:
             with refusable(outputs):
-                conversion = converters.convert(path, outputs / name, to=format, verify=True, **how)
+                conversion = nibblecast.convert(path, outputs / name, to=format, verify=True, **how)
                 _refuse_left(outputs, {file.path for file in conversion.files})
             cases.emptied(outputs)
     return True
@@ -149,9 +149,9 @@ def report(path: Path, outputs: Path, pick: int) -> bool:
     with refusable(outputs):
         for record in read_report(path).values():
             record.line()
-        json.dumps(converters.report(path).document(), allow_nan=False)
+        json.dumps(nibblecast.report(path).document(), allow_nan=False)
         if pick == ALL or pick % 16 == 0:
-            converters.report(path, outputs / "page.html")
+            nibblecast.report(path, outputs / "page.html")
             _refuse_left(outputs, {outputs / "page.html"})
             cases.emptied(outputs)
         return True
@@ -160,11 +160,11 @@ def report(path: Path, outputs: Path, pick: int) -> bool:
 
 @contextmanager
 def refusable(outputs: Path) -> Iterator[None]:
-    """What may be refused: by a converters.Error of one line that is not long, with nothing left in `outputs`. That an
+    """What may be refused: by a nibblecast.Error of one line that is not long, with nothing left in `outputs`. That an
     output does not hold what was read is no refusal."""
     try:
         yield
-    except converters.Error as error:
+    except nibblecast.Error as error:
         if isinstance(error, VerificationFailed) and not error.message.startswith(_CHECKER):
             raise Odd("verification", str(error), "verification") from error
         text = str(error)
@@ -225,7 +225,7 @@ def _planned_bytes(found: Model, target: Path, format: str, how: dict[str, Any])
 
 
 def _scheme(text: str) -> Any:
-    from converters.scheme import parse_scheme
+    from nibblecast.converters.scheme import parse_scheme
 
     return parse_scheme(text)
 

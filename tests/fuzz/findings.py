@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 #: No line for a person is longer.
 MOST_OF_LINE = 10_000
-_PACKAGES = ("converters", "formats")
+_PACKAGES = ("nibblecast",)
 
 
 class Odd(Exception):

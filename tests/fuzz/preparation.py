@@ -15,8 +15,8 @@ from typing import Any
 
 #: The allowance for what grows: inputs are small, and thousands of them are to be tried.
 _ENVIRONMENT = {"NIBBLECAST_MAX_EXPANSION": "4M", "NIBBLECAST_COMPILE_AFTER": "never", "MPLBACKEND": "svg"}
-_PACKAGES = ("converters", "formats")
-_COMPILED = "converters.compiled_"  # numba compiles what these hold, and has to see it as it is written
+_PACKAGES = ("nibblecast",)
+_COMPILED = "nibblecast.converters.compiled_"  # numba compiles what these hold, and has to see it as it is written
 _ALSO = ("importlib.metadata", "encodings.cp437", "jinja2", "matplotlib.backends.backend_svg", "onnx.checker")
 
 
@@ -33,7 +33,7 @@ def prepare(*, guided: bool) -> None:
         for package in map(importlib.import_module, _PACKAGES):
             _import_below(package)
     preload(_ALSO)
-    importlib.import_module("converters.plugins").all_formats()  # which looks for plugins, once
+    importlib.import_module("nibblecast.converters.plugins").all_formats()  # which looks for plugins, once
 
 
 def preload(names: Iterable[str]) -> None:

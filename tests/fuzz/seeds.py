@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-import converters
-from converters.batches.records import Failure, Output, Record
-from converters.ir import Model
+import nibblecast
+from nibblecast.converters.batches.records import Failure, Output, Record
+from nibblecast.converters.ir import Model
 from tests import zoo
 from tests.fuzz.case import Case
 from tests.fuzz.findings import ROOT
@@ -130,8 +130,8 @@ def _written(name: str, **how: object) -> list[Case]:
         with TemporaryDirectory() as folder:
             target = Path(folder) / name
             try:
-                converters.save(model, target, **how)  # type: ignore[arg-type]
-            except converters.Error:
+                nibblecast.save(model, target, **how)  # type: ignore[arg-type]
+            except nibblecast.Error:
                 continue
             case = _folder(target if target.is_dir() else Path(folder))
             cases += _small({key.replace("m.", "model.", 1) if name == "m.h" else key: case[key] for key in case})
@@ -150,7 +150,7 @@ def _models() -> tuple[Model, ...]:
         step = -(-len(tensors) // _TENSORS_OF_A_MODEL)
         models += [zoo.model(tensors[start::step]) for start in range(min(step, _MODELS_OF_A_THEME))]
     matrix = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
-    models.append(Model({"a.weight": converters.Tensor.from_array("a.weight", matrix)}))
+    models.append(Model({"a.weight": nibblecast.Tensor.from_array("a.weight", matrix)}))
     return tuple(models)
 
 

@@ -16,8 +16,8 @@ from random import Random
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import CorruptFile, VerificationFailed
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, VerificationFailed
 from tests.fuzz import case as cases
 from tests.fuzz.campaign import Campaign, keep, kept
 from tests.fuzz.engines import nth
@@ -107,7 +107,7 @@ def test_a_warning_is_found() -> None:
 
 
 def test_a_message_that_is_no_line_is_found() -> None:
-    class Odd(converters.Error):
+    class Odd(nibblecast.Error):
         def __str__(self) -> str:
             return self.message
 
@@ -220,9 +220,9 @@ def _is_read(reader: Reader, blob: bytes, folder: Path) -> bool:
     path = folder / "in" / reader.main
     try:
         if reader.name == "report":
-            converters.report(path)
+            nibblecast.report(path)
         else:
-            converters.load(path)
+            nibblecast.load(path)
     except Exception:  # what is wrong with it is for the fuzzer to find
         return False
     return True

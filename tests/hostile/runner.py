@@ -127,7 +127,7 @@ def run(place: Place, command: str) -> Ended:
 
 def _code(arguments: Sequence[str]) -> tuple[int, str]:
     """The exit code that the interpreter would have had, and a traceback."""
-    from converters.cli import main
+    from nibblecast.converters.cli import main
 
     sys.argv = ["nibblecast", *arguments]
     sys.stdout, sys.stderr = (

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import converters
-from converters.errors import UsageError
-from converters.output.atomic import atomic_outputs
-from converters.output.creation import lock
-from converters.output.large_files import new_file
+import nibblecast
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.output.atomic import atomic_outputs
+from nibblecast.converters.output.creation import lock
+from nibblecast.converters.output.large_files import new_file
 
 INT4 = Path(__file__).parents[2] / "fixtures" / "tflite" / "mlp_int4_blockwise.tflite"
 
@@ -63,7 +63,7 @@ def test_an_output_that_is_no_file_is_refused(
     make(Path("out"))
     before = os.lstat("out")
     with pytest.raises(UsageError, match=message):
-        converters.convert(INT4, "out", to="onnx", dry_run=dry_run)
+        nibblecast.convert(INT4, "out", to="onnx", dry_run=dry_run)
     after = os.lstat("out")
     assert (after.st_mode, after.st_ino) == (before.st_mode, before.st_ino)
     assert listing(Path()) == ["out"]
@@ -73,7 +73,7 @@ def test_an_output_that_is_no_file_is_refused(
 def test_no_file_of_several_may_be_another_thing(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "w.c")
     with pytest.raises(UsageError, match=r"w\.c: is a"):
-        converters.convert(INT4, tmp_path / "w.h")
+        nibblecast.convert(INT4, tmp_path / "w.h")
     assert listing(tmp_path) == ["w.c"]
 
 
@@ -81,14 +81,14 @@ def test_no_file_of_several_may_be_another_thing(make: Callable[[Path], None], t
 def test_a_report_is_a_file(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "page.html")
     with pytest.raises(UsageError, match=r"page\.html: is a"):
-        converters.report(INT4, tmp_path / "page.html")
+        nibblecast.report(INT4, tmp_path / "page.html")
     assert listing(tmp_path) == ["page.html"]
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "w.onnx").symlink_to("victim")
-    converters.convert(INT4, tmp_path / "w.onnx")
+    nibblecast.convert(INT4, tmp_path / "w.onnx")
     assert not (tmp_path / "w.onnx").is_symlink()
     assert (tmp_path / "victim").read_text() == "mine"
 
@@ -98,14 +98,14 @@ def test_the_permissions_of_the_file_before_are_kept(tmp_path: Path) -> None:
         (tmp_path / "w.onnx").unlink(missing_ok=True)
         (tmp_path / "w.onnx").touch()
         (tmp_path / "w.onnx").chmod(mode)
-        converters.convert(INT4, tmp_path / "w.onnx")
+        nibblecast.convert(INT4, tmp_path / "w.onnx")
         assert stat.S_IMODE((tmp_path / "w.onnx").stat().st_mode) == mode
         assert (tmp_path / "w.onnx").stat().st_size > 0
 
 
 def test_the_permissions_of_a_new_file_are_the_users(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
-    converters.convert(INT4, tmp_path / "w.onnx")
+    nibblecast.convert(INT4, tmp_path / "w.onnx")
     assert (tmp_path / "w.onnx").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
@@ -147,12 +147,12 @@ def _full(_: object) -> int:
 
 
 def test_what_fails_verification_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from formats.cheader import arrays
+    from nibblecast.formats.cheader import arrays
 
     (tmp_path / "w.h").write_text("before")
     stored = arrays._stored
     monkeypatch.setattr(arrays, "_stored", lambda dtype, part: -stored(dtype, part))
-    with pytest.raises(converters.Error, match=r"w\.h: is not written"):
-        converters.convert(INT4, tmp_path / "w.h", tmp_path / "w.onnx", verify=True)
+    with pytest.raises(nibblecast.Error, match=r"w\.h: is not written"):
+        nibblecast.convert(INT4, tmp_path / "w.h", tmp_path / "w.onnx", verify=True)
     assert listing(tmp_path) == ["w.h"]
     assert (tmp_path / "w.h").read_text() == "before"

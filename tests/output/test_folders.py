@@ -17,14 +17,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters import pipeline
-from converters.api import write_shard
-from converters.errors import Error, UsageError
-from converters.ir import Model, Tensor
-from converters.output.private_folder import MARK
-from converters.storage import Computed
-from formats.safetensors.file_layout import FileLayout
+import nibblecast
+from nibblecast.converters import pipeline
+from nibblecast.converters.api import write_shard
+from nibblecast.converters.errors import Error, UsageError
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.output.private_folder import MARK
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.safetensors.file_layout import FileLayout
 from tests.formats.encodings.checkpoints import write_folder
 
 SHARDS = 6
@@ -45,8 +45,8 @@ def source(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "source", TENSORS, config={"model_type": "llama"})
 
 
-def converted(source: Path, target: Path, **options: Any) -> converters.Conversion:
-    return converters.convert(source, target, to="safetensors", **(ONE_EACH | options))
+def converted(source: Path, target: Path, **options: Any) -> nibblecast.Conversion:
+    return nibblecast.convert(source, target, to="safetensors", **(ONE_EACH | options))
 
 
 def test_a_dry_run_knows_every_file_and_size(source: Path, tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_the_same_input_gives_the_same_bytes(source: Path, tmp_path: Path) -> No
 
 
 def test_a_folder_and_a_file_in_one_run(source: Path, tmp_path: Path) -> None:
-    done = converters.convert(
+    done = nibblecast.convert(
         source, tmp_path / "out", tmp_path / "x.safetensors", to="safetensors", verify=True, **ONE_EACH
     )
     assert all(comparison is not None and comparison.equal for comparison in done.verified.values())
@@ -74,8 +74,8 @@ def test_a_folder_and_a_file_in_one_run(source: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-import converters
-from formats.safetensors import file_layout
+import nibblecast
+from nibblecast.formats.safetensors import file_layout
 write, done = file_layout.FileLayout.write, 0
 def killed_at(self, stream, wrote):
     global done
@@ -86,7 +86,7 @@ def killed_at(self, stream, wrote):
     done += 1
     write(self, stream, wrote)
 file_layout.FileLayout.write = killed_at
-converters.convert(sys.argv[1], sys.argv[2], to="safetensors", resume=True, shard_size="17K")
+nibblecast.convert(sys.argv[1], sys.argv[2], to="safetensors", resume=True, shard_size="17K")
 """
 
 
@@ -142,13 +142,13 @@ def failing(error: BaseException, target: Path) -> list[pipeline.PlannedOutput]:
         "good": Tensor.from_array("good", np.zeros(1000, np.float32)),
         "bad": Tensor("bad", (1000,), np.dtype(np.float32), Computed(4000, fail)),
     }
-    format = converters.plugins.format_named("safetensors")
+    format = nibblecast.converters.plugins.format_named("safetensors")
     return pipeline.plan(Model(tensors), [pipeline.Target(target, format, {"shard_size": "4K"})])
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(converters.Error, match="damaged"):
-        pipeline.run(failing(converters.errors.CorruptFile("is damaged"), tmp_path / "out"))
+    with pytest.raises(nibblecast.Error, match="damaged"):
+        pipeline.run(failing(nibblecast.converters.errors.CorruptFile("is damaged"), tmp_path / "out"))
     assert listing(tmp_path) == []
 
 
@@ -240,13 +240,13 @@ def test_parts_are_of_one_intent(source: Path, tmp_path: Path) -> None:
 def test_a_layout_that_needs_a_folder_says_so(tmp_path: Path) -> None:
     model = Model({"w": Tensor.from_array("w", np.zeros(3, np.float32))})
     with pytest.raises(UsageError, match=r"name a folder, not a file \(.*out, say\)"):
-        converters.save(model, tmp_path / "out.safetensors", layout="gptq")
+        nibblecast.save(model, tmp_path / "out.safetensors", layout="gptq")
 
 
 def test_a_plain_int4_tensor_is_refused_by_other_layouts(tmp_path: Path) -> None:
     plain = Tensor.from_array("w", np.zeros((2, 3), ml_dtypes.int4))
     with pytest.raises(Error, match="only the layout packed can hold"):
-        converters.save(
+        nibblecast.save(
             Model({"w": replace(plain, quantization=None)}), tmp_path / "out", to="safetensors", layout="mlx"
         )
 
@@ -314,7 +314,7 @@ def test_what_fails_verification_is_not_put_in_place(
         stream.write(b"\1\2\3\4")
 
     monkeypatch.setattr(FileLayout, "write", damaged)
-    with pytest.raises(converters.Error, match="out: is not written, for it would not hold"):
+    with pytest.raises(nibblecast.Error, match="out: is not written, for it would not hold"):
         converted(source, tmp_path / "out", verify=True)
     assert contents(tmp_path / "out") == before
     assert listing(tmp_path) == ["out", "source"]

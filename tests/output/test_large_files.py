@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converters.output import large_files
-from converters.output.large_files import new_file
+from nibblecast.converters.output import large_files
+from nibblecast.converters.output.large_files import new_file
 
 _BLOCK = 1 << 14
 

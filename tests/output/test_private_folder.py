@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from converters.output.private_folder import (
+from nibblecast.converters.output.private_folder import (
     MARK,
     NotOurs,
     hidden_name,
@@ -31,7 +31,7 @@ def left_behind(parent: Path) -> Path:
     """A temporary folder whose maker was killed."""
     program = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from converters.output.private_folder import make_temporary\n"
+        "from nibblecast.converters.output.private_folder import make_temporary\n"
         f"made = make_temporary(Path(sys.argv[1]), '.x.', {SUFFIX!r})\n(made.path / 'data').touch()\n"
         "print(made.path, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -170,7 +170,8 @@ def test_only_folders_for_that_output_are_found(tmp_path: Path) -> None:
 def test_what_an_interruption_left_is_removed_at_the_end(tmp_path: Path) -> None:
     """One that comes amid the removal itself; and a child that was forked leaves its parent's folders."""
     program = (
-        "import os, sys\nfrom pathlib import Path\nfrom converters.output.private_folder import make_temporary\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from nibblecast.converters.output.private_folder import make_temporary\n"
         f"made = make_temporary(Path(sys.argv[1]), '.x.', {SUFFIX!r})\n(made.path / 'data').touch()\n"
         "if not (child := os.fork()):\n    sys.exit()\n"
         "os.waitpid(child, 0)\nprint((made.path / 'data').exists())\nraise KeyboardInterrupt"

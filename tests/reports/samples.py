@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import converters
-from converters.batches.records import REPORT, Failure, Output, Record, write_report
+import nibblecast
+from nibblecast.converters.batches.records import REPORT, Failure, Output, Record, write_report
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 HOSTILE = [
@@ -31,7 +31,7 @@ def hostile_model(folder: Path) -> Path:
     """A quantized model with such names."""
     floats, codes = folder / "floats.safetensors", folder / "<b>hostile & 'quoted'.safetensors"
     save_file({n: np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32) for n in HOSTILE}, floats)
-    converters.convert(floats, codes, quantize="int4,block=16,asymmetric")
+    nibblecast.convert(floats, codes, quantize="int4,block=16,asymmetric")
     return codes
 
 

@@ -11,7 +11,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-import converters
+import nibblecast
 from tests import tools
 from tests.reports import samples
 
@@ -66,7 +66,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     made = {name: folder / f"{name}.html" for name in sources}
     for name, source in sources.items():
-        converters.report(source, made[name], reference=folder / "floats.safetensors" if name == "hostile" else None)
+        nibblecast.report(source, made[name], reference=folder / "floats.safetensors" if name == "hostile" else None)
     return made
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-import converters
-from converters.batches.records import REPORT
-from converters.errors import CorruptFile, UsageError
-from converters.reports import plots
-from converters.reports.counts import Codes
-from converters.reports.words import count_text, number, percent, seconds_text, shown
-from converters.sizes import bytes_text
+import nibblecast
+from nibblecast.converters.batches.records import REPORT
+from nibblecast.converters.errors import CorruptFile, UsageError
+from nibblecast.converters.reports import plots
+from nibblecast.converters.reports.counts import Codes
+from nibblecast.converters.reports.words import count_text, number, percent, seconds_text, shown
+from nibblecast.converters.sizes import bytes_text
 from tests.reports import samples
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,7 +52,7 @@ class Parsed(HTMLParser):
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "converters", "report", *map(str, arguments)],
+        [sys.executable, "-m", "nibblecast", "report", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
@@ -69,7 +69,7 @@ def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "hostile model": lambda: samples.hostile_model(folder),
         "batch": lambda: samples.batch(folder / "batch"),
     }[request.param]()
-    converters.report(source, folder / "page.html")
+    nibblecast.report(source, folder / "page.html")
     return folder / "page.html"
 
 
@@ -106,7 +106,7 @@ def test_no_identifier_is_there_twice_and_every_link_leads_somewhere(page: Path)
 @pytest.mark.parametrize("what", ["model", "batch"])
 def test_hostile_names_are_text(what: str, tmp_path: Path) -> None:
     source = samples.hostile_model(tmp_path) if what == "model" else samples.batch(tmp_path / "batch")
-    converters.report(source, tmp_path / "page.html", title="<i>title</i>\u202e")
+    nibblecast.report(source, tmp_path / "page.html", title="<i>title</i>\u202e")
     parsed = Parsed(tmp_path / "page.html")
     assert parsed.text.count("<i>title</i>\\u202e") == 2
     for name in samples.HOSTILE:
@@ -145,7 +145,7 @@ def test_the_numbers_come_as_json() -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [tensor["name"] for tensor in document["tensors"] if tensor["codes"]] == ["cnn_1/conv_1/convolution"]
-    assert document == converters.report(INT4, only=["*conv*"]).document()
+    assert document == nibblecast.report(INT4, only=["*conv*"]).document()
     tensor = next(tensor for tensor in document["tensors"] if tensor["codes"])
     assert sum(tensor["codes"]["counts"]) == tensor["elements"] == 216
     assert tensor["codes"]["values"] == list(range(-8, 8))
@@ -153,8 +153,8 @@ def test_the_numbers_come_as_json() -> None:
 
 def test_a_batch_has_failures_first_by_exit_code(tmp_path: Path) -> None:
     folder = samples.batch(tmp_path / "batch")
-    document = converters.report(folder).document()
-    assert document == converters.report(folder / REPORT).document()
+    document = nibblecast.report(folder).document()
+    assert document == nibblecast.report(folder / REPORT).document()
     failed = len(samples.HOSTILE)
     assert (document["models"], document["failed"]) == (9 + failed, failed)
     assert document["exit_codes"] == {"3": 4, "4": 4, "5": 4}
@@ -166,9 +166,9 @@ def test_a_batch_has_failures_first_by_exit_code(tmp_path: Path) -> None:
 
 
 def test_a_reference_adds_errors(tmp_path: Path) -> None:
-    converters.convert(FLOATS, tmp_path / "codes.safetensors", quantize="int4,block=8")
+    nibblecast.convert(FLOATS, tmp_path / "codes.safetensors", quantize="int4,block=8")
     page = tmp_path / "page.html"
-    report = converters.report(tmp_path / "codes.safetensors", page, reference=FLOATS)
+    report = nibblecast.report(tmp_path / "codes.safetensors", page, reference=FLOATS)
     accuracy = report.document()["accuracy"]
     assert f"{accuracy['signal_to_noise_db']:.1f} dB" in page.read_text("utf-8")
     assert "Mean square error" in page.read_text("utf-8")
@@ -200,7 +200,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         (tmp_path / "gone.gguf", None, {}, CorruptFile, "No such file"),
     ):
         with pytest.raises(error, match=message):
-            converters.report(source, target, **more)
+            nibblecast.report(source, target, **more)
     assert not list(tmp_path.glob(".*"))
     done = run(INT4)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
@@ -211,7 +211,7 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_and_the_old_page_stays(package: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("old")
     program = (
-        f"import sys\nsys.modules['{package}'] = None\nfrom converters.cli import main\n"
+        f"import sys\nsys.modules['{package}'] = None\nfrom nibblecast.converters.cli import main\n"
         f"sys.argv = ['nibblecast', 'report', {str(INT4)!r}, '-o', {str(tmp_path / 'page.html')!r}]\nmain()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -222,7 +222,7 @@ def test_a_missing_package_is_named_and_the_old_page_stays(package: str, tmp_pat
 
 def test_a_model_without_tensors_has_a_page(tmp_path: Path) -> None:
     samples.save_file({}, tmp_path / "none.safetensors")
-    converters.report(tmp_path / "none.safetensors", tmp_path / "page.html")
+    nibblecast.report(tmp_path / "none.safetensors", tmp_path / "page.html")
     assert "none.safetensors" in Parsed(tmp_path / "page.html").text
 
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import converters
-from converters.accuracy import Accuracy
-from converters.errors import UsageError
-from converters.ir import Model, Quantization, Tensor, is_float, per_axis, per_tensor
-from converters.reports import counts
-from converters.reports.counts import codes_of, spread_of
-from converters.reports.documents import model_document
-from converters.reports.statistics import accuracy_against, layer_of, measure
-from converters.sizes import bits_per_weight, model_bytes, weights_of
-from converters.storage import Computed
+import nibblecast
+from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.ir import Model, Quantization, Tensor, is_float, per_axis, per_tensor
+from nibblecast.converters.reports import counts
+from nibblecast.converters.reports.counts import codes_of, spread_of
+from nibblecast.converters.reports.documents import model_document
+from nibblecast.converters.reports.statistics import accuracy_against, layer_of, measure
+from nibblecast.converters.sizes import bits_per_weight, model_bytes, weights_of
+from nibblecast.converters.storage import Computed
 
 FIXTURES = Path(__file__).parent.parent.parent / "fixtures"
 SOURCES = [
@@ -47,7 +47,7 @@ def codes(tensor: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_codes_are_counted(source: str) -> None:
-    model = converters.load(FIXTURES / source)
+    model = nibblecast.load(FIXTURES / source)
     measured = measure(model)
     assert measured.quantized
     for found in measured.quantized:
@@ -70,7 +70,7 @@ def test_codes_are_counted(source: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_scales_and_zero_points_are_measured(source: str) -> None:
-    model = converters.load(FIXTURES / source)
+    model = nibblecast.load(FIXTURES / source)
     for found in measure(model).quantized:
         quantization = model[found.name].quantization
         assert quantization is not None
@@ -90,7 +90,7 @@ def test_scales_and_zero_points_are_measured(source: str) -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_sizes_are_those_of_inspect(source: str) -> None:
-    model = converters.load(FIXTURES / source)
+    model = nibblecast.load(FIXTURES / source)
     measured = measure(model)
     assert [tensor.name for tensor in measured.tensors] == list(weights_of(model))
     assert measured.whole.bytes == model_bytes(model) == sum(layer.bytes for layer in measured.layers)
@@ -137,8 +137,8 @@ def test_memory_is_bounded() -> None:
 
 def test_the_accuracy_is_that_of_quantizing(tmp_path: Path) -> None:
     source, target = FIXTURES / "tflite/mlp_float32.tflite", tmp_path / "codes.safetensors"
-    done = converters.convert(source, target, quantize="int4,block=8")
-    measured = measure(converters.load(target), converters.load(source))
+    done = nibblecast.convert(source, target, quantize="int4,block=8")
+    measured = measure(nibblecast.load(target), nibblecast.load(source))
     by_name = {tensor.name: tensor.accuracy for tensor in measured.tensors}
     assert done.quantized
     for wanted in done.quantized:
@@ -147,8 +147,8 @@ def test_the_accuracy_is_that_of_quantizing(tmp_path: Path) -> None:
         assert found.max_error == wanted.max_error
         assert found.mean_square_error == pytest.approx(wanted.mean_square_error, rel=1e-5)
         assert found.signal_to_noise == pytest.approx(wanted.signal_to_noise, rel=1e-5)
-    values = converters.load(source)
-    floats = converters.load(target).tensors
+    values = nibblecast.load(source)
+    floats = nibblecast.load(target).tensors
     errors = [np.abs(floats[n].dequantize() - values[n].dequantize()).max() for n in floats if n in values]
     assert measured.accuracy is not None
     assert measured.accuracy.max_error == max(errors)

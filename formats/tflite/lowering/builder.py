@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from converters.allowance import Allowance
-from converters.errors import Unsupported
-from converters.ir import Tensor, WeightPlace
-from converters.shapes import checked_shape
-from converters.unique_names import UniqueNames
-from formats.tflite.options import Options
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor, WeightPlace
+from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.tflite.options import Options
 
 #: Axes of channels-first images of 3, 4 and 5 axes, in terms of channels-last ones, and back.
 TO_FIRST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}

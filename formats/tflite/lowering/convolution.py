@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from converters.errors import Unsupported
-from formats.tflite.lowering.builder import Builder, Operator
-from formats.tflite.options import Options
+from nibblecast.converters.errors import Unsupported
+from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.options import Options
 
 _SAME, _VALID = 0, 1
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converters.errors import Unsupported
-from formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.converters.errors import Unsupported
+from nibblecast.formats.tflite.lowering.builder import Builder, Operator
 
 
 def fully_connected(b: Builder, op: Operator) -> None:

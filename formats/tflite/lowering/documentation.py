@@ -1,4 +1,4 @@
-"""`python -m formats.tflite.lowering.documentation`: the table of operators in docs/tflite-operators.md, made anew."""
+"""The table of operators in docs/tflite-operators.md: `python -m nibblecast.formats.tflite.lowering.documentation`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from formats.tflite.lowering.operators import LOWERINGS
-from formats.tflite.schema import BUILTIN_OPERATORS
+from nibblecast.formats.tflite.lowering.operators import LOWERINGS
+from nibblecast.formats.tflite.schema import BUILTIN_OPERATORS
 
 PAGE = Path(__file__).parents[3] / "docs" / "tflite-operators.md"
 BEGIN, END = "<!-- operators -->\n", "<!-- end -->\n"

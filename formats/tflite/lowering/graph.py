@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from converters.allowance import Allowance
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import WeightPlace
-from converters.unique_names import UniqueNames
-from formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
-from formats.tflite.lowering.operators import LOWERINGS
+from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import WeightPlace
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
+from nibblecast.formats.tflite.lowering.operators import LOWERINGS
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from converters.errors import Unsupported
-from formats.tflite.lowering.builder import Builder, Operator
-from formats.tflite.lowering.shapes import long_list
+from nibblecast.converters.errors import Unsupported
+from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.lowering.shapes import long_list
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converters.errors import CorruptFile, Unsupported
-from formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.formats.tflite.lowering.builder import Builder, Operator
 
 _GATES = ("input", "forget", "cell", "output")
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from converters.errors import CorruptFile
-from formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.formats.tflite.lowering.builder import Builder, Operator
 
 _MOST_BITS = 16  # lite/kernels/fake_quant.cc
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from converters.ir import Model, Tensor
-from formats.cheader.reader import CHeaderReader
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.formats.cheader.reader import CHeaderReader
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import dtype_of, floats, integers, random_codes
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Metadata, Model, Tensor
-from formats.cheader.writer import CHeaderOptions, CHeaderPlan, CHeaderWriter
+from nibblecast.converters.ir import Metadata, Model, Tensor
+from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderPlan, CHeaderWriter
 from tests import zoo
 from tests.tools import need
 

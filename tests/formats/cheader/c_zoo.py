@@ -8,9 +8,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.ir import GroupIndex, Model, Quantization, Tensor, blocked, grid_shape, is_integer, per_axis, per_tensor
-from converters.packing import SUB_BYTE, bits_of, packed_size
-from converters.storage import InMemory
+from nibblecast.converters.ir import (
+    GroupIndex,
+    Model,
+    Quantization,
+    Tensor,
+    blocked,
+    grid_shape,
+    is_integer,
+    per_axis,
+    per_tensor,
+)
+from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size
+from nibblecast.converters.storage import InMemory
 from tests import zoo
 from tests.formats.cheader.c_harness import model_of
 

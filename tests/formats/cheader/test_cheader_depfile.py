@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import Error, UsageError
-from converters.ir import Tensor
-from formats.cheader.depfile import dependency_file
+import nibblecast
+from nibblecast.converters.errors import Error, UsageError
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.cheader.depfile import dependency_file
 from tests.formats.cheader.c_harness import model_of, plan_of
 from tests.tools import need
 
@@ -85,7 +85,7 @@ def test_names_that_no_rule_holds(tmp_path, name):
 
 
 def convert(folder, source=INT4, **options):
-    converters.convert(source, folder / "w.h", depfile=str(folder / "w.d"), **options)
+    nibblecast.convert(source, folder / "w.h", depfile=str(folder / "w.d"), **options)
     targets, _, sources = (folder / "w.d").read_text().partition("\n")[0].partition(": ")
     return targets.split(), sources.split()
 
@@ -151,7 +151,7 @@ def test_files_that_hold_data(tmp_path):
 
 
 def test_c_as_a_source(tmp_path):
-    converters.convert(INT4, tmp_path / "v.h")
+    nibblecast.convert(INT4, tmp_path / "v.h")
     assert set(convert(tmp_path, tmp_path / "v.h")[1]) == {str(tmp_path / "v.h"), str(tmp_path / "v.c")}
 
 
@@ -159,7 +159,7 @@ def test_it_does_not_change_the_rest(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     convert(tmp_path / "a")
-    converters.convert(INT4, tmp_path / "b" / "w.h")
+    nibblecast.convert(INT4, tmp_path / "b" / "w.h")
     for name in ("w.h", "w.c"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -177,5 +177,5 @@ def test_it_does_not_change_the_rest(tmp_path):
 def test_impossible_places(tmp_path, monkeypatch, depfile, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Error, match=message):
-        converters.convert(INT4, "w.h", depfile=depfile)
+        nibblecast.convert(INT4, "w.h", depfile=depfile)
     assert not list(tmp_path.iterdir())

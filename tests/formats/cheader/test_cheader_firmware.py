@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.ir import Tensor
+from nibblecast.converters.ir import Tensor
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, write
 from tests.formats.cheader.test_cheader_kernels import weight
 from tests.tools import need

@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
-from converters.storage import Computed
-from formats.cheader.fixed_point import fixed_point, obstacle, quantize_multiplier
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.cheader.fixed_point import fixed_point, obstacle, quantize_multiplier
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, plan_of, run, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
@@ -139,10 +139,10 @@ def test_scales_that_are_no_numbers(value):
 
 
 def test_fixtures():
-    model = converters.load(FIXTURES / "cnn_int8_full.tflite")
+    model = nibblecast.load(FIXTURES / "cnn_int8_full.tflite")
     counts = {name: found.count for name, tensor in model.items() if (found := fixed_point(tensor)) is not None}
     assert counts == {"cnn_1/conv_1/convolution": 8, "cnn_1/depthwise_1/depthwise": 8, "cnn_1/dense_1/MatMul": 5}
-    weights_only = converters.load(FIXTURES / "cnn_int4_per_channel.tflite")
+    weights_only = nibblecast.load(FIXTURES / "cnn_int4_per_channel.tflite")
     assert all(fixed_point(tensor) is None for tensor in weights_only.values())
     reasons = {obstacle(tensor) for tensor in weights_only.values()} - {None}
     assert reasons == {"activations that are not quantized"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from formats.tflite.reader import TFLiteReader
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_harness import assert_same_values, walked, write
 
 FIXTURES = sorted((Path(__file__).parents[3] / "fixtures" / "tflite").glob("*.npz"))

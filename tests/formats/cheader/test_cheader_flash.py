@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import ExitCode, RefusedLoss
-from converters.interfaces import Size
-from converters.ir import Tensor
-from formats.cheader.flash import FlashReport, tensor_flash
+import nibblecast
+from nibblecast.converters.errors import ExitCode, RefusedLoss
+from nibblecast.converters.interfaces import Size
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.cheader.flash import FlashReport, tensor_flash
 from tests.formats.cheader.c_harness import compile_objects, model_of, plan_of, write
 from tests.formats.cheader.test_cheader_kernels import weight
 
@@ -110,8 +110,8 @@ def test_budget():
 
 
 def test_what_is_written_is_what_is_reported(tmp_path):
-    model = converters.load(INT8)
-    conversion = converters.save(model, tmp_path / "w.h")
+    model = nibblecast.load(INT8)
+    conversion = nibblecast.save(model, tmp_path / "w.h")
     found = plan_of(model, tmp_path / "w.h").document.flash
     assert conversion.report == found.lines()
     assert [tensor.name for tensor in found.tensors] == list(model)
@@ -122,7 +122,7 @@ def test_what_is_written_is_what_is_reported(tmp_path):
 
 
 def test_the_report_is_what_the_compiler_says(tmp_path):
-    model = converters.load(INT8)
+    model = nibblecast.load(INT8)
     files = write(model, tmp_path / "w.h", fixed_point=True)
     (compiled,) = compile_objects("gcc c99", files[1:2], "-fdata-sections")
     listed = subprocess.run(["size", "-A", compiled], capture_output=True, text=True, check=True).stdout
@@ -133,7 +133,7 @@ def test_the_report_is_what_the_compiler_says(tmp_path):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "converters", "convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "nibblecast", "convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -142,7 +142,7 @@ def test_the_command_prints_the_report(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[3].startswith("flash: 876 bytes, at most ")
-    assert lines[4:] == list(plan_of(converters.load(INT8), tmp_path / "w.h").report[1:])
+    assert lines[4:] == list(plan_of(nibblecast.load(INT8), tmp_path / "w.h").report[1:])
     assert json.loads(run(INT8, tmp_path / "w.h", "--json").stdout)["report"] == lines[3:]
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.errors import UsageError
-from formats.cheader.identifiers import (
+from nibblecast.converters.errors import UsageError
+from nibblecast.formats.cheader.identifiers import (
     MAX_IDENTIFIER,
     MAX_PREFIX,
     MAX_STRING,

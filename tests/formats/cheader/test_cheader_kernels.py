@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
-from formats.cheader.kernels import RULES, advice, notes
-from formats.cheader.packings import Packing
+import nibblecast
+from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
+from nibblecast.formats.cheader.kernels import RULES, advice, notes
+from nibblecast.formats.cheader.packings import Packing
 from tests.formats.cheader.c_harness import model_of, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
@@ -213,7 +213,7 @@ def test_one_note_for_each_rule():
     ],
 )
 def test_fixtures(fixture, lines):
-    model = converters.load(FIXTURES / f"{fixture}.tflite")
+    model = nibblecast.load(FIXTURES / f"{fixture}.tflite")
     found = {each.line() for tensor in model.values() if (each := advice(tensor)) is not None}
     assert len(found) == len(lines)
     assert all(any(expected in line for line in found) for expected in lines)
@@ -229,10 +229,10 @@ def test_the_header_says_what_fits(tmp_path):
 
 def test_notes_reach_the_user(tmp_path):
     source = FIXTURES / "mlp_w4a8.tflite"
-    conversion = converters.convert(source, tmp_path / "w.h", tmp_path / "w.onnx")
+    conversion = nibblecast.convert(source, tmp_path / "w.h", tmp_path / "w.onnx")
     (note,) = conversion.notes
     assert note.startswith("'mlp_1/dense_2_1/MatMul' and 1 more: per-channel int4 FULLY_CONNECTED")
-    command = [sys.executable, "-m", "converters", "convert", str(source), str(tmp_path / "w.h")]
+    command = [sys.executable, "-m", "nibblecast", "convert", str(source), str(tmp_path / "w.h")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == f"note: {note}\n"
 

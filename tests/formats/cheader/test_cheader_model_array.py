@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.errors import UsageError
-from converters.ir import Tensor
-from converters.storage import MappedFile
-from formats.tflite.reader import TFLiteReader
+from nibblecast.converters.errors import UsageError
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_harness import assert_same_values, compile_objects, model_of, plan_of, run, walked, write
 
 FIXTURE = Path(__file__).parents[3] / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"

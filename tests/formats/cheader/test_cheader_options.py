@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import ExitCode, RefusedLoss, UsageError
-from converters.interfaces import Size
-from converters.ir import Quantization, Tensor, per_axis
-from converters.options import describe, parse
-from formats.cheader.options import CHeaderOptions
+import nibblecast
+from nibblecast.converters.errors import ExitCode, RefusedLoss, UsageError
+from nibblecast.converters.interfaces import Size
+from nibblecast.converters.ir import Quantization, Tensor, per_axis
+from nibblecast.converters.options import describe, parse
+from nibblecast.formats.cheader.options import CHeaderOptions
 from tests.formats.cheader.c_files import LAYOUTS
 from tests.formats.cheader.c_harness import (
     C_WARNINGS,
@@ -192,10 +192,10 @@ def test_no_padding_where_nothing_is_missing(tmp_path):
     ("name", "bias", "c_type"), [("cnn_int8_full", np.int32, "int32_t"), ("mlp_int16x8", np.int64, "int64_t")]
 )
 def test_biases_of_integer_kernels(tmp_path, name, bias, c_type):
-    model = converters.load(FIXTURES / f"{name}.tflite")
+    model = nibblecast.load(FIXTURES / f"{name}.tflite")
     biases = [tensor for tensor in model.values() if tensor.dtype == bias and len(tensor.shape) == 1]
     assert biases
-    converters.convert(FIXTURES / f"{name}.tflite", tmp_path / "m.h", fixed_point=True)
+    nibblecast.convert(FIXTURES / f"{name}.tflite", tmp_path / "m.h", fixed_point=True)
     header = (tmp_path / "m.h").read_text()
     for tensor in biases:
         base = re.search(rf'/\* "{re.escape(tensor.name)}".*?#define (\w+)_KIND', header, re.S)[1]

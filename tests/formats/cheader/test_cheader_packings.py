@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Unsupported, UsageError
-from converters.ir import Tensor
-from converters.packing import SUB_BYTE
-from converters.storage import MappedFile
-from formats.cheader.options import CHeaderOptions
-from formats.cheader.packings import DENSE, PACKINGS
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import SUB_BYTE
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.cheader.options import CHeaderOptions
+from nibblecast.formats.cheader.packings import DENSE, PACKINGS
 from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten
 from tests.formats.cheader.c_harness import (
     MODES,
@@ -79,7 +79,7 @@ def test_read_back(tmp_path, style, tail_padding, packing):
 @packings
 def test_a_model_verifies(tmp_path, packing):
     options = CHOICES[packing] | {"fixed_point": True, "tail_padding": True}
-    assert converters.convert(INT4, tmp_path / "w.h", verify=True, **options).verified[tmp_path / "w.h"].equal
+    assert nibblecast.convert(INT4, tmp_path / "w.h", verify=True, **options).verified[tmp_path / "w.h"].equal
 
 
 @settings(max_examples=150, deadline=None)

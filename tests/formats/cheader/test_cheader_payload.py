@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported, UsageError
-from converters.ir import Tensor
-from formats.cheader.c_payload import StoredData
-from formats.tflite.reader import TFLiteReader
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported, UsageError
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.cheader.c_payload import StoredData
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_files import read, write_small
 from tests.formats.cheader.c_harness import model_of, plan_of, write
 from tests.formats.cheader.c_zoo import dtype_of, random_codes
@@ -39,7 +39,7 @@ def written(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def test_every_tflite_fixture_verifies(tmp_path: Path, source: Path, style: str, layout: str, _: str) -> None:
     complex_ones = [name for name, tensor in TFLiteReader().read(source).items() if tensor.dtype.kind == "c"]
     skip = [re.sub(r"([*?[])", r"[\1]", name) for name in complex_ones]
-    done = converters.convert(source, tmp_path / "w.h", skip=skip, verify=True, style=style, layout=layout)
+    done = nibblecast.convert(source, tmp_path / "w.h", skip=skip, verify=True, style=style, layout=layout)
     assert done.verified[tmp_path / "w.h"].equal
 
 
@@ -73,34 +73,34 @@ def test_bytes_are_mapped_where_they_lie(tmp_path: Path, style: str) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_on_to_other_formats(tmp_path: Path, style: str) -> None:
-    converters.convert(INT4, tmp_path / "w.h", style=style)
-    converters.convert(tmp_path / "w.h", tmp_path / "w.onnx", tmp_path / "w.safetensors", tmp_path / "v.h", verify=True)
+    nibblecast.convert(INT4, tmp_path / "w.h", style=style)
+    nibblecast.convert(tmp_path / "w.h", tmp_path / "w.onnx", tmp_path / "w.safetensors", tmp_path / "v.h", verify=True)
     for name in ("w.onnx", "w.safetensors", "v.h"):
-        assert converters.verify(INT4, tmp_path / name).equal
+        assert nibblecast.verify(INT4, tmp_path / name).equal
 
 
 def test_an_edited_byte_is_shown(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "w.h", style="incbin")
+    nibblecast.convert(INT4, tmp_path / "w.h", style="incbin")
     data = bytearray((tmp_path / "w.bin").read_bytes())
     data[0] ^= 1
     (tmp_path / "w.bin").write_bytes(data)
-    (difference,) = converters.verify(INT4, tmp_path / "w.h").differences
+    (difference,) = nibblecast.verify(INT4, tmp_path / "w.h").differences
     assert (difference.kind, difference.count) == ("codes", 1)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_the_payload_may_be_no_output(tmp_path: Path, style: str) -> None:
-    converters.convert(INT4, tmp_path / "w.h", style=style)
+    nibblecast.convert(INT4, tmp_path / "w.h", style=style)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "w.bin").symlink_to(tmp_path / "w.bin")
     with pytest.raises(Error, match="is the input as well as an output"):
-        converters.convert(tmp_path / "w.h", tmp_path / "other" / "w.h", style=style)
+        nibblecast.convert(tmp_path / "w.h", tmp_path / "other" / "w.h", style=style)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "converters", *map(str, arguments)], capture_output=True, text=True
+            [sys.executable, "-m", "nibblecast", *map(str, arguments)], capture_output=True, text=True
         )
 
     done = run("convert", INT4, tmp_path / "w.h", "--opt", "style=incbin", "--verify")
@@ -326,13 +326,13 @@ def test_damaged_text_is_an_error_or_a_model(written: Path) -> None:
 
 @pytest.mark.parametrize("style", ["bytes", "string", *STYLES])
 def test_a_model_file_is_read_from_the_original(tmp_path: Path, style: str) -> None:
-    converters.convert(INT4, tmp_path / "w.h", model_array="only", style=style)
+    nibblecast.convert(INT4, tmp_path / "w.h", model_array="only", style=style)
     refused(tmp_path / "w.h", Unsupported, r"w\.c: holds a model file as the array w_model, and no tensors: read that")
 
 
 @pytest.mark.parametrize("style", ["bytes", *STYLES])
 def test_tensors_beside_a_model_file(tmp_path: Path, style: str) -> None:
-    done = converters.convert(INT4, tmp_path / "w.h", model_array="also", style=style, verify=True)
+    done = nibblecast.convert(INT4, tmp_path / "w.h", model_array="also", style=style, verify=True)
     assert done.verified[tmp_path / "w.h"].equal
 
 

@@ -13,18 +13,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.comparison import compare
-from converters.errors import CorruptFile, VerificationFailed
-from converters.interfaces import Reader
-from converters.ir import Model, Quantization, Tensor
-from converters.storage import InMemory
-from formats.cheader.c_elements import lines_of
-from formats.cheader.c_source import CONSTANTS
-from formats.cheader.c_table import MEMBERS
-from formats.cheader.reader import CHeaderReader
-from formats.cheader.render import runtime_header
-from formats.tflite.reader import TFLiteReader
+import nibblecast
+from nibblecast.converters.comparison import compare
+from nibblecast.converters.errors import CorruptFile, VerificationFailed
+from nibblecast.converters.interfaces import Reader
+from nibblecast.converters.ir import Model, Quantization, Tensor
+from nibblecast.converters.storage import InMemory
+from nibblecast.formats.cheader.c_elements import lines_of
+from nibblecast.formats.cheader.c_source import CONSTANTS
+from nibblecast.formats.cheader.c_table import MEMBERS
+from nibblecast.formats.cheader.reader import CHeaderReader
+from nibblecast.formats.cheader.render import runtime_header
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten, write_small
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import ZOO, dtype_of, random_codes, schemes
@@ -90,27 +90,27 @@ def test_names_that_c_cut_stay_apart(tmp_path: Path) -> None:
 def test_every_tflite_fixture_verifies(tmp_path: Path, source: Path) -> None:
     complex_ones = [name for name, tensor in TFLiteReader().read(source).items() if tensor.dtype.kind == "c"]
     skip = [re.sub(r"([*?[])", r"[\1]", name) for name in complex_ones]
-    done = converters.convert(source, tmp_path / "w.h", skip=skip, verify=True)
+    done = nibblecast.convert(source, tmp_path / "w.h", skip=skip, verify=True)
     assert done.verified[tmp_path / "w.h"].equal
 
 
 def test_on_to_other_formats(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "w.h", verify=True)
-    converters.convert(tmp_path / "w.h", tmp_path / "w.onnx", tmp_path / "w.safetensors", tmp_path / "v.h", verify=True)
+    nibblecast.convert(INT4, tmp_path / "w.h", verify=True)
+    nibblecast.convert(tmp_path / "w.h", tmp_path / "w.onnx", tmp_path / "w.safetensors", tmp_path / "v.h", verify=True)
     for name in ("w.onnx", "w.safetensors", "v.h"):
-        assert converters.verify(INT4, tmp_path / name).equal
+        assert nibblecast.verify(INT4, tmp_path / name).equal
     arrays = [re.findall(r"= \{(.*?)\};", (tmp_path / name).read_text(), re.S) for name in ("w.c", "v.c")]
     assert arrays[0][:-1] != []
     assert [text for text in arrays[0] if "0x" in text] == [text for text in arrays[1] if "0x" in text]
 
 
 def test_neither_output_may_be_the_input(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "w.h")
+    nibblecast.convert(INT4, tmp_path / "w.h")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "w.c").symlink_to(tmp_path / "w.c")
     for target in (tmp_path / "w.h", tmp_path / "other" / "w.h"):
-        with pytest.raises(converters.Error, match="is the input as well as an output"):
-            converters.convert(tmp_path / "w.h", target)
+        with pytest.raises(nibblecast.Error, match="is the input as well as an output"):
+            nibblecast.convert(tmp_path / "w.h", target)
 
 
 def test_every_float_comes_back(tmp_path: Path) -> None:
@@ -290,22 +290,22 @@ def test_lines_of_octal_escapes_take_the_fast_path(tmp_path: Path, count: int, e
 
 
 def test_an_edited_digit_is_shown(tmp_path: Path) -> None:
-    converters.convert(INT4, tmp_path / "w.h", verify=True)
+    nibblecast.convert(INT4, tmp_path / "w.h", verify=True)
     rewritten(tmp_path / "w.h", lambda text: text.replace("0x97,0xf1,", "0x97,0xe1,"))
-    comparison = converters.verify(INT4, tmp_path / "w.h")
+    comparison = nibblecast.verify(INT4, tmp_path / "w.h")
     assert [str(difference) for difference in comparison.differences] == [
         "cnn_1/depthwise_1/depthwise: codes differ: (0, 0, 0, 3) -1 against -2"
     ]
     rewritten(tmp_path / "w.h", lambda text: text.replace("0x97,0xe1,", "0x97,0xf1,"))
     rewritten(tmp_path / "w.h", lambda text: text.replace("7.256724e-02f", "7.256725e-02f"))
-    (difference,) = converters.verify(INT4, tmp_path / "w.h").differences
+    (difference,) = nibblecast.verify(INT4, tmp_path / "w.h").differences
     assert (difference.kind, difference.count) == ("scale", 1)
 
 
 def test_the_command_line(tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "converters", *map(str, arguments)], capture_output=True, text=True
+            [sys.executable, "-m", "nibblecast", *map(str, arguments)], capture_output=True, text=True
         )
 
     done = run("convert", INT4, tmp_path / "w.h", "--verify")
@@ -324,11 +324,11 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_what_the_writer_gets_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from formats.cheader import arrays
+    from nibblecast.formats.cheader import arrays
 
     monkeypatch.setattr(arrays, "_stored", lambda dtype, part: part.packed().view(dtype) ^ 1)
     with pytest.raises(VerificationFailed, match="is not written, for it would not hold what was to be"):
-        converters.convert(FIXTURES / "mlp_int4_per_tensor.tflite", tmp_path / "w.h", only=["*MatMul*"], verify=True)
+        nibblecast.convert(FIXTURES / "mlp_int4_per_tensor.tflite", tmp_path / "w.h", only=["*MatMul*"], verify=True)
 
 
 # what it costs

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.allowance import VARIABLE
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Model, Tensor
-from formats.cheader.render import INTERFACE
+from nibblecast.converters.allowance import VARIABLE
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.formats.cheader.render import INTERFACE
 from tests import zoo
 from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten, write_small
 from tests.formats.cheader.c_harness import model_of, write

@@ -7,7 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from converters.errors import UsageError
+from nibblecast.converters.errors import UsageError
 from tests.formats.cheader.c_harness import (
     MODES,
     assert_same_values,

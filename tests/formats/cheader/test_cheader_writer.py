@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.errors import CorruptFile, Unsupported, UsageError
-from converters.interfaces import Plan, Sink, Writer
-from converters.ir import GroupIndex, Quantization, Tensor, per_axis, per_tensor
-from converters.storage import Computed, MappedFile
-from formats.cheader.identifiers import MAX_IDENTIFIER
-from formats.cheader.writer import CHeaderWriter
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
+from nibblecast.converters.interfaces import Plan, Sink, Writer
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, per_axis, per_tensor
+from nibblecast.converters.storage import Computed, MappedFile
+from nibblecast.formats.cheader.identifiers import MAX_IDENTIFIER
+from nibblecast.formats.cheader.writer import CHeaderWriter
 from tests.formats.cheader.c_harness import (
     MODES,
     assert_same_values,

@@ -11,10 +11,10 @@ import flatbuffers
 import numpy as np
 from numpy.typing import NDArray
 
-import converters
-from converters.ir import Tensor
-from converters.packing import pack
-from formats.cheader.fixed_point import fixed_point
+import nibblecast
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.packing import pack
+from nibblecast.formats.cheader.fixed_point import fixed_point
 
 VERSIONS = {"FULLY_CONNECTED": 4, "CONV_2D": 5, "DEPTHWISE_CONV_2D": 6}
 CHANNEL_AXES = {"FULLY_CONNECTED": 0, "CONV_2D": 0, "DEPTHWISE_CONV_2D": 3}
@@ -177,7 +177,7 @@ def read_weight(model: bytes, folder: Path) -> Tensor:
     """The weight, as this project's own reader sees it."""
     path = folder / "case.tflite"
     path.write_bytes(model)
-    return converters.load(path)["weight"]
+    return nibblecast.load(path)["weight"]
 
 
 def run_in_numpy(case: Case, weight: Tensor, error: int = 0) -> NDArray[Any]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
-from formats.safetensors.container import DTYPES
+import nibblecast
+from nibblecast.formats.safetensors.container import DTYPES
 
 _KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "checkpoints"
@@ -22,12 +22,12 @@ def cases(prefix: str) -> list[Path]:
     return sorted(FIXTURES.glob(f"{prefix}_*"))
 
 
-def loaded(case: Path) -> converters.Model:
+def loaded(case: Path) -> nibblecast.Model:
     pickled = case / "model.pt"
-    return converters.load(pickled if pickled.exists() else case)
+    return nibblecast.load(pickled if pickled.exists() else case)
 
 
-def check(case: Path) -> converters.Model:
+def check(case: Path) -> nibblecast.Model:
     """Every value and code of the truth, and no tensor beside the float model's."""
     model = loaded(case)
     with np.load(case / "truth.npz") as truth:
@@ -41,7 +41,7 @@ def check(case: Path) -> converters.Model:
     return model
 
 
-def library_values(tensor: converters.Tensor) -> NDArray[np.float32]:
+def library_values(tensor: nibblecast.Tensor) -> NDArray[np.float32]:
     """The values as the producing library has them, rounded to its dtype, as float32."""
     quantization = tensor.quantization
     dtype = None if quantization is None else quantization.value_dtype
@@ -89,11 +89,11 @@ def write_folder(
 
 def refused(folder: Path, message: str) -> None:
     """It is refused in one line that says so, when it is loaded or when it is read."""
-    with pytest.raises(converters.Error, match=message) as caught:
+    with pytest.raises(nibblecast.Error, match=message) as caught:
         _read_all(folder)
     assert "\n" not in str(caught.value)
 
 
 def _read_all(folder: Path) -> None:
-    for tensor in converters.load(folder).values():
+    for tensor in nibblecast.load(folder).values():
         tensor.dequantize(np.float32)

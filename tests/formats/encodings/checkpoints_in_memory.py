@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-import converters
-from converters.errors import Error
-from converters.ir import Tensor
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+import nibblecast
+from nibblecast.converters.errors import Error
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from tests.formats.encodings.checkpoints import library_values
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "checkpoints"
@@ -35,7 +35,7 @@ def refused(arrays, config, *words, kind=Error):
 
 def check_fixture(folder):
     """Codes and values are those of the library, whole and row by row."""
-    model = converters.load(folder)
+    model = nibblecast.load(folder)
     with np.load(folder / "truth.npz") as truth:
         for key, wanted in truth.items():
             tensor = model[key[2:]]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Unsupported
-from formats.encodings.configuration import quantization_config
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.formats.encodings.configuration import quantization_config
 from tests.formats.encodings.checkpoints_in_memory import decoded, refused
 
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import Unsupported
-from converters.ir import Tensor
-from formats.encodings import column_blocks
-from formats.encodings.awq_writing import configuration, encode
+import nibblecast
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings import column_blocks
+from nibblecast.formats.encodings.awq_writing import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, write_folder
 from tests.formats.encodings.row_weights import FLOATS, limits, unread, weight, with_index
 from tests.formats.encodings.test_awq import packed
@@ -147,7 +147,7 @@ def test_weights_of_several_group_sizes_are_both_named() -> None:
 def test_codes_move_from_gptq(version: int, tmp_path: Path) -> None:
     layer = random_layer(7, 4, 16, 64, 32, shuffled=False)
     tensors = stored(layer, version=version, with_groups=True)
-    source = converters.load(write_folder(tmp_path / "a", tensors, config=gptq_configuration(layer, 32, version)))
+    source = nibblecast.load(write_folder(tmp_path / "a", tensors, config=gptq_configuration(layer, 32, version)))
     weights = [source["model.fc.weight"]]
     encoded, _ = write(tmp_path / "b", "awq", weights, {"model.fc.bias": source["model.fc.bias"].numpy()})
     read = check(tmp_path / "b", encoded, weights)
@@ -157,6 +157,6 @@ def test_codes_move_from_gptq(version: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["hqq_f16", "hqq_f32_viewed"])
 def test_codes_move_from_hqq_where_zero_points_are_integers(case: str, tmp_path: Path) -> None:
-    source = converters.load(FIXTURES / case / "model.safetensors")["across.weight"]
+    source = nibblecast.load(FIXTURES / case / "model.safetensors")["across.weight"]
     encoded, _ = write(tmp_path / "m", "awq", [source])
     check(tmp_path / "m", encoded, [source])

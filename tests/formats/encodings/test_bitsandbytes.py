@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
+import nibblecast
 from tests.formats.encodings import checkpoints
 
 STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 32]}
@@ -42,13 +42,13 @@ def test_values_and_codes_are_those_of_bitsandbytes(case: Path) -> None:
 @pytest.mark.parametrize("case", checkpoints.cases("bitsandbytes"), ids=lambda case: case.name)
 def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> None:
     target = tmp_path / "weights.safetensors"
-    comparison = converters.convert(case, target, verify=True).verified[target]
+    comparison = nibblecast.convert(case, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
     rounded = [
         {
             name: tensor.quantization and tensor.quantization.value_dtype
-            for name, tensor in converters.load(path).items()
+            for name, tensor in nibblecast.load(path).items()
         }
         for path in (case, target)
     ]
@@ -56,7 +56,7 @@ def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> Non
 
 
 def test_the_high_nibble_is_first(tmp_path: Path) -> None:
-    weight = converters.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
+    weight = nibblecast.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
     assert weight.dtype == ml_dtypes.uint4
     assert weight.codes()[0, :6].tolist() == [0, 0, 0, 1, 0, 2]
     assert weight.quantization is not None
@@ -140,7 +140,7 @@ INT8 = {
 
 
 def test_int8_has_its_magnitudes_as_scales_and_one_factor(tmp_path: Path) -> None:
-    model = converters.load(checkpoints.write_folder(tmp_path, INT8))
+    model = nibblecast.load(checkpoints.write_folder(tmp_path, INT8))
     assert list(model) == ["fc.weight"]
     quantization = model["fc.weight"].quantization
     assert quantization is not None
@@ -150,7 +150,7 @@ def test_int8_has_its_magnitudes_as_scales_and_one_factor(tmp_path: Path) -> Non
 
 def test_a_factor_that_a_format_lacks_is_folded_into_the_scales(tmp_path: Path) -> None:
     target = tmp_path / "weights.onnx"
-    conversion = converters.convert(checkpoints.FIXTURES / "bitsandbytes_int8", target, verify=True)
+    conversion = nibblecast.convert(checkpoints.FIXTURES / "bitsandbytes_int8", target, verify=True)
     comparison = conversion.verified[target]
     assert comparison is not None
     assert comparison.equal

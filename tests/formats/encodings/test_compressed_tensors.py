@@ -4,10 +4,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Tensor
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, check_fixture, decoded, refused
 
@@ -293,5 +293,5 @@ def test_codes_beyond_the_bits_that_the_configuration_says_are_refused_when_they
 
 
 def test_a_folder_is_a_model():
-    model = converters.load(FIXTURES / "compressed_tensors_mixed")
+    model = nibblecast.load(FIXTURES / "compressed_tensors_mixed")
     assert model.metadata.producer == "compressed-tensors"

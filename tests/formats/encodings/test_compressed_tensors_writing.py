@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-import converters
-from converters.errors import Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, grid_shape
-from converters.storage import Computed, InMemory
-from formats.encodings.compressed_tensors_writing import configuration, encode
-from formats.encodings.encoded import Configuration
-from formats.encodings.parameters import FLOAT8_E4M3, FLOAT8_E8M0
+import nibblecast
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, grid_shape
+from nibblecast.converters.storage import Computed, InMemory
+from nibblecast.formats.encodings.compressed_tensors_writing import configuration, encode
+from nibblecast.formats.encodings.encoded import Configuration
+from nibblecast.formats.encodings.parameters import FLOAT8_E4M3, FLOAT8_E8M0
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, limits, matrices
 from tests.formats.encodings.tiny_llama import TinyLlama
@@ -111,7 +111,7 @@ def test_dividing_by_a_reciprocal_is_said_only_where_it_gives_other_scales():
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_weights_of_other_encodings(tmp_path, source):
-    model = converters.load(source / "model.pt" if (source / "model.pt").exists() else source)
+    model = nibblecast.load(source / "model.pt" if (source / "model.pt").exists() else source)
     weights, refused = [], 0
     for tensor in model.values():
         if tensor.quantization is not None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.ir import Quantization, Tensor
-from formats.encodings.exactness import largest_change
-from formats.encodings.lowering import elements, flat, from_elements
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.formats.encodings.exactness import largest_change
+from nibblecast.formats.encodings.lowering import elements, flat, from_elements
 
 FLOAT32 = np.dtype(np.float32)
 

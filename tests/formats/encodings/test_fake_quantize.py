@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Tensor, per_axis, per_tensor
-from formats.encodings.fake_quantize import quantized
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Tensor, per_axis, per_tensor
+from nibblecast.formats.encodings.fake_quantize import quantized
 
 
 def tensor(values, dtype=np.float32, name="w"):

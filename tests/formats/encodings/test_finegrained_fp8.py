@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile
-from formats.encodings.checkpoint import is_encoded
+from nibblecast.converters.errors import CorruptFile
+from nibblecast.formats.encodings.checkpoint import is_encoded
 from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.checkpoints_in_memory import decoded, refused
 

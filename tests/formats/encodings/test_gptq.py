@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.storage import files_of
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.storage import files_of
 from tests.formats.encodings.checkpoints import write_folder
 
 
@@ -106,7 +106,7 @@ def test_every_code_and_value_comes_out(
     layer = random_layer(seed, bits, outputs * 32 // bits, inputs * 16, size, shuffled=shuffled)
     folder = Path(tmp_path_factory.getbasetemp()) / "gptq"
     tensors = stored(layer, version=version, with_groups=shuffled or seed % 2 == 0)
-    model = converters.load(write_folder(folder, tensors, config=configuration(layer, size, version)))
+    model = nibblecast.load(write_folder(folder, tensors, config=configuration(layer, size, version)))
     assert list(model) == ["model.fc.weight", "model.fc.bias"]
     weight = model["model.fc.weight"]
     np.testing.assert_array_equal(weight.codes(), layer.codes)
@@ -120,7 +120,7 @@ def test_a_zero_of_zero_borrows_from_its_neighbour_and_gets_it_back(tmp_path: Pa
     folder = write_folder(
         tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
     )
-    weight = converters.load(folder)["model.fc.weight"]
+    weight = nibblecast.load(folder)["model.fc.weight"]
     assert weight.quantization is not None
     assert weight.quantization.zero_point is not None
     np.testing.assert_array_equal(weight.quantization.zero_point.codes(), layer.zeros)
@@ -131,7 +131,7 @@ def test_rows_in_groups_need_no_index(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path / "m", stored(layer, version=2, with_groups=True), config=configuration(layer, 32, 2)
     )
-    assert converters.load(folder)["model.fc.weight"].granularity == "blockwise (1, 32)"
+    assert nibblecast.load(folder)["model.fc.weight"].granularity == "blockwise (1, 32)"
 
 
 def test_pieces_are_as_the_whole(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_pieces_are_as_the_whole(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path / "m", stored(layer, version=2, with_groups=False), config=configuration(layer, 32, 2)
     )
-    weight = converters.load(folder)["model.fc.weight"]
+    weight = nibblecast.load(folder)["model.fc.weight"]
     pieces = [part.dequantize(np.float16) for part in weight.parts(500)]
     assert len(pieces) > 3
     np.testing.assert_array_equal(np.concatenate(pieces), layer.values())
@@ -149,7 +149,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     layer = random_layer(4, 4, 16, 32, 32, shuffled=True)
     tensors = stored(layer, version=2, with_groups=True)
     folder = write_folder(tmp_path / "m", tensors, shards=3, config=configuration(layer, 32, 2))
-    np.testing.assert_array_equal(converters.load(folder)["model.fc.weight"].dequantize(), layer.unrounded())
+    np.testing.assert_array_equal(nibblecast.load(folder)["model.fc.weight"].dequantize(), layer.unrounded())
 
 
 def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_codes_survive_to_safetensors(tmp_path: Path) -> None:
         tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
     )
     target = tmp_path / "w.safetensors"
-    conversion = converters.convert(folder, target, verify=True)
+    conversion = nibblecast.convert(folder, target, verify=True)
     comparison = conversion.verified[target]
     assert comparison is not None
     assert comparison.equal
@@ -169,7 +169,7 @@ def test_parameters_stay_in_the_file(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path / "m", stored(layer, version=1, with_groups=True), config=configuration(layer, 32, 1)
     )
-    quantization = converters.load(folder)["model.fc.weight"].quantization
+    quantization = nibblecast.load(folder)["model.fc.weight"].quantization
     assert quantization is not None
     roles = dict(quantization.parameters())
     assert set(roles) == {"scale", "zero_point", "group_index"}
@@ -206,4 +206,4 @@ def test_contradictions_are_errors(
             tensors[key] = array
     folder = write_folder(tmp_path / "m", tensors, config=configuration(layer, 32, 1, **config))
     with pytest.raises(error, match=message):
-        converters.load(folder)
+        nibblecast.load(folder)

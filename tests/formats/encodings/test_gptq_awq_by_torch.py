@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import converters
-from converters.ir import Tensor
-from converters.quantize import parse_scheme, quantize_model
+import nibblecast
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.quantize import parse_scheme, quantize_model
 from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.row_weights import weight, with_index
 from tests.formats.encodings.written import own_dtype, write
@@ -110,7 +110,7 @@ def _same_by_torch(torch: Any, folder: Path, layout: str, source: Tensor) -> Non
 
 
 @pytest.fixture(scope="module")
-def llama(torch: Any, tmp_path_factory: Any) -> tuple[Any, converters.Model]:
+def llama(torch: Any, tmp_path_factory: Any) -> tuple[Any, nibblecast.Model]:
     """A tiny Llama of transformers with random weights, and the same as it is read."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     torch.manual_seed(0)
@@ -126,14 +126,14 @@ def llama(torch: Any, tmp_path_factory: Any) -> tuple[Any, converters.Model]:
     model = transformers.LlamaForCausalLM(config).eval()
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
-    return model, converters.load(folder / "model.safetensors")
+    return model, nibblecast.load(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("plain", [(), ("q_proj", "layers.0.mlp.down_proj")])
 @pytest.mark.parametrize("scheme", ["int4,block=32,scale=float16", "uint4,block=32,scale=bfloat16"])
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
 def test_a_model_of_transformers_computes_the_same(
-    torch: Any, llama: tuple[Any, converters.Model], layout: str, scheme: str, plain: tuple[str, ...], tmp_path: Path
+    torch: Any, llama: tuple[Any, nibblecast.Model], layout: str, scheme: str, plain: tuple[str, ...], tmp_path: Path
 ) -> None:
     model, floats = llama
     quantized = quantize_model(floats, parse_scheme(scheme))
@@ -145,7 +145,7 @@ def test_a_model_of_transformers_computes_the_same(
 
     decoded = dict(decoded_by_torch(torch, tmp_path / "m", layout, config))
     assert set(decoded) == _replaced_modules(torch, model, layout, config)
-    read = converters.load(tmp_path / "m")
+    read = nibblecast.load(tmp_path / "m")
     ours = {name: torch.from_numpy(library_values(tensor).copy()) for name, tensor in read.items()}
     theirs = ours | {f"{module}.weight": each.float() for module, each in decoded.items()}
     tokens = torch.arange(16)[None]

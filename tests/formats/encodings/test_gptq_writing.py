@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Quantization, Tensor
-from converters.packing import bits_of
-from formats.encodings import column_blocks
-from formats.encodings.gptq_writing import configuration, encode
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.converters.packing import bits_of
+from nibblecast.formats.encodings import column_blocks
+from nibblecast.formats.encodings.gptq_writing import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, loaded
 from tests.formats.encodings.checkpoints_in_memory import decoded
 from tests.formats.encodings.row_weights import FLOATS, changed, limits, unread, weight, with_index
@@ -183,7 +183,7 @@ def test_what_the_libraries_compute_in_another_dtype_is_a_loss(tmp_path: Path) -
     (loss,) = encoded[source.name].losses
     assert loss.kind == "rounded"
     assert "float16" in loss.detail
-    read = converters.load(tmp_path / "m")[source.name]
+    read = nibblecast.load(tmp_path / "m")[source.name]
     same(read, encoded[source.name].weight)
     np.testing.assert_array_equal(read.dequantize(np.float16), source.dequantize(np.float16))
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from converters.errors import Error
-from converters.ir import Tensor
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
-from formats.encodings.configuration import model_config, quantization_config
-from formats.encodings.torchao_safetensors import describes
-from formats.encodings.torchao_safetensors import grouped as grouped_by_torchao
-from formats.safetensors.shards import open_checkpoint
+from nibblecast.converters.errors import Error
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from nibblecast.formats.encodings.configuration import model_config, quantization_config
+from nibblecast.formats.encodings.torchao_safetensors import describes
+from nibblecast.formats.encodings.torchao_safetensors import grouped as grouped_by_torchao
+from nibblecast.formats.safetensors.shards import open_checkpoint
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, decoded
 from tests.growth import assert_linear
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
+import nibblecast
 from tests.formats.encodings import checkpoints
 
 
@@ -48,13 +48,13 @@ def test_values_and_codes_are_those_of_hqq(case: Path) -> None:
 @pytest.mark.parametrize("case", checkpoints.cases("hqq"), ids=lambda case: case.name)
 def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> None:
     target, source = tmp_path / "weights.safetensors", case / "model.pt"
-    comparison = converters.convert(source if source.exists() else case, target, verify=True).verified[target]
+    comparison = nibblecast.convert(source if source.exists() else case, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
 
 
 def test_the_first_rows_are_in_the_high_nibbles(tmp_path: Path) -> None:
-    weight = converters.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
+    weight = nibblecast.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
     assert weight.codes()[0].tolist() == [0] * 8
     assert weight.codes()[2].tolist() == list(range(8))
     assert weight.dequantize(np.float32)[2, 1] == (1 - 7.5) * 0.5
@@ -71,7 +71,7 @@ def test_only_what_fits_no_blocks_is_expanded() -> None:
 
 def test_one_scale_for_all(tmp_path: Path) -> None:
     one = {"scale": np.full((), 2, np.float32), "zero": np.full((), 1, np.float32)}
-    weight = converters.load(checkpoints.write_folder(tmp_path, tensors(**one)))["fc.weight"]
+    weight = nibblecast.load(checkpoints.write_folder(tmp_path, tensors(**one)))["fc.weight"]
     assert weight.granularity == "per-tensor"
     assert weight.dequantize(np.float32)[2, 3] == 4
 
@@ -79,7 +79,7 @@ def test_one_scale_for_all(tmp_path: Path) -> None:
 def test_scale_and_zero_may_be_one_tensor(tmp_path: Path) -> None:
     both = np.stack([np.full((4, 1), 1, np.float32), np.full((4, 1), 3, np.float32)])
     folder = checkpoints.write_folder(tmp_path, tensors(scale=None, zero=None, zero_scale=both))
-    assert converters.load(folder)["fc.weight"].dequantize(np.float32)[2, 3] == 6
+    assert nibblecast.load(folder)["fc.weight"].dequantize(np.float32)[2, 3] == 6
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_scales_beyond_the_dtype_that_is_computed_in_are_infinite(tmp_path: Path) -> None:
     """Found by random damage: NumPy warned of it."""
     folder = checkpoints.write_folder(tmp_path, tensors(scale=np.full((4, 1), 1e300)))
-    assert np.isinf(converters.load(folder)["fc.weight"].dequantize(np.float32)).all()
+    assert np.isinf(nibblecast.load(folder)["fc.weight"].dequantize(np.float32)).all()

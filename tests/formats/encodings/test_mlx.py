@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.errors import CorruptFile, Unsupported
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, check_fixture, decoded, refused
 
 CONFIG = {"quant_method": "mlx", "group_size": 32, "bits": 4}

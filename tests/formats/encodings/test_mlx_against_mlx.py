@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.errors import Unsupported
-from converters.ir import Quantization, Tensor
-from formats.encodings.mlx_writing import configuration, encode
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.formats.encodings.mlx_writing import configuration, encode
 from tests.formats.encodings.checkpoints import write_file
 from tests.formats.encodings.test_mlx_writing import (
     FLOAT4,

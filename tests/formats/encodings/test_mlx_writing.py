@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.comparison import compare_tensors
-from converters.errors import Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape
-from converters.storage import Computed
-from formats.encodings.encoded import WRITABLE, writable_encoding
-from formats.encodings.mlx_writing import configuration, encode
+import nibblecast
+from nibblecast.converters.comparison import compare_tensors
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.encodings.encoded import WRITABLE, writable_encoding
+from nibblecast.formats.encodings.mlx_writing import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, write_file, write_folder
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -73,7 +73,7 @@ def written(folder, *encoded):
 
 def is_read_back(folder, *encoded):
     """Reading gives what encoding said that it would."""
-    model = converters.load(written(folder, *encoded))
+    model = nibblecast.load(written(folder, *encoded))
     assert set(model) == {*(each.weight.name for each in encoded), "m.bias"}
     for each in encoded:
         got, wanted = model[each.weight.name], each.weight
@@ -320,7 +320,7 @@ def test_what_mlx_cannot_hold_is_refused(weight, message):
 def fixture_weights(path):
     """The quantized weights of a file, with names as MLX has them."""
     pickled = path / "model.pt"
-    model = converters.load(pickled if pickled.exists() else path)
+    model = nibblecast.load(pickled if pickled.exists() else path)
     for name, tensor in model.items():
         if tensor.quantization is not None:
             yield tensor if name.endswith(".weight") else replace(tensor, name=f"{name}.weight")
@@ -342,7 +342,7 @@ def test_weights_of_other_encodings(path, tmp_path):
 
 
 def test_mlx_is_written_as_it_was(tmp_path):
-    source = converters.load(FIXTURES / "mlx")
+    source = nibblecast.load(FIXTURES / "mlx")
     weights = [tensor for tensor in source.values() if tensor.quantization is not None]
     encoded = [encode(weight) for weight in weights]
     assert len(encoded) == len(weights) == 26

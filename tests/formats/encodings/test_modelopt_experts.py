@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from tests.formats.encodings.checkpoints_in_memory import decoded, refused
 
 FLOAT4 = ml_dtypes.float4_e2m1fn

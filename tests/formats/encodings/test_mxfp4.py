@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from converters.errors import CorruptFile
+from nibblecast.converters.errors import CorruptFile
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, check_fixture, decoded, refused
 
 

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import Unsupported
-from converters.ir import Quantization, Tensor
-from formats.encodings.mlx_writing import encode
-from formats.encodings.offsets import offsets_as_zero_points
+import nibblecast
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Quantization, Tensor
+from nibblecast.formats.encodings.mlx_writing import encode
+from nibblecast.formats.encodings.offsets import offsets_as_zero_points
 from tests.formats.encodings.checkpoints import FIXTURES
 
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]
@@ -50,7 +50,7 @@ def test_what_went_to_mlx_comes_back(scale_dtype, compute, dtype, signs, seed):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_mlx_s_own_weights_have_zero_points(dtype):
-    model = converters.load(FIXTURES / "mlx")
+    model = nibblecast.load(FIXTURES / "mlx")
     found = 0
     for name, weight in model.items():
         quantization = weight.quantization

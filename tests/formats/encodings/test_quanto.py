@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
+import nibblecast
 from tests.formats.encodings import checkpoints
 
 
@@ -35,13 +35,13 @@ def test_values_and_codes_are_those_of_quanto(case: Path) -> None:
 @pytest.mark.parametrize("case", checkpoints.cases("quanto"), ids=lambda case: case.name)
 def test_they_survive_to_safetensors_and_back(case: Path, tmp_path: Path) -> None:
     target = tmp_path / "weights.safetensors"
-    comparison = converters.convert(case, target, verify=True).verified[target]
+    comparison = nibblecast.convert(case, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
 
 
 def test_the_first_rows_are_in_the_low_nibbles(tmp_path: Path) -> None:
-    weight = converters.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
+    weight = nibblecast.load(checkpoints.write_folder(tmp_path, tensors()))["fc.weight"]
     assert weight.dtype == ml_dtypes.uint4
     assert weight.shape == (2, 256)
     assert weight.codes()[0, :3].tolist() == [0, 1, 2]
@@ -51,7 +51,7 @@ def test_the_first_rows_are_in_the_low_nibbles(tmp_path: Path) -> None:
 
 def test_shifts_may_be_integers(tmp_path: Path) -> None:
     folder = checkpoints.write_folder(tmp_path, tensors(weight__shift=np.full((4, 1), 8, np.int8)))
-    weight = converters.load(folder)["fc.weight"]
+    weight = nibblecast.load(folder)["fc.weight"]
     assert weight.quantization is not None
     assert weight.quantization.zero_point is not None
     assert weight.dequantize(np.float32)[0, 2] == (2 - 8) * 0.5
@@ -70,18 +70,18 @@ def test_the_architecture_tells_the_rows_where_no_bias_does(
     module: str, config: dict[str, int], shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     folder = checkpoints.write_folder(tmp_path, tensors(module, bias=None), config=config)
-    assert converters.load(folder)[f"{module}.weight"].shape == shape
+    assert nibblecast.load(folder)[f"{module}.weight"].shape == shape
 
 
 def test_a_shape_that_is_nowhere_is_said(tmp_path: Path) -> None:
     """A convolution of (2, 64, 2, 2) has the same tensors as a matrix of (2, 256)."""
-    (loss,) = converters.load(checkpoints.write_folder(tmp_path / "any", tensors("layer"))).losses
+    (loss,) = nibblecast.load(checkpoints.write_folder(tmp_path / "any", tensors("layer"))).losses
     assert (loss.tensor, loss.kind) == ("layer.weight", "reinterpreted")
     assert "a convolution's has more axes" in loss.detail
-    assert converters.load(checkpoints.write_folder(tmp_path / "linear", tensors("up_proj"))).losses == ()
+    assert nibblecast.load(checkpoints.write_folder(tmp_path / "linear", tensors("up_proj"))).losses == ()
     ungrouped = tensors(weight__scale=np.ones((4, 1, 1), np.float32), weight__shift=np.ones((4, 1, 1), np.float32))
     ungrouped["fc.weight._data._data"] = np.zeros((2, 8, 16), np.uint8)
-    model = converters.load(checkpoints.write_folder(tmp_path / "ungrouped", ungrouped))
+    model = nibblecast.load(checkpoints.write_folder(tmp_path / "ungrouped", ungrouped))
     assert (model["fc.weight"].shape, model.losses) == ((4, 8, 16), ())
 
 
@@ -90,7 +90,7 @@ def test_bytes_that_are_quantized_along_the_last_axis(shape: tuple[int, ...], tm
     data = np.arange(np.prod(shape), dtype=np.int8).reshape(shape)
     scale = np.array([1, 2, 4, 8], np.float32).reshape(*(1 for _ in shape[1:]), 4)
     folder = checkpoints.write_folder(tmp_path, {"fc.weight._data": data, "fc.weight._scale": scale})
-    weight = converters.load(folder)["fc.weight"]
+    weight = nibblecast.load(folder)["fc.weight"]
     np.testing.assert_array_equal(weight.dequantize(np.float32), data * scale)
 
 
@@ -100,10 +100,10 @@ def test_packed_codes_along_the_last_axis_are_refused_by_name(tmp_path: Path) ->
 
 
 def test_scales_of_activations_are_kept(tmp_path: Path) -> None:
-    plain = converters.load(checkpoints.write_folder(tmp_path / "plain", tensors()))
+    plain = nibblecast.load(checkpoints.write_folder(tmp_path / "plain", tensors()))
     assert set(plain) == {"fc.bias", "fc.weight"}
     scaled = tensors(input_scale=np.full((), 0.1, np.float32))
-    assert "fc.input_scale" in converters.load(checkpoints.write_folder(tmp_path / "scaled", scaled))
+    assert "fc.input_scale" in nibblecast.load(checkpoints.write_folder(tmp_path / "scaled", scaled))
 
 
 @pytest.mark.parametrize(

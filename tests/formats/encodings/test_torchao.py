@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Loss, Tensor
-from converters.storage import MappedFile
-from formats.encodings import torchao_safetensors
-from formats.encodings.torchao import Cpu, WrappedTensor, decoded, dynamic_activation_linear
-from formats.pytorch.archive import Archive
-from formats.pytorch.containers import saved_value
-from formats.pytorch.limits import Limits
-from formats.pytorch.values import SubclassTensor
-from formats.pytorch.wrapped import wrapped
-from formats.safetensors.container import open_container
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Loss, Tensor
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.encodings import torchao_safetensors
+from nibblecast.formats.encodings.torchao import Cpu, WrappedTensor, decoded, dynamic_activation_linear
+from nibblecast.formats.pytorch.archive import Archive
+from nibblecast.formats.pytorch.containers import saved_value
+from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.values import SubclassTensor
+from nibblecast.formats.pytorch.wrapped import wrapped
+from nibblecast.formats.safetensors.container import open_container
 from tests.formats.encodings.checkpoints import write_file
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "torchao"
@@ -70,7 +70,7 @@ def test_a_pickled_weight_is_what_torchao_decodes(case: str) -> None:
 
 @pytest.mark.parametrize("case", IN_SAFETENSORS)
 def test_a_safetensors_file_gives_the_same_weights(case: str) -> None:
-    model = converters.load(FIXTURES / f"{case}.safetensors")
+    model = nibblecast.load(FIXTURES / f"{case}.safetensors")
     pickled = wrapped_tensors(case)
     assert set(model) >= set(pickled)
     for name, tensor in pickled.items():
@@ -261,7 +261,7 @@ def stored(case: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
-    from formats.safetensors.container import open_container
+    from nibblecast.formats.safetensors.container import open_container
 
     entries = open_container(MappedFile.open(path)).entries
     return {key: Tensor(key, e.shape, e.dtype, e.data) for key, e in entries.items()}, metadata
@@ -376,7 +376,7 @@ def test_shards_list_their_own_tensors_or_the_models(whole_model_in_each: bool, 
             if key in keys
         }
         write_file(tmp_path / f"model-{number}.safetensors", arrays, metadata)
-    assert converters.verify(source, tmp_path).equal
+    assert nibblecast.verify(source, tmp_path).equal
 
 
 def test_the_linear_of_the_first_qat_flow_is_recognised_by_its_keys(tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_the_linear_of_the_first_qat_flow_is_recognised_by_its_keys(tmp_path: Pa
     codes = random.integers(-8, 8, (6, 64)).astype(np.int8)
     scales, zeros = random.random((6, 2)).astype(np.float32), random.integers(-3, 3, (6, 2)).astype(np.float32)
     tensors = {"fc.weight": codes, "fc.scales": scales, "fc.zeros": zeros, "other.weight": codes}
-    model = converters.load(write_file(tmp_path / "m.safetensors", tensors))
+    model = nibblecast.load(write_file(tmp_path / "m.safetensors", tensors))
     assert set(model) == {"other.weight", "fc.weight"}
     values = (codes.astype(np.float32) - zeros.repeat(32, 1)) * scales.repeat(32, 1)
     np.testing.assert_array_equal(model["fc.weight"].codes(), codes)

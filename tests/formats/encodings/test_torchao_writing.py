@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-import converters
-from converters.errors import Unsupported
-from converters.ir import GroupIndex, Quantization, Tensor, per_axis
-from converters.storage import Computed, InMemory
-from formats.encodings.codes import widened
-from formats.encodings.parameters import FLOAT8_E8M0
-from formats.encodings.torchao_writing import configuration, encode
+import nibblecast
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, per_axis
+from nibblecast.converters.storage import Computed, InMemory
+from nibblecast.formats.encodings.codes import widened
+from nibblecast.formats.encodings.parameters import FLOAT8_E8M0
+from nibblecast.formats.encodings.torchao_writing import configuration, encode
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, matrices
 from tests.formats.encodings.tiny_llama import TinyLlama
@@ -134,7 +134,7 @@ def test_the_files_of_a_model_all_have_its_metadata(tmp_path):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_weights_of_other_encodings(tmp_path, source):
-    model = converters.load(source / "model.pt" if (source / "model.pt").exists() else source)
+    model = nibblecast.load(source / "model.pt" if (source / "model.pt").exists() else source)
     weights, refused = [], 0
     for tensor in model.values():
         if tensor.quantization is not None:

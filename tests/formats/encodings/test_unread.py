@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.ir import Tensor
-from formats.encodings.checkpoint import Checkpoint, decode_checkpoint
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 
 FLOAT8 = ml_dtypes.float8_e4m3fn
 BYTES = np.ones((4, 8), np.uint8)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.ir import Tensor
-from formats.encodings.encoded import Configuration
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.encoded import Configuration
 from tests.formats.encodings.checkpoints import write_folder
 from tests.formats.encodings.written import check, write
 

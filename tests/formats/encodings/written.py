@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import converters
-from converters.ir import Tensor
-from formats.encodings.encoded import Configuration, Encoded, writable_encoding
+import nibblecast
+from nibblecast.converters.ir import Tensor
+from nibblecast.formats.encodings.encoded import Configuration, Encoded, writable_encoding
 from tests.formats.encodings.checkpoints import write_file
 
 NO_PLAIN: Mapping[str, NDArray[Any]] = {}
@@ -52,10 +52,10 @@ def write(
     return encoded, configuration
 
 
-def check(folder: Path, encoded: Mapping[str, Encoded], sources: Iterable[Tensor]) -> converters.Model:
+def check(folder: Path, encoded: Mapping[str, Encoded], sources: Iterable[Tensor]) -> nibblecast.Model:
     """What is read is what the encoding said; without losses, the values are also those of the sources, of the dtype
     of which their libraries give them."""
-    model = converters.load(folder)
+    model = nibblecast.load(folder)
     for name, one in encoded.items():
         assert one.weight.name == name
         same(model[name], one.weight)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import Unsupported
+import nibblecast
+from nibblecast.converters.errors import Unsupported
 from tests.formats.gguf import gguf_files
 from tests.growth import assert_linear
 
@@ -35,15 +35,15 @@ DTYPES: dict[str, Any] = {
 }
 
 
-def load(tmp_path: Path, content: bytes) -> converters.Model:
+def load(tmp_path: Path, content: bytes) -> nibblecast.Model:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    return converters.load(path)
+    return nibblecast.load(path)
 
 
 @pytest.mark.parametrize("name", TRUTH)
 def test_values_are_those_of_gguf(name: str) -> None:
-    tensor = converters.load(FIXTURE)[name]
+    tensor = nibblecast.load(FIXTURE)[name]
     wanted = TRUTH[name]
     got = tensor.numpy() if wanted.dtype.kind == "i" or wanted.dtype == np.float64 else tensor.dequantize(np.float32)
     np.testing.assert_array_equal(got, wanted)
@@ -52,11 +52,11 @@ def test_values_are_those_of_gguf(name: str) -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_codes_have_the_narrowest_dtype(name: str) -> None:
-    assert converters.load(FIXTURE)[name].dtype == DTYPES[name]
+    assert nibblecast.load(FIXTURE)[name].dtype == DTYPES[name]
 
 
 def test_scales_keep_their_dtype_and_nesting() -> None:
-    model = converters.load(FIXTURE)
+    model = nibblecast.load(FIXTURE)
     plain, nested = model["Q4_1"].quantization, model["Q4_K"].quantization
     assert plain is not None
     assert plain.scale.dtype == np.float16
@@ -70,14 +70,14 @@ def test_scales_keep_their_dtype_and_nesting() -> None:
 
 @pytest.mark.parametrize("name", TRUTH)
 def test_any_range_of_bytes_is_that_of_the_whole(name: str) -> None:
-    data = converters.load(FIXTURE)[name].data
+    data = nibblecast.load(FIXTURE)[name].data
     whole = data.read(0, data.nbytes)
     for start, stop in ((0, 1), (1, 3), (data.nbytes // 2 - 1, data.nbytes), (data.nbytes, data.nbytes)):
         np.testing.assert_array_equal(data.read(start, stop), whole[start:stop])
 
 
 def test_metadata_that_is_not_kept_is_a_loss() -> None:
-    model = converters.load(FIXTURE)
+    model = nibblecast.load(FIXTURE)
     assert model.metadata.producer == "gguf 0.19"
     assert [loss.kind for loss in model.losses] == ["dropped"]
     assert "llama.context_length" in model.losses[0].detail
@@ -86,7 +86,7 @@ def test_metadata_that_is_not_kept_is_a_loss() -> None:
 @pytest.mark.parametrize("suffix", [".safetensors", ".h", ".onnx"])
 def test_it_converts(suffix: str, tmp_path: Path) -> None:
     target = tmp_path / f"weights{suffix}"
-    comparison = converters.convert(FIXTURE, target, skip=["F64", "I[0-9]*"], verify=True).verified[target]
+    comparison = nibblecast.convert(FIXTURE, target, skip=["F64", "I[0-9]*"], verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
 
@@ -163,7 +163,7 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_files_that_lie_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
     content, message = HOSTILE[case]
-    with pytest.raises(converters.Error) as caught:
+    with pytest.raises(nibblecast.Error) as caught:
         load(tmp_path, content)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -187,11 +187,11 @@ def test_many_axes_cost_nothing(tmp_path: Path) -> None:
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     content = gguf_files.file([A], bytes(32), [gguf_files.number("k", 1)])
     for length in range(4, len(content)):
-        with pytest.raises(converters.Error):
+        with pytest.raises(nibblecast.Error):
             load(tmp_path, content[:length])
 
 
 def test_an_nvfp4_scale_that_is_no_number_is_refused_when_it_is_read(tmp_path: Path) -> None:
     content = gguf_files.file([gguf_files.info("w", (64,), 40, 0)], b"\xff" * 36)
-    with pytest.raises(converters.Error, match="0xFF"):
+    with pytest.raises(nibblecast.Error, match="0xFF"):
         load(tmp_path, content)["w"].dequantize(np.float32)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.storage import MappedFile
-from formats.gguf.container import Container, open_container
+import nibblecast
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.gguf.container import Container, open_container
 from tests.formats.gguf import gguf_files
 
 FIXTURE = Path(__file__).parents[3] / "fixtures" / "gguf" / "types.gguf"
@@ -58,7 +58,7 @@ def make(path: Path, values: list[bytes], *, alignment: int = 32, hole: int = 0,
 
 def test_every_type_is_copied(tmp_path: Path) -> None:
     target = tmp_path / "copy.gguf"
-    comparison = converters.convert(FIXTURE, target, verify=True, fail_on_loss=True).verified[target]
+    comparison = nibblecast.convert(FIXTURE, target, verify=True, fail_on_loss=True).verified[target]
     assert comparison is not None
     assert comparison.equal
     assert target.read_bytes() == FIXTURE.read_bytes()
@@ -66,7 +66,7 @@ def test_every_type_is_copied(tmp_path: Path) -> None:
 
 def test_blocks_are_copied_beside_another_format(tmp_path: Path) -> None:
     targets = [tmp_path / "copy.gguf", tmp_path / "copy.safetensors"]
-    converters.convert(FIXTURE, *targets, verify=True)
+    nibblecast.convert(FIXTURE, *targets, verify=True)
     assert targets[0].read_bytes() == FIXTURE.read_bytes()
 
 
@@ -75,7 +75,7 @@ def test_key_values_of_all_kinds_are_kept(alignment: int, tmp_path: Path) -> Non
     values = [*ODD, gguf_files.number("general.alignment", alignment)]
     source = make(tmp_path / "source.gguf", values, alignment=alignment)
     target = tmp_path / "copy.gguf"
-    converters.convert(source, target, verify=True)
+    nibblecast.convert(source, target, verify=True)
     assert target.read_bytes() == source.read_bytes()
 
 
@@ -83,14 +83,14 @@ def test_holes_between_tensors_are_not_kept(tmp_path: Path) -> None:
     """llama.cpp refuses them."""
     source = make(tmp_path / "source.gguf", ODD, hole=64)
     target = tmp_path / "copy.gguf"
-    converters.convert(source, target, verify=True)
+    nibblecast.convert(source, target, verify=True)
     assert target.read_bytes() == make(tmp_path / "without.gguf", ODD).read_bytes()
 
 
 def test_version_2_becomes_version_3(tmp_path: Path) -> None:
     source = make(tmp_path / "source.gguf", ODD, version=2)
     target = tmp_path / "copy.gguf"
-    converters.convert(source, target, verify=True)
+    nibblecast.convert(source, target, verify=True)
     written, read = target.read_bytes(), source.read_bytes()
     assert written[:4] + written[8:] == read[:4] + read[8:]
     assert written[4] == 3
@@ -99,7 +99,7 @@ def test_version_2_becomes_version_3(tmp_path: Path) -> None:
 def test_tensors_that_change_change_the_file_type(tmp_path: Path) -> None:
     target = tmp_path / "halves.gguf"
     source = make(tmp_path / "source.gguf", ODD)
-    converters.convert(source, target, dequantize="float16", verify=True)
+    nibblecast.convert(source, target, dequantize="float16", verify=True)
     kept, written = key_values(source), key_values(target)
     assert list(written) == list(kept)
     assert {key for key in kept if kept[key] != written[key]} == {"general.file_type"}
@@ -109,7 +109,7 @@ def test_tensors_that_change_change_the_file_type(tmp_path: Path) -> None:
 def test_tensors_that_become_blocks_say_so(tmp_path: Path) -> None:
     target = tmp_path / "quantized.gguf"
     source = make(tmp_path / "source.gguf", [])
-    converters.convert(source, target, quantize="int4,block=32,scale=float16", verify=True)
+    nibblecast.convert(source, target, quantize="int4,block=32,scale=float16", verify=True)
     values = {key: found.value for key, found in container(target).metadata.items()}
     assert values == {"general.file_type": 2, "general.quantization_version": 2}
     assert [info.type_id for info in container(target).tensors.values()] == [2, 2]
@@ -118,7 +118,7 @@ def test_tensors_that_become_blocks_say_so(tmp_path: Path) -> None:
 def test_some_of_the_tensors_keep_all_key_values(tmp_path: Path) -> None:
     target = tmp_path / "one.gguf"
     source = make(tmp_path / "source.gguf", ODD)
-    converters.convert(source, target, skip=["f"], verify=True, fail_on_loss=True)
+    nibblecast.convert(source, target, skip=["f"], verify=True, fail_on_loss=True)
     assert key_values(target) == key_values(source)
     assert list(container(target).tensors) == ["q"]
 
@@ -127,16 +127,16 @@ def test_an_alignment_that_ggml_does_not_take_is_refused(tmp_path: Path) -> None
     path = tmp_path / "sparse.gguf"
     content = gguf_files.file([], b"", [gguf_files.number("general.alignment", 1 << 31)])
     path.write_bytes(content)
-    with pytest.raises(converters.Error, match=r"general\.alignment 2147483648, and ggml takes 1048576"):
-        converters.convert(path, tmp_path / "copy.gguf")
+    with pytest.raises(nibblecast.Error, match=r"general\.alignment 2147483648, and ggml takes 1048576"):
+        nibblecast.convert(path, tmp_path / "copy.gguf")
 
 
 def test_a_source_that_has_gone_is_named(tmp_path: Path) -> None:
     source = make(tmp_path / "source.gguf", ODD)
-    model = converters.load(source)
+    model = nibblecast.load(source)
     source.unlink()
-    with pytest.raises(converters.Error, match=r"source\.gguf: does not exist"):
-        converters.save(model, tmp_path / "copy.gguf")
+    with pytest.raises(nibblecast.Error, match=r"source\.gguf: does not exist"):
+        nibblecast.save(model, tmp_path / "copy.gguf")
 
 
 @settings(max_examples=300, deadline=None)
@@ -151,8 +151,8 @@ def test_headers_that_are_damaged_are_copied_as_they_read_or_refused(
             content[place % len(content)] = byte
         source.write_bytes(content)
         try:
-            converters.convert(source, target, dequantize="float32" if dequantizes else None)
-        except converters.Error as error:
+            nibblecast.convert(source, target, dequantize="float32" if dequantizes else None)
+        except nibblecast.Error as error:
             assert "\n" not in str(error)
             return
         changed = {"general.file_type"} if dequantizes else set()

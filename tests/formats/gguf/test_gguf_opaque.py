@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
+import nibblecast
 from tests.formats.gguf import gguf_files
 
 IQ2_XXS = 16
@@ -27,19 +27,19 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_other_tensors_are_read(path: Path) -> None:
-    np.testing.assert_array_equal(converters.load(path)["norm"].numpy(), VALUES)
+    np.testing.assert_array_equal(nibblecast.load(path)["norm"].numpy(), VALUES)
 
 
 def test_its_elements_are_blocks_of_a_dtype_called_as_the_type(path: Path) -> None:
-    tensor = converters.load(path)["blk.0.lattice"]
+    tensor = nibblecast.load(path)["blk.0.lattice"]
     assert tensor.shape == (3, 2)
     assert tensor.dtype.names == ("IQ2_XXS",)
     assert tensor.numpy().tobytes() == BLOCKS
 
 
 def test_its_values_are_refused(path: Path) -> None:
-    with pytest.raises(converters.Error, match="'blk.0.lattice': IQ2_XXS values have no float form: .*--skip"):
-        converters.load(path)["blk.0.lattice"].dequantize(np.float32)
+    with pytest.raises(nibblecast.Error, match="'blk.0.lattice': IQ2_XXS values have no float form: .*--skip"):
+        nibblecast.load(path)["blk.0.lattice"].dequantize(np.float32)
 
 
 @pytest.mark.parametrize("dequantize", [None, "float32"])
@@ -48,17 +48,17 @@ def test_other_formats_refuse_it_and_take_the_rest(
     suffix: str, dequantize: str | None, path: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / f"weights{suffix}"
-    with pytest.raises(converters.Error, match="'blk.0.lattice': .*cannot hold IQ2_XXS values: .*--skip"):
-        converters.convert(path, target, dequantize=dequantize)
+    with pytest.raises(nibblecast.Error, match="'blk.0.lattice': .*cannot hold IQ2_XXS values: .*--skip"):
+        nibblecast.convert(path, target, dequantize=dequantize)
     assert not target.exists()
-    comparison = converters.convert(path, target, dequantize=dequantize, skip=["blk.*"], verify=True).verified[target]
+    comparison = nibblecast.convert(path, target, dequantize=dequantize, skip=["blk.*"], verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
 
 
 def test_gguf_takes_its_blocks_as_they_are(path: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy.gguf"
-    comparison = converters.convert(path, target, verify=True).verified[target]
+    comparison = nibblecast.convert(path, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
     assert target.read_bytes() == path.read_bytes()
@@ -67,7 +67,7 @@ def test_gguf_takes_its_blocks_as_they_are(path: Path, tmp_path: Path) -> None:
 def test_inspect_shows_the_name_of_its_type(path: Path) -> None:
     from typer.testing import CliRunner
 
-    from converters.cli import app
+    from nibblecast.converters.cli import app
 
     shown = CliRunner().invoke(app, ["inspect", "--json", str(path)])
     assert '"dtype": "IQ2_XXS"' in shown.stdout
@@ -78,7 +78,7 @@ def test_blocks_that_differ_are_found(path: Path, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(BLOCKS) + 70] ^= 1
     other.write_bytes(content)
-    (difference,) = converters.verify(path, other).differences
+    (difference,) = nibblecast.verify(path, other).differences
     assert (difference.tensor, difference.count) == ("blk.0.lattice", 1)
     assert difference.detail.startswith("(0, 1) ")
 
@@ -87,8 +87,8 @@ def test_blocks_that_differ_are_found(path: Path, tmp_path: Path) -> None:
 def test_the_tables_of_types_are_those_of_gguf() -> None:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-    from formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES
-    from formats.gguf.key_values import _FILE_TYPES
+    from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES
+    from nibblecast.formats.gguf.key_values import _FILE_TYPES
 
     sizes = {i: (kind.name, kind.elements, kind.nbytes) for i, kind in BLOCK_TYPES.items()} | dict(OPAQUE_TYPES)
     for type_id, (name, *size) in sizes.items():

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters import plugins
-from converters.errors import Unsupported
-from converters.ir import Metadata, Model, Quantization, Tensor, blocked, per_axis, per_tensor
-from converters.pipeline import Target, fit
-from converters.storage import MappedFile
-from formats.gguf.container import open_container
-from formats.gguf.writer import GGUFOptions, GGUFWriter
+import nibblecast
+from nibblecast.converters import plugins
+from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor, blocked, per_axis, per_tensor
+from nibblecast.converters.pipeline import Target, fit
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.gguf.container import open_container
+from nibblecast.formats.gguf.writer import GGUFOptions, GGUFWriter
 from tests import zoo
 
 FIXTURES = Path(__file__).parents[3] / "fixtures"
@@ -158,7 +158,7 @@ def test_values_are_those_that_were_given(case: str, tmp_path: Path) -> None:
     tensor, type_name, dtype = WRITTEN[case]
     path = tmp_path / "w.gguf"
     plan = write(zoo.model([tensor]), path)
-    read = converters.load(path)
+    read = nibblecast.load(path)
     assert read["w"].dtype == dtype
     assert plan.places["w"].kind.name == type_name
     np.testing.assert_array_equal(read["w"].dequantize(np.float32), tensor.dequantize(np.float32))
@@ -280,7 +280,7 @@ def test_each_of_the_zoo_is_held_exactly_or_refused(tmp_path: Path) -> None:
             assert error.tensor == name
             assert "--" in str(error)
             continue
-        read = converters.load(path)[name]
+        read = nibblecast.load(path)[name]
         held.add(name)
         if tensor.quantization is None:
             assert read.packed().tobytes() == tensor.packed().tobytes()
@@ -303,12 +303,12 @@ def test_doing_what_a_refusal_says_helps(advice: str, tmp_path: Path) -> None:
         "negative",
     )
     source, target = tmp_path / "w.safetensors", tmp_path / "w.gguf"
-    converters.save(zoo.model(replace(REFUSED[case][0], name=case) for case in cases), source)
+    nibblecast.save(zoo.model(replace(REFUSED[case][0], name=case) for case in cases), source)
     with pytest.raises(Unsupported) as caught:
-        converters.convert(source, target)
+        nibblecast.convert(source, target)
     _, _, wanted = str(caught.value).partition(f"--{advice} ")
     keywords = {advice: wanted.split()[0].rstrip(",")}
-    comparison = converters.convert(source, target, verify=True, **keywords).verified[target]
+    comparison = nibblecast.convert(source, target, verify=True, **keywords).verified[target]
     assert comparison is not None
     assert comparison.equal
     assert comparison.tensors == len(cases)
@@ -321,10 +321,10 @@ def test_a_checkpoint_in_mxfp4_has_the_values_that_gguf_decodes(tmp_path: Path) 
 
     source = FIXTURES / "checkpoints" / "mxfp4"
     target = tmp_path / "experts.gguf"
-    comparison = converters.convert(source, target, verify=True).verified[target]
+    comparison = nibblecast.convert(source, target, verify=True).verified[target]
     assert comparison is not None
     assert comparison.equal
-    model = converters.load(source)
+    model = nibblecast.load(source)
     read = {tensor.name: tensor for tensor in GGUFReader(target).tensors}
     quantized = [name for name, tensor in model.items() if tensor.quantization is not None]
     assert len(quantized) == 2
@@ -338,7 +338,7 @@ def test_parameters_that_are_tensors_of_their_own_are_in_the_blocks_only(tmp_pat
     owner = quantized(ml_dtypes.int4, S, IN_64, replace(scales((4, 2)), name="s", parameter_of="w"))
     path = tmp_path / "w.gguf"
     write(zoo.model([owner, owner.quantization.scale]), path)
-    assert list(converters.load(path)) == ["w"]
+    assert list(nibblecast.load(path)) == ["w"]
 
 
 def test_codes_of_two_bits_are_a_loss(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_codes_of_two_bits_are_a_loss(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_several_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from formats.gguf import arranged, writer
+    from nibblecast.formats.gguf import arranged, writer
 
     cases = {case: tensor for case, (tensor, *_) in WRITTEN.items() if tensor.size < 1 << 16}
     long = quantized(ml_dtypes.uint4, (1, 4096), (1, 64), scales((1, 64)), zero_point=whole(np.full((1, 64), 8)))
@@ -431,6 +431,6 @@ def test_random_codes_scales_and_shapes_come_back(data: st.DataObject) -> None:
         except Unsupported:
             assert zero_point is not None or name.startswith("u")
             return
-        read = converters.load(path)
+        read = nibblecast.load(path)
         np.testing.assert_array_equal(read["w"].dequantize(np.float32), tensor.dequantize(np.float32))
         zoo.assert_identical(read, plan.expected)

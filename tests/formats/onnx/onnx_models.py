@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from converters.ir import Model
-from formats.onnx.reader import OnnxReader
-from formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
+from nibblecast.converters.ir import Model
+from nibblecast.formats.onnx.reader import OnnxReader
+from nibblecast.formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
 from tests import zoo
 
 INT4_CODES = np.arange(-8, 7, dtype=np.int8).reshape(3, 5).astype(ml_dtypes.int4)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.ir import Use
+import nibblecast
+from nibblecast.converters.ir import Use
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "onnx"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.onnx"))
@@ -23,7 +23,7 @@ def test_there_are_fixtures():
 
 @pytest.mark.parametrize("case", CASES)
 def test_codes_and_values(case):
-    model, truth = converters.load(FIXTURES / f"{case}.onnx"), np.load(FIXTURES / f"{case}.npz")
+    model, truth = nibblecast.load(FIXTURES / f"{case}.onnx"), np.load(FIXTURES / f"{case}.npz")
     names = {key.split("/", 1)[1] for key in truth}
     assert {name for name, tensor in model.items() if tensor.quantization is not None} == names
     for name in names:
@@ -37,7 +37,7 @@ def test_codes_and_values(case):
 @pytest.mark.parametrize("case", CASES)
 def test_pieces_put_together(case):
     """Padding, packed zero points and swapped nibbles are undone piece by piece."""
-    for tensor in converters.load(FIXTURES / f"{case}.onnx").values():
+    for tensor in nibblecast.load(FIXTURES / f"{case}.onnx").values():
         pieces = [part.packed() for part in tensor.parts(16)]
         assert np.concatenate(pieces).tobytes() == tensor.packed().tobytes()
         if tensor.quantization is not None:
@@ -47,7 +47,7 @@ def test_pieces_put_together(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_empty_range_of_bytes(case):
-    for tensor in converters.load(FIXTURES / f"{case}.onnx").values():
+    for tensor in nibblecast.load(FIXTURES / f"{case}.onnx").values():
         for stored in (tensor, *(p for _, p in (tensor.quantization.parameters() if tensor.quantization else ()))):
             assert not stored.data.read(stored.nbytes, stored.nbytes).size
 
@@ -55,7 +55,7 @@ def test_an_empty_range_of_bytes(case):
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_any_range_of_bytes(data):
-    model = converters.load(FIXTURES / f"{data.draw(st.sampled_from(CASES))}.onnx")
+    model = nibblecast.load(FIXTURES / f"{data.draw(st.sampled_from(CASES))}.onnx")
     tensor = model[data.draw(st.sampled_from(list(model)))]
     for stored in (tensor, *(p for _, p in (tensor.quantization.parameters() if tensor.quantization else ()))):
         start = data.draw(st.integers(0, stored.nbytes))
@@ -83,11 +83,11 @@ def test_any_range_of_bytes(data):
     ],
 )
 def test_uses(case, name, uses):
-    assert converters.load(FIXTURES / f"{case}.onnx")[name].uses == uses
+    assert nibblecast.load(FIXTURES / f"{case}.onnx")[name].uses == uses
 
 
 def test_the_whole_model():
-    metadata = converters.load(FIXTURES / "where_weights_are.onnx").metadata
+    metadata = nibblecast.load(FIXTURES / "where_weights_are.onnx").metadata
     assert [(port.name, port.dtype, port.shape) for port in metadata.inputs] == [
         ("x", "float32", (2, 4)),
         ("condition", "bool", ()),

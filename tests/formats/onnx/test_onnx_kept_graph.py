@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import converters
-from converters.errors import Unsupported, UsageError
-from converters.ir import Quantization, Tensor, grid_shape
+import nibblecast
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.ir import Quantization, Tensor, grid_shape
 from tests.formats.onnx.onnx_models import linear, raw
 
 node = helper.make_node
@@ -128,13 +128,13 @@ def everything(path: Path) -> Path:
 
 def test_what_is_not_asked_for_stays_byte_for_byte(tmp_path):
     source = everything(tmp_path / "a.onnx")
-    conversion = converters.convert(source, tmp_path / "b.onnx", verify=True)
+    conversion = nibblecast.convert(source, tmp_path / "b.onnx", verify=True)
     assert (tmp_path / "b.onnx").read_bytes() == source.read_bytes()
     assert conversion.losses == ()
 
 
 def test_graph_is_there_for_onnx_ir(tmp_path):
-    graph = converters.load(everything(tmp_path / "a.onnx")).graph
+    graph = nibblecast.load(everything(tmp_path / "a.onnx")).graph
     assert [n.op_type for n in graph.onnx_ir().graph] == ["If", "Twice", "Constant", "Mul"]
 
 
@@ -154,7 +154,7 @@ def test_external_data_come_to_lie_in_one_file(tmp_path):
         tensors.append(tensor)
     nodes = [node("Sum", ["a", "b", "c", "d"], ["y"])]
     save(source / "m.onnx", nodes, [*tensors, raw("d", random((100,), np.float32))], [], [info("y", 100)])
-    converters.convert(source / "m.onnx", tmp_path / "out.onnx", verify=True)
+    nibblecast.convert(source / "m.onnx", tmp_path / "out.onnx", verify=True)
     stored = {i.name: i for i in onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.initializer}
     assert [len(stored[name].external_data) > 0 for name in "abcd"] == [True, True, True, False]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "out.onnx", "out.onnx.data"]
@@ -170,12 +170,12 @@ def test_external_data_from_a_size_on(tmp_path, size):
         [info("x", 2, 32)],
         [info("y", 2, 8)],
     )
-    converters.convert(source, tmp_path / "b.onnx", external_data=size, verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", external_data=size, verify=True)
     stored = {i.name: i for i in onnx.load(tmp_path / "b.onnx", load_external_data=False).graph.initializer}
     outside = {name for name, tensor in stored.items() if tensor.data_location == TensorProto.EXTERNAL}
     assert outside == {"1": {"w", "s"}, "100": {"w"}, "10K": set()}[size]
     assert run(tmp_path / "b.onnx", x=x(2, 32))[0].tobytes() == run(source, x=x(2, 32))[0].tobytes()
-    converters.convert(tmp_path / "b.onnx", tmp_path / "c.onnx", external_data="1M", verify=True)
+    nibblecast.convert(tmp_path / "b.onnx", tmp_path / "c.onnx", external_data="1M", verify=True)
     assert not (tmp_path / "c.onnx.data").exists()
 
 
@@ -204,8 +204,8 @@ def quantized_matmul(path: Path, kind: str, *, zero_point: bool, scale_dtype: ob
 @pytest.mark.parametrize("kind", DEQUANTIZE_LINEAR)
 def test_dequantizing_folds(tmp_path, kind, zero_point):
     source = quantized_matmul(tmp_path / "a.onnx", kind, zero_point=zero_point)
-    weight = converters.load(source)["w"]
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    weight = nibblecast.load(source)["w"]
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     assert operators(tmp_path / "b.onnx") == ["MatMul"]
     stored = initializers(tmp_path / "b.onnx")
     assert list(stored) == ["w"]
@@ -216,7 +216,7 @@ def test_dequantizing_folds(tmp_path, kind, zero_point):
 
 def test_dequantizing_to_half_the_size_casts_back(tmp_path):
     source = quantized_matmul(tmp_path / "a.onnx", "per axis", zero_point=True)
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float16", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float16", verify=True)
     assert operators(tmp_path / "b.onnx") == ["Cast", "MatMul"]
     assert initializers(tmp_path / "b.onnx")["w"].data_type == TensorProto.FLOAT16
     assert run(tmp_path / "b.onnx", x=x(2, 32))[0].tobytes() == run(source, x=x(2, 32))[0].tobytes()
@@ -230,7 +230,7 @@ def test_a_decoded_weight_that_is_an_output_stays_one(tmp_path):
         [info("x", 2, 4)],
         [info("y", 2, 4), info("v", 4, 4)],
     )
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     for ours, theirs in zip(run(tmp_path / "b.onnx", x=x(2, 4)), run(source, x=x(2, 4)), strict=True):
         assert ours.tobytes() == theirs.tobytes()
 
@@ -248,10 +248,10 @@ def test_tied_weights_with_a_shared_scale_are_folded_once(tmp_path):
         [],
         [info("y", 4, 4)],
     )
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     assert list(initializers(tmp_path / "b.onnx")) == ["w", "u"]
     assert run(tmp_path / "b.onnx")[0].tobytes() == run(source)[0].tobytes()
-    converters.convert(source, tmp_path / "c.onnx", dequantize="float32", only=["w"], verify=True)
+    nibblecast.convert(source, tmp_path / "c.onnx", dequantize="float32", only=["w"], verify=True)
     assert sorted(initializers(tmp_path / "c.onnx")) == ["s", "u", "w"]
     assert run(tmp_path / "c.onnx")[0].tobytes() == run(source)[0].tobytes()
 
@@ -270,8 +270,8 @@ def test_codes_that_something_else_takes_are_refused(tmp_path):
         [info("y", 4, 4)],
     )
     with pytest.raises(Unsupported, match=r"tensor 'w': its codes are also taken by a Shape .* with --skip"):
-        converters.convert(source, tmp_path / "b.onnx", dequantize="float32")
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", skip=["w"])
+        nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32")
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", skip=["w"])
     assert (tmp_path / "b.onnx").read_bytes() == source.read_bytes()
 
 
@@ -292,7 +292,7 @@ def branches(path: Path, *, inside: bool) -> Path:
 def test_weights_of_branches(tmp_path, inside, external):
     source = branches(tmp_path / "a.onnx", inside=inside)
     options = {} if external is None else {"external_data": external}
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True, **options)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True, **options)
     assert "DequantizeLinear" not in str(onnx.load(tmp_path / "b.onnx", load_external_data=False))
     for condition in (False, True):
         inputs = {"x": x(4, 4), "condition": np.array(condition)}
@@ -314,7 +314,7 @@ def test_weights_of_constants_and_functions(tmp_path):
     ]
     nodes = [*constants, *outside, node("Layer", ["h"], ["y"], domain="acme")]
     source = save(tmp_path / "a.onnx", nodes, [], [info("x", 2, 4)], [info("y", 2, 4)], functions=[function])
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     written = onnx.load(tmp_path / "b.onnx")
     assert [n.op_type for n in written.functions[0].node] == ["Constant", "MatMul"]
     assert [n.op_type for n in written.graph.node] == ["MatMul", "Layer"]
@@ -327,7 +327,7 @@ def test_initializers_that_are_inputs_too(tmp_path):
     inputs = [info("x", 2, 4), info("w", 4, 4, dtype=TensorProto.INT8), info("s")]
     nodes = [linear("w", "s", output="v"), node("MatMul", ["x", "v"], ["y"])]
     source = save(tmp_path / "a.onnx", nodes, weights, inputs, [info("y", 2, 4)], opset=13, ir_version=3)
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     assert run(tmp_path / "b.onnx", x=x(2, 4))[0].tobytes() == run(source, x=x(2, 4))[0].tobytes()
 
 
@@ -359,7 +359,7 @@ def test_operators_on_codes_are_spelled_out_in_floats(tmp_path, operator):
         [info("x", *values, dtype=TensorProto.UINT8)],
         [info("y", *result, dtype=TensorProto.UINT8)],
     )
-    converters.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", dequantize="float32", verify=True)
     assert operator not in operators(tmp_path / "b.onnx")
     inputs = random(values, np.uint8)
     assert np.array_equal(run(tmp_path / "b.onnx", x=inputs)[0], run(source, x=inputs)[0])
@@ -377,7 +377,7 @@ def test_another_operator_set(tmp_path, opset):
     ]
     weights.append(raw("axes", np.int64([0, 1])))
     source = save(tmp_path / "a.onnx", nodes, weights, [info("x", 2, 4)], [info("y", 2, 1)], opset=17, ir_version=8)
-    converters.convert(source, tmp_path / "b.onnx", opset=opset, verify=True)
+    nibblecast.convert(source, tmp_path / "b.onnx", opset=opset, verify=True)
     assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == opset
     assert initializers(tmp_path / "b.onnx")["large"].raw_data == weights[2].raw_data
     assert run(tmp_path / "b.onnx", x=x(2, 4))[0].tobytes() == run(source, x=x(2, 4))[0].tobytes()
@@ -386,21 +386,21 @@ def test_another_operator_set(tmp_path, opset):
 def test_operator_sets_and_ir_versions_that_cannot_be(tmp_path):
     source = quantized_matmul(tmp_path / "a.onnx", "per axis", zero_point=True)
     with pytest.raises(UsageError, match="opset 7 cannot be written: give one from 13 to 25"):
-        converters.convert(source, tmp_path / "b.onnx", opset=7)
+        nibblecast.convert(source, tmp_path / "b.onnx", opset=7)
     with pytest.raises(Unsupported, match="onnx's version converter does not bring it to opset 13"):
-        converters.convert(source, tmp_path / "b.onnx", opset=13)
+        nibblecast.convert(source, tmp_path / "b.onnx", opset=13)
     with_functions = everything(tmp_path / "f.onnx")
     with pytest.raises(Unsupported, match="has functions, which onnx's version converter drops"):
-        converters.convert(with_functions, tmp_path / "b.onnx", opset=22)
-    converters.convert(source, tmp_path / "b.onnx", ir_version=11, verify=True)
+        nibblecast.convert(with_functions, tmp_path / "b.onnx", opset=22)
+    nibblecast.convert(source, tmp_path / "b.onnx", ir_version=11, verify=True)
     assert onnx.load(tmp_path / "b.onnx").ir_version == 11
 
 
 def test_layout_needs_a_graph(tmp_path):
     source = quantized_matmul(tmp_path / "a.onnx", "per axis", zero_point=True)
-    converters.convert(source, tmp_path / "w.safetensors")
+    nibblecast.convert(source, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match="layout=qdq is for models with a graph"):
-        converters.convert(tmp_path / "w.safetensors", tmp_path / "b.onnx", layout="qdq")
+        nibblecast.convert(tmp_path / "w.safetensors", tmp_path / "b.onnx", layout="qdq")
 
 
 def float_model(path: Path, opset: int = 21, **weights: np.ndarray) -> Path:
@@ -439,7 +439,7 @@ def int4(tensor: Tensor, block_shape: tuple[int, ...], dtype: object = ml_dtypes
 @pytest.mark.parametrize("opset", [17, 21])
 def test_weights_that_a_stage_quantized(tmp_path, layout, opset):
     source = float_model(tmp_path / "a.onnx", opset=opset)
-    model = converters.load(source)
+    model = nibblecast.load(source)
     quantized = {
         "table": int4(model["table"], (1, 32)),
         "kernel": int4(model["kernel"], (1, 2, 3, 3)),
@@ -447,7 +447,7 @@ def test_weights_that_a_stage_quantized(tmp_path, layout, opset):
         "head": int4(model["head"], (1, 32), ml_dtypes.uint4),
     }
     changed = replace(model, tensors={**model, **quantized})
-    converters.save(changed, tmp_path / "b.onnx", layout=layout)
+    nibblecast.save(changed, tmp_path / "b.onnx", layout=layout)
     found = set(operators(tmp_path / "b.onnx"))
     if layout:
         assert {"MatMulNBits", "GatherBlockQuantized", "DequantizeLinear", "Conv"} <= found
@@ -463,9 +463,9 @@ def test_weights_that_a_stage_quantized(tmp_path, layout, opset):
 
 
 def test_operator_set_stays_with_layouts_that_do_not_need_another(tmp_path):
-    model = converters.load(float_model(tmp_path / "a.onnx", opset=17))
+    model = nibblecast.load(float_model(tmp_path / "a.onnx", opset=17))
     changed = replace(model, tensors={**model, "dense": int4(model["dense"], (32, 1))})
-    converters.save(changed, tmp_path / "b.onnx", layout="matmulnbits")
+    nibblecast.save(changed, tmp_path / "b.onnx", layout="matmulnbits")
     assert onnx.load(tmp_path / "b.onnx").opset_import[0].version == 17
 
 
@@ -483,6 +483,6 @@ def test_a_weight_taken_in_two_ways(tmp_path):
         [info("x", 32, 32)],
         [info("y", 32, 32)],
     )
-    converters.convert(source, tmp_path / "b.onnx", layout="matmulnbits")
+    nibblecast.convert(source, tmp_path / "b.onnx", layout="matmulnbits")
     assert operators(tmp_path / "b.onnx") == ["DequantizeLinear", "MatMulNBits", "Gather", "Add"]
     assert run(tmp_path / "b.onnx", x=x(32, 32))[0].tobytes() == run(source, x=x(32, 32))[0].tobytes()

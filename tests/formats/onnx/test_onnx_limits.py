@@ -12,11 +12,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-import converters
-from converters.allowance import VARIABLE
-from converters.errors import CorruptFile, Error, Unsupported
-from formats.onnx.graph import Graph, Node
-from formats.onnx.rewriting import GraphEdit, _Renamed
+import nibblecast
+from nibblecast.converters.allowance import VARIABLE
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.formats.onnx.graph import Graph, Node
+from nibblecast.formats.onnx.rewriting import GraphEdit, _Renamed
 from tests.formats.onnx.onnx_models import linear, raw, save
 from tests.growth import assert_linear
 
@@ -54,9 +54,9 @@ def test_one_range_of_external_data_counts_for_each_tensor(tmp_path: Path, monke
     tensors = [external(f"w{i}", "w.data", 1 << 20) for i in range(20)]
     path = save(tmp_path / "m.onnx", [identity("w0", "y")], tensors)
     with pytest.raises(Unsupported, match="tensor 'w1.': repeats or expands what the file holds"):
-        converters.load(path)
+        nibblecast.load(path)
     monkeypatch.setenv(VARIABLE, "20M")
-    assert len(converters.load(path)) == 20
+    assert len(nibblecast.load(path)) == 20
 
 
 def test_external_data_of_attributes_count_when_they_are_written(
@@ -71,9 +71,9 @@ def test_external_data_of_attributes_count_when_they_are_written(
     path = save(tmp_path / "m.onnx", nodes, inputs=["x"], outputs=["y0"])
     monkeypatch.setenv(VARIABLE, "10M")
     with pytest.raises(Unsupported, match="repeats or expands what the file holds"):
-        converters.convert(path, tmp_path / "n.onnx")
+        nibblecast.convert(path, tmp_path / "n.onnx")
     monkeypatch.setenv(VARIABLE, "20M")
-    converters.convert(path, tmp_path / "n.onnx")
+    nibblecast.convert(path, tmp_path / "n.onnx")
 
 
 def test_large_external_data_allow_more(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_large_external_data_allow_more(tmp_path: Path) -> None:
     with (tmp_path / "w.data").open("wb") as file:
         file.truncate(300 << 20)
     path = save(tmp_path / "m.onnx", [identity("w0", "y")], [external(f"w{i}", "w.data", 300 << 20) for i in range(2)])
-    assert len(converters.load(path)) == 2
+    assert len(nibblecast.load(path)) == 2
 
 
 # ---- sizes that nothing holds ----------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_one_scale_for_codes_that_are_not_there_makes_nothing(tmp_path: Path) ->
     node = helper.make_node("QGemm", ["x", "xs", "xz", "w", "s", "z"], ["y"], domain="com.microsoft")
     path = save(tmp_path / "m.onnx", [node], [*lying, SCALE], inputs=["x", "xs", "xz"])
     with little_memory(), pytest.raises(CorruptFile, match="has 0 bytes of raw_data"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_one_zero_point_for_many_scales_is_each_of_theirs(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_one_zero_point_for_many_scales_is_each_of_theirs(tmp_path: Path) -> Non
     node = helper.make_node("QGemm", ["x", "xs", "xz", "w", "ss", "z"], ["y"], domain="com.microsoft", transB=1)
     path = save(tmp_path / "m.onnx", [node], [codes, scales, zero], inputs=["x", "xs", "xz"])
     wanted = (np.arange(16, dtype=np.float32).reshape(4, 4) - 3) * np.arange(1, 5, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(converters.load(path)["w"].dequantize(np.float32), wanted)
+    np.testing.assert_array_equal(nibblecast.load(path)["w"].dequantize(np.float32), wanted)
 
 
 def test_the_index_of_an_axis_without_elements_counts(tmp_path: Path) -> None:
@@ -111,10 +111,10 @@ def test_the_index_of_an_axis_without_elements_counts(tmp_path: Path) -> None:
     codes = TensorProto(name="w", data_type=TensorProto.UINT4, dims=[0, size], raw_data=b"")
     scales = raw("s", np.ones((1, size // block), np.float32))
     path = save(tmp_path / "m.onnx", [linear("w", "s", axis=1, block_size=block)], [codes, scales])
-    model = converters.load(path)
+    model = nibblecast.load(path)
     assert model["w"].quantization is not None
     with little_memory(), pytest.raises(Unsupported, match="needs an index of the groups along an axis"):
-        converters.save(converters.Model(model.tensors), tmp_path / "n.onnx")
+        nibblecast.save(nibblecast.Model(model.tensors), tmp_path / "n.onnx")
 
 
 @pytest.mark.parametrize("port", ["input", "output"])
@@ -124,7 +124,7 @@ def test_ports_of_many_axes_are_refused(port: str, tmp_path: Path) -> None:
     info.CopyFrom(helper.make_tensor_value_info(info.name, TensorProto.FLOAT, [1 << 40] * 50_000))
     onnx.save(model, tmp_path / "m.onnx")
     with pytest.raises(Unsupported, match="has 50000 dimensions; 32 are the most"):
-        converters.load(tmp_path / "m.onnx")
+        nibblecast.load(tmp_path / "m.onnx")
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_functions_that_call_each_other_count_for_each_call(tmp_path: Path, monk
         functions.append(helper.make_function("f", f"f{depth}", ["a"], ["b0"], body, opsets))
     path = save(tmp_path / "m.onnx", [helper.make_node("f0", ["w"], ["y"], domain="f")], [WEIGHT], functions=functions)
     with pytest.raises(Unsupported, match="its functions call 'f[0-9]+' again and again"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_graphs_in_the_bodies_of_functions_count_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_graphs_in_the_bodies_of_functions_count_too(tmp_path: Path, monkeypatch
     nodes = [helper.make_node("f", ["w"], [f"y{n}"], domain="f") for n in range(10)]
     path = save(tmp_path / "m.onnx", nodes, [WEIGHT], outputs=["y0"], functions=[function])
     with pytest.raises(Unsupported, match="its functions call 'f' again and again"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 # ---- names and circles -----------------------------------------------------------------------------------------------
@@ -170,12 +170,12 @@ def test_graphs_in_the_bodies_of_functions_count_too(tmp_path: Path, monkeypatch
 def test_a_name_that_two_make_is_refused(nodes: list[onnx.NodeProto], tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", nodes, [WEIGHT], inputs=["x"])
     with pytest.raises(CorruptFile, match="which something else in its graph makes"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_an_initializer_that_is_an_input_is_one_name(tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", [identity("w", "y")], [WEIGHT], inputs=["w"])
-    assert list(converters.load(path)) == ["w"]
+    assert list(nibblecast.load(path)) == ["w"]
 
 
 COUNT = 3000
@@ -194,7 +194,7 @@ def going_round() -> list[onnx.NodeProto]:
 def test_what_else_takes_codes_is_followed_to_its_end(others: list[onnx.NodeProto], tmp_path: Path) -> None:
     path = save(tmp_path / "m.onnx", [linear("w", "s"), *others], [WEIGHT, SCALE])
     with pytest.raises(Unsupported, match="its codes are also taken by a"):
-        converters.convert(path, tmp_path / "n.onnx", dequantize="float32")
+        nibblecast.convert(path, tmp_path / "n.onnx", dequantize="float32")
 
 
 def test_a_long_chain_of_what_nothing_takes_any_more_is_left_out(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_long_chain_of_what_nothing_takes_any_more_is_left_out(tmp_path: Path)
     moved = [identity(f"v{i}", f"v{i + 1}") for i in range(COUNT)]
     nodes = [*moved, linear("w", "s", "", f"v{COUNT}", output="d"), identity("d", "y")]
     path = save(tmp_path / "m.onnx", nodes, [WEIGHT, SCALE, raw("v0", np.zeros(1, np.float32))])
-    converters.convert(path, tmp_path / "n.onnx", dequantize="float32")
+    nibblecast.convert(path, tmp_path / "n.onnx", dequantize="float32")
     assert [node.op_type for node in onnx.load(tmp_path / "n.onnx").graph.node] == ["Identity"]
 
 
@@ -213,7 +213,7 @@ def test_a_graph_that_goes_round_is_written_or_refused(suffix: str, tmp_path: Pa
     path = save(tmp_path / "m.onnx", nodes, [WEIGHT, SCALE])
     for more in ({}, {"dequantize": "float32"}, {"weights": "matmulnbits"} if suffix == ".onnx" else {}):
         try:
-            converters.convert(path, tmp_path / f"n{suffix}", **more)  # type: ignore[arg-type]
+            nibblecast.convert(path, tmp_path / f"n{suffix}", **more)  # type: ignore[arg-type]
         except Error as error:
             assert "\n" not in str(error)
 
@@ -239,7 +239,7 @@ def test_scales_of_many_weights_are_looked_at_once(tmp_path: Path) -> None:
 
         def run() -> None:
             try:
-                converters.load(path)
+                nibblecast.load(path)
             except Unsupported as error:
                 assert "repeats or expands" in str(error)
 

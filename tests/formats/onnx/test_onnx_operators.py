@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Use
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Use
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-import converters
+import nibblecast
 from tests.formats.onnx.onnx_models import raw
 from tests.formats.onnx.test_onnx_kept_graph import info, linear, node, positive, random, run, save, x
 
@@ -122,7 +122,7 @@ def test_random_graphs_survive_every_way(some, way):
     with tempfile.TemporaryDirectory() as folder:
         source = model_of(Path(folder) / "a.onnx", some)
         target = Path(folder) / "b.onnx"
-        converters.convert(source, target, verify=True, **way)
+        nibblecast.convert(source, target, verify=True, **way)
         expected, found = run(source, x=x(2, WIDTH)), run(target, x=x(2, WIDTH))
         for ours, theirs in zip(found, expected, strict=True):
             # float16 holds these weights exactly; products are summed in another order
@@ -147,6 +147,6 @@ def test_damaged_graphs_are_written_or_refused_in_one_line(way, tmp_path):
             data[int(rng.integers(len(data)))] = int(rng.integers(256))
         (tmp_path / "b.onnx").write_bytes(bytes(data))
         try:
-            converters.convert(tmp_path / "b.onnx", tmp_path / "c.onnx", **way)
-        except converters.Error as error:
+            nibblecast.convert(tmp_path / "b.onnx", tmp_path / "c.onnx", **way)
+        except nibblecast.Error as error:
             assert "\n" not in str(error)

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from converters.ir import Use
+from nibblecast.converters.ir import Use
 from tests import zoo
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save
 
@@ -208,5 +208,7 @@ def test_strings_and_sparse_initializers_are_losses(tmp_path):
 
 
 def test_neither_reading_nor_writing_imports_onnx():
-    program = "import sys, formats.onnx.reader, formats.onnx.writer; sys.exit('onnx' in sys.modules)"
+    program = (
+        "import sys, nibblecast.formats.onnx.reader, nibblecast.formats.onnx.writer; sys.exit('onnx' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])

@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.comparison import compare
-from converters.errors import Unsupported, UsageError
-from converters.interfaces import Size
-from converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per_tensor
-from converters.storage import Computed
-from formats.onnx.reader import OnnxReader
-from formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
+from nibblecast.converters.comparison import compare
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.interfaces import Size
+from nibblecast.converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per_tensor
+from nibblecast.converters.storage import Computed
+from nibblecast.formats.onnx.reader import OnnxReader
+from nibblecast.formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
 from tests import zoo
 from tests.formats.onnx.onnx_models import write
 

@@ -19,9 +19,9 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-import converters
-from converters.api import _convert
-from converters.errors import Error
+import nibblecast
+from nibblecast.converters.api import _convert
+from nibblecast.converters.errors import Error
 from tests.formats.pytorch.bombs import honest
 
 CPU_SECONDS = 120
@@ -33,7 +33,7 @@ _DECODED_BYTES = 16 << 20
 def examine(path: Path) -> str:
     """Reads a file, decodes its tensors and plans to write it."""
     try:
-        model = converters.load(path)
+        model = nibblecast.load(path)
         left = _DECODED_BYTES
         for tensor in model.values():
             left -= tensor.size * 4

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
+import nibblecast
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")]
 
@@ -49,7 +49,7 @@ def test_any_tensor_comes_out_as_torch_loads_it(torch: Any, data: st.DataObject,
     zipped = data.draw(st.booleans())
     protocol = data.draw(st.sampled_from([2, 3, 4, 5]))
     torch.save(state, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
-    model = converters.load(path)
+    model = nibblecast.load(path)
     loaded = torch.load(path, weights_only=False)  # our own file; weights_only knows protocol 2 alone
     assert list(model) == list(loaded)
     for name, tensor in loaded.items():
@@ -80,7 +80,7 @@ def test_any_quantized_tensor_decodes_as_torch_decodes_it(
         tensor = torch.quantize_per_channel(x, scales, zero_points, axis, dtype)
     path = Path(tmp_path_factory.getbasetemp()) / "quantized.pt"
     torch.save({"weight": tensor}, path)
-    weight = converters.load(path)["weight"]
+    weight = nibblecast.load(path)["weight"]
     np.testing.assert_array_equal(weight.codes(), tensor.int_repr().numpy())
     np.testing.assert_array_equal(weight.dequantize(np.float32), tensor.dequantize().numpy())
 
@@ -112,7 +112,7 @@ def test_weights_in_training_are_what_the_fake_quantizer_makes_of_them(
     wanted = trained.weight_fake_quant(trained.weight).detach().numpy()
     path = Path(tmp_path_factory.getbasetemp()) / "training.pt"
     torch.save(trained.state_dict(), path)
-    weight = converters.load(path, bits=bits)["weight"]
+    weight = nibblecast.load(path, bits=bits)["weight"]
     assert weight.quantization is not None
     np.testing.assert_array_equal(weight.dequantize(np.float32), wanted)
 
@@ -120,9 +120,9 @@ def test_weights_in_training_are_what_the_fake_quantizer_makes_of_them(
 def test_no_process_of_ours_imports_torch(torch: Any) -> None:
     files = [str(path) for path in sorted(FIXTURES.glob("*.pt*"))]
     program = (
-        "import sys, converters\n"
+        "import sys, nibblecast\n"
         "for path in sys.argv[1:]:\n"
-        "    for tensor in converters.load(path).values():\n"
+        "    for tensor in nibblecast.load(path).values():\n"
         "        tensor.packed()\n"
         "print([name for name in ('torch', 'torchao') if name in sys.modules])\n"
     )

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Port, Use
-from converters.storage import MappedFile
-from formats.pytorch.archive import Archive
-from formats.pytorch.exported import Exported, read_exported
-from formats.pytorch.limits import Limits
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Port, Use
+from nibblecast.converters.storage import MappedFile
+from nibblecast.formats.pytorch.archive import Archive
+from nibblecast.formats.pytorch.exported import Exported, read_exported
+from nibblecast.formats.pytorch.limits import Limits
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "pytorch"
 NET = ("conv.weight", "head.0.weight", "head.2.weight")

@@ -14,12 +14,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-import converters
-from converters.errors import Unsupported, UsageError
-from formats.pytorch import exported, exported_graph
-from formats.pytorch.exported_graph import MissingGraph
-from formats.pytorch.program import program_of
-from formats.pytorch.rebuilding import rebuilt
+import nibblecast
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.formats.pytorch import exported, exported_graph
+from nibblecast.formats.pytorch.exported_graph import MissingGraph
+from nibblecast.formats.pytorch.program import program_of
+from nibblecast.formats.pytorch.rebuilding import rebuilt
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "pytorch"
@@ -61,7 +61,7 @@ def outputs(path, name):
 def test_onnxruntime_computes_what_torch_does(name, tmp_path):
     target = tmp_path / "model.onnx"
     # the reader of ONNX follows the arithmetic that a decomposed program decodes its weights by
-    done = converters.convert(path_of(name), target, verify=name != "torchao_decomposed")
+    done = nibblecast.convert(path_of(name), target, verify=name != "torchao_decomposed")
     assert all(
         loss.detail == "no operator of the graph takes it" or loss.kind == "reinterpreted" for loss in done.losses
     )
@@ -82,10 +82,10 @@ def test_onnxruntime_computes_what_torch_does(name, tmp_path):
 )
 def test_weights_keep_their_codes(name, types, tmp_path):
     target = tmp_path / "model.onnx"
-    converters.convert(path_of(name), target)
+    nibblecast.convert(path_of(name), target)
     written = {tensor.name: tensor.data_type for tensor in onnx.load(target).graph.initializer}
     assert {key: written.get(key) for key in types} == types
-    source, result = converters.load(path_of(name)), converters.load(target)
+    source, result = nibblecast.load(path_of(name)), nibblecast.load(target)
     for key in types:
         np.testing.assert_array_equal(source[key].codes(), result[key].codes())
         np.testing.assert_array_equal(source[key].quantization.scale.numpy(), result[key].quantization.scale.numpy())
@@ -94,7 +94,7 @@ def test_weights_keep_their_codes(name, types, tmp_path):
 @torch_test
 def test_open_sizes_keep_their_names(tmp_path):
     target = tmp_path / "model.onnx"
-    converters.convert(path_of("int8_and_dynamic"), target)
+    nibblecast.convert(path_of("int8_and_dynamic"), target)
     graph = onnx.load(target).graph
     (size,) = {value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)}
     assert size == "s77"
@@ -105,7 +105,7 @@ def test_open_sizes_keep_their_names(tmp_path):
 @torch_test
 def test_dequantized_means_float_activations(tmp_path):
     target = tmp_path / "model.onnx"
-    converters.convert(path_of("activations"), target, dequantize="float32")
+    nibblecast.convert(path_of("activations"), target, dequantize="float32")
     graph = onnx.load(target).graph
     assert not {node.op_type for node in graph.node} & {"QuantizeLinear", "DequantizeLinear"}
     for found, expected in zip(*outputs(target, "activations"), strict=True):
@@ -115,19 +115,19 @@ def test_dequantized_means_float_activations(tmp_path):
 @torch_test
 def test_nothing_of_the_machine_is_written(tmp_path):
     target = tmp_path / "model.onnx"
-    converters.convert(path_of("activations"), target)
+    nibblecast.convert(path_of("activations"), target)
     content = target.read_bytes()
     assert not [text for text in (b"site-packages", b"stack_trace", str(ROOT).encode()) if text in content]
     other = tmp_path / "other.onnx"
-    converters.convert(path_of("activations"), other)
+    nibblecast.convert(path_of("activations"), other)
     assert other.read_bytes() == content
 
 
 @torch_test
 def test_loading_imports_no_torch():
     program = (
-        "import sys, converters\n"
-        f"model = converters.load({str(path_of('per_tensor'))!r})\n"
+        "import sys, nibblecast\n"
+        f"model = nibblecast.load({str(path_of('per_tensor'))!r})\n"
         "assert model.graph is not None\n"
         "print('torch' in sys.modules)"
     )
@@ -138,21 +138,21 @@ def test_loading_imports_no_torch():
 @torch_test
 def test_older_operator_sets_are_refused(tmp_path):
     with pytest.raises(UsageError, match="18 is the first"):
-        converters.convert(path_of("tied"), tmp_path / "model.onnx", opset=17)
+        nibblecast.convert(path_of("tied"), tmp_path / "model.onnx", opset=17)
 
 
 def test_without_torch_the_weights_come_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(exported, "is_torch_installed", lambda: False)
-    model = converters.load(path_of("per_tensor"))
+    model = nibblecast.load(path_of("per_tensor"))
     assert isinstance(model.graph, MissingGraph)
-    with pytest.raises(converters.Error, match=r"pip install 'nibblecast\[torch\]'"):
+    with pytest.raises(nibblecast.Error, match=r"pip install 'nibblecast\[torch\]'"):
         model.graph.onnx_ir()
-    done = converters.save(model, tmp_path / "model.onnx")
+    done = nibblecast.save(model, tmp_path / "model.onnx")
     (loss,) = done.losses
     assert loss.kind == "dropped"
     assert "pip install 'nibblecast[torch]'" in loss.detail
     np.testing.assert_array_equal(
-        converters.load(tmp_path / "model.onnx")["conv.weight"].codes(), model["conv.weight"].codes()
+        nibblecast.load(tmp_path / "model.onnx")["conv.weight"].codes(), model["conv.weight"].codes()
     )
 
 
@@ -180,7 +180,7 @@ def program_with(change):
 )
 def test_only_known_operators_are_looked_up(target, message):
     program = program_with(lambda module: module["graph"]["nodes"][-1].update(target=target))
-    graph = converters.load(path_of("fake_quantized")).graph
+    graph = nibblecast.load(path_of("fake_quantized")).graph
     with pytest.raises(Unsupported, match=message):
         rebuilt(program, {**graph.others, **graph.weights}, without_quantized_activations=False)
 
@@ -195,7 +195,7 @@ def test_a_buffer_that_is_written_to_is_refused():
             for name, value in (("self", "p_conv_bias"), ("other", "linear"))
         ]
 
-    graph = converters.load(path_of("fake_quantized")).graph
+    graph = nibblecast.load(path_of("fake_quantized")).graph
     with pytest.raises(Unsupported, match=r"tensor 'conv.bias': is changed as the program runs"):
         rebuilt(program_with(change), {**graph.others, **graph.weights}, without_quantized_activations=False)
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Error
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error
 from tests.formats.pytorch.hostile_pickles import PROOF, legacy, pickles, zipped
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ FIXTURES = ROOT / "fixtures" / "pytorch"
 WATCHED = """
     import sys
     from pathlib import Path
-    import converters
+    import nibblecast
     from tests.formats.pytorch.hostile_pickles import legacy, pickles, zipped
 
     HARMLESS = ("builtins.id", "mmap.__new__", "object.__getattr__", "object.__setattr__", "sys._getframe")
@@ -41,9 +41,9 @@ WATCHED = """
         global watching
         watching = True
         try:
-            list(converters.load(path))
+            list(nibblecast.load(path))
             return "inert"
-        except converters.Error:
+        except nibblecast.Error:
             return "refused"
         finally:
             watching = False
@@ -84,12 +84,12 @@ def test_the_refusal_names_what_would_have_been_called(module: str, tmp_path: Pa
     name = {"subprocess": "Popen", "builtins": "eval", "torch.serialization": "os.system"}.get(module, "system")
     zipped(b"c" + f"{module}\n{name}\n".encode() + b"(VX\ntR.", tmp_path / "evil.pt")
     with pytest.raises(CorruptFile, match=rf"would call {module}\.{name}"):
-        converters.load(tmp_path / "evil.pt")
+        nibblecast.load(tmp_path / "evil.pt")
 
 
 def test_a_whole_module_of_a_users_class_is_inert(tmp_path: Path) -> None:
     zipped(b"c__main__\nNet\n)\x81}Va\nNsb.", tmp_path / "net.pt")
-    assert list(converters.load(tmp_path / "net.pt")) == []
+    assert list(nibblecast.load(tmp_path / "net.pt")) == []
 
 
 def sections(path: Path) -> dict[str, bytes]:
@@ -140,7 +140,7 @@ def test_damaged_files_are_refused_in_one_line(data: st.DataObject, tmp_path_fac
 
 def read_or_refuse(path: Path) -> None:
     try:
-        model = converters.load(path)
+        model = nibblecast.load(path)
         for tensor in model.values():
             if tensor.dtype.kind != "c":
                 tensor.dequantize()
@@ -151,4 +151,4 @@ def read_or_refuse(path: Path) -> None:
 def test_legacy_files_hold_their_value_after_three_pickles(tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     path.write_bytes(legacy(b"\x80\x02}."))
-    assert list(converters.load(path)) == []
+    assert list(nibblecast.load(path)) == []

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import converters
-from converters.allowance import VARIABLE
-from converters.errors import CorruptFile, Unsupported
-from formats.pytorch import reader
-from formats.pytorch.limits import Limits
-from formats.pytorch.values import Global, Key, Record, described, key_of, reason_of
+import nibblecast
+from nibblecast.converters.allowance import VARIABLE
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.formats.pytorch import reader
+from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.values import Global, Key, Record, described, key_of, reason_of
 from tests.formats.pytorch.bombs import entry, get, pushed, put, saved, storage, tensor
 from tests.formats.pytorch.hostile_pickles import zipped
 
@@ -35,9 +35,9 @@ def expanded(count: int, elements: int) -> bytes:
 
 def test_all_views_of_a_model_share_one_allowance(tmp_path: Path) -> None:
     path = written(tmp_path / "m.pt", expanded(60, MIB))  # of 4 MiB each: 240 MiB together
-    assert len(converters.load(path)) == 60
+    assert len(nibblecast.load(path)) == 60
     with pytest.raises(Unsupported, match=f"tensor 'w64': repeats elements of its file: .*{VARIABLE}"):
-        converters.load(written(path, expanded(2000, MIB)))
+        nibblecast.load(written(path, expanded(2000, MIB)))
 
 
 def test_all_shards_of_a_model_share_one_allowance(tmp_path: Path) -> None:
@@ -45,28 +45,28 @@ def test_all_shards_of_a_model_share_one_allowance(tmp_path: Path) -> None:
         content = expanded(40, MIB).replace(b"w", f"{number}".encode())
         written(tmp_path / f"pytorch_model-0000{number}-of-00002.bin", content)
     with pytest.raises(Unsupported, match="repeats elements of its file"):
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
 
 
 def test_the_environment_raises_the_allowance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "m.pt", expanded(100, MIB))
     with pytest.raises(Unsupported):
-        converters.load(path)
+        nibblecast.load(path)
     monkeypatch.setenv(VARIABLE, "1G")
-    assert len(converters.load(path)) == 100
+    assert len(nibblecast.load(path)) == 100
 
 
 def test_tied_weights_are_read(tmp_path: Path) -> None:
     large = tensor(storage(count=pushed(MIB)), size=pushed((MIB,)), stride=pushed((1,)))
     names = b"}(" + b"".join(pushed(f"w{n}") + get(0) for n in range(60)) + b"u"
     content = saved(large + put(0) + b"0" + names, **{"0": b"\0" * (4 * MIB)})
-    assert len(converters.load(written(tmp_path / "m.pt", content))) == 60
+    assert len(nibblecast.load(written(tmp_path / "m.pt", content))) == 60
 
 
 def test_an_array_under_several_names_is_in_memory_once(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32)
     zipped(pickle.dumps({"a": array, "b": array, "c": np.asfortranarray(array.reshape(2, 3))}, 2), tmp_path / "m.pt")
-    model = converters.load(tmp_path / "m.pt")
+    model = nibblecast.load(tmp_path / "m.pt")
     assert np.shares_memory(model["a"].packed(), model["b"].packed())
     np.testing.assert_array_equal(model["c"].numpy(), array.reshape(2, 3))
 
@@ -74,18 +74,18 @@ def test_an_array_under_several_names_is_in_memory_once(tmp_path: Path) -> None:
 def test_long_lists_of_numbers_are_read(tmp_path: Path) -> None:
     losses = b"](" + b"K\x01" * 2_500_000 + b"e"
     content = saved(b"}(" + pushed("losses") + losses + pushed("net1") + entry(tensor()) + b"u")
-    assert list(converters.load(written(tmp_path / "m.pt", content))) == ["net1.x"]
+    assert list(nibblecast.load(written(tmp_path / "m.pt", content))) == ["net1.x"]
 
 
 def test_integers_are_parts_of_names_as_keys_too(tmp_path: Path) -> None:
     content = saved(b"}(" + b"".join(pushed(key) + tensor() for key in (0, 1 << 40, "a", (1, 2), None, 2.5)) + b"u")
-    assert list(converters.load(written(tmp_path / "m.pt", content))) == ["0", str(1 << 40), "a"]
+    assert list(nibblecast.load(written(tmp_path / "m.pt", content))) == ["0", str(1 << 40), "a"]
 
 
 def test_a_tensor_may_be_a_key(tmp_path: Path) -> None:
     """Optimizers that are saved whole have their parameters for keys."""
     content = saved(b"}(" + tensor() + b"N" + pushed("w") + tensor() + b"u")
-    assert list(converters.load(written(tmp_path / "m.pt", content))) == ["w"]
+    assert list(nibblecast.load(written(tmp_path / "m.pt", content))) == ["w"]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> list[Limits]:
 )
 def test_honest_models_spend_less_than_half_of_what_they_may(path: Path, spent: list[Limits]) -> None:
     """Without what the smallest pickles may spend in any case."""
-    converters.load(path)
+    nibblecast.load(path)
     (limits,) = spent
     assert limits._spent < 32 * limits.read
 
@@ -130,9 +130,9 @@ def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     def without_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("formats.pytorch.unpickler.made", without_memory)
+    monkeypatch.setattr("nibblecast.formats.pytorch.unpickler.made", without_memory)
     with pytest.raises(CorruptFile, match="takes more memory than there is before byte"):
-        converters.load(written(tmp_path / "m.pt", saved(entry(tensor()))))
+        nibblecast.load(written(tmp_path / "m.pt", saved(entry(tensor()))))
 
 
 def nested(depth: int, width: int = 2) -> Any:

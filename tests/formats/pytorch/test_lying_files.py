@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported
-from formats.pytorch.contents import state_dict_of
-from formats.pytorch.limits import Limits
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.formats.pytorch.contents import state_dict_of
+from nibblecast.formats.pytorch.limits import Limits
 
 FLOATS = np.arange(6, dtype=np.float32)
 
@@ -53,7 +53,7 @@ def archive(path: Path, pickled: bytes, records: dict[str, bytes] | None = None,
 
 
 def test_a_tensor_is_a_map_of_the_file(tmp_path: Path) -> None:
-    model = converters.load(archive(tmp_path / "m.pt", tensor((2, 3), (3, 1))))
+    model = nibblecast.load(archive(tmp_path / "m.pt", tensor((2, 3), (3, 1))))
     np.testing.assert_array_equal(model["x"].numpy(), FLOATS.reshape(2, 3))
 
 
@@ -76,23 +76,23 @@ def test_a_tensor_is_a_map_of_the_file(tmp_path: Path) -> None:
 )
 def test_views_stay_inside_their_storage(pickled: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(Error, match=message):
-        converters.load(archive(tmp_path / "m.pt", pickled))
+        nibblecast.load(archive(tmp_path / "m.pt", pickled))
 
 
 def test_a_view_that_repeats_its_storage_is_read_when_it_is_small(tmp_path: Path) -> None:
-    model = converters.load(archive(tmp_path / "m.pt", tensor((1000, 6), (0, 1))))
+    model = nibblecast.load(archive(tmp_path / "m.pt", tensor((1000, 6), (0, 1))))
     np.testing.assert_array_equal(model["x"].numpy(), np.broadcast_to(FLOATS, (1000, 6)))
 
 
 def test_a_bomb_of_strides_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="repeats elements of its file: .*set NIBBLECAST_MAX_EXPANSION"):
-        converters.load(archive(tmp_path / "m.pt", tensor((1 << 20, 1 << 20), (0, 0))))
+        nibblecast.load(archive(tmp_path / "m.pt", tensor((1 << 20, 1 << 20), (0, 0))))
 
 
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "m.pt", tensor((2, 3), (3, 1)), compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(Unsupported, match="compressed"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_records_of_strange_names(name: str, is_read: bool, tmp_path: Path) -> N
     renamed[end + 12 : end + 20] = struct.pack("<2L", size + change, start + change)
     path.write_bytes(renamed)
     if is_read:
-        assert list(converters.load(path)) == ["x"]
+        assert list(nibblecast.load(path)) == ["x"]
     else:
         with pytest.raises(CorruptFile) as raised:
-            converters.load(path)
+            nibblecast.load(path)
         assert len(str(raised.value)) < 500
 
 
@@ -145,7 +145,7 @@ def test_any_damage_of_a_directory_is_read_or_refused_in_one_line(
         content[directory + at % (len(content) - directory)] = byte
     path.write_bytes(content[: len(content) - cut])
     try:
-        for each in converters.load(path).values():
+        for each in nibblecast.load(path).values():
             each.numpy()
     except Error as error:
         assert "\n" not in str(error)
@@ -157,7 +157,7 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "a") as file:
         file.writestr("archive/data/0", b"\0" * 24)
     with pytest.raises(CorruptFile, match="two records of one name"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_overlapping_records_are_refused(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_overlapping_records_are_refused(tmp_path: Path) -> None:
     content[last + 42 : last + 46] = struct.pack("<I", content.index(b"archive/data/0") - 30)
     path.write_bytes(content)
     with pytest.raises(CorruptFile, match="overlap|one name"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_a_billion_laughs_end(tmp_path: Path) -> None:
@@ -176,19 +176,19 @@ def test_a_billion_laughs_end(tmp_path: Path) -> None:
     )
     path = archive(tmp_path / "m.pt", laughs + b".")
     with pytest.raises(CorruptFile, match="without end"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_a_list_that_holds_itself_ends(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match="without end"):
-        converters.load(archive(tmp_path / "m.pt", b"\x80\x02]q\x00h\x00a."))
+        nibblecast.load(archive(tmp_path / "m.pt", b"\x80\x02]q\x00h\x00a."))
 
 
 def test_a_deep_tuple_is_refused_as_a_key_and_as_a_value(tmp_path: Path) -> None:
     deep = b")" + b"\x85" * 200_000
     for pickled in (b"\x80\x02}" + deep + b"Ns.", b"\x80\x02" + deep + b"."):
         with pytest.raises(CorruptFile):
-            converters.load(archive(tmp_path / "m.pt", pickled))
+            nibblecast.load(archive(tmp_path / "m.pt", pickled))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_deep_tuple_is_refused_as_a_key_and_as_a_value(tmp_path: Path) -> None
 )
 def test_lengths_are_checked_before_anything_is_read(pickled: bytes, tmp_path: Path) -> None:
     with pytest.raises(Error) as raised:
-        converters.load(archive(tmp_path / "m.pt", pickled))
+        nibblecast.load(archive(tmp_path / "m.pt", pickled))
     assert "\n" not in str(raised.value)
 
 
@@ -219,13 +219,13 @@ def test_tar_files_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     path.write_bytes(b"\0" * 257 + b"ustar" + b"\0" * 300)
     with pytest.raises(Unsupported, match="tar archive"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_big_endian_files_are_refused(tmp_path: Path) -> None:
     path = archive(tmp_path / "m.pt", tensor((2, 3), (3, 1)), {"data/0": FLOATS.tobytes(), "byteorder": b"big"})
     with pytest.raises(Unsupported, match="byte order"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_listing_takes_no_memory_for_the_tensors(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_listing_takes_no_memory_for_the_tensors(tmp_path: Path) -> None:
         entries = content[directory:end] + entry + name
         file.write(entries + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 4, 4, len(entries), start, 0))
     limit = 600 << 20
-    program = "import sys, converters; print(converters.load(sys.argv[1])['x'].nbytes)"
+    program = "import sys, nibblecast; print(nibblecast.load(sys.argv[1])['x'].nbytes)"
     done = subprocess.run(
         [sys.executable, "-c", program, str(path)],
         capture_output=True,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
-from converters import Tensor
+import nibblecast
+from nibblecast import Tensor
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "pytorch"
 MODELS = sorted(path for path in FIXTURES.glob("*.pt") if path.with_suffix(".npz").exists())
@@ -32,7 +32,7 @@ def values_of(tensor: Tensor) -> NDArray[Any]:
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_every_tensor_is_what_torch_decodes(path: Path) -> None:
-    model = converters.load(path, **OPTIONS.get(path.stem, {}))
+    model = nibblecast.load(path, **OPTIONS.get(path.stem, {}))
     for key, wanted in truth_of(path).items():
         kind, name = key.split("/", 1)
         assert name in model, f"{name} is missing among {', '.join(model)}"
@@ -48,7 +48,7 @@ def test_every_tensor_is_what_torch_decodes(path: Path) -> None:
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_codes_survive_to_safetensors_and_back(path: Path, tmp_path: Path) -> None:
     target = tmp_path / "weights.safetensors"
-    conversion = converters.convert(path, target, verify=True)
+    conversion = nibblecast.convert(path, target, verify=True)
     comparison = conversion.verified[target]
     assert comparison is not None
     assert comparison.equal
@@ -64,5 +64,5 @@ def test_a_weight_in_training_has_the_narrowest_dtype() -> None:
         "qat_module": ml_dtypes.int4,
     }
     for case, dtype in dtypes.items():
-        model = converters.load(FIXTURES / f"{case}.pt")
+        model = nibblecast.load(FIXTURES / f"{case}.pt")
         assert {model[name].dtype for name in ("conv.weight", "plain.weight", "fc.weight")} == {np.dtype(dtype)}, case

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.storage import files_of
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.storage import files_of
 from tests.formats.encodings.checkpoints import FIXTURES, library_values, write_file
 from tests.formats.pytorch.hostile_pickles import zipped
 
@@ -41,10 +41,10 @@ def two_shards(folder: Path) -> Path:
 
 
 def test_shards_are_one_model_with_an_index_and_without(tmp_path: Path) -> None:
-    model = converters.load(two_shards(tmp_path))
+    model = nibblecast.load(two_shards(tmp_path))
     assert list(model) == ["a", "b"]
     assert (model.metadata.format, model.metadata.source, model.losses) == ("pytorch", tmp_path, ())
-    model = converters.load(indexed(tmp_path, {"b": TWO, "a": ONE}))
+    model = nibblecast.load(indexed(tmp_path, {"b": TWO, "a": ONE}))
     assert list(model) == ["b", "a"]
     np.testing.assert_array_equal(model["b"].numpy(), ONES)
 
@@ -64,7 +64,7 @@ def test_the_file_that_is_the_model_is_found(name: str, others: list[str], tmp_p
     save(tmp_path / name, {"a": ZEROS})
     for other in others:
         save(tmp_path / other, {"state": ONES})
-    model = converters.load(tmp_path)
+    model = nibblecast.load(tmp_path)
     assert list(model) == ["a"]
     assert model.metadata.source == tmp_path
 
@@ -73,13 +73,13 @@ def test_nothing_is_guessed_among_files_of_any_name(tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt", "c.pt"):
         save(tmp_path / name, {name: ZEROS})
     with pytest.raises(Unsupported, match=r"3 files \(a\.pt, b\.pt, …\)"):
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
 
 
 def test_safetensors_go_before_pickles_of_the_same_weights(tmp_path: Path) -> None:
     two_shards(tmp_path)
     write_file(tmp_path / "model.safetensors", {"c": ONES})
-    model = converters.load(tmp_path)
+    model = nibblecast.load(tmp_path)
     assert (model.metadata.format, list(model)) == ("safetensors", ["c"])
 
 
@@ -100,13 +100,13 @@ def test_safetensors_go_before_pickles_of_the_same_weights(tmp_path: Path) -> No
 )
 def test_an_index_that_lies_is_refused(weight_map: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=message) as raised:
-        converters.load(indexed(two_shards(tmp_path), weight_map))
+        nibblecast.load(indexed(two_shards(tmp_path), weight_map))
     assert "\n" not in str(raised.value)
 
 
 def test_what_an_index_leaves_out_is_said(tmp_path: Path) -> None:
     save(tmp_path / ONE, {"a": ZEROS, "left": ONES})
-    model = converters.load(indexed(tmp_path, {"a": ONE}))
+    model = nibblecast.load(indexed(tmp_path, {"a": ONE}))
     assert list(model) == ["a"]
     (loss,) = model.losses
     assert str(loss) == f"left: dropped: is in '{ONE}', but not in the index"
@@ -117,22 +117,22 @@ def test_parts_of_a_tensor_in_two_files_are_refused(names: tuple[str, str], tmp_
     for name in names:
         save(tmp_path / name, {"a": ZEROS})
     with pytest.raises(CorruptFile, match=rf"{names[1]}: tensor 'a': is in two files, '{names[0]}' as well"):
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
 
 
 def test_two_indexes_are_refused(tmp_path: Path) -> None:
     indexed(two_shards(tmp_path), {"a": ONE})
     shutil.copy(tmp_path / INDEX, tmp_path / "x.bin.index.json")
     with pytest.raises(CorruptFile, match="has 2 indexes"):
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
 
 
 def test_prefixes_of_wrappers_are_those_of_the_whole_model(tmp_path: Path) -> None:
     save(tmp_path / ONE, {"module.a": ZEROS})
     save(tmp_path / TWO, {"module.b": ONES})
-    assert list(converters.load(indexed(tmp_path, {"module.a": ONE, "module.b": TWO}))) == ["a", "b"]
+    assert list(nibblecast.load(indexed(tmp_path, {"module.a": ONE, "module.b": TWO}))) == ["a", "b"]
     save(tmp_path / TWO, {"b": ONES})
-    assert list(converters.load(indexed(tmp_path, {"module.a": ONE, "b": TWO}))) == ["module.a", "b"]
+    assert list(nibblecast.load(indexed(tmp_path, {"module.a": ONE, "b": TWO}))) == ["module.a", "b"]
 
 
 @pytest.mark.parametrize("program", ["exported_per_tensor.pt2", "static_scripted.pt"])
@@ -142,7 +142,7 @@ def test_a_program_is_no_shard(program: str, tmp_path: Path) -> None:
     shutil.copy(found, tmp_path / ONE)
     save(tmp_path / TWO, {"b": ONES})
     with pytest.raises(Unsupported, match=f"{ONE}: is a program, and one of several files"):
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a pickle"])
@@ -150,13 +150,13 @@ def test_a_damaged_shard_is_named(content: bytes, tmp_path: Path) -> None:
     two_shards(tmp_path)
     (tmp_path / TWO).write_bytes(content)
     with pytest.raises(Error, match=TWO) as raised:
-        converters.load(tmp_path)
+        nibblecast.load(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_configuration_that_nothing_fits_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "strange"}}')
-    (loss,) = converters.load(two_shards(tmp_path)).losses
+    (loss,) = nibblecast.load(two_shards(tmp_path)).losses
     assert "nothing of quant_method 'strange' was recognised" in str(loss)
 
 
@@ -166,7 +166,7 @@ def test_opening_shards_reads_no_payload(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="pip install torch==2.13.0")
     for name, key in ((ONE, "a"), (TWO, "b")):
         torch.save({key: torch.zeros(1000, 1000)}, tmp_path / name)
-    model = converters.load(indexed(tmp_path, {"a": ONE, "b": TWO}))
+    model = nibblecast.load(indexed(tmp_path, {"a": ONE, "b": TWO}))
     assert {key: [file.path.name for file in files_of(model[key].data)] for key in model} == {"a": [ONE], "b": [TWO]}
 
 
@@ -190,8 +190,8 @@ def test_encodings_in_shards_of_torch_have_the_values_of_their_libraries(
         torch.save({key: tensors[key] for key, of in weight_map.items() if of == file}, tmp_path / file)
     for configuration in case.glob("*.json"):
         shutil.copy(configuration, tmp_path)
-    model = converters.load(indexed(tmp_path, weight_map))
-    wanted = converters.load(case)
+    model = nibblecast.load(indexed(tmp_path, weight_map))
+    wanted = nibblecast.load(case)
     assert sorted(model) == sorted(wanted)
     with np.load(case / "truth.npz") as truth:
         for key in truth.files:

@@ -14,8 +14,8 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile, Error, Unsupported
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from tests.growth import assert_linear
 
 
@@ -70,7 +70,7 @@ def test_what_is_wrong_is_refused_in_one_line(content: bytes, error: type, messa
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(error, match=message) as raised:
-        converters.load(path)
+        nibblecast.load(path)
     assert "\n" not in str(raised.value)
     assert "bad.safetensors" in str(raised.value)
 
@@ -100,7 +100,7 @@ def test_what_the_official_library_refuses_is_refused(tmp_path: Path, data: st.D
     except safetensors.SafetensorError:
         official = False
     try:
-        converters.load(path)
+        nibblecast.load(path)
         ours = True
     except Error:
         ours = False
@@ -116,7 +116,7 @@ def test_plain_files_of_the_official_library(tmp_path: Path) -> None:
         "empty": np.zeros((0, 4), np.uint8),
     }
     safetensors.numpy.save_file(arrays, tmp_path / "plain.safetensors", {"format": "np"})
-    model = converters.load(tmp_path / "plain.safetensors")
+    model = nibblecast.load(tmp_path / "plain.safetensors")
     assert set(model) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(model[name].numpy(), array, strict=True)
@@ -134,7 +134,7 @@ def test_a_key_twice_is_found_in_time_in_proportion(tmp_path: Path) -> None:
 
         def run() -> None:
             with pytest.raises(CorruptFile, match=f"the key '{count - 1}' is there twice"):
-                converters.load(path)
+                nibblecast.load(path)
 
         return run
 
@@ -147,6 +147,6 @@ def test_opening_reads_the_header_only(tmp_path: Path) -> None:
     with path.open("wb") as file:  # 4 GiB that take no space: reading them would show
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + (1 << 32))
-    tensor = converters.load(path)["a"]
+    tensor = nibblecast.load(path)["a"]
     assert tensor.shape == (1 << 30,)
     assert next(iter(tensor.parts(4096))).numpy().sum() == 0

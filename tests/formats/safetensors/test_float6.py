@@ -13,8 +13,8 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.errors import CorruptFile
+import nibblecast
+from nibblecast.converters.errors import CorruptFile
 from tests.formats.safetensors.test_container import entry, file_of
 
 DTYPES: dict[str, Any] = {"F6_E2M3": ml_dtypes.float6_e2m3fn, "F6_E3M2": ml_dtypes.float6_e3m2fn}
@@ -26,10 +26,10 @@ def packed(codes: list[int]) -> bytes:
     return number.to_bytes(len(codes) * 6 // 8, "little")
 
 
-def load(tmp_path: Path, kind: str, shape: list[int], data: bytes) -> converters.Model:
+def load(tmp_path: Path, kind: str, shape: list[int], data: bytes) -> nibblecast.Model:
     path = tmp_path / "float6.safetensors"
     path.write_bytes(file_of({"a": entry(kind, shape, 0, len(data))}, data))
-    return converters.load(path)
+    return nibblecast.load(path)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -67,9 +67,9 @@ def test_it_goes_onward_as_the_layout_of_ours(tmp_path: Path) -> None:
     data = packed(list(range(8)))
     source = load(tmp_path, "F6_E3M2", [2, 4], data).metadata.source
     assert source is not None
-    converters.convert(source, tmp_path / "out.safetensors")
-    assert converters.verify(source, tmp_path / "out.safetensors").equal
-    again = converters.load(tmp_path / "out.safetensors")
+    nibblecast.convert(source, tmp_path / "out.safetensors")
+    assert nibblecast.verify(source, tmp_path / "out.safetensors").equal
+    again = nibblecast.load(tmp_path / "out.safetensors")
     assert (again["a"].dtype.name, again.losses) == ("float6_e3m2fn", ())
 
 

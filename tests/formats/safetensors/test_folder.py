@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-import converters
+import nibblecast
 from tests import zoo
 from tests.formats.encodings.checkpoints import write_file, write_folder
 
@@ -45,7 +45,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def test_shards_hold_no_more_than_asked_and_the_index_names_all(source: Path, tmp_path: Path) -> None:
-    converters.convert(source, tmp_path / "out", to="safetensors", shard_size="200")
+    nibblecast.convert(source, tmp_path / "out", to="safetensors", shard_size="200")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in TENSORS.values())
     assert set(index["weight_map"]) == set(TENSORS)
@@ -58,23 +58,23 @@ def test_shards_hold_no_more_than_asked_and_the_index_names_all(source: Path, tm
 
 
 def test_a_tensor_larger_than_a_shard_has_one_of_its_own(source: Path, tmp_path: Path) -> None:
-    converters.convert(source, tmp_path / "out", to="safetensors", shard_size="1", verify=True)
+    nibblecast.convert(source, tmp_path / "out", to="safetensors", shard_size="1", verify=True)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(TENSORS)
 
 
 def test_the_configuration_says_what_the_values_are(source: Path, tmp_path: Path) -> None:
-    converters.convert(source, tmp_path / "out", to="safetensors")
+    nibblecast.convert(source, tmp_path / "out", to="safetensors")
     assert config_of(tmp_path / "out") == {"model_type": "llama", "torch_dtype": "bfloat16", "name": "größe"}
 
 
 def test_the_dtype_goes_where_the_configuration_has_it(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", TENSORS, config={"dtype": "float32"})
-    converters.convert(source, tmp_path / "out", to="safetensors")
+    nibblecast.convert(source, tmp_path / "out", to="safetensors")
     assert config_of(tmp_path / "out") == {"dtype": "bfloat16"}
 
 
 def test_a_source_without_a_configuration_gets_none(tmp_path: Path) -> None:
-    converters.convert(FIXTURES / "tflite" / "cnn_int4_per_channel.tflite", tmp_path / "out", to="safetensors")
+    nibblecast.convert(FIXTURES / "tflite" / "cnn_int4_per_channel.tflite", tmp_path / "out", to="safetensors")
     assert listing(tmp_path / "out") == ["model.safetensors"]
 
 
@@ -86,7 +86,7 @@ def test_other_files_are_copied_and_weights_are_not(source: Path, tmp_path: Path
     (source / ".git" / "config").write_text("secret")
     for name in ("pytorch_model.bin", "quantize_config.json", "pytorch_model.bin.index.json", ".gitattributes"):
         (source / name).write_text("{}")
-    converters.convert(source, tmp_path / "out", to="safetensors")
+    nibblecast.convert(source, tmp_path / "out", to="safetensors")
     found = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert found == ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
 
@@ -94,7 +94,7 @@ def test_other_files_are_copied_and_weights_are_not(source: Path, tmp_path: Path
 def test_of_a_file_in_a_folder_only_the_models_own_files_are_taken(source: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "holiday.jpg", "generation_config.json"):
         (source / name).write_text("{}")
-    converters.convert(next(source.glob("*.safetensors")), tmp_path / "out", to="safetensors")
+    nibblecast.convert(next(source.glob("*.safetensors")), tmp_path / "out", to="safetensors")
     found = listing(tmp_path / "out")
     assert found == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
 
@@ -102,7 +102,7 @@ def test_of_a_file_in_a_folder_only_the_models_own_files_are_taken(source: Path,
 def test_a_link_out_of_the_folder_is_not_followed(source: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("key")
     (source / "notes.txt").symlink_to(tmp_path / "secret")
-    converters.convert(source, tmp_path / "out", to="safetensors")
+    nibblecast.convert(source, tmp_path / "out", to="safetensors")
     assert not (tmp_path / "out" / "notes.txt").exists()
 
 
@@ -113,7 +113,7 @@ def test_the_links_of_a_cache_of_hugging_face_are_followed(tmp_path: Path) -> No
     blobs.mkdir()
     (blobs / "123").write_text("{}")
     (snapshot / "tokenizer.json").symlink_to(Path("..") / ".." / "blobs" / "123")
-    converters.convert(snapshot, tmp_path / "out", to="safetensors")
+    nibblecast.convert(snapshot, tmp_path / "out", to="safetensors")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
@@ -121,16 +121,16 @@ def test_the_links_of_a_cache_of_hugging_face_are_followed(tmp_path: Path) -> No
 @pytest.mark.parametrize("shard_size", ["1", "300", "1G"])
 def test_everything_that_the_representation_holds_survives_in_shards(shard_size: str, tmp_path: Path) -> None:
     model = zoo.zoo()
-    converters.save(model, tmp_path / "out", to="safetensors", shard_size=shard_size)
-    zoo.assert_identical(model, converters.load(tmp_path / "out"))
+    nibblecast.save(model, tmp_path / "out", to="safetensors", shard_size=shard_size)
+    zoo.assert_identical(model, nibblecast.load(tmp_path / "out"))
 
 
 def test_unrelated_files_of_ours_are_no_model_together(tmp_path: Path) -> None:
     for name in ("a", "b"):
         model = zoo.model([zoo.codes(name, (3,), ml_dtypes.int4)])
-        converters.save(model, tmp_path / f"{name}.safetensors")
-    with pytest.raises(converters.Error, match="is one of several files here"):
-        converters.load(tmp_path)
+        nibblecast.save(model, tmp_path / f"{name}.safetensors")
+    with pytest.raises(nibblecast.Error, match="is one of several files here"):
+        nibblecast.load(tmp_path)
 
 
 @pytest.mark.parametrize("description", ["[]", "{", '{"version": 1}', '{"version": 1, "tensors": [1]}'])
@@ -140,8 +140,8 @@ def test_damaged_descriptions_of_shards_are_refused(description: str, tmp_path: 
         write_file(tmp_path / f"{number}.safetensors", tensors, {"nibblecast": description})
     index = {"weight_map": {f"t{number}": f"{number}.safetensors" for number in (1, 2)}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(converters.Error, match="metadata is damaged"):
-        converters.load(tmp_path)
+    with pytest.raises(nibblecast.Error, match="metadata is damaged"):
+        nibblecast.load(tmp_path)
 
 
 def test_scales_of_inputs_go_into_floats_and_are_said_where_codes_stay(tmp_path: Path) -> None:
@@ -153,12 +153,12 @@ def test_scales_of_inputs_go_into_floats_and_are_said_where_codes_stay(tmp_path:
     }
     config = {"quantization": {"quant_algo": "W4A16_AWQ", "group_size": 16}}
     source = write_folder(tmp_path / "source", stored, hf_quant_config=config)
-    weight = converters.load(source)["layers.0.q.weight"].dequantize(np.float32)
-    done = converters.convert(source, tmp_path / "floats", to="safetensors", dequantize="float32", verify=True)
+    weight = nibblecast.load(source)["layers.0.q.weight"].dequantize(np.float32)
+    done = nibblecast.convert(source, tmp_path / "floats", to="safetensors", dequantize="float32", verify=True)
     assert "pre_quant_scale" in done.losses[-1].detail
-    floats = converters.load(tmp_path / "floats")
+    floats = nibblecast.load(tmp_path / "floats")
     assert list(floats) == ["layers.0.q.weight"]
     scaled = weight * stored["layers.0.q.pre_quant_scale"].astype(np.float32)
     np.testing.assert_array_equal(floats["layers.0.q.weight"].numpy(), scaled)
-    done = converters.convert(source, tmp_path / "gptq", to="safetensors", layout="gptq", verify=True)
+    done = nibblecast.convert(source, tmp_path / "gptq", to="safetensors", layout="gptq", verify=True)
     assert [loss.kind for loss in done.losses if loss.tensor == "layers.0.q.pre_quant_scale"] == ["reinterpreted"]

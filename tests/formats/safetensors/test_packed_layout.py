@@ -16,14 +16,14 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import converters
-from converters.allowance import VARIABLE
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Model, Quantization, Tensor
-from formats.safetensors.container import METADATA_KEY
-from formats.safetensors.packed_layout import METADATA_NAME
-from formats.safetensors.reader import SafetensorsReader
-from formats.safetensors.writer import SafetensorsOptions, SafetensorsWriter
+import nibblecast
+from nibblecast.converters.allowance import VARIABLE
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Model, Quantization, Tensor
+from nibblecast.formats.safetensors.container import METADATA_KEY
+from nibblecast.formats.safetensors.packed_layout import METADATA_NAME
+from nibblecast.formats.safetensors.reader import SafetensorsReader
+from nibblecast.formats.safetensors.writer import SafetensorsOptions, SafetensorsWriter
 from tests import zoo
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +68,7 @@ def _in_2d(quantization: Quantization) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*.tflite")), ids=lambda path: path.stem)
 def test_tflite_models_survive(path: Path, tmp_path: Path) -> None:
-    model = converters.load(path)
+    model = nibblecast.load(path)
     read = round_trip(model, tmp_path / "m.safetensors")
     zoo.assert_identical(read, model)
     assert [t.uses for t in read.values()] == [t.uses for t in model.values()]
@@ -132,9 +132,9 @@ def test_the_documented_ten_lines_of_numpy_read_it(tmp_path: Path, monkeypatch: 
         ("mlp_int4_odd", None),
         ("mlp_int4_blockwise", None),
     ):
-        model = converters.load(FIXTURES / f"{fixture}.tflite")
+        model = nibblecast.load(FIXTURES / f"{fixture}.tflite")
         name = name or next(n for n, t in model.items() if t.dtype == ml_dtypes.int4)
-        converters.convert(FIXTURES / f"{fixture}.tflite", tmp_path / "weights.safetensors")
+        nibblecast.convert(FIXTURES / f"{fixture}.tflite", tmp_path / "weights.safetensors")
         monkeypatch.chdir(tmp_path)
         variables: dict[str, Any] = {}
         exec(program[1].replace("dense/kernel", name), variables)
@@ -225,7 +225,7 @@ def test_a_damaged_description_is_one_line(change: Any, error: type, message: st
     round_trip(zoo.model([zoo.quantized("w", (2, 4), (1, 4))]), tmp_path / "w.safetensors")
     changed = _with_description(tmp_path / "w.safetensors", change)
     with pytest.raises(error, match=message) as raised:
-        converters.load(changed)
+        nibblecast.load(changed)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith(str(changed))
 
@@ -241,7 +241,7 @@ def test_scales_of_scales_without_end_are_refused(tmp_path: Path) -> None:
         return json.dumps(description)
 
     with pytest.raises(CorruptFile, match="nested more than 8 deep"):
-        converters.load(_with_description(tmp_path / "w.safetensors", nest))
+        nibblecast.load(_with_description(tmp_path / "w.safetensors", nest))
 
 
 def test_bytes_of_many_names_count_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_bytes_of_many_names_count_for_each(tmp_path: Path, monkeypatch: pytest.
     text = json.dumps(header).encode()
     (tmp_path / "n.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(Unsupported, match="tensor 'w5': repeats or expands what the file holds"):
-        converters.load(tmp_path / "n.safetensors")
+        nibblecast.load(tmp_path / "n.safetensors")
 
 
 @pytest.mark.peers
@@ -264,16 +264,16 @@ def test_torch_opens_floats_and_codes(tmp_path: Path) -> None:
     import torch
 
     source = FIXTURES / "cnn_int4_per_channel.tflite"
-    model = converters.load(source)
+    model = nibblecast.load(source)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        converters.convert(source, tmp_path / "plain.safetensors", dequantize=_numpy(name))
+        nibblecast.convert(source, tmp_path / "plain.safetensors", dequantize=_numpy(name))
         loaded = safetensors.torch.load_file(tmp_path / "plain.safetensors")
         assert sorted(loaded) == sorted(model)
         weight = loaded["cnn_1/dense_1/MatMul"]
         assert weight.dtype == dtype
         expected = model["cnn_1/dense_1/MatMul"].dequantize(_numpy(name)).astype(np.float32)
         np.testing.assert_array_equal(weight.float().numpy(), expected)
-    converters.convert(source, tmp_path / "packed.safetensors")
+    nibblecast.convert(source, tmp_path / "packed.safetensors")
     packed = safetensors.torch.load_file(tmp_path / "packed.safetensors")["cnn_1/dense_1/MatMul"]
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten().to(torch.int8)
     codes = torch.where(codes > 7, codes - 16, codes)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import converters
-from converters import Model
+import nibblecast
+from nibblecast import Model
 from tests.formats.tflite.models import Load
 
 
@@ -16,6 +16,6 @@ def load(tmp_path: Path) -> Load:
     def load(content: bytes, name: str = "model.tflite") -> Model:
         path = tmp_path / name
         path.write_bytes(content)
-        return converters.load(path)
+        return nibblecast.load(path)
 
     return load

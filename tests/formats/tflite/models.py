@@ -13,9 +13,9 @@ import flatbuffers.number_types
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import Model
-from formats.tflite import schema
-from formats.tflite.flatbuffer import Table
+from nibblecast import Model
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.flatbuffer import Table
 
 #: What the fixture `load` is.
 Load = Callable[..., Model]

@@ -10,9 +10,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.storage import FileRange
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.storage import FileRange
 from tests.formats.tflite.models import (
     FIXTURES,
     Load,
@@ -26,7 +26,7 @@ WEIGHTS = "external_buffer.weights.bin"
 
 @pytest.mark.parametrize("name", ["container.litertlm", "container.task"])
 def test_a_container_of_one_model_reads_as_the_model(name: str) -> None:
-    loaded, plain = converters.load(FIXTURES / name), converters.load(FIXTURES / "mlp_int4_per_tensor.tflite")
+    loaded, plain = nibblecast.load(FIXTURES / name), nibblecast.load(FIXTURES / "mlp_int4_per_tensor.tflite")
     assert list(loaded) == list(plain)
     for each, expected in zip(loaded.values(), plain.values(), strict=True):
         assert np.array_equal(each.packed(), expected.packed())
@@ -37,7 +37,7 @@ def test_data_of_a_container_lie_inside_its_section() -> None:
     path = FIXTURES / "container.litertlm"
     inside = fixture("mlp_int4_per_tensor.tflite")
     assert path.read_bytes()[16384 : 16384 + len(inside)] == inside
-    for each in converters.load(path).values():
+    for each in nibblecast.load(path).values():
         assert isinstance(each.data, FileRange)
         assert each.data.offset > 16384
 
@@ -57,7 +57,7 @@ def test_the_tensors_of_several_models_have_their_models_names_before_theirs(loa
     loaded = load(zipped({"one": ODD, "note.txt": b"hello", "dir/two": OFFSET}), "models.task")
     expected = {}
     for prefix, name in (("one", "mlp_int4_odd"), ("dir/two", "buffer_offset")):
-        own = converters.load(FIXTURES / f"{name}.tflite")
+        own = nibblecast.load(FIXTURES / f"{name}.tflite")
         expected |= {f"{prefix}/{key}": each.dequantize() for key, each in own.items()}
     assert list(loaded) == list(expected)
     for name, values in expected.items():
@@ -108,7 +108,7 @@ def test_models_that_overlap_in_a_container_are_refused(load: Load) -> None:
 
 def litertlm(sections: Sequence[tuple[str, int, int, int]], payload: bytes, header_end: int | None = None) -> bytes:
     """A .litertlm container; sections are (model type, kind, begin, end), with places counted from the payload."""
-    from formats.tflite import containers
+    from nibblecast.formats.tflite import containers
 
     def header(base: int) -> bytes:
         objects = [
@@ -152,7 +152,7 @@ def test_a_section_of_weights_holds_its_models_external_buffers(load: Load) -> N
     end = len(inner) + len(weights)
     sections = [("t", MODEL, 0, len(inner)), ("t", WEIGHTS_SECTION, len(inner), end)]
     loaded = load(litertlm(sections, inner + weights), "m.litertlm")
-    plain = converters.load(FIXTURES / "mlp_int4_per_tensor.tflite")
+    plain = nibblecast.load(FIXTURES / "mlp_int4_per_tensor.tflite")
     assert {name: each.dequantize().tolist() for name, each in loaded.items()} == {
         name: each.dequantize().tolist() for name, each in plain.items()
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.storage import FileRange
-from formats.tflite import schema
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.storage import FileRange
+from nibblecast.formats.tflite import schema
 from tests.formats.tflite.models import (
     FIXTURES,
     Load,
@@ -28,7 +28,7 @@ def test_buffers_behind_the_flatbuffer_count_from_the_files_beginning() -> None:
     path = FIXTURES / "buffer_offset.tflite"
     flatbuffer = schema.Model.root(np.fromfile(path, np.uint8))
     outside = {(buffer.offset, buffer.size) for buffer in flatbuffer.buffers if buffer.offset > 1}
-    found = [each.data for each in converters.load(path).values()]
+    found = [each.data for each in nibblecast.load(path).values()]
     assert {(data.offset, data.nbytes) for data in found if isinstance(data, FileRange)} == outside
     assert len(outside) == len(found) == 4
 
@@ -41,7 +41,7 @@ def test_a_buffer_behind_the_files_end_is_refused(tmp_path: Path, field: str, va
     buffer = next(each for each in patch.buffers()[number:] if patch.field(each, schema.Buffer.offset.slot))
     patch.put("Q", patch.need(buffer, getattr(schema.Buffer, field).slot), value)
     with pytest.raises(CorruptFile, match=r"tensor '.*': has its data at bytes \d+ to \d+ of 3488: the file is trunc"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 def test_a_buffer_offset_file_cut_short_is_refused(load: Load) -> None:
@@ -67,8 +67,8 @@ WEIGHTS = "external_buffer.weights.bin"
 
 def test_external_buffers_are_read_from_the_file_beside(tmp_path: Path) -> None:
     shutil.copy(FIXTURES / WEIGHTS, tmp_path)
-    loaded = converters.load(external(tmp_path))
-    inside = converters.load(FIXTURES / "mlp_int4_per_tensor.tflite")
+    loaded = nibblecast.load(external(tmp_path))
+    inside = nibblecast.load(FIXTURES / "mlp_int4_per_tensor.tflite")
     assert set(loaded) == set(inside)
     for name, each in loaded.items():
         assert isinstance(each.data, FileRange)
@@ -77,14 +77,14 @@ def test_external_buffers_are_read_from_the_file_beside(tmp_path: Path) -> None:
 
 
 def test_external_buffers_of_one_file_share_one_mapping() -> None:
-    data = [each.data for each in converters.load(FIXTURES / "external_buffer.tflite").values()]
+    data = [each.data for each in nibblecast.load(FIXTURES / "external_buffer.tflite").values()]
     assert len({id(each.file) for each in data if isinstance(each, FileRange)}) == 1
 
 
 def test_external_buffers_may_lie_in_a_folder_below(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     shutil.copy(FIXTURES / WEIGHTS, tmp_path / "below" / "w.bin")
-    assert len(converters.load(external(tmp_path, "below/w.bin"))) == 4
+    assert len(nibblecast.load(external(tmp_path, "below/w.bin"))) == 4
 
 
 @pytest.mark.parametrize("name", ["../w.bin", "below/../../w.bin", "..", "a\\..\\w.bin", "w\0.bin", "", "."])
@@ -94,15 +94,15 @@ def test_external_buffers_outside_the_models_folder_are_refused(tmp_path: Path, 
     shutil.copy(FIXTURES / WEIGHTS, tmp_path / "w.bin")
     shutil.copy(FIXTURES / WEIGHTS, folder / "w.bin")
     with pytest.raises(CorruptFile, match="refers to '.*': the path of a file inside its folder is needed"):
-        converters.load(external(folder, name))
+        nibblecast.load(external(folder, name))
 
 
 def test_an_absolute_path_of_external_buffers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(FIXTURES / WEIGHTS, tmp_path / "w.bin")
-    assert len(converters.load(external(tmp_path, "w.bin"))) == 4
+    assert len(nibblecast.load(external(tmp_path, "w.bin"))) == 4
     with pytest.raises(CorruptFile, match="refers to '/dev/null': the path of a file"):
-        converters.load(external(tmp_path, "/dev/null"))
+        nibblecast.load(external(tmp_path, "/dev/null"))
 
 
 def test_a_link_to_external_buffers_is_refused(tmp_path: Path) -> None:
@@ -113,29 +113,29 @@ def test_a_link_to_external_buffers_is_refused(tmp_path: Path) -> None:
     (folder / "in").symlink_to(tmp_path)
     for name in ("w.bin", "in/w.bin"):
         with pytest.raises(CorruptFile, match=rf"{name}: .*is a link out of the folder"):
-            converters.load(external(folder, name))
+            nibblecast.load(external(folder, name))
 
 
 def test_a_model_reached_by_a_link_finds_the_buffers_beside_the_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(FIXTURES)
-    assert len(converters.load(tmp_path / "link" / "external_buffer.tflite")) == 4
+    assert len(nibblecast.load(tmp_path / "link" / "external_buffer.tflite")) == 4
 
 
 def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "w.bin").symlink_to(tmp_path / "w.bin")
     with pytest.raises(CorruptFile, match=r"w\.bin: .*is beside a model, but cannot be found"):
-        converters.load(external(tmp_path, "w.bin"))
+        nibblecast.load(external(tmp_path, "w.bin"))
 
 
 def test_a_missing_file_of_external_buffers_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=f"{WEIGHTS}: .*does not exist"):
-        converters.load(external(tmp_path))
+        nibblecast.load(external(tmp_path))
 
 
 def test_a_file_of_external_buffers_that_is_too_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes((FIXTURES / WEIGHTS).read_bytes()[:-40])
     with pytest.raises(CorruptFile, match=rf"external buffer at bytes \d+ to \d+ of the 328 bytes of '{WEIGHTS}'"):
-        converters.load(external(tmp_path))
+        nibblecast.load(external(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_damaged_entries_of_external_buffers_are_refused(tmp_path: Path, field: 
     form = "Q" if field in ("offset", "length") else "I"
     patch.put(form, patch.need(entry, getattr(schema.ExternalBuffer, field).slot), value)
     with pytest.raises(CorruptFile, match=rf"tensor '.*': {message}"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 def test_a_packing_of_external_buffers_is_refused(load: Load, tmp_path: Path) -> None:

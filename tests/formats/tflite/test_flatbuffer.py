@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from converters.errors import CorruptFile, Error, Unsupported
-from formats.tflite import schema
-from formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
 from tests.formats.tflite.models import Patch, fixture, serialize
 from tests.formats.tflite.models import table as fields
 

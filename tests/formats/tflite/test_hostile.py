@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import converters
-from converters.errors import Error
-from formats.tflite import schema
+import nibblecast
+from nibblecast.converters.errors import Error
+from nibblecast.formats.tflite import schema
 from tests.formats.tflite.models import (
     Fields,
     Patch,
@@ -53,7 +53,7 @@ def bounded(memory: int = MEMORY) -> Iterator[None]:
 def outcome(path: Path) -> str:
     """Loads and decodes a file; "read", or the line with which it is refused."""
     try:
-        for each in converters.load(path).values():
+        for each in nibblecast.load(path).values():
             each.codes()
             if each.dtype.kind != "c":
                 each.dequantize(np.float32)

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-import converters
-from converters.allowance import VARIABLE, Allowance
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.unique_names import UniqueNames
-from formats.tflite import schema
-from formats.tflite.graph import TFLiteGraph
-from formats.tflite.lowering.builder import Builder, TensorInfo
-from formats.tflite.options import OPTIONS
+import nibblecast
+from nibblecast.converters.allowance import VARIABLE, Allowance
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.graph import TFLiteGraph
+from nibblecast.formats.tflite.lowering.builder import Builder, TensorInfo
+from nibblecast.formats.tflite.options import OPTIONS
 from tests.formats.tflite.models import Fields, affine, ints, operator, table, tensor, whole
 from tests.growth import assert_linear
 
@@ -60,14 +60,14 @@ def refused(content: bytes, folder: Path, kind: type[Error], message: str) -> No
     """Converting it to ONNX is refused, in little memory."""
     source = folder / "model.tflite"
     source.write_bytes(content)
-    model = converters.load(source)
+    model = nibblecast.load(source)
     small = folder / "small.tflite"
     small.write_bytes(one("ABS", [floats("x", 2)], floats("y", 2)))
-    converters.convert(small, folder / "small.onnx")  # what is imported for it takes memory, too
+    nibblecast.convert(small, folder / "small.onnx")  # what is imported for it takes memory, too
     tracemalloc.start()
     try:
         with pytest.raises(kind, match=message):
-            converters.save(model, folder / "model.onnx")
+            nibblecast.save(model, folder / "model.onnx")
         assert tracemalloc.get_traced_memory()[1] < MOST_MEMORY
     finally:
         tracemalloc.stop()
@@ -123,9 +123,9 @@ def test_the_environment_allows_more_or_less(name: str, tmp_path: Path, monkeypa
     source.write_bytes(described(512)[name])  # 32 to 256 KiB of constants
     monkeypatch.setenv(VARIABLE, "16K")
     with pytest.raises(Unsupported, match="its graph needs constants"):
-        converters.convert(source, tmp_path / "model.onnx")
+        nibblecast.convert(source, tmp_path / "model.onnx")
     monkeypatch.setenv(VARIABLE, "2M")
-    converters.convert(source, tmp_path / "model.onnx")
+    nibblecast.convert(source, tmp_path / "model.onnx")
 
 
 def test_many_small_ones_count_together(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_many_small_ones_count_together(tmp_path: Path) -> None:
     source = tmp_path / "model.tflite"
     source.write_bytes(model)
     with pytest.raises(Unsupported, match="its graph needs constants"):
-        converters.convert(source, tmp_path / "model.onnx")
+        nibblecast.convert(source, tmp_path / "model.onnx")
 
 
 def test_lists_that_many_operators_share_count_for_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_lists_that_many_operators_share_count_for_each(tmp_path: Path, monkeypa
     source = tmp_path / "model.tflite"
     source.write_bytes(whole([graph(tensors, made, [0], [2])], [b"", shape[1]], ["RESHAPE"]))
     with pytest.raises(Unsupported, match="its graph needs constants"):
-        converters.convert(source, tmp_path / "model.onnx")
+        nibblecast.convert(source, tmp_path / "model.onnx")
 
 
 # ---- subgraphs that run each other -----------------------------------------------------------------------------------
@@ -186,13 +186,13 @@ def test_subgraphs_without_end_are_refused(
     source = tmp_path / "model.tflite"
     source.write_bytes(content)
     with pytest.raises(Error, match=message):
-        converters.convert(source, tmp_path / "model.onnx", custom=custom)
+        nibblecast.convert(source, tmp_path / "model.onnx", custom=custom)
 
 
 def test_a_few_subgraphs_within_each_other_are_written(tmp_path: Path) -> None:
     source = tmp_path / "model.tflite"
     source.write_bytes(nested(6))
-    converters.convert(source, tmp_path / "model.onnx", verify=True)
+    nibblecast.convert(source, tmp_path / "model.onnx", verify=True)
 
 
 # ---- contradictions --------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_contradictions_are_one_line(content: bytes, message: str, tmp_path: Pat
     source = tmp_path / "model.tflite"
     source.write_bytes(content)
     with pytest.raises((CorruptFile, Unsupported), match=message):
-        converters.convert(source, tmp_path / "model.onnx")
+        nibblecast.convert(source, tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("ports", [([-1], [1]), ([0], [-1]), ([-2], [1]), ([0], [2])])
@@ -244,13 +244,13 @@ def test_ports_that_are_no_tensors_are_refused(ports: tuple[list[int], list[int]
     made = graph([floats("x", 2), floats("y", 2)], [operator(0, [0], [1])], *ports)
     source.write_bytes(whole([made], [b""], ["ABS"]))
     with pytest.raises(CorruptFile, match="subgraph 0 refers to tensor"):
-        converters.load(source)
+        nibblecast.load(source)
 
 
 def test_a_signature_of_a_tensor_that_is_not_there_is_left_out(tmp_path: Path) -> None:
     source = tmp_path / "model.tflite"
     source.write_bytes(with_signature(0, index=7))
-    converters.convert(source, tmp_path / "model.onnx")
+    nibblecast.convert(source, tmp_path / "model.onnx")
 
 
 # ---- one buffer of many tensors --------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_a_buffer_of_many_tensors_counts_for_each(tmp_path: Path) -> None:
     source = tmp_path / "model.tflite"
     source.write_bytes(whole([graph(tensors, [], [], [])], [b"", data]))
     with pytest.raises(Unsupported, match="tensor 'w.*': repeats or expands what the file holds"):
-        converters.load(source)
+        nibblecast.load(source)
 
 
 def test_a_buffer_of_two_tensors_is_read(tmp_path: Path) -> None:
@@ -271,13 +271,13 @@ def test_a_buffer_of_two_tensors_is_read(tmp_path: Path) -> None:
     tensors = [tensor(f"w{i}", "INT8", (len(data),), buffer=np.uint32(1)) for i in range(2)]
     source = tmp_path / "model.tflite"
     source.write_bytes(whole([graph(tensors, [], [], [])], [b"", data]))
-    assert [weight.nbytes for weight in converters.load(source).values()] == [len(data)] * 2
+    assert [weight.nbytes for weight in nibblecast.load(source).values()] == [len(data)] * 2
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-def lowered(model: converters.Model) -> Any:
+def lowered(model: nibblecast.Model) -> Any:
     assert isinstance(model.graph, TFLiteGraph)
     return model.graph.lowered(opset=21)
 
@@ -289,7 +289,7 @@ def test_a_graph_may_be_asked_for_again_and_again(tmp_path: Path) -> None:
     made = [operator(0, [i], [i + 1]) for i in range(count)]
     source = tmp_path / "model.tflite"
     source.write_bytes(whole([graph(tensors, made, [0], [count])], [b""], ["ABS"]))
-    model = converters.load(source)
+    model = nibblecast.load(source)
     for _ in range(12):
         lowered(model)
 

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import pytest
 
-import converters
-from converters.errors import Unsupported, UsageError
-from formats.tflite import schema
-from formats.tflite.lowering.documentation import BEGIN, END, PAGE, table
-from formats.tflite.lowering.operators import LOWERINGS
-from formats.tflite.options import OPTIONS
+import nibblecast
+from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.lowering.documentation import BEGIN, END, PAGE, table
+from nibblecast.formats.tflite.lowering.operators import LOWERINGS
+from nibblecast.formats.tflite.options import OPTIONS
 from tests.formats.tflite.models import FIXTURES, MODELS, ints, operator, subgraph, tensor, whole
 
 TYPES = onnx.TensorProto
@@ -25,7 +25,7 @@ TYPES = onnx.TensorProto
 def converted(name: str, folder: Path, **options: object) -> onnx.ModelProto:
     """The fixture's ONNX model, verified and checked."""
     target = folder / f"{name}.onnx"
-    converters.convert(FIXTURES / f"{name}.tflite", target, verify=True, **options)
+    nibblecast.convert(FIXTURES / f"{name}.tflite", target, verify=True, **options)
     onnx.checker.check_model(str(target), full_check=True)
     return onnx.load(target)
 
@@ -49,7 +49,7 @@ def test_int4_weights_stay_int4_where_they_are_stored(tmp_path):
     made = converted("cnn_int4_per_channel", tmp_path)
     assert [i.data_type for i in made.graph.initializer if len(i.dims) > 1].count(TYPES.INT4) == 3
     assert operators(made)["DequantizeLinear"] == 3
-    source = converters.load(FIXTURES / "cnn_int4_per_channel.tflite")
+    source = nibblecast.load(FIXTURES / "cnn_int4_per_channel.tflite")
     dense = next(t for t in source.values() if t.uses and t.uses[0].operator == "FULLY_CONNECTED" and t.quantization)
     stored = next(i for i in made.graph.initializer if i.name == dense.name)
     assert stored.raw_data == dense.packed().tobytes()
@@ -115,7 +115,7 @@ def test_dequantizing_leaves_no_integers_between_operators_either(tmp_path):
 def test_signatures_and_metadata_are_copied(tmp_path):
     made = converted("two_signatures", tmp_path)
     properties = {entry.key: entry.value for entry in made.metadata_props}
-    for name in converters.load(FIXTURES / "two_signatures.tflite").graph.signatures:
+    for name in nibblecast.load(FIXTURES / "two_signatures.tflite").graph.signatures:
         assert set(json.loads(properties[f"tflite.signature.{name}"])) == {"inputs", "outputs"}
     assert any(key.startswith("tflite.metadata.") for key in properties)
 
@@ -126,20 +126,20 @@ def test_quantizing_on_request(tmp_path):
 
 
 def test_signatures(tmp_path):
-    names = list(converters.load(FIXTURES / "two_signatures.tflite").graph.signatures)
+    names = list(nibblecast.load(FIXTURES / "two_signatures.tflite").graph.signatures)
     assert len(names) == 2
     made = [converted("two_signatures", tmp_path, signature=name) for name in names]
     assert ports(made[0].graph.output) != ports(made[1].graph.output) or str(made[0]) != str(made[1])
     with pytest.raises(Unsupported, match=f"has no signature 'nope': it has '{names[0]}', '{names[1]}'"):
-        converters.convert(FIXTURES / "two_signatures.tflite", tmp_path / "m.onnx", signature="nope")
+        nibblecast.convert(FIXTURES / "two_signatures.tflite", tmp_path / "m.onnx", signature="nope")
 
 
 def test_weights_alone_on_request(tmp_path):
     made = converted("cnn_int4_per_channel", tmp_path, graph=False)
     assert not made.graph.input
-    assert len(made.graph.output) == len(converters.load(FIXTURES / "cnn_int4_per_channel.tflite"))
+    assert len(made.graph.output) == len(nibblecast.load(FIXTURES / "cnn_int4_per_channel.tflite"))
     with pytest.raises(UsageError, match="weights=matmulnbits is for models with a graph"):
-        converters.convert(FIXTURES / "mlp_float32.tflite", tmp_path / "m.onnx", graph=False, weights="matmulnbits")
+        nibblecast.convert(FIXTURES / "mlp_float32.tflite", tmp_path / "m.onnx", graph=False, weights="matmulnbits")
 
 
 def unknown_operators(path: Path) -> Path:
@@ -154,12 +154,12 @@ def unknown_operators(path: Path) -> Path:
 def test_unknown_operators_are_named_and_counted_before_anything_is_written(tmp_path):
     source = unknown_operators(tmp_path / "m.tflite")
     with pytest.raises(Unsupported, match=r"operators that do not become ONNX: DILATE \(2 times\); --opt graph"):
-        converters.convert(source, tmp_path / "m.onnx")
+        nibblecast.convert(source, tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_unknown_operators_as_they_are(tmp_path):
-    converters.convert(unknown_operators(tmp_path / "m.tflite"), tmp_path / "m.onnx", custom="acme")
+    nibblecast.convert(unknown_operators(tmp_path / "m.tflite"), tmp_path / "m.onnx", custom="acme")
     made = onnx.load(tmp_path / "m.onnx")
     assert [(n.domain, n.op_type) for n in made.graph.node] == [
         ("acme", "DILATE"),
@@ -177,7 +177,7 @@ def test_all_lowerings_are_of_operators_that_there_are():
 def test_the_page_has_the_table():
     found = re.search(f"{BEGIN}(.*){END}", PAGE.read_text("utf-8"), re.DOTALL)
     assert found is not None
-    assert found[1] == table(), "run `python -m formats.tflite.lowering.documentation`"
+    assert found[1] == table(), "run `python -m nibblecast.formats.tflite.lowering.documentation`"
 
 
 @pytest.mark.peers
@@ -210,7 +210,7 @@ def test_options_have_the_official_slots_and_defaults(operator_name):
 @pytest.mark.parametrize("name", [n for n in MODELS if n not in ("types_zoo", "external_buffer", "container")])
 def test_models_compute_what_litert_computes(name, tmp_path):
     converted(name, tmp_path)
-    for output in converters.compare_outputs(FIXTURES / f"{name}.tflite", tmp_path / f"{name}.onnx", seed=1):
+    for output in nibblecast.compare_outputs(FIXTURES / f"{name}.tflite", tmp_path / f"{name}.onnx", seed=1):
         assert output.relative <= 0.02 or (output.steps is not None and output.steps <= 3), output
 
 
@@ -235,8 +235,8 @@ def test_damaged_graphs_give_an_error_of_one_line_or_a_model(name, tmp_path):
     for _ in range(150):
         source.write_bytes(damaged(content, rng))
         try:
-            converters.convert(source, tmp_path / "m.onnx")
-        except converters.Error as error:
+            nibblecast.convert(source, tmp_path / "m.onnx")
+        except nibblecast.Error as error:
             refused += 1
             assert "\n" not in str(error)
     assert refused

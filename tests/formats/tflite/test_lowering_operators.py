@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 
-import converters
+import nibblecast
 
 pytestmark = pytest.mark.peers
 one_operator = pytest.importorskip("tests.formats.tflite.one_operator", reason="needs ai-edge-litert")
@@ -307,7 +307,7 @@ def converted(case, tmp_path, **options) -> dict[str, np.ndarray]:
     """What onnxruntime computes with the ONNX model."""
     source = tmp_path / "one.tflite"
     source.write_bytes(one_operator.model(case))
-    converters.convert(source, tmp_path / "one.onnx", **options)
+    nibblecast.convert(source, tmp_path / "one.onnx", **options)
     onnx.checker.check_model(str(tmp_path / "one.onnx"), full_check=True)
     settings = onnxruntime.SessionOptions()
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

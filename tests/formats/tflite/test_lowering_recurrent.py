@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import converters
+import nibblecast
 
 pytestmark = pytest.mark.peers
 one_operator = pytest.importorskip("tests.formats.tflite.one_operator", reason="needs ai-edge-litert")
@@ -70,8 +70,8 @@ def normalized_lstm(gate_scale: float) -> bytes:
 @pytest.mark.parametrize("gate_scale", [2.0**-10, 2.0**-13], ids=["fits", "saturates"])
 def test_gates_that_are_normalized_saturate_after_each_part(gate_scale, tmp_path):
     (tmp_path / "m.tflite").write_bytes(normalized_lstm(gate_scale))
-    converters.convert(tmp_path / "m.tflite", tmp_path / "m.onnx")
+    nibblecast.convert(tmp_path / "m.tflite", tmp_path / "m.onnx")
     for seed in range(5):
-        (found,) = converters.compare_outputs(tmp_path / "m.tflite", tmp_path / "m.onnx", seed=seed)
+        (found,) = nibblecast.compare_outputs(tmp_path / "m.tflite", tmp_path / "m.onnx", seed=seed)
         assert found.steps is not None
         assert found.steps <= 3

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import converters
+import nibblecast
 from fixtures.tflite.operator_probe import problem, runs
-from formats.tflite.runner import LiteRTRunner
+from nibblecast.formats.tflite.runner import LiteRTRunner
 from tests.formats.tflite.models import FIXTURES
 
 MODELS = sorted((FIXTURES / "operators").glob("*.tflite"))
@@ -35,8 +35,8 @@ def test_what_is_stored_is_what_litert_computes(path):
 @pytest.mark.peers
 @pytest.mark.parametrize("name", ["unary_ceil.float32", "reduce_log_sum_exp.int8", "norm_op_lrn.int8"])
 def test_models_are_run_whose_reference_kernels_lack_or_are_wrong(name, tmp_path):
-    converters.convert(named(name), tmp_path / "model.onnx")
-    for found in converters.compare_outputs(named(name), tmp_path / "model.onnx"):
+    nibblecast.convert(named(name), tmp_path / "model.onnx")
+    for found in nibblecast.compare_outputs(named(name), tmp_path / "model.onnx"):
         assert found.relative <= 1e-5 or (found.steps is not None and found.steps <= 1)
 
 
@@ -68,6 +68,6 @@ def test_models_of_int8_activations_have_an_operator_set_that_onnxruntime_optimi
 
     sets = {}
     for name in ("conv_same.int8", "conv_same.int16x8", "conv_same.float32"):
-        converters.convert(named(name), tmp_path / "model.onnx")
+        nibblecast.convert(named(name), tmp_path / "model.onnx")
         sets[name] = onnx.load(tmp_path / "model.onnx").opset_import[0].version
     assert sets == {"conv_same.int8": 20, "conv_same.int16x8": 21, "conv_same.float32": 21}

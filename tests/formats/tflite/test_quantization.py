@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
-from converters.errors import CorruptFile, Unsupported
-from converters.ir import Loss
-from formats.tflite import schema
+import nibblecast
+from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.ir import Loss
+from nibblecast.formats.tflite import schema
 from tests.formats.tflite.models import (
     FIXTURES,
     Fields,
@@ -33,7 +33,7 @@ from tests.formats.tflite.models import (
 
 
 def test_blockwise_scales_are_the_tensor_of_their_own_name() -> None:
-    loaded = converters.load(FIXTURES / "mlp_int4_blockwise.tflite")
+    loaded = nibblecast.load(FIXTURES / "mlp_int4_blockwise.tflite")
     weight, scales = loaded["mlp_1/dense_1_1/MatMul"], loaded["mlp_1/dense_1_1/MatMul_scales"]
     assert weight.quantization is not None
     assert weight.quantization.scale is scales
@@ -139,7 +139,7 @@ def test_a_block_size_patched_in_a_real_file_is_refused(tmp_path: Path) -> None:
     details = patch.child(patch.quantization("dense_1_1/MatMul"), schema.QuantizationParameters.blockwise.slot)
     patch.put("i", patch.need(details, schema.BlockwiseQuantization.block_size.slot), 48)
     with pytest.raises(CorruptFile, match=r"dense_1_1/MatMul': has blocks of 48 along .* \(32, 64\); a divisor"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 @pytest.mark.parametrize("scales", [-1, 2, 2**31 - 1, -(2**31)])
@@ -236,7 +236,7 @@ ZERO_POINT = schema.QuantizationParameters.zero_point.slot
 def test_a_scale_that_is_no_number_is_refused_with_its_channel(tmp_path: Path, value: float) -> None:
     path = spoiled(tmp_path, "cnn_int4_per_channel.tflite", "conv_1/convolution", SCALE, "f", value, at=1 + 5)
     with pytest.raises(CorruptFile, match=rf"convolution': has scale {value} for channel 5; a finite number"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 def test_scales_of_zero_and_below_are_kept(load: Load) -> None:
@@ -249,7 +249,7 @@ def test_as_many_zero_points_as_scales_are_needed(tmp_path: Path, count: int) ->
     name = "cnn_int4_per_channel.tflite"
     path = spoiled(tmp_path, name, "conv_1/convolution", ZERO_POINT, "I", count)
     with pytest.raises(CorruptFile, match=rf"convolution': has 8 scales but {count} zero points"):
-        converters.load(path)
+        nibblecast.load(path)
 
 
 @pytest.mark.parametrize("axis", [1, 3, -1, 2**31 - 1])
@@ -278,7 +278,7 @@ def test_a_scale_count_that_fits_nothing_is_refused(tmp_path: Path) -> None:
     for slot in (SCALE, ZERO_POINT):
         patch.put("I", patch.child(patch.quantization("dense_1_1/MatMul"), slot), 6)
     with pytest.raises(CorruptFile, match=r"has 6 scales along dimension 0 of shape \(7, 5\)"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 @pytest.mark.parametrize("axis", [1, 3, -1])

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import converters
-from converters import Model, Tensor
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Loss
-from converters.storage import FileRange
-from formats.tflite import schema
-from formats.tflite.reader import TFLiteReader
+import nibblecast
+from nibblecast import Model, Tensor
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Loss
+from nibblecast.converters.storage import FileRange
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.tflite.models import (
     FIXTURES,
     MODELS,
@@ -79,7 +79,7 @@ def assert_same_bits(actual: NDArray[Any], expected: NDArray[Any]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fixture_has_the_codes_and_values_that_litert_reads(name: str) -> None:
     path = FIXTURES / f"{name}.tflite"
-    loaded = converters.load(path)
+    loaded = nibblecast.load(path)
     truth = {key: value for key, value in np.load(FIXTURES / f"{name}.npz").items() if value.dtype.kind != "S"}
     keys = names_by_key(path, loaded)
     assert sorted(keys.values()) == sorted(loaded)
@@ -109,7 +109,7 @@ def test_a_fixture_has_the_codes_and_values_that_litert_reads(name: str) -> None
     ],
 )
 def test_granularity(fixture: str, tensor: str, dtype: type, granularity: str, block_shape: tuple[int, ...]) -> None:
-    found = converters.load(FIXTURES / f"{fixture}.tflite")[tensor]
+    found = nibblecast.load(FIXTURES / f"{fixture}.tflite")[tensor]
     assert found.dtype == dtype
     assert found.granularity == granularity
     assert found.quantization is not None
@@ -118,11 +118,11 @@ def test_granularity(fixture: str, tensor: str, dtype: type, granularity: str, b
 
 
 def test_a_float_model_has_no_quantization() -> None:
-    assert {each.granularity for each in converters.load(FIXTURES / "mlp_float32.tflite").values()} == {"none"}
+    assert {each.granularity for each in nibblecast.load(FIXTURES / "mlp_float32.tflite").values()} == {"none"}
 
 
 def test_zero_points_are_kept_apart_for_every_channel() -> None:
-    weight = converters.load(FIXTURES / "mlp_int4_asymmetric.tflite")["mlp_1/dense_2_1/MatMul"]
+    weight = nibblecast.load(FIXTURES / "mlp_int4_asymmetric.tflite")["mlp_1/dense_2_1/MatMul"]
     assert weight.quantization is not None
     assert weight.quantization.zero_point is not None
     assert weight.quantization.zero_point.codes().tolist() == [[-3], [2], [-1], [2]]
@@ -130,7 +130,7 @@ def test_zero_points_are_kept_apart_for_every_channel() -> None:
 
 
 def test_rows_of_odd_length_begin_in_the_middle_of_a_byte() -> None:
-    weight = converters.load(FIXTURES / "mlp_int4_odd.tflite")["mlp_1/dense_1_1/MatMul"]
+    weight = nibblecast.load(FIXTURES / "mlp_int4_odd.tflite")["mlp_1/dense_1_1/MatMul"]
     assert (weight.shape, weight.nbytes) == ((7, 5), 18)
     low, high = weight.packed() & 15, weight.packed() >> 4
     nibbles = np.stack([low, high], 1).reshape(-1)[:35].reshape(7, 5).astype(np.int8)
@@ -139,7 +139,7 @@ def test_rows_of_odd_length_begin_in_the_middle_of_a_byte() -> None:
 
 def test_metadata_tell_the_producer_the_source_the_operators_and_the_ports() -> None:
     path = FIXTURES / "cnn_int4_per_channel.tflite"
-    metadata = converters.load(path).metadata
+    metadata = nibblecast.load(path).metadata
     assert (metadata.format, metadata.source) == ("tflite", path)
     assert metadata.producer == schema.Model.root(np.fromfile(path, np.uint8)).description
     assert metadata.operators["DEQUANTIZE"] == 3
@@ -153,7 +153,7 @@ def test_metadata_tell_the_producer_the_source_the_operators_and_the_ports() -> 
 
 
 def test_the_second_tensor_of_a_name_gets_a_number_and_a_loss() -> None:
-    loaded = converters.load(FIXTURES / "two_signatures.tflite")
+    loaded = nibblecast.load(FIXTURES / "two_signatures.tflite")
     first, second = loaded["shared/weight"], loaded["shared/weight:1"]
     assert (first.name, second.name) == ("shared/weight", "shared/weight:1")
     assert np.array_equal(first.dequantize(), second.dequantize())
@@ -164,7 +164,7 @@ def test_the_second_tensor_of_a_name_gets_a_number_and_a_loss() -> None:
 
 
 def test_odd_names_are_kept_and_missing_ones_made() -> None:
-    loaded = converters.load(FIXTURES / "odd_names.tflite")
+    loaded = nibblecast.load(FIXTURES / "odd_names.tflite")
     assert set(loaded) == {
         "same",
         "same:1",
@@ -211,7 +211,7 @@ def test_blockwise_tensors_of_the_same_names_in_two_subgraphs_keep_to_their_own(
 
 
 def test_every_type_of_numbers_is_read_and_strings_are_reported() -> None:
-    loaded = converters.load(FIXTURES / "types_zoo.tflite")
+    loaded = nibblecast.load(FIXTURES / "types_zoo.tflite")
     zoo = {name.removeprefix("zoo/"): each.dtype.name for name, each in loaded.items() if name.startswith("zoo/")}
     assert zoo.pop("zero_size") == zoo.pop("scalar") == "float32"
     assert zoo == {name: name for name in zoo}
@@ -221,7 +221,7 @@ def test_every_type_of_numbers_is_read_and_strings_are_reported() -> None:
 
 
 def test_a_constant_without_elements_is_there() -> None:
-    empty = converters.load(FIXTURES / "types_zoo.tflite")["zoo/zero_size"]
+    empty = nibblecast.load(FIXTURES / "types_zoo.tflite")["zoo/zero_size"]
     assert (empty.shape, empty.nbytes, empty.dequantize().shape) == ((0, 3), 0, (0, 3))
 
 
@@ -245,7 +245,7 @@ def test_an_unknown_type_is_refused(tmp_path: Path, kind: int) -> None:
     patch = Patch("mlp_int4_odd.tflite")
     patch.put("b", patch.need(patch.tensor("dense_1_1/MatMul"), schema.Tensor.type.slot), kind)
     with pytest.raises(Unsupported, match=f"dense_1_1/MatMul': has tensor type {kind}"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -258,7 +258,7 @@ def test_a_buffer_a_byte_too_short_or_too_long_is_refused(tmp_path: Path, change
     patch.put("I", place, 18 + change)
     expected = rf"dense_1_1/MatMul': holds {18 + change} bytes, but shape \(7, 5\) of int4 takes 18"
     with pytest.raises(CorruptFile, match=expected):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 def test_codes_stored_one_to_a_byte_are_refused(load: Load) -> None:
@@ -297,7 +297,7 @@ def test_as_many_dimensions_as_every_numpy_holds_are_read(load: Load) -> None:
 def test_bytes_behind_the_flatbuffer_are_no_fault(load: Load) -> None:
     name = "mlp_int4_blockwise"
     loaded = load(fixture(f"{name}.tflite") + b"metadata, or anything" * 1000)
-    for key, each in converters.load(FIXTURES / f"{name}.tflite").items():
+    for key, each in nibblecast.load(FIXTURES / f"{name}.tflite").items():
         assert np.array_equal(loaded[key].dequantize(), each.dequantize())
 
 
@@ -324,7 +324,7 @@ def test_reading_a_model_touches_no_payload(tmp_path: Path, monkeypatch: pytest.
             (each.name, each.shape, each.granularity) for each in good.values()
         ]
     assert len(reads) == 2 * len(MODELS)  # each file's headers, as one view
-    converters.load(FIXTURES / "mlp_int4_odd.tflite")["mlp_1/dense_1_1/MatMul"].codes()
+    nibblecast.load(FIXTURES / "mlp_int4_odd.tflite")["mlp_1/dense_1_1/MatMul"].codes()
     assert reads[-1] == (0, 18)
 
 
@@ -340,7 +340,7 @@ def test_another_schema_version_is_refused(tmp_path: Path, version: int) -> None
     patch = Patch("mlp_int4_odd.tflite")
     patch.put("I", patch.need(patch.root(), schema.Model.version.slot), version)
     with pytest.raises(Unsupported, match=f"has schema version {version}; 3 is the one"):
-        converters.load(patch.write(tmp_path / "m.tflite"))
+        nibblecast.load(patch.write(tmp_path / "m.tflite"))
 
 
 def test_an_empty_file_is_refused(load: Load) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tflite
 
-from formats.tflite import schema
-from formats.tflite.flatbuffer import Field, Table
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.flatbuffer import Field, Table
 from tests.formats.tflite.models import MODELS, fixture, serialize
 
 #: Fields that have a name of their own here: the union's alternatives, and a name that reads better.

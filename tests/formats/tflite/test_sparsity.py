@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import converters
-from converters import Tensor
-from converters.errors import CorruptFile, Error, Unsupported
-from converters.ir import Loss
-from formats.tflite import schema
-from formats.tflite.sparsity import sparse_layout
+import nibblecast
+from nibblecast import Tensor
+from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.ir import Loss
+from nibblecast.formats.tflite import schema
+from nibblecast.formats.tflite.sparsity import sparse_layout
 from tests.formats.tflite.models import FIXTURES, Fields, Load, affine, constant, ints, model, serialize, table
 
 VECTORS: dict[type, tuple[int, str, Any]] = {
@@ -114,7 +114,7 @@ def expanded(encoded: Encoded, shape: tuple[int, ...], dtype: type = np.int32) -
     ],
 )
 def test_a_sparse_fixture_is_what_densify_makes_of_it(name: str, shape: tuple[int, ...], dtype: type) -> None:
-    loaded = converters.load(FIXTURES / f"{name}.tflite")
+    loaded = nibblecast.load(FIXTURES / f"{name}.tflite")
     weight = next(each for each in loaded.values() if each.shape == shape)
     truth = np.load(FIXTURES / f"{name}.npz")
     values = weight.dequantize()
@@ -195,7 +195,7 @@ def test_an_expanded_tensor_is_read_in_parts(load: Load) -> None:
 
 
 def test_a_sparse_tensor_is_expanded_once_for_all_its_parts(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    from formats.tflite.sparsity import SparseLayout
+    from nibblecast.formats.tflite.sparsity import SparseLayout
 
     expansions: list[SparseLayout] = []
     original = SparseLayout.expand

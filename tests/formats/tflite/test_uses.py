@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-import converters
-from converters.ir import Activation, Use
-from formats.tflite import schema
+import nibblecast
+from nibblecast.converters.ir import Activation, Use
+from nibblecast.formats.tflite import schema
 from tests.formats.tflite.models import (
     FIXTURES,
     Fields,
@@ -35,11 +35,11 @@ from tests.formats.tflite.models import (
     ],
 )
 def test_uses_are_the_operators_behind_the_storage(fixture: str, tensor: str, use: Use) -> None:
-    assert converters.load(FIXTURES / f"{fixture}.tflite")[tensor].uses == (use,)
+    assert nibblecast.load(FIXTURES / f"{fixture}.tflite")[tensor].uses == (use,)
 
 
 def test_quantized_activations_are_kept_with_the_weights_and_biases_that_they_meet() -> None:
-    model = converters.load(FIXTURES / "mlp_w4a8.tflite")
+    model = nibblecast.load(FIXTURES / "mlp_w4a8.tflite")
     int8 = np.dtype(np.int8)
     activation = Activation(int8, (1, 16), 0.011228088289499283, 4)
     result = Activation(int8, (1, 24), 0.010302474722266197, -128)
@@ -61,7 +61,7 @@ def test_operators_without_all_their_inputs_have_no_activation(load: Load) -> No
 
 
 def test_blockwise_scales_have_no_use_of_their_own() -> None:
-    assert converters.load(FIXTURES / "mlp_int4_blockwise.tflite")["mlp_1/dense_1_1/MatMul_scales"].uses == ()
+    assert nibblecast.load(FIXTURES / "mlp_int4_blockwise.tflite")["mlp_1/dense_1_1/MatMul_scales"].uses == ()
 
 
 def used(load: Load, operators: Sequence[Fields], codes: Sequence[str], shape: Sequence[int] = (4,)) -> Sequence[Use]:
