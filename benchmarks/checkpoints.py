@@ -21,12 +21,12 @@ import numpy as np
 from benchmarks import checkpoint_files as files
 from benchmarks.checkpoint_peers import PEERS
 from benchmarks.measure import Row, by_turns, seconds_and_peak
-from nibblecast.converters import compiled
 from nibblecast.converters.allocator import keep_freed_memory
-from nibblecast.converters.dequantize import dequantized
+from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.ir import Tensor
+from nibblecast.converters.output.streaming import pieces_of
+from nibblecast.converters.stages.dequantize import dequantized
 from nibblecast.converters.storage import InMemory
-from nibblecast.converters.streaming import pieces_of
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, Blocks
 

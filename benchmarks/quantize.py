@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 import nibblecast
 from benchmarks.measure import Row, by_turns
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.quantize import quantized
-from nibblecast.converters.scheme import parse_scheme
+from nibblecast.converters.stages.quantize import quantized
+from nibblecast.converters.stages.scheme import parse_scheme
 
 _SHAPE = (4096, 4096)
 _LAYERS, _WIDTH = 12, 2048

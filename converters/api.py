@@ -12,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nibblecast.converters import pipeline, plugins, running
-from nibblecast.converters.comparison import Comparison, compare
+from nibblecast.converters import pipeline, plugins
+from nibblecast.converters.compare import running
+from nibblecast.converters.compare.comparison import Comparison, compare
+from nibblecast.converters.compare.running import OutputDifference
 from nibblecast.converters.errors import UsageError, VerificationFailed
+from nibblecast.converters.input.paths import input_path, output_path
 from nibblecast.converters.interfaces import OutputFile, Progress, Validating
 from nibblecast.converters.ir import Loss, Model
 from nibblecast.converters.options import describe
-from nibblecast.converters.paths import input_path, output_path
-from nibblecast.converters.running import OutputDifference
 from nibblecast.converters.storage import open_regular
 
 if TYPE_CHECKING:  # quantization, batches and reports are imported when they are asked for
-    from nibblecast.converters.accuracy import Accuracy
+    from nibblecast.converters.arithmetic.accuracy import Accuracy
     from nibblecast.converters.batches.run import BatchResult, OnResult, OnRunning, Settings
     from nibblecast.converters.reports.run import Report
-    from nibblecast.converters.scheme import Scheme
+    from nibblecast.converters.stages.scheme import Scheme
 
 AnyPath = str | os.PathLike[str]
 
@@ -296,7 +297,7 @@ def _convert(
     conversion = replace(conversion, files=written, verified=verified, notes=(*conversion.notes, *hints))
     if quantize is None:
         return conversion
-    from nibblecast.converters.quantize import accuracy
+    from nibblecast.converters.stages.quantize import accuracy
 
     return replace(conversion, quantized=accuracy(planned[0].model))
 
@@ -335,7 +336,7 @@ def _planned(
 def _scheme(quantize: str | Scheme | None) -> Scheme | None:
     if not isinstance(quantize, str):
         return quantize
-    from nibblecast.converters.scheme import parse_scheme
+    from nibblecast.converters.stages.scheme import parse_scheme
 
     return parse_scheme(quantize)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from pathlib import Path
 
-from nibblecast.converters.urls import without_secrets
+from nibblecast.converters.input.urls import without_secrets
 
 #: How many characters of a name, a path or a message are shown: paths of most systems and all messages of ours whole.
 MOST_OF_NAME = 200

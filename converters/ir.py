@@ -19,10 +19,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, brief
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from nibblecast.converters.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
-from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.storage import Data, InMemory, Part, release
 
 if TYPE_CHECKING:
@@ -343,14 +343,14 @@ class Tensor:
         """The values in logical shape, rounded to `dtype` (float32, float16 or bfloat16): the library's that made the
         tensor, bit for bit in its own dtype; as float32 those that it has before it rounds them to 16 bits in the end.
         A tensor without quantization gives its values, cast. Raises Unsupported for complex values and other dtypes."""
-        from nibblecast.converters.dequantize import dequantize
+        from nibblecast.converters.stages.dequantize import dequantize
 
         return dequantize(self, np.dtype(dtype))
 
     def dequantized(self, dtype: DTypeLike = np.float32) -> Tensor:
         """The tensor with its values as plain elements of `dtype`, computed as by `dequantize` when they are read; a
         plain one as it is."""
-        from nibblecast.converters.dequantize import dequantized
+        from nibblecast.converters.stages.dequantize import dequantized
 
         return dequantized(self, np.dtype(dtype))
 

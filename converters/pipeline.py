@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nibblecast.converters import compiled, plugins
-from nibblecast.converters.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
+from nibblecast.converters import plugins
+from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.errors import CorruptFile, Error, RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import (
     Capabilities,
@@ -37,10 +37,11 @@ from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.output.creation import refuse_special
 from nibblecast.converters.output.folders import atomic_folder, begin_folder, begun_folder, intent, write_folder
 from nibblecast.converters.output.private_folder import remove_left_behind, temporary_folders
+from nibblecast.converters.stages.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
 from nibblecast.converters.storage import FileRange, InMemory, MappedFile, files_of, truncated_file
 
 if TYPE_CHECKING:  # quantization is imported when it is asked for
-    from nibblecast.converters.scheme import Scheme
+    from nibblecast.converters.stages.scheme import Scheme
 
 _CACHED_BYTES = 1 << 26
 
@@ -145,7 +146,7 @@ def plan(
     if dequantize is not None:
         model = dequantize_model(model, dequantize)
     if quantize is not None:
-        from nibblecast.converters.quantize import quantize_model
+        from nibblecast.converters.stages.quantize import quantize_model
 
         model = quantize_model(model, quantize)
     request = {"dequantize": dequantize, "quantize": quantize, "only": list(only), "skip": list(skip)}

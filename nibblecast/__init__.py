@@ -13,12 +13,12 @@ TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to impo
 if TYPE_CHECKING:
     from typing import Any
 
-    from nibblecast.converters.accuracy import Accuracy
     from nibblecast.converters.api import Conversion, batch, compare_outputs, convert, load, report, save, verify
-    from nibblecast.converters.comparison import Comparison, Difference
+    from nibblecast.converters.arithmetic.accuracy import Accuracy
+    from nibblecast.converters.compare.comparison import Comparison, Difference
     from nibblecast.converters.errors import Error
     from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
-    from nibblecast.converters.scheme import Scheme
+    from nibblecast.converters.stages.scheme import Scheme
 
 __all__ = [
     "Accuracy",
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "nibblecast.converters.accuracy": ("Accuracy",),
+    "nibblecast.converters.arithmetic.accuracy": ("Accuracy",),
     "nibblecast.converters.api": (
         "Conversion",
         "batch",
@@ -52,10 +52,10 @@ _MODULES = {
         "save",
         "verify",
     ),
-    "nibblecast.converters.comparison": ("Comparison", "Difference"),
+    "nibblecast.converters.compare.comparison": ("Comparison", "Difference"),
     "nibblecast.converters.errors": ("Error",),
     "nibblecast.converters.ir": ("Loss", "Model", "Quantization", "Tensor"),
-    "nibblecast.converters.scheme": ("Scheme",),
+    "nibblecast.converters.stages.scheme": ("Scheme",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nibblecast.converters.allowance import VARIABLE, Allowance
 from nibblecast.converters.errors import Unsupported, UsageError
+from nibblecast.converters.input.allowance import VARIABLE, Allowance
 from nibblecast.converters.ir import Quantization, Tensor
 
 MIB = 1 << 20

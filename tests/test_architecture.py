@@ -14,17 +14,17 @@ from nibblecast.converters import plugins
 
 ROOT = Path(__file__).parent.parent
 FOR_FORMATS = {
-    "nibblecast.converters.allowance",
-    "nibblecast.converters.containment",
+    "nibblecast.converters.input.allowance",
+    "nibblecast.converters.input.containment",
     "nibblecast.converters.errors",
-    "nibblecast.converters.fields",
+    "nibblecast.formats.gguf.fields",
     "nibblecast.converters.interfaces",
     "nibblecast.converters.ir",
-    "nibblecast.converters.packing",
-    "nibblecast.converters.shapes",
+    "nibblecast.converters.arithmetic.packing",
+    "nibblecast.converters.input.shapes",
     "nibblecast.converters.storage",
-    "nibblecast.converters.streaming",
-    "nibblecast.converters.unique_names",
+    "nibblecast.converters.output.streaming",
+    "nibblecast.converters.names",
     "nibblecast.converters.version",
 }
 
@@ -92,7 +92,7 @@ def test_the_table_is_alphabetical() -> None:
         (
             ["convert", "fixtures/tflite/cnn_int4_per_channel.tflite", "{tmp}/weights.h"],
             [
-                "nibblecast.converters.quantize",
+                "nibblecast.converters.stages.quantize",
                 "nibblecast.converters.reports",
                 "jinja2",
                 "matplotlib",

@@ -210,7 +210,12 @@ def test_an_interruption_while_it_starts(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["nibblecast.formats.tflite.reader", "nibblecast.formats.onnx.writer", "onnx_ir", "nibblecast.converters.accuracy"],
+    [
+        "nibblecast.formats.tflite.reader",
+        "nibblecast.formats.onnx.writer",
+        "onnx_ir",
+        "nibblecast.converters.arithmetic.accuracy",
+    ],
 )
 def test_an_interruption_while_it_works(module: str, tmp_path: Path) -> None:
     """Also where a KeyboardInterrupt goes through Python's exec(), for which it would end itself by a signal."""

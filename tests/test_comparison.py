@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters import comparison
-from nibblecast.converters.comparison import compare
+from nibblecast.converters.compare import comparison
+from nibblecast.converters.compare.comparison import compare
 from nibblecast.converters.ir import Model, Quantization, Tensor
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"

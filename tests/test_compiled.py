@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibblecast.converters import compiled
-from nibblecast.converters.dequantize import dequantize
+from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters.stages.dequantize import dequantize
 from tests import zoo
 
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -136,7 +136,7 @@ def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(decode(*arguments))
         return calls[-1]
 
-    monkeypatch.setattr("nibblecast.converters.dequantize.compiled.decode", counted)
+    monkeypatch.setattr("nibblecast.converters.stages.dequantize.compiled.decode", counted)
     scale = Tensor.from_array("s", np.ones((4, 2), np.float16))
     quantization = Quantization(scale, (1, 32), value_dtype=FLOAT16)
     tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=quantization)

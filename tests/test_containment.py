@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.containment import contained_file, is_inside
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.containment import contained_file, is_inside
 from tests.formats.encodings.checkpoints import write_file, write_folder
 from tests.formats.gguf import gguf_files
 from tests.formats.onnx.onnx_models import save

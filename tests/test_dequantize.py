@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibblecast.converters import dequantize as stage
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
 from nibblecast.converters.ir import (
     GroupIndex,
@@ -24,6 +23,7 @@ from nibblecast.converters.ir import (
     per_axis,
     per_tensor,
 )
+from nibblecast.converters.stages import dequantize as stage
 
 DTYPES = [
     ml_dtypes.int2,

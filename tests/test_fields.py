@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibblecast.converters import compiled
-from nibblecast.converters.fields import fields, paired_halves
+from nibblecast.converters.arithmetic import compiled
+from nibblecast.formats.gguf.fields import fields, paired_halves
 
 #: Of GGUF's types: bytes of a block, where the fields begin and end, bytes of a group, bits, how far they are moved.
 FIELDS = (

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibblecast.converters.float16 import Float16
+from nibblecast.converters.arithmetic.float16 import Float16
 
 
 def check(bits: np.ndarray) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters import running
+from nibblecast.converters.compare import running
 from nibblecast.converters.errors import Error, ExitCode
 
 ROOT = Path(__file__).parent.parent

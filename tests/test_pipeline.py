@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters import dequantize as stage
 from nibblecast.converters import plugins
 from nibblecast.converters.errors import RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import Capabilities
 from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor
 from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.pipeline import Target, fit
+from nibblecast.converters.stages import dequantize as stage
 from nibblecast.converters.storage import Computed
 from tests import zoo
 

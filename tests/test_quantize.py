@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nibblecast.converters import blocks, quantize
+from nibblecast.converters.arithmetic import blocks
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked, grid_shape
 from nibblecast.converters.processors import THREADS
-from nibblecast.converters.quantize import accuracy, quantize_model, quantized
-from nibblecast.converters.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
+from nibblecast.converters.stages import quantize
+from nibblecast.converters.stages.quantize import accuracy, quantize_model, quantized
+from nibblecast.converters.stages.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tflite"
 FLOAT32, FLOAT16, INT8 = (

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import nibblecast
+from nibblecast.converters.arithmetic.packing import unpack
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Activation, Loss, Model, Quantization, Tensor, Use
-from nibblecast.converters.packing import unpack
-from nibblecast.converters.quantize import quantize_model, quantized
-from nibblecast.converters.scheme import Scheme, parse_scheme
+from nibblecast.converters.stages.quantize import quantize_model, quantized
+from nibblecast.converters.stages.scheme import Scheme, parse_scheme
 from nibblecast.converters.storage import Computed
 from tests import zoo
 from tests.formats.cheader.c_harness import assert_same_values, walked

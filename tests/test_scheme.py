@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
+from nibblecast.converters.stages.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
 
 INT4, UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.shapes import MOST_DIMENSIONS, MOST_ELEMENTS, checked_shape
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS, MOST_ELEMENTS, checked_shape
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import nibblecast
-from nibblecast.converters.dequantize import dequantized
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked
+from nibblecast.converters.output.streaming import pieces
 from nibblecast.converters.processors import THREADS
+from nibblecast.converters.stages.dequantize import dequantized
 from nibblecast.converters.storage import Computed, InMemory
-from nibblecast.converters.streaming import pieces
 
 _ROWS, _COLUMNS = 64, 32
 _BYTES = np.arange(_ROWS * _COLUMNS, dtype=np.uint16).view(np.uint8)[: _ROWS * _COLUMNS]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from tests.growth import assert_linear
 
 WISHES = st.text("ab_1:", max_size=4)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.urls import without_credentials, without_secrets
+from nibblecast.converters.input.urls import without_credentials, without_secrets
 
 
 @pytest.mark.parametrize(

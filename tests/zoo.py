@@ -16,6 +16,7 @@ from zlib import crc32
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack
 from nibblecast.converters.interfaces import Writer
 from nibblecast.converters.ir import (
     GroupIndex,
@@ -28,7 +29,6 @@ from nibblecast.converters.ir import (
     per_axis,
     per_tensor,
 )
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 SMALL_CODES = (ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2, ml_dtypes.uint2, np.int8, np.uint8)

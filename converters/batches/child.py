@@ -24,8 +24,8 @@ from nibblecast.converters.allocator import keep_freed_memory
 from nibblecast.converters.batches.jobs import Job, failed, run_job
 from nibblecast.converters.batches.records import Failure, Record
 from nibblecast.converters.errors import ExitCode
+from nibblecast.converters.input.truncation import end_at_truncated_inputs
 from nibblecast.converters.processors import THREADS
-from nibblecast.converters.truncation import end_at_truncated_inputs
 
 _PR_SET_PDEATHSIG = 1
 _END_SECONDS = 5

@@ -15,11 +15,11 @@ from nibblecast.converters import api
 from nibblecast.converters.batches.records import Failure, Output, Record
 from nibblecast.converters.batches.remote import RemoteSource
 from nibblecast.converters.batches.sources import bytes_of, digest_of
-from nibblecast.converters.dequantize import FLOAT_DTYPES
 from nibblecast.converters.errors import ChangedFile, Error, ExitCode, UsageError
+from nibblecast.converters.input.urls import without_secrets
 from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.pipeline import readable
-from nibblecast.converters.urls import without_secrets
+from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 from nibblecast.converters.version import __version__
 
 #: Parts of a job that are no shards.

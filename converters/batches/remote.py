@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nibblecast.converters.errors import Error, MissingDependency, UsageError
-from nibblecast.converters.urls import without_secrets
+from nibblecast.converters.input.urls import without_secrets
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 #: What stores say of an object by which it can be told from another of the same name, the best first.

@@ -19,11 +19,11 @@ from typing import IO
 
 from nibblecast.converters.batches.jobs import Job, Request, failed, run_job
 from nibblecast.converters.batches.outputs import planned_jobs
-from nibblecast.converters.batches.parts import Parts, is_large
-from nibblecast.converters.batches.places import LocalFolder, Place, RemoteFolder
 from nibblecast.converters.batches.records import Record, append, appended_report, flush, read_report, write_report
 from nibblecast.converters.batches.remote import is_of_this_process, is_remote
+from nibblecast.converters.batches.shares import Parts, is_large
 from nibblecast.converters.batches.sources import digest_of, find_sources
+from nibblecast.converters.batches.stores import LocalFolder, Place, RemoteFolder
 from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Workers
 from nibblecast.converters.errors import ExitCode, UsageError
 from nibblecast.converters.processors import processors

@@ -15,8 +15,8 @@ from pathlib import Path
 from nibblecast.converters import plugins
 from nibblecast.converters.batches.remote import RemoteFile, RemoteSource, files_below, head_of, is_remote, joined
 from nibblecast.converters.errors import UsageError
+from nibblecast.converters.input.urls import without_credentials
 from nibblecast.converters.storage import open_regular
-from nibblecast.converters.urls import without_credentials
 
 _HEAD_BYTES = 64
 _ANYTHING = (".bin",)  # what is called so may as well be another model's weights

@@ -13,8 +13,8 @@ from nibblecast.converters.batches.jobs import Job
 from nibblecast.converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import Error, MissingFile
+from nibblecast.converters.input.urls import without_credentials, without_secrets
 from nibblecast.converters.interfaces import OutputFile
-from nibblecast.converters.urls import without_credentials, without_secrets
 
 
 @contextmanager

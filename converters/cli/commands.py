@@ -29,7 +29,7 @@ from nibblecast.converters.cli import (
 )
 from nibblecast.converters.cli.arguments import with_default_dequantize
 from nibblecast.converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
-from nibblecast.converters.truncation import end_at_truncated_inputs
+from nibblecast.converters.input.truncation import end_at_truncated_inputs
 from nibblecast.converters.version import __version__
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from nibblecast.converters.errors import MOST_OF_MESSAGE, MOST_OF_PATH, line
 from nibblecast.converters.interfaces import OutputFile
 
 if TYPE_CHECKING:
-    from nibblecast.converters.accuracy import Accuracy
+    from nibblecast.converters.arithmetic.accuracy import Accuracy
 
 _SHOWN_LOSSES = 10
 _SHOWN_TENSORS = 10
@@ -129,7 +129,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
     """The tensors with the lowest signal-to-noise ratio, and all of them together."""
     from rich.table import Table
 
-    from nibblecast.converters.accuracy import Accuracy
+    from nibblecast.converters.arithmetic.accuracy import Accuracy
 
     table = Table(box=None, pad_edge=False)
     for column in ("quantized", "to"):

@@ -17,9 +17,9 @@ from nibblecast.converters.cli.arguments import (
     progress_bar,
     table_console,
 )
-from nibblecast.converters.comparison import Comparison
+from nibblecast.converters.compare.comparison import Comparison
+from nibblecast.converters.compare.running import OutputDifference
 from nibblecast.converters.errors import ExitCode, line
-from nibblecast.converters.running import OutputDifference
 
 _SHOWN = 50
 _FEW_STEPS = 3  # how far LiteRT's own kernels are from each other

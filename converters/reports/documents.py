@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.arithmetic.accuracy import Accuracy
 from nibblecast.converters.reports.counts import Codes, Spread
 from nibblecast.converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
 

@@ -7,7 +7,7 @@ from math import isnan
 
 from markupsafe import Markup
 
-from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.arithmetic.accuracy import Accuracy
 from nibblecast.converters.reports import plots
 from nibblecast.converters.reports.counts import Codes, Spread
 from nibblecast.converters.reports.page import Cell, Column, Detail, Page, Section, Table

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nibblecast.converters.accuracy import Accuracy, errors
-from nibblecast.converters.comparison import common_rows
+from nibblecast.converters.arithmetic.accuracy import Accuracy, errors
+from nibblecast.converters.compare.comparison import common_rows
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.interfaces import Progress
 from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name, is_integer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from nibblecast.converters.errors import printable
-from nibblecast.converters.urls import without_secrets
+from nibblecast.converters.input.urls import without_secrets
 
 _LONGEST_NAME = 120
 

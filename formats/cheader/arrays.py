@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Tensor, is_integer
-from nibblecast.converters.packing import SUB_BYTE
 from nibblecast.formats.cheader import notation
 from nibblecast.formats.cheader.notation import NOTATIONS, Notation
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for

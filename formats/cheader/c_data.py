@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, Error
-from nibblecast.converters.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
 from nibblecast.formats.cheader.c_payload import StoredData

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
-from nibblecast.converters.containment import contained_file
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.storage import FileRange, MappedFile
 from nibblecast.formats.cheader.c_source import ArrayText, Declarations, Placement
 

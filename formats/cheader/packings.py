@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE, pack, packed_size, unpack
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.allowance import Allowance
-from nibblecast.converters.containment import refuse_outside
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, Error, MissingFile, Unsupported
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.containment import refuse_outside
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
-from nibblecast.converters.packing import packed_size
-from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
+from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, InMemory, MappedFile
-from nibblecast.converters.unique_names import UniqueNames
 from nibblecast.formats.cheader.arrays import granularity_of, is_signed, kind_of
 from nibblecast.formats.cheader.c_data import ElementData, Kept, PackedData
 from nibblecast.formats.cheader.c_elements import all_elements, lines_of

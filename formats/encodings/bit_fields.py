@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import bits_of, pack
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import bits_of, pack
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.codes import dtype_for
 from nibblecast.formats.encodings.lowering import computed

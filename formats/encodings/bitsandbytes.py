@@ -25,10 +25,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Quantization, Tensor
-from nibblecast.converters.packing import packed_size
-from nibblecast.converters.shapes import checked_shape
 from nibblecast.formats.encodings.checkpoint import Stored, Weight
 from nibblecast.formats.encodings.flat_blocks import FlatBlocks, flat_blocks
 from nibblecast.formats.encodings.parameters import value_dtype

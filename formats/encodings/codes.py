@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed, Data
 
 #: The range of codes that each dtype holds, narrowest first.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE
 from nibblecast.converters.storage import release
 
 _BLOCK_BYTES = 1 << 26

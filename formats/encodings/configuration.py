@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nibblecast.converters.containment import refuse_outside
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.containment import refuse_outside
 from nibblecast.converters.storage import open_regular
 
 CONFIG = "config.json"

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import bits_of, pack, packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Quantization, Tensor, is_float
-from nibblecast.converters.packing import bits_of, pack, packed_size
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.encodings.codes import dtype_for
 

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import packed_size
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bit_fields import dense_fields
 

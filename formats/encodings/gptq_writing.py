@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
-from nibblecast.converters.packing import pack
 from nibblecast.converters.version import __version__
 from nibblecast.formats.encodings.column_blocks import ColumnBlocks
 from nibblecast.formats.encodings.encoded import Configuration, Encoded

@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float
-from nibblecast.converters.shapes import checked_shape
 from nibblecast.formats.encodings.checkpoint import Stored, Weight
 from nibblecast.formats.encodings.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
 from nibblecast.formats.encodings.rearranged import fields

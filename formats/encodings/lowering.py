@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, grid_shape, is_integer
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.parameters import FLOAT4, FLOATS, value_dtype
 from nibblecast.formats.encodings.rearranged import by_rows

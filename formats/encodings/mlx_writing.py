@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, blocked
-from nibblecast.converters.packing import bits_of
 from nibblecast.formats.encodings.bit_fields import code_dtype
 from nibblecast.formats.encodings.checkpoint import Checkpoint, Stored
 from nibblecast.formats.encodings.encoded import Configuration, Encoded

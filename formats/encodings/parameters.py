@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked, is_integer
-from nibblecast.converters.packing import bits_of
 from nibblecast.converters.storage import InMemory
 
 FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from nibblecast.converters.storage import Computed, Data, InMemory
 
 _STRIP_ROWS, _SPARE_BYTES = 128, 16

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nibblecast.converters.containment import contained_file, refuse_outside
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.containment import contained_file, refuse_outside
 from nibblecast.converters.ir import Loss
 from nibblecast.formats.encodings.configuration import read_json
 

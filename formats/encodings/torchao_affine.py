@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of
 from nibblecast.formats.encodings.codes import dtype_for, narrowed
 from nibblecast.formats.encodings.rearranged import made_by_rows, transposed
 from nibblecast.formats.encodings.torchao_layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Tensor
-from nibblecast.converters.shapes import checked_shape
 from nibblecast.formats.encodings.torchao import Cpu, WrappedTensor, decoded
 
 NAMES = "tensor_names"

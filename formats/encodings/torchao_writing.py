@@ -19,9 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor, is_integer, per_axis, per_tensor
-from nibblecast.converters.packing import SUB_BYTE
 from nibblecast.formats.encodings.codes import dtype_for, widened
 from nibblecast.formats.encodings.encoded import Configuration, Encoded
 from nibblecast.formats.encodings.lowering import (

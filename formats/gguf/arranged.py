@@ -21,9 +21,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, is_float
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.rearranged import by_rows
 from nibblecast.formats.gguf.blocks import iq4_codebook

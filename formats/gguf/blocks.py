@@ -26,12 +26,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.converters.fields import fields, paired_halves
 from nibblecast.converters.ir import Quantization, Tensor, blocked
-from nibblecast.converters.packing import pack
 from nibblecast.converters.storage import Data
 from nibblecast.formats.encodings.rearranged import by_rows
+from nibblecast.formats.gguf.fields import fields, paired_halves
 
 _Bytes = NDArray[np.uint8]
 _Take = Callable[[_Bytes], NDArray[Any]]

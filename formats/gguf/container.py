@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.storage import FileRange, MappedFile
 
 MAGIC = b"GGUF"

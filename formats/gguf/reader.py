@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
 from nibblecast.formats.gguf.container import Container, TensorInfo

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nibblecast.converters.containment import refuse_outside
 from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
+from nibblecast.converters.input.containment import refuse_outside
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.gguf.container import Container, open_container
 

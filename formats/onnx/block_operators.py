@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from nibblecast.converters.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.flat_blocks import flat_blocks
 from nibblecast.formats.encodings.rearranged import swapped_nibbles

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.lifting import Scope
 

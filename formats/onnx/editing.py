@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.onnx.dataflow import Dataflow, Taker, Value
 from nibblecast.formats.onnx.graph import Node, ParsedModel
 from nibblecast.formats.onnx.lifting import Scope

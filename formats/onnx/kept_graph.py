@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor, is_float
-from nibblecast.converters.packing import packed_size
 from nibblecast.formats.onnx.block_operators import MICROSOFT
 from nibblecast.formats.onnx.dataflow import Taker
 from nibblecast.formats.onnx.editing import Editor

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO, ClassVar
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
 from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.ir import Loss, Model, Tensor, is_float
+from nibblecast.converters.output.streaming import pieces
 from nibblecast.converters.storage import MappedFile
-from nibblecast.converters.streaming import pieces
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
 from nibblecast.formats.onnx.made_graph import Lowerable, made_graph

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.shapes import MOST_DIMENSIONS
 from nibblecast.formats.onnx.graph import Graph, Node, TensorHeader
 from nibblecast.formats.onnx.lowering import fits, is_wide
 from nibblecast.formats.onnx.payload import Payloads

@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size, unpack
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size, unpack
+from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Computed
-from nibblecast.converters.unique_names import UniqueNames
 from nibblecast.formats.onnx.graph import Node
 from nibblecast.formats.onnx.schema import (
     BLOCKS_SINCE,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.onnx.block_operators import MICROSOFT
 from nibblecast.formats.onnx.dataflow import Dataflow, Taker
 from nibblecast.formats.onnx.graph import Node

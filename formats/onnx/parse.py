@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, printable
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.ir import Port
-from nibblecast.converters.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.wire import Range, Record, decode

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
-from nibblecast.converters.containment import contained_file
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.storage import Data, InMemory, MappedFile
 from nibblecast.formats.onnx.graph import CARRIED, TensorHeader
 from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import CorruptFile, Error
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor, Use
+from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import MappedFile
-from nibblecast.converters.unique_names import UniqueNames
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.block_operators import BlockWeight, block_weights
 from nibblecast.formats.onnx.dataflow import Dataflow, call_scopes

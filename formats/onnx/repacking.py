@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_integer
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed
 
 _TILE = 256

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.arithmetic.packing import bits_of, packed_size
 from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import bits_of, packed_size
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.parse import tensor_header

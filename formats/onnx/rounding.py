@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.storage import Computed, Data
 
 _PIECE_ELEMENTS = 1 << 16

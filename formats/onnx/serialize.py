@@ -14,7 +14,7 @@ import numpy as np
 
 from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.streaming import pieces
+from nibblecast.converters.output.streaming import pieces
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.graph import Node
 from nibblecast.formats.onnx.lowering import Constant, Initializer

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.arithmetic.packing import bits_of, packed_size
 from nibblecast.converters.errors import Unsupported, UsageError, printable
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.interfaces import Capabilities, OutputFile, Size, option
 from nibblecast.converters.ir import Loss, Model, Tensor, is_integer
-from nibblecast.converters.packing import bits_of, packed_size
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.onnx import schema
 from nibblecast.formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
 from nibblecast.formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made

@@ -8,8 +8,8 @@ pickles, and of the JSON of exported programs, that were read until then.
 
 from __future__ import annotations
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.allowance import Allowance
 
 #: A reference that is copied.
 REFERENCE = 8

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import (
     Quantization,
@@ -28,7 +29,6 @@ from nibblecast.converters.ir import (
     per_axis,
     per_tensor,
 )
-from nibblecast.converters.packing import bits_of
 from nibblecast.formats.encodings.codes import dtype_for, narrowed
 from nibblecast.formats.encodings.fake_quantize import quantized
 from nibblecast.formats.pytorch.limits import Limits

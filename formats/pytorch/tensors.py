@@ -19,9 +19,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, per_axis, per_tensor
-from nibblecast.converters.packing import packed_size
 from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
 from nibblecast.formats.pytorch.limits import STEP, Limits
 from nibblecast.formats.pytorch.values import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nibblecast.converters.containment import is_inside
 from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.input.containment import is_inside
 from nibblecast.converters.interfaces import Companion, OutputFile
 from nibblecast.converters.ir import Loss, Model
 from nibblecast.formats.encodings.configuration import CONFIG, QUANTIZATION_FILES, QUANTIZATION_KEYS, model_config

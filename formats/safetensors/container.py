@@ -16,9 +16,9 @@ from typing import Any, TypeGuard
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.packing import bits_of
-from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.storage import Data, MappedFile
 from nibblecast.formats.encodings import float6
 

@@ -9,11 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of
-from nibblecast.converters.streaming import pieces_of
+from nibblecast.converters.output.streaming import pieces_of
 from nibblecast.formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
 
 #: The container's name of each dtype that it stores as it is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nibblecast.converters.ir import Model, Tensor
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.safetensors.container import METADATA_KEY, is_unicode
 from nibblecast.formats.safetensors.file_layout import KINDS
 from nibblecast.formats.safetensors.packed_layout import described

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
 from nibblecast.formats.encodings import torchao_safetensors
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.shapes import MOST_DIMENSIONS
 from nibblecast.converters.ir import Tensor, WeightPlace, is_integer
-from nibblecast.converters.packing import bits_of
-from nibblecast.converters.shapes import MOST_DIMENSIONS
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.options import OPTIONS, Options
 

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
-from nibblecast.converters.containment import contained_file
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.containment import contained_file
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import (
     Activation,
     Loss,
@@ -28,10 +30,8 @@ from nibblecast.converters.ir import (
     Use,
     is_integer,
 )
-from nibblecast.converters.packing import SUB_BYTE
-from nibblecast.converters.shapes import checked_shape
+from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, FileRange, InMemory, MappedFile
-from nibblecast.converters.unique_names import UniqueNames
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.containers import Section, sections
 from nibblecast.formats.tflite.graph import TFLiteGraph

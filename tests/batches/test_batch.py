@@ -18,9 +18,9 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.batches.jobs import Job, Request
-from nibblecast.converters.batches.places import LocalFolder
 from nibblecast.converters.batches.records import REPORT, Record, read_report
 from nibblecast.converters.batches.run import Settings
+from nibblecast.converters.batches.stores import LocalFolder
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.output.private_folder import hidden_name, make_temporary
 from tests.formats.encodings.checkpoints import write_folder

@@ -22,9 +22,9 @@ import nibblecast
 from nibblecast.converters import pipeline, plugins
 from nibblecast.converters.batches.records import read_report
 from nibblecast.converters.cli.inspect import _document
-from nibblecast.converters.dequantize import FLOAT_DTYPES
 from nibblecast.converters.errors import VerificationFailed
 from nibblecast.converters.ir import Model
+from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 from tests.fuzz import case as cases
 from tests.fuzz.findings import MOST_OF_LINE, Odd, place_of
 
@@ -225,7 +225,7 @@ def _planned_bytes(found: Model, target: Path, format: str, how: dict[str, Any])
 
 
 def _scheme(text: str) -> Any:
-    from nibblecast.converters.scheme import parse_scheme
+    from nibblecast.converters.stages.scheme import parse_scheme
 
     return parse_scheme(text)
 

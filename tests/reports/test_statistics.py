@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.accuracy import Accuracy
+from nibblecast.converters.arithmetic.accuracy import Accuracy
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Model, Quantization, Tensor, is_float, per_axis, per_tensor
 from nibblecast.converters.reports import counts

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import Unsupported
+from nibblecast.converters.input.allowance import Allowance
+from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Tensor, WeightPlace
-from nibblecast.converters.shapes import checked_shape
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite.options import Options
 
 #: Axes of channels-first images of 3, 4 and 5 axes, in terms of channels-last ones, and back.

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from nibblecast.converters.allowance import Allowance
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import WeightPlace
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
 from nibblecast.formats.tflite.lowering.operators import LOWERINGS
 

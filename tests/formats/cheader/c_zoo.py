@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.ir import (
     GroupIndex,
     Model,
@@ -19,7 +20,6 @@ from nibblecast.converters.ir import (
     per_axis,
     per_tensor,
 )
-from nibblecast.converters.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.storage import InMemory
 from tests import zoo
 from tests.formats.cheader.c_harness import model_of

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import SUB_BYTE
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.cheader.options import CHeaderOptions
 from nibblecast.formats.cheader.packings import DENSE, PACKINGS

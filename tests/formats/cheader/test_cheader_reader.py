@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.comparison import compare
+from nibblecast.converters.compare.comparison import compare
 from nibblecast.converters.errors import CorruptFile, VerificationFailed
 from nibblecast.converters.interfaces import Reader
 from nibblecast.converters.ir import Model, Quantization, Tensor

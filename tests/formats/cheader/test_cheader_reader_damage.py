@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nibblecast.converters.allowance import VARIABLE
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.formats.cheader.render import INTERFACE
 from tests import zoo

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import nibblecast
+from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.packing import pack
 from nibblecast.formats.cheader.fixed_point import fixed_point
 
 VERSIONS = {"FULLY_CONNECTED": 4, "CONV_2D": 5, "DEPTHWISE_CONV_2D": 6}

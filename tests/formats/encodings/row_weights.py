@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, grid_shape
-from nibblecast.converters.packing import SUB_BYTE, bits_of
 
 SIGNED = (np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.int4), np.dtype(np.int8))
 FLOATS = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))

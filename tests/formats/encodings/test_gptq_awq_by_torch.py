@@ -17,7 +17,7 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.quantize import parse_scheme, quantize_model
+from nibblecast.converters.stages.quantize import parse_scheme, quantize_model
 from tests.formats.encodings.checkpoints import library_values
 from tests.formats.encodings.row_weights import weight, with_index
 from tests.formats.encodings.written import own_dtype, write

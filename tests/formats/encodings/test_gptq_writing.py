@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.converters.packing import bits_of
 from nibblecast.formats.encodings import column_blocks
 from nibblecast.formats.encodings.gptq_writing import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, loaded

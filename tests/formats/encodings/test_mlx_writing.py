@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.comparison import compare_tensors
+from nibblecast.converters.compare.comparison import compare_tensors
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape
 from nibblecast.converters.storage import Computed

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 import nibblecast
-from nibblecast.converters.allowance import VARIABLE
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.formats.onnx.graph import Graph, Node
 from nibblecast.formats.onnx.rewriting import GraphEdit, _Renamed
 from tests.formats.onnx.onnx_models import linear, raw, save

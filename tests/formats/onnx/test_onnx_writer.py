@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibblecast.converters.comparison import compare
+from nibblecast.converters.compare.comparison import compare
 from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per_tensor

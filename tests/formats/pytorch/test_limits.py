@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.allowance import VARIABLE
 from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.formats.pytorch import reader
 from nibblecast.formats.pytorch.limits import Limits
 from nibblecast.formats.pytorch.values import Global, Key, Record, described, key_of, reason_of

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.allowance import VARIABLE
 from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.converters.ir import Model, Quantization, Tensor
 from nibblecast.formats.safetensors.container import METADATA_KEY
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME

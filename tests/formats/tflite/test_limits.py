@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.allowance import VARIABLE, Allowance
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.unique_names import UniqueNames
+from nibblecast.converters.input.allowance import VARIABLE, Allowance
+from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.graph import TFLiteGraph
 from nibblecast.formats.tflite.lowering.builder import Builder, TensorInfo

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters import rounding
-from nibblecast.converters.accuracy import Accuracy, errors
-from nibblecast.converters.blocks import Blocks, Box, Group, side_by_side
-from nibblecast.converters.dequantize import dequantized
+from nibblecast.converters.arithmetic import rounding
+from nibblecast.converters.arithmetic.accuracy import Accuracy, errors
+from nibblecast.converters.arithmetic.blocks import Blocks, Box, Group, side_by_side
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
+from nibblecast.converters.arithmetic.rounding import Floats, Parameters
 from nibblecast.converters.errors import Error, UsageError
 from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
-from nibblecast.converters.packing import SUB_BYTE, bits_of, pack, packed_size
 from nibblecast.converters.processors import threads
-from nibblecast.converters.rounding import Floats, Parameters
-from nibblecast.converters.scheme import Blocked, PerTensor, Scheme, parse_scheme
+from nibblecast.converters.stages.dequantize import dequantized
+from nibblecast.converters.stages.scheme import Blocked, PerTensor, Scheme, parse_scheme
 from nibblecast.converters.storage import Computed, release
 
 __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]

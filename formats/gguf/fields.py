@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters import compiled
+from nibblecast.converters.arithmetic import compiled
 
 Bytes = NDArray[np.uint8]
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.dequantize import FLOAT_DTYPES
+from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.packing import bits_of
+from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 
 #: What floats can become, by name.
 CODE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(

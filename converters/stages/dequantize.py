@@ -23,11 +23,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters import compiled
+from nibblecast.converters.arithmetic import compiled
+from nibblecast.converters.arithmetic.float16 import Float16
+from nibblecast.converters.arithmetic.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
 from nibblecast.converters.errors import Unsupported, UsageError
-from nibblecast.converters.float16 import Float16
 from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, dtype_name, is_float, is_integer
-from nibblecast.converters.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
 from nibblecast.converters.storage import Computed
 
 #: What values can be dequantized to, by name.

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import Notice, UsageError
-from nibblecast.converters.packing import SUB_BYTE
 
 if TYPE_CHECKING:  # imported when there is much to decode
     from threading import Thread
@@ -112,7 +112,7 @@ def expect(nbytes: int) -> None:
 
 def fields() -> Any:
     """`converters.compiled_fields` where compiled code is in use; else None."""
-    return None if _kernels(0) is None else import_module("nibblecast.converters.compiled_fields")
+    return None if _kernels(0) is None else import_module("nibblecast.formats.gguf.compiled_fields")
 
 
 def _kernels(count: int) -> Any:
@@ -146,7 +146,7 @@ def _imported() -> Any:
     if not find_spec("numba"):
         return None
     try:
-        return import_module("nibblecast.converters.compiled_kernels")
+        return import_module("nibblecast.converters.arithmetic.compiled_kernels")
     except Exception as error:  # made for another NumPy; nowhere to keep what is compiled; whatever else compilers have
         warnings.warn(f"numba is not used, and decoding takes longer: {error}", Notice, stacklevel=2)
         return None

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.scheme import Scheme
+from nibblecast.converters.stages.scheme import Scheme
 
 Floats = NDArray[np.float32]
 

@@ -15,9 +15,9 @@ from nibblecast.converters.batches.records import REPORT
 from nibblecast.converters.batches.remote import RemoteFile, fetch, files_below, joined, put
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import Error, UsageError
+from nibblecast.converters.input.urls import without_credentials
 from nibblecast.converters.output.creation import lock
 from nibblecast.converters.output.private_folder import remove_left_behind, temporary_folders
-from nibblecast.converters.urls import without_credentials
 
 _LOCK = ".nibblecast-lock"
 _PUT_SECONDS = 30

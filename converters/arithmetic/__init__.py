@@ -1,0 +1,1 @@
+"""Arithmetic on arrays, below the intermediate representation."""

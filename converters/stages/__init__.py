@@ -1,0 +1,1 @@
+"""Stages of a conversion: Model -> Model, lazily."""
