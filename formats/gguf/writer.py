@@ -19,10 +19,10 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import Capabilities, OutputFile, option
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.storage import Data, release
-from nibblecast.formats.gguf.arranged import Kind, arrange, arranged
+from nibblecast.formats.gguf.block_writer import encode
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
 from nibblecast.formats.gguf.container import TensorInfo
-from nibblecast.formats.gguf.encoding import encode
+from nibblecast.formats.gguf.fit import Kind, arrange, arranged
 from nibblecast.formats.gguf.key_values import KeyValues
 from nibblecast.formats.gguf.stored import stored_blocks
 

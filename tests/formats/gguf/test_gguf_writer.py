@@ -347,14 +347,14 @@ def test_codes_of_two_bits_are_a_loss(tmp_path: Path) -> None:
 
 
 def test_a_tensor_in_several_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nibblecast.formats.gguf import arranged, writer
+    from nibblecast.formats.gguf import fit, writer
 
     cases = {case: tensor for case, (tensor, *_) in WRITTEN.items() if tensor.size < 1 << 16}
     long = quantized(ml_dtypes.uint4, (1, 4096), (1, 64), scales((1, 64)), zero_point=whole(np.full((1, 64), 8)))
     tensors = [replace(tensor, name=name) for name, tensor in {**cases, "long": long}.items()]
     write(zoo.model(tensors), tmp_path / "whole.gguf")
     monkeypatch.setattr(writer, "_PIECE_BYTES", 64)
-    monkeypatch.setattr(arranged, "_PIECE_BLOCKS", 3)
+    monkeypatch.setattr(fit, "_PIECE_BLOCKS", 3)
     write(zoo.model(tensors), tmp_path / "pieces.gguf")
     assert (tmp_path / "pieces.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.gguf.arranged import IQ4_NL, MXFP4, NVFP4, Q4_0, Q4_1, Q8_0, Kind
+from nibblecast.formats.gguf.fit import IQ4_NL, MXFP4, NVFP4, Q4_0, Q4_1, Q8_0, Kind
 
 _Bytes = NDArray[np.uint8]
 
