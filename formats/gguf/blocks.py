@@ -30,7 +30,7 @@ from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Quantization, Tensor, blocked
 from nibblecast.converters.storage import Data
-from nibblecast.formats.encodings.rearranged import by_rows
+from nibblecast.formats.encodings.bytes.rows import by_rows
 from nibblecast.formats.gguf.fields import fields, paired_halves
 
 _Bytes = NDArray[np.uint8]

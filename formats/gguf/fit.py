@@ -25,7 +25,7 @@ from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, pa
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, is_float
 from nibblecast.converters.storage import Computed, Data
-from nibblecast.formats.encodings.rearranged import by_rows
+from nibblecast.formats.encodings.bytes.rows import by_rows
 from nibblecast.formats.gguf.blocks import iq4_codebook
 
 _INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)

@@ -22,8 +22,8 @@ from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.converters.storage import Computed, Data
-from nibblecast.formats.encodings.flat_blocks import flat_blocks
-from nibblecast.formats.encodings.rearranged import swapped_nibbles
+from nibblecast.formats.encodings.bytes.flat_blocks import flat_blocks
+from nibblecast.formats.encodings.bytes.rows import swapped_nibbles
 from nibblecast.formats.onnx.graph import Node, TensorHeader
 from nibblecast.formats.onnx.payload import Payloads
 

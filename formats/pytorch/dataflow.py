@@ -15,7 +15,7 @@ import numpy as np
 
 from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Activation, Tensor, Use, is_float, is_integer
-from nibblecast.formats.encodings.codes import dtype_for
+from nibblecast.formats.encodings.bytes.widths import dtype_for
 from nibblecast.formats.pytorch.limits import Limits
 from nibblecast.formats.pytorch.program import Node, Program, Ref
 from nibblecast.formats.pytorch.quantize_operators import (

@@ -29,8 +29,8 @@ from nibblecast.converters.ir import (
     per_axis,
     per_tensor,
 )
-from nibblecast.formats.encodings.codes import dtype_for, narrowed
-from nibblecast.formats.encodings.fake_quantize import quantized
+from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
+from nibblecast.formats.encodings.values.fake_quantize import quantized
 from nibblecast.formats.pytorch.limits import Limits
 from nibblecast.formats.pytorch.program import Node, Ref
 from nibblecast.formats.pytorch.tensors import row_major

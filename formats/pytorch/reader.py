@@ -133,7 +133,7 @@ def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions,
 def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> tuple[Tensor, Sequence[Loss]]:
     try:
         if isinstance(leaf, SubclassTensor):
-            from nibblecast.formats.encodings.torchao import decoded  # only files that have such tensors need it
+            from nibblecast.formats.encodings.torchao.read import decoded  # only files that have such tensors need it
             from nibblecast.formats.pytorch.wrapped import wrapped
 
             return decoded(name, wrapped(name, leaf, limits), cpu=options.int4_cpu_layout)

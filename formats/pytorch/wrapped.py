@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.formats.encodings.torchao_parts import WrappedTensor
+from nibblecast.formats.encodings.torchao.inner_tensors import WrappedTensor
 from nibblecast.formats.pytorch.limits import LEAF, STEP, Limits
 from nibblecast.formats.pytorch.tensors import tensor_of
 from nibblecast.formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor

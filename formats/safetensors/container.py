@@ -20,7 +20,7 @@ from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.storage import Data, MappedFile
-from nibblecast.formats.encodings import float6
+from nibblecast.formats.encodings.bytes import float6
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Loss, Model, Tensor, is_float
 from nibblecast.converters.storage import Computed, Joined
-from nibblecast.formats.encodings import modelopt, mxfp4
-from nibblecast.formats.encodings.column_blocks import ColumnBlocks
+from nibblecast.formats.encodings.bytes.column_blocks import ColumnBlocks
+from nibblecast.formats.encodings.modelopt import read as modelopt
+from nibblecast.formats.encodings.mxfp4 import read as mxfp4
 
 _EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
 _PRE_QUANT_SCALE = ".pre_quant_scale"

@@ -22,8 +22,8 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import Companion, OutputFile
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.formats.encodings.configuration import CONFIG
-from nibblecast.formats.encodings.encoded import Configuration, Encoded, writable_encoding
-from nibblecast.formats.encodings.lowering import computed_with_scales
+from nibblecast.formats.encodings.values.refit import computed_with_scales
+from nibblecast.formats.encodings.writable import Configuration, Encoded, writable_encoding
 from nibblecast.formats.safetensors.companions import copied, json_companion, rewritten_config
 from nibblecast.formats.safetensors.file_layout import KINDS, FileLayout, laid_out
 from nibblecast.formats.safetensors.float_model import as_float_model, unheld_scales

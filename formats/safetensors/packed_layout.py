@@ -26,7 +26,7 @@ from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
-from nibblecast.formats.encodings import float6
+from nibblecast.formats.encodings.bytes import float6
 from nibblecast.formats.safetensors.container import DTYPES, StoredTensor, is_unicode
 
 METADATA_NAME = "nibblecast"

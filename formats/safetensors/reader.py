@@ -7,10 +7,10 @@ from pathlib import Path
 
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
-from nibblecast.formats.encodings import torchao_safetensors
+from nibblecast.formats.encodings.bytes.float6 import BY_NAME
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.encodings.configuration import model_config, quantization_config
-from nibblecast.formats.encodings.float6 import BY_NAME
+from nibblecast.formats.encodings.torchao import safetensors_keys
 from nibblecast.formats.safetensors.container import Container
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, build
 from nibblecast.formats.safetensors.shards import open_checkpoint
@@ -38,8 +38,8 @@ class SafetensorsReader:
             tensors = build(description, container.entries)
             return Model(tensors, Metadata("safetensors", "nibblecast", path), losses=tuple(losses))
         plain = {name: Tensor(name, e.shape, e.dtype, e.data) for name, e in container.entries.items()}
-        if torchao_safetensors.describes(container.metadata):
-            weights, found = torchao_safetensors.grouped(plain, container.metadata)
+        if safetensors_keys.describes(container.metadata):
+            weights, found = safetensors_keys.grouped(plain, container.metadata)
             return Model(weights, Metadata("safetensors", "torchao", path), losses=(*losses, *found))
         folder = path if path.is_dir() else path.parent
         config = quantization_config(folder)

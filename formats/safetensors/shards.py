@@ -9,7 +9,7 @@ from nibblecast.converters.errors import Error, Unsupported
 from nibblecast.converters.ir import Loss
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.shards import owners, shards_of
-from nibblecast.formats.encodings.torchao_safetensors import together
+from nibblecast.formats.encodings.torchao.safetensors_keys import together
 from nibblecast.formats.safetensors.container import Container, open_container
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, merged
 

@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape
 from nibblecast.converters.storage import InMemory
-from nibblecast.formats.encodings.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, value_dtype
+from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, value_dtype
 
 CODES = tuple(
     np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import nibblecast
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.encodings import column_blocks
-from nibblecast.formats.encodings.awq_writing import configuration, encode
+from nibblecast.formats.encodings.awq.write import configuration, encode
+from nibblecast.formats.encodings.bytes import column_blocks
 from tests.formats.encodings.checkpoints import FIXTURES, write_folder
 from tests.formats.encodings.row_weights import FLOATS, limits, unread, weight, with_index
 from tests.formats.encodings.test_awq import packed

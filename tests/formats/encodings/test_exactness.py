@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.formats.encodings.exactness import largest_change
-from nibblecast.formats.encodings.lowering import elements, flat, from_elements
+from nibblecast.formats.encodings.values.exactness import largest_change
+from nibblecast.formats.encodings.values.refit import elements, flat, from_elements
 
 FLOAT32 = np.dtype(np.float32)
 

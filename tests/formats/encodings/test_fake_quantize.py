@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Tensor, per_axis, per_tensor
-from nibblecast.formats.encodings.fake_quantize import quantized
+from nibblecast.formats.encodings.values.fake_quantize import quantized
 
 
 def tensor(values, dtype=np.float32, name="w"):

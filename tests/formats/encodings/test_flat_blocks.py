@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.formats.encodings.flat_blocks import cycle, flat_blocks
+from nibblecast.formats.encodings.bytes.flat_blocks import cycle, flat_blocks
 
 SHAPES = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)
 

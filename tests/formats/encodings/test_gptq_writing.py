@@ -18,8 +18,8 @@ import nibblecast
 from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.formats.encodings import column_blocks
-from nibblecast.formats.encodings.gptq_writing import configuration, encode
+from nibblecast.formats.encodings.bytes import column_blocks
+from nibblecast.formats.encodings.gptq.write import configuration, encode
 from tests.formats.encodings.checkpoints import FIXTURES, loaded
 from tests.formats.encodings.checkpoints_in_memory import decoded
 from tests.formats.encodings.row_weights import FLOATS, changed, limits, unread, weight, with_index

@@ -13,8 +13,8 @@ from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.encodings.configuration import model_config, quantization_config
-from nibblecast.formats.encodings.torchao_safetensors import describes
-from nibblecast.formats.encodings.torchao_safetensors import grouped as grouped_by_torchao
+from nibblecast.formats.encodings.torchao.safetensors_keys import describes
+from nibblecast.formats.encodings.torchao.safetensors_keys import grouped as grouped_by_torchao
 from nibblecast.formats.safetensors.shards import open_checkpoint
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, decoded
 from tests.growth import assert_linear

@@ -8,7 +8,7 @@ import pytest
 
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.formats.encodings.mlx_writing import configuration, encode
+from nibblecast.formats.encodings.mlx.write import configuration, encode
 from tests.formats.encodings.checkpoints import write_file
 from tests.formats.encodings.test_mlx_writing import (
     FLOAT4,

@@ -11,8 +11,8 @@ from nibblecast.converters.compare.comparison import compare_tensors
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape
 from nibblecast.converters.storage import Computed
-from nibblecast.formats.encodings.encoded import WRITABLE, writable_encoding
-from nibblecast.formats.encodings.mlx_writing import configuration, encode
+from nibblecast.formats.encodings.mlx.write import configuration, encode
+from nibblecast.formats.encodings.writable import WRITABLE, writable_encoding
 from tests.formats.encodings.checkpoints import FIXTURES, write_file, write_folder
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import nibblecast
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.formats.encodings.mlx_writing import encode
-from nibblecast.formats.encodings.offsets import offsets_as_zero_points
+from nibblecast.formats.encodings.mlx.write import encode
+from nibblecast.formats.encodings.values.offsets import offsets_as_zero_points
 from tests.formats.encodings.checkpoints import FIXTURES
 
 FLOATS = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]

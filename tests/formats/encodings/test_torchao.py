@@ -18,8 +18,8 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.encodings import torchao_safetensors
-from nibblecast.formats.encodings.torchao import Cpu, WrappedTensor, decoded, dynamic_activation_linear
+from nibblecast.formats.encodings.torchao import safetensors_keys
+from nibblecast.formats.encodings.torchao.read import Cpu, WrappedTensor, decoded, dynamic_activation_linear
 from nibblecast.formats.pytorch.archive import Archive
 from nibblecast.formats.pytorch.containers import saved_value
 from nibblecast.formats.pytorch.limits import Limits
@@ -284,8 +284,8 @@ def test_the_keys_of_torchao_0_14() -> None:
         del entry["_tensor_data_names"]
         metadata[name] = json.dumps(entry)
     metadata["tensor_names"] = json.dumps([*names, "norm.bias"])
-    assert torchao_safetensors.describes(metadata)
-    model, _ = torchao_safetensors.grouped(old, metadata)
+    assert safetensors_keys.describes(metadata)
+    model, _ = safetensors_keys.grouped(old, metadata)
     assert set(model) == {*names, "norm.bias"}
     for name, tensor in wrapped_tensors("float8").items():
         check("float8", name, model[name], tensor.dtype)
@@ -294,7 +294,7 @@ def test_the_keys_of_torchao_0_14() -> None:
 def test_a_part_of_a_model_is_read_with_the_metadata_of_all_of_it() -> None:
     tensors, metadata = stored("intx")
     some = {key: tensor for key, tensor in tensors.items() if key.startswith("int4_bfloat16")}
-    assert list(torchao_safetensors.grouped(some, metadata)[0]) == ["int4_bfloat16.weight"]
+    assert list(safetensors_keys.grouped(some, metadata)[0]) == ["int4_bfloat16.weight"]
 
 
 def test_metadata_and_tensors_that_disagree_are_errors() -> None:
@@ -314,14 +314,14 @@ def test_metadata_and_tensors_that_disagree_are_errors() -> None:
         (tensors, {**metadata, name: "{"}),
     ):
         with pytest.raises(CorruptFile, match=f"tensor '{name}'"):
-            torchao_safetensors.grouped(given_tensors, given_metadata)
+            safetensors_keys.grouped(given_tensors, given_metadata)
     with pytest.raises(Unsupported, match="OtherTensor"):
-        torchao_safetensors.grouped(tensors, changed(metadata, name, _type="OtherTensor"))
+        safetensors_keys.grouped(tensors, changed(metadata, name, _type="OtherTensor"))
 
 
 @pytest.mark.parametrize("names", ["", "[", "{}", "[1]", "[]", '["other"]', '"norm.weight"', "[" * 5000])
 def test_metadata_of_others_is_none_of_torchao(names: str) -> None:
-    assert not torchao_safetensors.describes({"tensor_names": names, "norm.weight": "{}"})
+    assert not safetensors_keys.describes({"tensor_names": names, "norm.weight": "{}"})
 
 
 @given(
@@ -337,7 +337,7 @@ def test_hostile_metadata_are_errors(value: Any, role: str) -> None:
     name = "int4_bfloat16.weight"
     data = json.loads(metadata[name])["_data"]
     try:
-        model, _ = torchao_safetensors.grouped(tensors, changed(metadata, name, _data={**data, role: value}))
+        model, _ = safetensors_keys.grouped(tensors, changed(metadata, name, _data={**data, role: value}))
         model[name].dequantize()
     except Error as error:
         assert "\n" not in str(error)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.encodings.encoded import Configuration
+from nibblecast.formats.encodings.writable import Configuration
 from tests.formats.encodings.checkpoints import write_folder
 from tests.formats.encodings.written import check, write
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 import nibblecast
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.encodings.encoded import Configuration, Encoded, writable_encoding
+from nibblecast.formats.encodings.writable import Configuration, Encoded, writable_encoding
 from tests.formats.encodings.checkpoints import write_file
 
 NO_PLAIN: Mapping[str, NDArray[Any]] = {}

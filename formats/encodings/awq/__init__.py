@@ -1,0 +1,1 @@
+"""AWQ: how its weights are stored."""

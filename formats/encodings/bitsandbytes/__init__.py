@@ -1,0 +1,1 @@
+"""bitsandbytes: how its weights are stored."""

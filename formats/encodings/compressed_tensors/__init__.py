@@ -1,0 +1,1 @@
+"""compressed-tensors: how its weights are stored."""

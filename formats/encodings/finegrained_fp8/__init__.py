@@ -1,0 +1,1 @@
+"""Fine-grained FP8: how its weights are stored."""

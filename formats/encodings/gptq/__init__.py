@@ -1,0 +1,1 @@
+"""GPTQ: how its weights are stored."""

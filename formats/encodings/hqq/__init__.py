@@ -1,0 +1,1 @@
+"""HQQ: how its weights are stored."""

@@ -1,0 +1,1 @@
+"""MLX: how its weights are stored."""

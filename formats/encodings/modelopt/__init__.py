@@ -1,0 +1,1 @@
+"""NVIDIA ModelOpt: how its weights are stored."""

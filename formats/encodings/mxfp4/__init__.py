@@ -1,0 +1,1 @@
+"""MXFP4: how its weights are stored."""

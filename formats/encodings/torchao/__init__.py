@@ -1,0 +1,1 @@
+"""torchao: how its weights are stored."""
