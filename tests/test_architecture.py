@@ -173,7 +173,7 @@ FILES_OF_OURS = frozenset(
         "converters/cli/streams.py",
         "converters/reports/page.py",
         "formats/cheader/render.py",
-        "formats/onnx/validation.py",
+        "formats/onnx/file/validation.py",
         "formats/tflite/lowering/documentation.py",
     )
 )

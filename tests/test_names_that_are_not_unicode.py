@@ -14,7 +14,7 @@ from safetensors import safe_open
 import nibblecast
 from nibblecast.converters.errors import Unsupported, VerificationFailed
 from nibblecast.converters.ir import Model, per_axis
-from nibblecast.formats.onnx.validation import validate
+from nibblecast.formats.onnx.file.validation import validate
 from tests import zoo
 
 ROOT = Path(__file__).parent.parent

@@ -15,17 +15,17 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor, Use
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.block_operators import BlockWeight, block_weights
-from nibblecast.formats.onnx.dataflow import Dataflow, call_scopes
-from nibblecast.formats.onnx.graph import TensorHeader
-from nibblecast.formats.onnx.kept_graph import OnnxGraph
-from nibblecast.formats.onnx.lifting import Matcher, Pattern, Scope, Stored
-from nibblecast.formats.onnx.parameters import quantization
-from nibblecast.formats.onnx.parse import parse
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.rounding import rounded_codes
-from nibblecast.formats.onnx.uses import uses_of
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.graph import TensorHeader
+from nibblecast.formats.onnx.file.parse import parse
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.weights.block_operators import BlockWeight, block_weights
+from nibblecast.formats.onnx.weights.dataflow import Dataflow, call_scopes
+from nibblecast.formats.onnx.weights.parameters import quantization
+from nibblecast.formats.onnx.weights.patterns import Matcher, Pattern, Scope, Stored
+from nibblecast.formats.onnx.weights.rounding import rounded_codes
+from nibblecast.formats.onnx.weights.uses import uses_of
+from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
 
 
 class OnnxReader:

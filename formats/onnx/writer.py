@@ -18,13 +18,9 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.interfaces import Capabilities, OutputFile, Size, option
 from nibblecast.converters.ir import Loss, Model, Tensor, is_integer
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
-from nibblecast.formats.onnx.kept_writer import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, KeptPlan, plan_kept, plan_made
-from nibblecast.formats.onnx.lowering import Initializer, Lowering, carrier, widened
-from nibblecast.formats.onnx.made_graph import Lowerable, Missing
-from nibblecast.formats.onnx.schema import ELEMENT_TYPES
-from nibblecast.formats.onnx.serialize import (
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.schema import ELEMENT_TYPES
+from nibblecast.formats.onnx.file.serialize import (
     Layout,
     Stream,
     encode_constant,
@@ -33,7 +29,17 @@ from nibblecast.formats.onnx.serialize import (
     encode_output,
     lay_out,
 )
-from nibblecast.formats.onnx.validation import validate
+from nibblecast.formats.onnx.file.validation import validate
+from nibblecast.formats.onnx.writing.decode_nodes import Initializer, Lowering, carrier, widened
+from nibblecast.formats.onnx.writing.from_onnx_ir import Lowerable, Missing
+from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph, QuantizedLayout
+from nibblecast.formats.onnx.writing.graph_writer import (
+    EXTERNAL_FROM,
+    LARGEST_IN_ONE_FILE,
+    KeptPlan,
+    plan_kept,
+    plan_made,
+)
 
 _FLOAT32 = np.dtype(np.float32)
 

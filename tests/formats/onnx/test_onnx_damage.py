@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.interfaces import Size
 from nibblecast.converters.storage import FileRange
-from nibblecast.formats.onnx.schema import TENSOR
-from nibblecast.formats.onnx.wire import Range, decode, encode, read_varint, signed, varint
+from nibblecast.formats.onnx.file.schema import TENSOR
+from nibblecast.formats.onnx.file.wire import Range, decode, encode, read_varint, signed, varint
 from nibblecast.formats.onnx.writer import OnnxOptions
 from tests import zoo
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save, write

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import VARIABLE
-from nibblecast.formats.onnx.graph import Graph, Node
-from nibblecast.formats.onnx.rewriting import GraphEdit, _Renamed
+from nibblecast.formats.onnx.file.graph import Graph, Node
+from nibblecast.formats.onnx.file.rewrite import GraphEdit, _Renamed
 from tests.formats.onnx.onnx_models import linear, raw, save
 from tests.growth import assert_linear
 

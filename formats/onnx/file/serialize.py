@@ -15,11 +15,11 @@ import numpy as np
 from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.output.streaming import pieces
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.graph import Node
-from nibblecast.formats.onnx.lowering import Constant, Initializer
-from nibblecast.formats.onnx.schema import ELEMENT_TYPES
-from nibblecast.formats.onnx.wire import bytes_head, encode, is_unicode
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.graph import Node
+from nibblecast.formats.onnx.file.schema import ELEMENT_TYPES
+from nibblecast.formats.onnx.file.wire import bytes_head, encode, is_unicode
+from nibblecast.formats.onnx.writing.decode_nodes import Constant, Initializer
 
 PRODUCER = "nibblecast"
 #: A protobuf message is no longer than this: https://protobuf.dev/programming-guides/proto-limits/

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.onnx.dataflow import Dataflow, Taker, Value
-from nibblecast.formats.onnx.graph import Node, ParsedModel
-from nibblecast.formats.onnx.lifting import Scope
-from nibblecast.formats.onnx.rewriting import GraphEdit, NewInitializer
+from nibblecast.formats.onnx.file.graph import Node, ParsedModel
+from nibblecast.formats.onnx.file.rewrite import GraphEdit, NewInitializer
+from nibblecast.formats.onnx.weights.dataflow import Dataflow, Taker, Value
+from nibblecast.formats.onnx.weights.patterns import Scope
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibblecast.formats.onnx.wire import Field, Kind, Schema
+from nibblecast.formats.onnx.file.wire import Field, Kind, Schema
 
 ENTRY = Schema("StringStringEntryProto", key=Field(1, Kind.TEXT), value=Field(2, Kind.TEXT))
 OPERATOR_SET = Schema("OperatorSetIdProto", domain=Field(1, Kind.TEXT), version=Field(2, Kind.INT))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.onnx.block_operators import MICROSOFT
-from nibblecast.formats.onnx.dataflow import Dataflow, Taker
-from nibblecast.formats.onnx.graph import Node
-from nibblecast.formats.onnx.lifting import Matcher, Scope
+from nibblecast.formats.onnx.file.graph import Node
+from nibblecast.formats.onnx.weights.block_operators import MICROSOFT
+from nibblecast.formats.onnx.weights.dataflow import Dataflow, Taker
+from nibblecast.formats.onnx.weights.patterns import Matcher, Scope
 
 
 @dataclass(frozen=True, slots=True, eq=False)

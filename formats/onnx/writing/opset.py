@@ -11,17 +11,17 @@ import numpy as np
 from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.dataflow import Dataflow
-from nibblecast.formats.onnx.graph import CARRIED, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.parse import domain_of, parse
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.repacking import Blobs, transposed
-from nibblecast.formats.onnx.rewriting import ExternalData, Payload, Rewriting
-from nibblecast.formats.onnx.wire import Range
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.graph import CARRIED, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.parse import domain_of, parse
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.rewrite import ExternalData, Payload, Rewriting
+from nibblecast.formats.onnx.file.wire import Range
+from nibblecast.formats.onnx.weights.dataflow import Dataflow
+from nibblecast.formats.onnx.writing.transposing import Blobs, transposed
 
 if TYPE_CHECKING:
-    from nibblecast.formats.onnx.kept_graph import OnnxGraph, QuantizedLayout
+    from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph, QuantizedLayout
 
 _LEFT_INSIDE = 1024  # bytes; the converter looks into axes, shapes and the like
 

@@ -10,9 +10,9 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import Rows, made_by_rows
-from nibblecast.formats.onnx.lifting import Pattern, Spread, Stored
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.schema import GROUP_SIZE
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.schema import GROUP_SIZE
+from nibblecast.formats.onnx.weights.patterns import Pattern, Spread, Stored
 
 
 def quantization(pattern: Pattern, payloads: Payloads, known: Mapping[int, Tensor]) -> Quantization | None:

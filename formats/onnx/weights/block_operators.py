@@ -24,8 +24,8 @@ from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, 
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.flat_blocks import flat_blocks
 from nibblecast.formats.encodings.bytes.rows import swapped_nibbles
-from nibblecast.formats.onnx.graph import Node, TensorHeader
-from nibblecast.formats.onnx.payload import Payloads
+from nibblecast.formats.onnx.file.graph import Node, TensorHeader
+from nibblecast.formats.onnx.file.payload import Payloads
 
 MICROSOFT = "com.microsoft"
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Model, Tensor, WeightPlace
 from nibblecast.converters.storage import Computed, MappedFile
-from nibblecast.formats.onnx.graph import CARRIED
-from nibblecast.formats.onnx.kept_graph import OnnxGraph
-from nibblecast.formats.onnx.parse import parse
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.repacking import permuted
+from nibblecast.formats.onnx.file.graph import CARRIED
+from nibblecast.formats.onnx.file.parse import parse
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
+from nibblecast.formats.onnx.writing.transposing import permuted
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nibblecast.converters.errors import VerificationFailed
 from nibblecast.converters.storage import read_regular
-from nibblecast.formats.onnx.wire import is_unicode
+from nibblecast.formats.onnx.file.wire import is_unicode
 
 _HANDLES = Path("/proc/self/fd")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from nibblecast.converters.errors import CorruptFile, Unsupported, printable
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.ir import Port
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.wire import Range, Record, decode
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.wire import Range, Record, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
 _LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nibblecast.converters.ir import Use
-from nibblecast.formats.onnx.dataflow import Dataflow
-from nibblecast.formats.onnx.graph import Node
-from nibblecast.formats.onnx.lifting import Scope
+from nibblecast.formats.onnx.file.graph import Node
+from nibblecast.formats.onnx.weights.dataflow import Dataflow
+from nibblecast.formats.onnx.weights.patterns import Scope
 
 #: The axis of an operator's weight along which its output channels run, by operator and input (ONNX operators, and
 #: onnxruntime's ContribOperators.md).

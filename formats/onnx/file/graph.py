@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nibblecast.converters.ir import Port
-from nibblecast.formats.onnx.wire import Range, Record
+from nibblecast.formats.onnx.file.wire import Range, Record
 
 #: The location of payloads that are carried along beside a model in memory.
 CARRIED = "nibblecast:carried"

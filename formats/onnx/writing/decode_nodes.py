@@ -20,8 +20,8 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Computed
-from nibblecast.formats.onnx.graph import Node
-from nibblecast.formats.onnx.schema import (
+from nibblecast.formats.onnx.file.graph import Node
+from nibblecast.formats.onnx.file.schema import (
     BLOCKS_SINCE,
     DEQUANTIZE_LINEAR_SINCE,
     ELEMENT_TYPES,

@@ -20,9 +20,9 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import Data, InMemory, MappedFile
-from nibblecast.formats.onnx.graph import CARRIED, TensorHeader
-from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES, STRING
-from nibblecast.formats.onnx.wire import Range, count_varints, unpack_varints
+from nibblecast.formats.onnx.file.graph import CARRIED, TensorHeader
+from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES, STRING
+from nibblecast.formats.onnx.file.wire import Range, count_varints, unpack_varints
 
 _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.lifting import Scope
+from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.weights.patterns import Scope
 
 #: A value: the graph that makes it, by identity, and its name there.
 Value = tuple[int, str]

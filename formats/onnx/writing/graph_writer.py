@@ -13,15 +13,15 @@ from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.ir import Loss, Model, Tensor, is_float
 from nibblecast.converters.output.streaming import pieces
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.kept_graph import GraphChanges, OnnxGraph, Owner
-from nibblecast.formats.onnx.made_graph import Lowerable, made_graph
-from nibblecast.formats.onnx.opset import raised, required_opset
-from nibblecast.formats.onnx.repacking import permuted
-from nibblecast.formats.onnx.rewriting import ExternalData, Payload, Pieces, Rewriting
-from nibblecast.formats.onnx.serialize import LARGEST_MODEL, go_to
-from nibblecast.formats.onnx.validation import validate
-from nibblecast.formats.onnx.wire import Range
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.rewrite import ExternalData, Payload, Pieces, Rewriting
+from nibblecast.formats.onnx.file.serialize import LARGEST_MODEL, go_to
+from nibblecast.formats.onnx.file.validation import validate
+from nibblecast.formats.onnx.file.wire import Range
+from nibblecast.formats.onnx.writing.from_onnx_ir import Lowerable, made_graph
+from nibblecast.formats.onnx.writing.graph_changes import GraphChanges, OnnxGraph, Owner
+from nibblecast.formats.onnx.writing.opset import raised, required_opset
+from nibblecast.formats.onnx.writing.transposing import permuted
 
 if TYPE_CHECKING:
     from nibblecast.formats.onnx.writer import OnnxOptions

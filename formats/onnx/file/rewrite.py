@@ -17,12 +17,12 @@ from nibblecast.converters.arithmetic.packing import bits_of, packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.onnx import schema
-from nibblecast.formats.onnx.graph import Graph, Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.parse import tensor_header
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.serialize import aligned, encode_node, external_entries, tensor_head
-from nibblecast.formats.onnx.wire import Range, bytes_head, decode, encode, raw_fields
+from nibblecast.formats.onnx.file import schema
+from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.parse import tensor_header
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.serialize import aligned, encode_node, external_entries, tensor_head
+from nibblecast.formats.onnx.file.wire import Range, bytes_head, decode, encode, raw_fields
 
 _PAYLOAD_FIELDS = frozenset(
     schema.TENSOR.fields[name].number

@@ -13,10 +13,10 @@ import numpy as np
 
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.onnx.graph import Graph, Node, TensorHeader
-from nibblecast.formats.onnx.lowering import fits, is_wide
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
+from nibblecast.formats.onnx.file.graph import Graph, Node, TensorHeader
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
+from nibblecast.formats.onnx.writing.decode_nodes import fits, is_wide
 
 _FLOAT32 = ELEMENT_TYPES[np.dtype(np.float32)].number
 _UINT8 = ELEMENT_TYPES[np.dtype(np.uint8)].number

@@ -16,17 +16,17 @@ from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor, is_float
-from nibblecast.formats.onnx.block_operators import MICROSOFT
-from nibblecast.formats.onnx.dataflow import Taker
-from nibblecast.formats.onnx.editing import Editor
-from nibblecast.formats.onnx.graph import Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.lifting import Matcher, Scope
-from nibblecast.formats.onnx.lowering import Initializer, Lowering, widened
-from nibblecast.formats.onnx.operators import Fusion, Site, expansion, fusions
-from nibblecast.formats.onnx.payload import Payloads
-from nibblecast.formats.onnx.repacking import Blobs, narrowed, parameters_of, transposed
-from nibblecast.formats.onnx.rewriting import NewInitializer, as_it_is
-from nibblecast.formats.onnx.schema import DTYPES, ELEMENT_TYPES
+from nibblecast.formats.onnx.file.graph import Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.rewrite import NewInitializer, as_it_is
+from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES
+from nibblecast.formats.onnx.weights.block_operators import MICROSOFT
+from nibblecast.formats.onnx.weights.dataflow import Taker
+from nibblecast.formats.onnx.weights.patterns import Matcher, Scope
+from nibblecast.formats.onnx.writing.decode_nodes import Initializer, Lowering, widened
+from nibblecast.formats.onnx.writing.editing import Editor
+from nibblecast.formats.onnx.writing.expansions import Fusion, Site, expansion, fusions
+from nibblecast.formats.onnx.writing.transposing import Blobs, narrowed, parameters_of, transposed
 
 if TYPE_CHECKING:
     import onnx_ir

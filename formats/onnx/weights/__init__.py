@@ -1,0 +1,1 @@
+"""Which initializers are quantized weights, and how they are decoded."""

@@ -1,0 +1,1 @@
+"""Graphs with weights changed, and the nodes that decode them."""
