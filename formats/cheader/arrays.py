@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Tensor, is_integer
-from nibblecast.formats.cheader import notation
-from nibblecast.formats.cheader.notation import NOTATIONS, Notation
+from nibblecast.formats.cheader.literals import notation
+from nibblecast.formats.cheader.literals.notation import NOTATIONS, Notation
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 
 #: What data are aligned to; for all other arrays, the worst case of a linker's layout.

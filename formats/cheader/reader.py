@@ -26,13 +26,19 @@ from nibblecast.converters.ir import GroupIndex, Metadata, Model, Quantization, 
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, InMemory, MappedFile
 from nibblecast.formats.cheader.arrays import granularity_of, is_signed, kind_of
-from nibblecast.formats.cheader.c_data import ElementData, Kept, PackedData
-from nibblecast.formats.cheader.c_elements import all_elements, lines_of
-from nibblecast.formats.cheader.c_payload import PayloadFiles, StoredData
-from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, GRANULARITY_NAMES, KIND_NAMES, ArrayText, Declarations
-from nibblecast.formats.cheader.c_table import Row, rows_of
-from nibblecast.formats.cheader.c_tokens import corrupt
 from nibblecast.formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
+from nibblecast.formats.cheader.reading.data import ElementData, Kept, PackedData
+from nibblecast.formats.cheader.reading.elements import all_elements, lines_of
+from nibblecast.formats.cheader.reading.payload import PayloadFiles, StoredData
+from nibblecast.formats.cheader.reading.source import (
+    ELEMENT_TYPES,
+    GRANULARITY_NAMES,
+    KIND_NAMES,
+    ArrayText,
+    Declarations,
+)
+from nibblecast.formats.cheader.reading.table import Row, rows_of
+from nibblecast.formats.cheader.reading.tokens import corrupt
 from nibblecast.formats.cheader.render import INTERFACE
 
 #: The dtype of each kind and number of bits.

@@ -20,9 +20,9 @@ from nibblecast.formats.cheader.arrays import (
     is_signed,
     kind_of,
 )
-from nibblecast.formats.cheader.flash import FlashReport, TensorFlash, tensor_flash
+from nibblecast.formats.cheader.device.flash import FlashReport, TensorFlash, tensor_flash
+from nibblecast.formats.cheader.device.kernels import advice
 from nibblecast.formats.cheader.identifiers import MAX_STRING, MAX_STRING_C90, Identifiers, comment, string_literal
-from nibblecast.formats.cheader.kernels import advice
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 from nibblecast.formats.cheader.provenance import Provenance
 
@@ -251,7 +251,7 @@ def arrays_with(tensor: Tensor, arrangement: Arrangement, *, fixed_point: bool) 
     arrays = arrangement.arrays_of(tensor)
     if not fixed_point:
         return arrays
-    from nibblecast.formats.cheader.fixed_point import fixed_point_arrays
+    from nibblecast.formats.cheader.device.fixed_point import fixed_point_arrays
 
     return (*arrays, *map(arrangement.filled, fixed_point_arrays(tensor)))
 
@@ -309,7 +309,7 @@ def _tensor_text(entry: Entry, static: bool, placed: str) -> str:
 def _fixed_point_macros(entry: Entry) -> str:
     if not entry.fixed_point:
         return ""
-    from nibblecast.formats.cheader.fixed_point import fixed_point
+    from nibblecast.formats.cheader.device.fixed_point import fixed_point
 
     found = fixed_point(entry.tensor)
     if found is None:

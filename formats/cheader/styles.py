@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 import numpy as np
 
-from nibblecast.formats.cheader import notation
 from nibblecast.formats.cheader.arrays import Array, Style
-from nibblecast.formats.cheader.notation import Notation
+from nibblecast.formats.cheader.literals import notation
+from nibblecast.formats.cheader.literals.notation import Notation
 
 #: Fixed-width octal escapes take in no digit after them, and hold no trigraph.
 _ESCAPES = replace(notation.by_table("uint8_t", np.uint8, "\\%03o", 20), before=b'    "', after=b'"\n')

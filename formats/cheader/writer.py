@@ -13,10 +13,11 @@ from typing import BinaryIO, ClassVar
 from nibblecast.converters.errors import RefusedLoss, UsageError, brief
 from nibblecast.converters.interfaces import Capabilities, OutputFile, Size
 from nibblecast.converters.ir import Loss, Model, Tensor
-from nibblecast.formats.cheader import kernels
 from nibblecast.formats.cheader.arrays import BYTES, Arrangement, Array, Style, check
+from nibblecast.formats.cheader.device import kernels
 from nibblecast.formats.cheader.identifiers import checked_prefix, fits_string, includable, prefix_of
-from nibblecast.formats.cheader.notation import NOTATIONS
+from nibblecast.formats.cheader.literals.notation import NOTATIONS
+from nibblecast.formats.cheader.literals.text import InitialiserText, text_size
 from nibblecast.formats.cheader.options import CHeaderOptions
 from nibblecast.formats.cheader.provenance import Provenance
 from nibblecast.formats.cheader.render import (
@@ -28,7 +29,6 @@ from nibblecast.formats.cheader.render import (
     placed,
     runtime_header,
 )
-from nibblecast.formats.cheader.text import InitialiserText, text_size
 
 RUNTIME_HEADER = "nibblecast.h"
 
@@ -256,7 +256,7 @@ def _kernel_notes(tensors: Sequence[Tensor], arrangement: Arrangement, options: 
     found = kernels.notes(tensors, arrangement.packing)
     if not options.fixed_point:
         return found
-    from nibblecast.formats.cheader import fixed_point
+    from nibblecast.formats.cheader.device import fixed_point
 
     return (*found, *fixed_point.notes(tensors))
 

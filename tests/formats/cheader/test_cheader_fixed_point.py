@@ -14,7 +14,7 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
 from nibblecast.converters.storage import Computed
-from nibblecast.formats.cheader.fixed_point import fixed_point, obstacle, quantize_multiplier
+from nibblecast.formats.cheader.device.fixed_point import fixed_point, obstacle, quantize_multiplier
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, plan_of, run, write
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"

@@ -16,7 +16,7 @@ import nibblecast
 from nibblecast.converters.errors import ExitCode, RefusedLoss
 from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.cheader.flash import FlashReport, tensor_flash
+from nibblecast.formats.cheader.device.flash import FlashReport, tensor_flash
 from tests.formats.cheader.c_harness import compile_objects, model_of, plan_of, write
 from tests.formats.cheader.test_cheader_kernels import weight
 

@@ -14,7 +14,7 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
-from nibblecast.formats.cheader.kernels import RULES, advice, notes
+from nibblecast.formats.cheader.device.kernels import RULES, advice, notes
 from nibblecast.formats.cheader.packings import Packing
 from tests.formats.cheader.c_harness import model_of, write
 

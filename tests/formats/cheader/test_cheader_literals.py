@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nibblecast.formats.cheader import doubles, floats, notation
-from nibblecast.formats.cheader.notation import NOTATIONS
-from nibblecast.formats.cheader.text import InitialiserText, text_size
+from nibblecast.formats.cheader.literals import doubles, floats, notation
+from nibblecast.formats.cheader.literals.notation import NOTATIONS
+from nibblecast.formats.cheader.literals.text import InitialiserText, text_size
 
 NAMED = {
     "INT32_MIN": -(2**31),

@@ -13,7 +13,7 @@ import pytest
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported, UsageError
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.cheader.c_payload import StoredData
+from nibblecast.formats.cheader.reading.payload import StoredData
 from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_files import read, write_small
 from tests.formats.cheader.c_harness import model_of, plan_of, write

@@ -19,10 +19,10 @@ from nibblecast.converters.errors import CorruptFile, VerificationFailed
 from nibblecast.converters.interfaces import Reader
 from nibblecast.converters.ir import Model, Quantization, Tensor
 from nibblecast.converters.storage import InMemory
-from nibblecast.formats.cheader.c_elements import lines_of
-from nibblecast.formats.cheader.c_source import CONSTANTS
-from nibblecast.formats.cheader.c_table import MEMBERS
 from nibblecast.formats.cheader.reader import CHeaderReader
+from nibblecast.formats.cheader.reading.elements import lines_of
+from nibblecast.formats.cheader.reading.source import CONSTANTS
+from nibblecast.formats.cheader.reading.table import MEMBERS
 from nibblecast.formats.cheader.render import runtime_header
 from nibblecast.formats.tflite.reader import TFLiteReader
 from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten, write_small

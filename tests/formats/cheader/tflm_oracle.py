@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import nibblecast
 from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.cheader.fixed_point import fixed_point
+from nibblecast.formats.cheader.device.fixed_point import fixed_point
 
 VERSIONS = {"FULLY_CONNECTED": 4, "CONV_2D": 5, "DEPTHWISE_CONV_2D": 6}
 CHANNEL_AXES = {"FULLY_CONNECTED": 0, "CONV_2D": 0, "DEPTHWISE_CONV_2D": 3}

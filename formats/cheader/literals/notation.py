@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.arithmetic.packing import SUB_BYTE
-from nibblecast.formats.cheader import digits, doubles, floats
+from nibblecast.formats.cheader.literals import digits, doubles, floats
 
 _MANY = 1 << 16
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nibblecast.formats.cheader.c_source import ArrayText, Declarations
-from nibblecast.formats.cheader.c_tokens import Token, Tokens, corrupt, string_bytes
+from nibblecast.formats.cheader.reading.source import ArrayText, Declarations
+from nibblecast.formats.cheader.reading.tokens import Token, Tokens, corrupt, string_bytes
 
 #: The members of struct nibblecast_tensor in templates/nibblecast.h, in order.
 MEMBERS = (

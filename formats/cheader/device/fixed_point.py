@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Activation, Tensor, Use, is_integer
 from nibblecast.formats.cheader.arrays import Array
-from nibblecast.formats.cheader.kernels import named
-from nibblecast.formats.cheader.notation import INT32
+from nibblecast.formats.cheader.device.kernels import named
+from nibblecast.formats.cheader.literals.notation import INT32
 
 #: The operators whose kernels requantize so, and whether their kernels want one multiplier for each output channel even
 #: where the weight has a single scale.

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, Error
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.cheader.c_elements import Elements, Lines, all_elements, regular_elements
-from nibblecast.formats.cheader.c_payload import StoredData
-from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, ArrayText
 from nibblecast.formats.cheader.packings import Packing, in_other_order, row_of
+from nibblecast.formats.cheader.reading.elements import Elements, Lines, all_elements, regular_elements
+from nibblecast.formats.cheader.reading.payload import StoredData
+from nibblecast.formats.cheader.reading.source import ELEMENT_TYPES, ArrayText
 
 
 @dataclass(slots=True)

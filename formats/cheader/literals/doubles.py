@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.formats.cheader.digits import (
+from nibblecast.formats.cheader.literals.digits import (
     COMMA,
     POINT,
     ZERO,
@@ -31,7 +31,7 @@ from nibblecast.formats.cheader.digits import (
     windows,
     zeros_at_end,
 )
-from nibblecast.formats.cheader.floats import INFINITY, NAN
+from nibblecast.formats.cheader.literals.floats import INFINITY, NAN
 
 #: Characters of one literal with its comma, the longest: "-1.2345678901234567e-300,".
 WIDTH = 25

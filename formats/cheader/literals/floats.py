@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.formats.cheader.digits import (
+from nibblecast.formats.cheader.literals.digits import (
     COMMA,
     POINT,
     ZERO,

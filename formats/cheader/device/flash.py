@@ -16,7 +16,7 @@ import numpy as np
 from nibblecast.converters.errors import RefusedLoss
 from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Tensor, is_float
-from nibblecast.formats.cheader.kernels import advice
+from nibblecast.formats.cheader.device.kernels import advice
 from nibblecast.formats.cheader.packings import DENSE, Packing
 
 _INT4 = np.dtype(ml_dtypes.int4)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.cheader.c_tokens import Token, Tokens, corrupt, integer_of, string_bytes, without_comments
 from nibblecast.formats.cheader.packings import PACKING_NAMES
+from nibblecast.formats.cheader.reading.tokens import Token, Tokens, corrupt, integer_of, string_bytes, without_comments
 
 TABLE_TYPE = b"nibblecast_tensor"
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.formats.cheader.c_source import ELEMENT_TYPES, ArrayText
-from nibblecast.formats.cheader.c_tokens import Tokens, integer_of, string_bytes, without_comments
+from nibblecast.formats.cheader.reading.source import ELEMENT_TYPES, ArrayText
+from nibblecast.formats.cheader.reading.tokens import Tokens, integer_of, string_bytes, without_comments
 
 Elements = NDArray[Any]
 

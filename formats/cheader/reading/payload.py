@@ -12,7 +12,7 @@ from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.storage import FileRange, MappedFile
-from nibblecast.formats.cheader.c_source import ArrayText, Declarations, Placement
+from nibblecast.formats.cheader.reading.source import ArrayText, Declarations, Placement
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.formats.cheader.notation import Notation
+from nibblecast.formats.cheader.literals.notation import Notation
 
 _CHUNK_BYTES = 1 << 20
 _KEPT_BYTES = 1 << 24

@@ -1,0 +1,1 @@
+"""What the arrays mean on a device: kernels, fixed point, flash."""

@@ -1,0 +1,1 @@
+"""Numbers as C literals."""

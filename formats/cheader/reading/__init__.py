@@ -1,0 +1,1 @@
+"""C that the writer made, read back."""
