@@ -16,16 +16,16 @@ from nibblecast.converters.storage import InMemory, MappedFile
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint, is_encoded
 from nibblecast.formats.encodings.configuration import model_config, quantization_config
 from nibblecast.formats.encodings.shards import Shards
-from nibblecast.formats.pytorch.archive import CONSTANTS, Archive
-from nibblecast.formats.pytorch.batch_norm import batch_norm_modules, fold_batch_norms
-from nibblecast.formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
-from nibblecast.formats.pytorch.contents import Leaf, StateDict, state_dict_of
-from nibblecast.formats.pytorch.fake_quantizers import quantize_weights
-from nibblecast.formats.pytorch.limits import ENTRY, Limits
-from nibblecast.formats.pytorch.packed_parameters import unpack_parameters
+from nibblecast.formats.pytorch.modules.batch_norm import batch_norm_modules, fold_batch_norms
+from nibblecast.formats.pytorch.modules.fake_quantizers import quantize_weights
+from nibblecast.formats.pytorch.modules.packed_parameters import unpack_parameters
+from nibblecast.formats.pytorch.modules.state_dict import Leaf, StateDict, state_dict_of
+from nibblecast.formats.pytorch.modules.tensors import take, tensor_of
+from nibblecast.formats.pytorch.pickle.archive import CONSTANTS, Archive
+from nibblecast.formats.pytorch.pickle.files import ZIP_MAGIC, legacy_value, saved_value
+from nibblecast.formats.pytorch.pickle.limits import ENTRY, Limits
+from nibblecast.formats.pytorch.pickle.records import StridedTensor, SubclassTensor
 from nibblecast.formats.pytorch.shards import checkpoint_files, together
-from nibblecast.formats.pytorch.tensors import take, tensor_of
-from nibblecast.formats.pytorch.values import StridedTensor, SubclassTensor
 
 _NOT_FOLDED = "its scale was trained with the batch norm folded into it: --opt fold-batch-norm=true does that"
 
@@ -94,7 +94,7 @@ def _of_file(name: Path, path: Path, options: PyTorchOptions, limits: Limits) ->
 
 def _program(archive: Archive, path: Path, options: PyTorchOptions, limits: Limits) -> Model:
     """The weights of an exported program, with what its graph says."""
-    from nibblecast.formats.pytorch.exported import read_exported  # a state dict needs none of it
+    from nibblecast.formats.pytorch.exported.read import read_exported  # a state dict needs none of it
 
     program = read_exported(archive, limits)
     tensors, losses = dict(program.tensors), list(program.losses)
@@ -134,7 +134,7 @@ def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> t
     try:
         if isinstance(leaf, SubclassTensor):
             from nibblecast.formats.encodings.torchao.read import decoded  # only files that have such tensors need it
-            from nibblecast.formats.pytorch.wrapped import wrapped
+            from nibblecast.formats.pytorch.modules.tensor_subclasses import wrapped
 
             return decoded(name, wrapped(name, leaf, limits), cpu=options.int4_cpu_layout)
         if isinstance(leaf, StridedTensor):

@@ -15,10 +15,10 @@ from pathlib import Path
 from nibblecast.converters.errors import Error, Unsupported
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.shards import Shards, owners, shards_of
-from nibblecast.formats.pytorch.archive import CONSTANTS, Archive
-from nibblecast.formats.pytorch.containers import ZIP_MAGIC, legacy_value, saved_value
-from nibblecast.formats.pytorch.contents import StateDict, as_saved, strip_wrappers
-from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.modules.state_dict import StateDict, as_saved, strip_wrappers
+from nibblecast.formats.pytorch.pickle.archive import CONSTANTS, Archive
+from nibblecast.formats.pytorch.pickle.files import ZIP_MAGIC, legacy_value, saved_value
+from nibblecast.formats.pytorch.pickle.limits import Limits
 
 _INDEX = "*.bin.index.json"
 _NAMED = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "adapter_model.bin", "consolidated.*.pth")

@@ -20,11 +20,11 @@ from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.torchao import safetensors_keys
 from nibblecast.formats.encodings.torchao.read import Cpu, WrappedTensor, decoded, dynamic_activation_linear
-from nibblecast.formats.pytorch.archive import Archive
-from nibblecast.formats.pytorch.containers import saved_value
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.values import SubclassTensor
-from nibblecast.formats.pytorch.wrapped import wrapped
+from nibblecast.formats.pytorch.modules.tensor_subclasses import wrapped
+from nibblecast.formats.pytorch.pickle.archive import Archive
+from nibblecast.formats.pytorch.pickle.files import saved_value
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import SubclassTensor
 from nibblecast.formats.safetensors.container import open_container
 from tests.formats.encodings.checkpoints import write_file
 

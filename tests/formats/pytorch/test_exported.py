@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.ir import Port, Use
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.pytorch.archive import Archive
-from nibblecast.formats.pytorch.exported import Exported, read_exported
-from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.exported.read import Exported, read_exported
+from nibblecast.formats.pytorch.pickle.archive import Archive
+from nibblecast.formats.pytorch.pickle.limits import Limits
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "pytorch"
 NET = ("conv.weight", "head.0.weight", "head.2.weight")

@@ -16,10 +16,11 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.errors import Unsupported, UsageError
-from nibblecast.formats.pytorch import exported, exported_graph
-from nibblecast.formats.pytorch.exported_graph import MissingGraph
-from nibblecast.formats.pytorch.program import program_of
-from nibblecast.formats.pytorch.rebuilding import rebuilt
+from nibblecast.formats.pytorch.exported import graph as exported_graph
+from nibblecast.formats.pytorch.exported import read as exported
+from nibblecast.formats.pytorch.exported.graph import MissingGraph
+from nibblecast.formats.pytorch.exported.program import program_of
+from nibblecast.formats.pytorch.exported.to_fx import rebuilt
 
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "pytorch"

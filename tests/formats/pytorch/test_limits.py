@@ -13,8 +13,8 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.formats.pytorch import reader
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.values import Global, Key, Record, described, key_of, reason_of
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import Global, Key, Record, described, key_of, reason_of
 from tests.formats.pytorch.bombs import entry, get, pushed, put, saved, storage, tensor
 from tests.formats.pytorch.hostile_pickles import zipped
 
@@ -130,7 +130,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     def without_memory(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("nibblecast.formats.pytorch.unpickler.made", without_memory)
+    monkeypatch.setattr("nibblecast.formats.pytorch.pickle.unpickler.made", without_memory)
     with pytest.raises(CorruptFile, match="takes more memory than there is before byte"):
         nibblecast.load(written(tmp_path / "m.pt", saved(entry(tensor()))))
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.formats.pytorch.contents import state_dict_of
-from nibblecast.formats.pytorch.limits import Limits
+from nibblecast.formats.pytorch.modules.state_dict import state_dict_of
+from nibblecast.formats.pytorch.pickle.limits import Limits
 
 FLOATS = np.arange(6, dtype=np.float32)
 

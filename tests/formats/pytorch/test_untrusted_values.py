@@ -145,7 +145,9 @@ def found(module: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_values_are_described_and_checked(path: Path) -> None:
     unknown = {what for what in found(path.stem, path.read_text()) if (path.stem, what) not in KNOWN}
-    assert not unknown, "describe them with nibblecast.formats.pytorch.values.described, or ask first what they are"
+    assert not unknown, (
+        "describe them with nibblecast.formats.pytorch.pickle.records.described, or ask first what they are"
+    )
 
 
 def test_all_that_is_known_is_still_there() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import MOST_DIMENSIONS
-from nibblecast.formats.pytorch.dtypes import ALIASES, DTYPES
-from nibblecast.formats.pytorch.limits import ENTRY, REFERENCE, STEP
-from nibblecast.formats.pytorch.values import (
+from nibblecast.formats.pytorch.pickle.dtypes import ALIASES, DTYPES
+from nibblecast.formats.pytorch.pickle.limits import ENTRY, REFERENCE, STEP
+from nibblecast.formats.pytorch.pickle.records import (
     AttributedDict,
     Global,
     Quantizer,

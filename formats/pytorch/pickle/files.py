@@ -10,11 +10,11 @@ from typing import Any, TypeGuard
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.pytorch.archive import Archive
-from nibblecast.formats.pytorch.dtypes import STORAGES
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.unpickler import Unpickler
-from nibblecast.formats.pytorch.values import Global, Storage, TorchDtype, described
+from nibblecast.formats.pytorch.pickle.archive import Archive
+from nibblecast.formats.pytorch.pickle.dtypes import STORAGES
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import Global, Storage, TorchDtype, described
+from nibblecast.formats.pytorch.pickle.unpickler import Unpickler
 
 ZIP_MAGIC = b"PK\x03\x04"
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, MissingDependency, Unsupported, brief
 from nibblecast.converters.ir import Port, Tensor
-from nibblecast.formats.pytorch.program import Node, Opaque, Program, Ref
-from nibblecast.formats.pytorch.quantize_operators import DEQUANTIZE, QUANTIZE
-from nibblecast.formats.pytorch.values import TorchDtype, shortened
+from nibblecast.formats.pytorch.exported.program import Node, Opaque, Program, Ref
+from nibblecast.formats.pytorch.exported.quantize_operators import DEQUANTIZE, QUANTIZE
+from nibblecast.formats.pytorch.pickle.records import TorchDtype, shortened
 
 _NAMESPACES = frozenset({"aten", "prims", "quantized_decomposed", "torchao"})
 #: Operators that reach beyond their inputs.

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibblecast.formats.pytorch.values import TorchDtype
+from nibblecast.formats.pytorch.pickle.records import TorchDtype
 
 
 def _dtype(name: str, numpy: Any, *, quantized: bool = False, elements: int = 1) -> TorchDtype:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.storage import FileRange
-from nibblecast.formats.pytorch.limits import STEP
+from nibblecast.formats.pytorch.pickle.limits import STEP
 
 _LONGEST_KEY = 1 << 14
 _MOST_KEY_PARTS = 64

@@ -20,8 +20,8 @@ import numpy as np
 
 from nibblecast.converters.errors import Error, MissingDependency, Unsupported, UsageError, brief
 from nibblecast.converters.ir import Tensor, WeightPlace
-from nibblecast.formats.pytorch.program import Program
-from nibblecast.formats.pytorch.rebuilding import Rebuilt, rebuilt
+from nibblecast.formats.pytorch.exported.program import Program
+from nibblecast.formats.pytorch.exported.to_fx import Rebuilt, rebuilt
 
 if TYPE_CHECKING:
     import onnx_ir as ir

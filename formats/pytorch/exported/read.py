@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from nibblecast.converters.ir import Loss, Port, Tensor, is_float
-from nibblecast.formats.pytorch.archive import Archive
-from nibblecast.formats.pytorch.dataflow import Flow, Weight, flow_of
-from nibblecast.formats.pytorch.exported_graph import ExportedGraph, MissingGraph, is_torch_installed
-from nibblecast.formats.pytorch.limits import LEAF, Limits
-from nibblecast.formats.pytorch.payloads import Payloads, payloads
-from nibblecast.formats.pytorch.program import Program, program_of
-from nibblecast.formats.pytorch.tensors import take, tensor_of
-from nibblecast.formats.pytorch.values import StridedTensor, SubclassTensor
+from nibblecast.formats.pytorch.exported.dataflow import Flow, Weight, flow_of
+from nibblecast.formats.pytorch.exported.graph import ExportedGraph, MissingGraph, is_torch_installed
+from nibblecast.formats.pytorch.exported.program import Program, program_of
+from nibblecast.formats.pytorch.exported.pt2_tensors import Payloads, payloads
+from nibblecast.formats.pytorch.modules.tensors import take, tensor_of
+from nibblecast.formats.pytorch.pickle.archive import Archive
+from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
+from nibblecast.formats.pytorch.pickle.records import StridedTensor, SubclassTensor
 
 #: What folding and lifting call their constants, whatever they were before.
 _NAMELESS = re.compile(r"(?:.*\.)?(?:_frozen_param|_?lifted_tensor_|_(?:lifted_)?tensor_constant|_param_constant)\d+")

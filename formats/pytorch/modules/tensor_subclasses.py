@@ -6,9 +6,9 @@ from typing import Any
 
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.formats.encodings.torchao.inner_tensors import WrappedTensor
-from nibblecast.formats.pytorch.limits import LEAF, STEP, Limits
-from nibblecast.formats.pytorch.tensors import tensor_of
-from nibblecast.formats.pytorch.values import Global, Record, StridedTensor, SubclassTensor
+from nibblecast.formats.pytorch.modules.tensors import tensor_of
+from nibblecast.formats.pytorch.pickle.limits import LEAF, STEP, Limits
+from nibblecast.formats.pytorch.pickle.records import Global, Record, StridedTensor, SubclassTensor
 
 _DEEPEST = 8  # nested attributes: a weight in a wrapper, codes in an implementation, planes in these
 

@@ -31,10 +31,10 @@ from nibblecast.converters.ir import (
 )
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
 from nibblecast.formats.encodings.values.fake_quantize import quantized
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.program import Node, Ref
-from nibblecast.formats.pytorch.tensors import row_major
-from nibblecast.formats.pytorch.values import StridedTensor, TorchDtype, described, shortened
+from nibblecast.formats.pytorch.exported.program import Node, Ref
+from nibblecast.formats.pytorch.modules.tensors import row_major
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import StridedTensor, TorchDtype, described, shortened
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32 = np.iinfo(np.int32)

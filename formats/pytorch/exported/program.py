@@ -16,8 +16,8 @@ from typing import Any, TypeGuard
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Port
-from nibblecast.formats.pytorch.dtypes import DTYPES
-from nibblecast.formats.pytorch.values import TorchDtype, reason_of, shortened
+from nibblecast.formats.pytorch.pickle.dtypes import DTYPES
+from nibblecast.formats.pytorch.pickle.records import TorchDtype, reason_of, shortened
 
 #: schema.ScalarType
 _SCALAR_TYPES: Mapping[int, str] = {

@@ -15,8 +15,16 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import MOST_DIMENSIONS, Loss
-from nibblecast.formats.pytorch.limits import ENTRY, LEAF, STEP, Limits
-from nibblecast.formats.pytorch.values import Global, Key, Record, StridedTensor, SubclassTensor, described, is_tensor
+from nibblecast.formats.pytorch.pickle.limits import ENTRY, LEAF, STEP, Limits
+from nibblecast.formats.pytorch.pickle.records import (
+    Global,
+    Key,
+    Record,
+    StridedTensor,
+    SubclassTensor,
+    described,
+    is_tensor,
+)
 
 #: Under which keys checkpoints keep the model, the most specific first.
 _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "net", "generator", "params", "weights")

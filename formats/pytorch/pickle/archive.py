@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.storage import FileRange, MappedFile
-from nibblecast.formats.pytorch.values import reason_of
+from nibblecast.formats.pytorch.pickle.records import reason_of
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LOCAL_MAGIC = b"PK\x03\x04"

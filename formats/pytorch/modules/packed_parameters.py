@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from nibblecast.converters.ir import Loss
-from nibblecast.formats.pytorch.contents import Leaf, StateDict
-from nibblecast.formats.pytorch.limits import STEP, Limits
-from nibblecast.formats.pytorch.values import Record, StridedTensor, described, is_tensor, shortened
+from nibblecast.formats.pytorch.modules.state_dict import Leaf, StateDict
+from nibblecast.formats.pytorch.pickle.limits import STEP, Limits
+from nibblecast.formats.pytorch.pickle.records import Record, StridedTensor, described, is_tensor, shortened
 
 #: What the last parts of a name become for a weight and for a bias.
 _SUFFIXES = (

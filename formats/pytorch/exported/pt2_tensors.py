@@ -16,12 +16,12 @@ from typing import Any
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
 from nibblecast.converters.ir import Loss
-from nibblecast.formats.pytorch.archive import OLD_PROGRAM, Archive
-from nibblecast.formats.pytorch.containers import ZIP_MAGIC, saved_value
-from nibblecast.formats.pytorch.globals import view_of
-from nibblecast.formats.pytorch.limits import LEAF, Limits
-from nibblecast.formats.pytorch.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
-from nibblecast.formats.pytorch.values import Storage, StridedTensor, SubclassTensor, is_tensor
+from nibblecast.formats.pytorch.exported.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
+from nibblecast.formats.pytorch.pickle.archive import OLD_PROGRAM, Archive
+from nibblecast.formats.pytorch.pickle.files import ZIP_MAGIC, saved_value
+from nibblecast.formats.pytorch.pickle.globals import view_of
+from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
+from nibblecast.formats.pytorch.pickle.records import Storage, StridedTensor, SubclassTensor, is_tensor
 
 _STRIDED = 7  # schema.Layout
 _MODELS, _JSON = "models/", ".json"

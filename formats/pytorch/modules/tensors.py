@@ -23,8 +23,8 @@ from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, per_axis, per_tensor
 from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
-from nibblecast.formats.pytorch.limits import STEP, Limits
-from nibblecast.formats.pytorch.values import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
+from nibblecast.formats.pytorch.pickle.limits import STEP, Limits
+from nibblecast.formats.pytorch.pickle.records import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
 
 _FLOAT64 = np.dtype(np.float64)
 _UINT4 = np.dtype(ml_dtypes.uint4)

@@ -16,9 +16,8 @@ import numpy as np
 from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Activation, Tensor, Use, is_float, is_integer
 from nibblecast.formats.encodings.bytes.widths import dtype_for
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.program import Node, Program, Ref
-from nibblecast.formats.pytorch.quantize_operators import (
+from nibblecast.formats.pytorch.exported.program import Node, Program, Ref
+from nibblecast.formats.pytorch.exported.quantize_operators import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
     QUANTIZE,
@@ -28,8 +27,9 @@ from nibblecast.formats.pytorch.quantize_operators import (
     decoded,
     rounded,
 )
-from nibblecast.formats.pytorch.tensors import is_row_major, tensor_of
-from nibblecast.formats.pytorch.values import StridedTensor, SubclassTensor, TorchDtype, shortened
+from nibblecast.formats.pytorch.modules.tensors import is_row_major, tensor_of
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import StridedTensor, SubclassTensor, TorchDtype, shortened
 
 _PASSING = frozenset(
     {"aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.lift_fresh_copy"}

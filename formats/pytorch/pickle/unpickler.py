@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.formats.pytorch.globals import checked_global, made
-from nibblecast.formats.pytorch.limits import Limits
-from nibblecast.formats.pytorch.values import AttributedDict, Global, Record, key_of, reason_of
+from nibblecast.formats.pytorch.pickle.globals import checked_global, made
+from nibblecast.formats.pytorch.pickle.limits import Limits
+from nibblecast.formats.pytorch.pickle.records import AttributedDict, Global, Record, key_of, reason_of
 
 #: Makes a value of a persistent id; raises CorruptFile where it is none.
 PersistentLoad = Callable[[Any], Any]

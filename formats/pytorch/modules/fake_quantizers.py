@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
 from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float, per_axis, per_tensor
 from nibblecast.formats.encodings.values.fake_quantize import quantized
-from nibblecast.formats.pytorch.limits import LEAF, Limits
+from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
 
 #: Names of a weight's fake quantizer in its module, and where the float weight is: torch.ao, torchao, parametrizations.
 _QUANTIZERS = (

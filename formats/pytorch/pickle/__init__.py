@@ -1,0 +1,1 @@
+"""Files and pickles, read without executing anything."""
