@@ -174,7 +174,7 @@ FILES_OF_OURS = frozenset(
         "converters/reports/page.py",
         "formats/cheader/render.py",
         "formats/onnx/file/validation.py",
-        "formats/tflite/lowering/documentation.py",
+        "formats/tflite/to_onnx/documentation.py",
     )
 )
 #: Where files are opened for reading, and made. Each checks what it opens: a FIFO would be waited for, a link followed.

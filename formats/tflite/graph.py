@@ -21,8 +21,8 @@ from nibblecast.formats.tflite.options import OPTIONS, Options
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from nibblecast.formats.tflite.lowering.builder import Operator, TensorInfo
-    from nibblecast.formats.tflite.lowering.graph import Subgraph
+    from nibblecast.formats.tflite.to_onnx.builder import Operator, TensorInfo
+    from nibblecast.formats.tflite.to_onnx.graph import Subgraph
 
 _FLOAT32 = np.dtype(np.float32)
 _LARGEST_METADATA = 1 << 16
@@ -77,7 +77,7 @@ class TFLiteGraph:
         operators that there is no lowering for in `custom_domain`, activations that TFLite quantizes as floats if
         `weights`, which is what the stages make of the model's, were all dequantized. Raises Unsupported for operators
         that there is no lowering for."""
-        from nibblecast.formats.tflite.lowering.graph import Wishes, lowered
+        from nibblecast.formats.tflite.to_onnx.graph import Wishes, lowered
 
         self.model.flatbuffer.renew()
         known = self.signatures
@@ -129,7 +129,7 @@ class TFLiteGraph:
         return properties
 
     def _subgraph(self, index: int, graph: schema.SubGraph, only_floats: bool) -> Subgraph:
-        from nibblecast.formats.tflite.lowering.graph import Subgraph
+        from nibblecast.formats.tflite.to_onnx.graph import Subgraph
 
         names: set[str] = set()
         tensors = [self._tensor((index, at), table, names) for at, table in enumerate(graph.tensors)]
@@ -142,7 +142,7 @@ class TFLiteGraph:
         return Subgraph(graph.name or "", tensors, operators, inputs, outputs)
 
     def _tensor(self, key: Key, table: schema.Tensor, names: set[str]) -> TensorInfo:
-        from nibblecast.formats.tflite.lowering.builder import TensorInfo
+        from nibblecast.formats.tflite.to_onnx.builder import TensorInfo
 
         name = table.name or f"tensor{key[1]}"
         while name in names:
@@ -155,7 +155,7 @@ class TFLiteGraph:
         return TensorInfo(name, shape, signature, _dtype(table), scale, zero_point, constant, bool(table.is_variable))
 
     def _operator(self, operator: schema.Operator) -> Operator:
-        from nibblecast.formats.tflite.lowering.builder import Operator
+        from nibblecast.formats.tflite.to_onnx.builder import Operator
 
         name = self.operators[operator.opcode_index]
         table = operator.builtin_options_2 if name == "STABLEHLO_COMPOSITE" else operator.builtin_options

@@ -17,8 +17,8 @@ from nibblecast.converters.input.allowance import VARIABLE, Allowance
 from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.graph import TFLiteGraph
-from nibblecast.formats.tflite.lowering.builder import Builder, TensorInfo
 from nibblecast.formats.tflite.options import OPTIONS
+from nibblecast.formats.tflite.to_onnx.builder import Builder, TensorInfo
 from tests.formats.tflite.models import Fields, affine, ints, operator, table, tensor, whole
 from tests.growth import assert_linear
 

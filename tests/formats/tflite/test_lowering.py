@@ -14,9 +14,9 @@ import pytest
 import nibblecast
 from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.formats.tflite import schema
-from nibblecast.formats.tflite.lowering.documentation import BEGIN, END, PAGE, table
-from nibblecast.formats.tflite.lowering.operators import LOWERINGS
 from nibblecast.formats.tflite.options import OPTIONS
+from nibblecast.formats.tflite.to_onnx.documentation import BEGIN, END, PAGE, table
+from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 from tests.formats.tflite.models import FIXTURES, MODELS, ints, operator, subgraph, tensor, whole
 
 TYPES = onnx.TensorProto
@@ -177,7 +177,7 @@ def test_all_lowerings_are_of_operators_that_there_are():
 def test_the_page_has_the_table():
     found = re.search(f"{BEGIN}(.*){END}", PAGE.read_text("utf-8"), re.DOTALL)
     assert found is not None
-    assert found[1] == table(), "run `python -m nibblecast.formats.tflite.lowering.documentation`"
+    assert found[1] == table(), "run `python -m nibblecast.formats.tflite.to_onnx.documentation`"
 
 
 @pytest.mark.peers

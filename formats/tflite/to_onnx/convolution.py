@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
 from nibblecast.formats.tflite.options import Options
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
 
 _SAME, _VALID = 0, 1
 

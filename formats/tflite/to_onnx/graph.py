@@ -13,8 +13,8 @@ from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import WeightPlace
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.tflite.lowering.builder import TO_FIRST, Builder, Operator, TensorInfo
-from nibblecast.formats.tflite.lowering.operators import LOWERINGS
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, Builder, Operator, TensorInfo
+from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.formats.tflite.lowering.builder import TO_FIRST, TO_LAST, Builder, Operator
-from nibblecast.formats.tflite.lowering.dense import free_first
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, TO_LAST, Builder, Operator
+from nibblecast.formats.tflite.to_onnx.dense import free_first
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1

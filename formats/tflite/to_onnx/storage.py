@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
 
 _MOST_BITS = 16  # lite/kernels/fake_quant.cc
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
 
 _GATES = ("input", "forget", "cell", "output")
 

@@ -11,8 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
-from nibblecast.formats.tflite.lowering.shapes import long_list
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.shapes import long_list
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1

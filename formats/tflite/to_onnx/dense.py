@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
 
 
 def fully_connected(b: Builder, op: Operator) -> None:

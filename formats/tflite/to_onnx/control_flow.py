@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
 
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 

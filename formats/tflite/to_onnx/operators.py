@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nibblecast.formats.tflite.lowering import (
+from nibblecast.formats.tflite.to_onnx import (
     control_flow,
     convolution,
     dense,
@@ -17,8 +17,8 @@ from nibblecast.formats.tflite.lowering import (
     shapes,
     storage,
 )
-from nibblecast.formats.tflite.lowering.builder import Builder, Operator
-from nibblecast.formats.tflite.lowering.elementwise import binary, clipped, negated, unary
+from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.elementwise import binary, clipped, negated, unary
 
 
 @dataclass(frozen=True, slots=True)

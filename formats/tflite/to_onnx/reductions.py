@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from nibblecast.formats.tflite.lowering.builder import TO_FIRST, Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, Builder, Operator
 
 
 def reduce(operator: str) -> Callable[[Builder, Operator], None]:

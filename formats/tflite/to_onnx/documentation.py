@@ -1,4 +1,4 @@
-"""The table of operators in docs/tflite-operators.md: `python -m nibblecast.formats.tflite.lowering.documentation`."""
+"""The table of operators in docs/tflite-operators.md: `python -m nibblecast.formats.tflite.to_onnx.documentation`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from nibblecast.formats.tflite.lowering.operators import LOWERINGS
 from nibblecast.formats.tflite.schema import BUILTIN_OPERATORS
+from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 
 PAGE = Path(__file__).parents[3] / "docs" / "tflite-operators.md"
 BEGIN, END = "<!-- operators -->\n", "<!-- end -->\n"
