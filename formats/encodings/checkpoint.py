@@ -104,22 +104,22 @@ class _Encoding(Protocol):
 #: they are asked.
 MARKERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        ".SCB": ("bitsandbytes_int8",),
-        ".W_q": ("hqq",),
-        ".bitmask": ("compressed_tensors",),
-        ".quant_state.bitsandbytes__fp4": ("bitsandbytes",),
-        ".quant_state.bitsandbytes__nf4": ("bitsandbytes",),
-        ".qscale_weight": ("finegrained_fp8",),
-        ".qweight": ("gptq", "awq"),
-        ".scale": ("finegrained_fp8",),
-        ".scales": ("mlx", "dynamic_activation_linear"),
-        ".weight._data": ("quanto",),
-        ".weight._data._data": ("quanto",),
-        ".weight_packed": ("compressed_tensors",),
-        ".weight_scale": ("compressed_tensors", "modelopt"),
-        "_blocks": ("mxfp4",),
-        "_scale_inv": ("finegrained_fp8",),
-        "_weight_scale": ("modelopt_experts",),
+        ".SCB": ("bitsandbytes.int8",),
+        ".W_q": ("hqq.read",),
+        ".bitmask": ("compressed_tensors.read",),
+        ".quant_state.bitsandbytes__fp4": ("bitsandbytes.read",),
+        ".quant_state.bitsandbytes__nf4": ("bitsandbytes.read",),
+        ".qscale_weight": ("finegrained_fp8.read",),
+        ".qweight": ("gptq.read", "awq.read"),
+        ".scale": ("finegrained_fp8.read",),
+        ".scales": ("mlx.read", "torchao.dynamic_activation_linear"),
+        ".weight._data": ("quanto.read",),
+        ".weight._data._data": ("quanto.read",),
+        ".weight_packed": ("compressed_tensors.read",),
+        ".weight_scale": ("compressed_tensors.read", "modelopt.read"),
+        "_blocks": ("mxfp4.read",),
+        "_scale_inv": ("finegrained_fp8.read",),
+        "_weight_scale": ("modelopt.experts",),
     }
 )
 #: Of these, those that other tensors have as well.
@@ -189,7 +189,8 @@ def _weight(stored: Stored, names: tuple[str, ...]) -> Weight | None:
             if not encoding.claims(stored):
                 continue
             if method and method not in encoding.METHODS:
-                raise CorruptFile(f"its tensors are {name}'s, but its configuration says quant_method '{method}'")
+                library = name.partition(".")[0]
+                raise CorruptFile(f"its tensors are {library}'s, but its configuration says quant_method '{method}'")
             return encoding.decode(stored)
         except Error as error:
             error.tensor = error.tensor or stored.name

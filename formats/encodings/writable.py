@@ -23,11 +23,11 @@ from nibblecast.converters.ir import Loss, Tensor
 #: The layouts of `--opt layout=` that are encodings, and the module of each.
 WRITABLE: Mapping[str, str] = MappingProxyType(
     {
-        "awq": "awq_writing",
-        "compressed-tensors": "compressed_tensors_writing",
-        "gptq": "gptq_writing",
-        "mlx": "mlx_writing",
-        "torchao": "torchao_writing",
+        "awq": "awq.write",
+        "compressed-tensors": "compressed_tensors.write",
+        "gptq": "gptq.write",
+        "mlx": "mlx.write",
+        "torchao": "torchao.write",
     }
 )
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from nibblecast.formats.tflite.schema import BUILTIN_OPERATORS
 from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 
-PAGE = Path(__file__).parents[3] / "docs" / "tflite-operators.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "tflite-operators.md"
 BEGIN, END = "<!-- operators -->\n", "<!-- end -->\n"
 
 _NOT_SEEN = "not met in a model yet"
