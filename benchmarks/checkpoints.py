@@ -28,7 +28,7 @@ from nibblecast.converters.output.streaming import pieces_of
 from nibblecast.converters.stages.dequantize import dequantized
 from nibblecast.converters.storage import InMemory
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
-from nibblecast.formats.gguf.blocks import BLOCK_TYPES, Blocks
+from nibblecast.formats.gguf.blocks import BLOCK_TYPES, BlockData
 
 #: What conversions write.
 TARGET = "out"
@@ -110,7 +110,7 @@ def _weight(kind: str) -> Tensor:
     if isinstance(stored, np.ndarray):
         type_ = BLOCK_TYPES[_GGUF[kind][0]]
         shape = (files.OUTPUTS, files.INPUTS)
-        return type_.tensor(Blocks("w", shape, type_.elements, type_.nbytes, InMemory(stored.reshape(-1))))
+        return type_.tensor(BlockData("w", shape, type_.elements, type_.nbytes, InMemory(stored.reshape(-1))))
     tensors = {f"m{suffix}": Tensor.from_array(f"m{suffix}", array) for suffix, array in stored.parts.items()}
     return decode_checkpoint(Checkpoint(tensors, stored.config))[0]["m.weight"]
 

@@ -23,7 +23,7 @@ from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, pa
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.storage import Data, InMemory, Part, release
+from nibblecast.converters.storage import Data, DataSlice, InMemory, release
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -376,7 +376,7 @@ class Tensor:
         first, last = start * row_bits // 8, packed_size(stop, row_bits)
         quantization = self.quantization and self.quantization.rows(axis, start, stop, self.shape)
         shape = _with(self.shape, axis, stop - start)
-        return replace(self, shape=shape, data=Part(self.data, first, last - first), quantization=quantization)
+        return replace(self, shape=shape, data=DataSlice(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
         """The pieces that `cut` gives, each of them released when the next one is asked for."""

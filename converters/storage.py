@@ -132,7 +132,7 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
+class DataSlice:
     """A range of other data."""
 
     data: Data

@@ -93,7 +93,7 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class BlockGrid:
     """A tensor as (planes, rows, columns), with its blocks."""
 
     planes: int
@@ -103,7 +103,7 @@ class Blocks:
     across: bool = False
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], block_shape: tuple[int, ...]) -> Blocks:
+    def of(cls, shape: tuple[int, ...], block_shape: tuple[int, ...]) -> BlockGrid:
         """How a tensor of that shape is seen. Its blocks are the whole tensor, or one position of one axis, or several
         positions of one axis and a single one of all others."""
         size = prod(shape)

@@ -33,19 +33,19 @@ _REFINEMENTS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parameters:
+class BlockParameters:
     """The scales of blocks, and their zero points (in symmetric schemes one for all of them, broadcast)."""
 
     scale: Floats
     zero_point: Floats
 
-    def of(self, where: slice, blocks: Floats) -> Parameters:
+    def of(self, where: slice, blocks: Floats) -> BlockParameters:
         """Those of the blocks at `where`, as they broadcast to `blocks`."""
         shape = (blocks.shape[0], 1, blocks.shape[2])
-        return Parameters(self.scale[where].reshape(shape), self.zero_point[where].reshape(shape))
+        return BlockParameters(self.scale[where].reshape(shape), self.zero_point[where].reshape(shape))
 
 
-def fit(scheme: Scheme, pieces: Pieces, count: int) -> Parameters:
+def fit(scheme: Scheme, pieces: Pieces, count: int) -> BlockParameters:
     """The parameters of `count` blocks. Raises Unsupported where values are not finite, and where scales are beyond
     their dtype."""
     low, high = np.zeros(count, np.float32), np.zeros(count, np.float32)
@@ -64,7 +64,7 @@ def fit(scheme: Scheme, pieces: Pieces, count: int) -> Parameters:
     return found
 
 
-def codes(scheme: Scheme, blocks: Floats, parameters: Parameters) -> Floats:
+def codes(scheme: Scheme, blocks: Floats, parameters: BlockParameters) -> Floats:
     """The codes nearest to the elements of `blocks`, as whole float32 numbers; `parameters` broadcast to them."""
     nearest = np.divide(blocks, parameters.scale)
     np.rint(nearest, out=nearest)
@@ -73,14 +73,14 @@ def codes(scheme: Scheme, blocks: Floats, parameters: Parameters) -> Floats:
     return np.clip(nearest, np.float32(scheme.lowest), np.float32(scheme.highest), out=nearest)
 
 
-def values(scheme: Scheme, nearest: Floats, parameters: Parameters) -> Floats:
+def values(scheme: Scheme, nearest: Floats, parameters: BlockParameters) -> Floats:
     """What codes decode to, written over them."""
     if scheme.middle or not scheme.symmetric:
         np.subtract(nearest, parameters.zero_point, out=nearest)
     return np.multiply(nearest, parameters.scale, out=nearest)
 
 
-def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:
+def _of_range(scheme: Scheme, low: Floats, high: Floats) -> BlockParameters:
     """The parameters for values from `low` (zero or less) to `high` (zero or more)."""
     scale: NDArray[Any]
     if scheme.symmetric and scheme.narrow:
@@ -91,9 +91,9 @@ def _of_range(scheme: Scheme, low: Floats, high: Floats) -> Parameters:
         scale = (high - low) / np.float32(scheme.highest - scheme.lowest)
     scale = _stored(scheme, scale)
     if scheme.symmetric:
-        return Parameters(scale, np.broadcast_to(np.float32(scheme.middle), scale.shape))
+        return BlockParameters(scale, np.broadcast_to(np.float32(scheme.middle), scale.shape))
     zero_point = np.rint(np.float32(scheme.lowest) - low / scale)
-    return Parameters(scale, np.clip(zero_point, np.float32(scheme.lowest), np.float32(scheme.highest)))
+    return BlockParameters(scale, np.clip(zero_point, np.float32(scheme.lowest), np.float32(scheme.highest)))
 
 
 def _stored(scheme: Scheme, scale: NDArray[Any]) -> Floats:
@@ -103,7 +103,7 @@ def _stored(scheme: Scheme, scale: NDArray[Any]) -> Floats:
     return rounded
 
 
-def _least_error(scheme: Scheme, pieces: Pieces, minmax: Parameters, low: Floats, high: Floats) -> Parameters:
+def _least_error(scheme: Scheme, pieces: Pieces, minmax: BlockParameters, low: Floats, high: Floats) -> BlockParameters:
     """The parameters of the least squared error among many ranges, then improved: the codes chosen, the best scale for
     them is that of least squares. Never worse than `minmax`."""
     candidates = [minmax, *(_of_range(scheme, low * np.float32(r), high * np.float32(r)) for r in _RATIOS)]
@@ -115,7 +115,9 @@ def _least_error(scheme: Scheme, pieces: Pieces, minmax: Parameters, low: Floats
     return best
 
 
-def _choice(candidates: Sequence[Parameters], errors: NDArray[np.float64]) -> tuple[Parameters, NDArray[np.float64]]:
+def _choice(
+    candidates: Sequence[BlockParameters], errors: NDArray[np.float64]
+) -> tuple[BlockParameters, NDArray[np.float64]]:
     """For each block the candidate of the least error, the first of equal ones, and that error."""
     errors = np.where(np.isnan(errors), np.inf, errors)
     best = errors.argmin(axis=0)
@@ -123,10 +125,10 @@ def _choice(candidates: Sequence[Parameters], errors: NDArray[np.float64]) -> tu
     zero_point = candidates[0].zero_point
     if zero_point.strides != (0,):  # asymmetric
         zero_point = np.choose(best, [candidate.zero_point for candidate in candidates])
-    return Parameters(scale, zero_point), errors.min(axis=0)
+    return BlockParameters(scale, zero_point), errors.min(axis=0)
 
 
-def _squared_errors(scheme: Scheme, pieces: Pieces, candidates: Sequence[Parameters]) -> NDArray[np.float64]:
+def _squared_errors(scheme: Scheme, pieces: Pieces, candidates: Sequence[BlockParameters]) -> NDArray[np.float64]:
     """The sum of squared errors of each block with each of the candidates, shape (candidates, blocks)."""
     errors = np.zeros((len(candidates), candidates[0].scale.size))
     for where, blocks in pieces():
@@ -139,7 +141,7 @@ def _squared_errors(scheme: Scheme, pieces: Pieces, candidates: Sequence[Paramet
     return errors
 
 
-def _least_squares(scheme: Scheme, pieces: Pieces, parameters: Parameters) -> Parameters:
+def _least_squares(scheme: Scheme, pieces: Pieces, parameters: BlockParameters) -> BlockParameters:
     """The same zero points, with the scales of the least squared error for the codes that `parameters` choose."""
     products, squares = np.zeros(parameters.scale.size), np.zeros(parameters.scale.size)
     for where, blocks in pieces():
@@ -148,4 +150,4 @@ def _least_squares(scheme: Scheme, pieces: Pieces, parameters: Parameters) -> Pa
         products[where] += (steps * blocks).sum(axis=1).reshape(-1)
         squares[where] += np.square(steps, out=steps).sum(axis=1).reshape(-1)
     scale = np.divide(products, squares, out=parameters.scale.astype(np.float64), where=squares > 0)
-    return Parameters(_stored(scheme, scale), parameters.zero_point)
+    return BlockParameters(_stored(scheme, scale), parameters.zero_point)

@@ -21,9 +21,9 @@ from nibblecast.converters.batches.jobs import Job, Request, failed, run_job
 from nibblecast.converters.batches.outputs import planned_jobs
 from nibblecast.converters.batches.records import Record, append, appended_report, flush, read_report, write_report
 from nibblecast.converters.batches.remote import is_of_this_process, is_remote
-from nibblecast.converters.batches.shares import Parts, is_large
+from nibblecast.converters.batches.shares import Shares, is_large
 from nibblecast.converters.batches.sources import digest_of, find_sources
-from nibblecast.converters.batches.stores import LocalFolder, Place, RemoteFolder
+from nibblecast.converters.batches.stores import LocalFolder, RemoteFolder, Store
 from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Workers
 from nibblecast.converters.errors import ExitCode, UsageError
 from nibblecast.converters.processors import processors
@@ -95,7 +95,7 @@ def run_batch(
     not."""
     began = time.perf_counter()
     named = os.fspath(target)
-    place: Place = RemoteFolder(named) if is_remote(named) else LocalFolder(Path(named))
+    place: Store = RemoteFolder(named) if is_remote(named) else LocalFolder(Path(named))
     sources = find_sources(source, include, exclude, named)
     jobs = planned_jobs(sources, place.folder, formats, request, place.url)
     if settings.dry_run:
@@ -112,7 +112,7 @@ def run_batch(
     return BatchResult(ordered, time.perf_counter() - began)
 
 
-def _run(jobs: Sequence[Job], place: Place, report: Path, settings: Settings, batch: _Batch) -> _Batch:
+def _run(jobs: Sequence[Job], place: Store, report: Path, settings: Settings, batch: _Batch) -> _Batch:
     """Converts what is to be converted. Raises OSError where the report cannot be written, a full disk e.g."""
     before = read_report(report) if settings.resume else {}
     todo = list(batch.kept(jobs, before))
@@ -130,7 +130,7 @@ def _run(jobs: Sequence[Job], place: Place, report: Path, settings: Settings, ba
 class _Batch:
     """The records so far; each is reported when it comes."""
 
-    place: Place
+    place: Store
     total: int
     on_result: OnResult | None
     on_running: OnRunning | None
@@ -163,7 +163,7 @@ class _Batch:
             self.place.reported()
 
 
-def _is_current(record: Record, job: Job, place: Place) -> bool:
+def _is_current(record: Record, job: Job, place: Store) -> bool:
     """Whether a record stands for what would be done now: same request, same version, same source, outputs there."""
     if not record.done or record.request != job.text or record.nibblecast != __version__:
         return False
@@ -250,7 +250,7 @@ def _supervise(
 ) -> None:
     """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
     a first failure that ends the batch ends it soon."""
-    parts = Parts()
+    parts = Shares()
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
     done: SimpleQueue[Future[Record]] = SimpleQueue()

@@ -17,7 +17,7 @@ _LARGE_BYTES = 1 << 30
 
 
 @dataclass(slots=True)
-class Parts:
+class Shares:
     """The parts that are on their way, by the names of their models."""
 
     left: Counter[str] = field(default_factory=Counter)

@@ -23,7 +23,7 @@ _LOCK = ".nibblecast-lock"
 _PUT_SECONDS = 30
 
 
-class Place(Protocol):
+class Store(Protocol):
     """Where outputs go."""
 
     @property

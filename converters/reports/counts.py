@@ -21,7 +21,7 @@ _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -150, 128  # of float32
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class CodeCounts:
     """How often each code is used: `values` are the codes of the dtype in ascending order, integers or the numbers that
     small floats are (without NaN and infinities, which are counted in `not_finite`), `counts` their counts."""
 
@@ -66,7 +66,7 @@ class Spread:
     bins: tuple[tuple[int, int], ...] = ()
 
 
-def codes_of(tensor: Tensor) -> Codes | None:
+def codes_of(tensor: Tensor) -> CodeCounts | None:
     """The histogram of a tensor's codes; None where they are wider than 8 bits."""
     if tensor.bits > 8:
         return None
@@ -75,7 +75,7 @@ def codes_of(tensor: Tensor) -> Codes | None:
     for part in tensor.parts(_PIECE_BYTES):
         counts += _pattern_counts(part)[: len(patterns)]
     finite = np.isfinite(values)
-    return Codes(
+    return CodeCounts(
         values=tuple(values[finite].tolist()),
         counts=tuple(counts[patterns][finite].tolist()),
         not_finite=int(counts[patterns][~finite].sum()),

@@ -6,7 +6,7 @@ from math import isfinite
 from typing import Any
 
 from nibblecast.converters.arithmetic.accuracy import Accuracy
-from nibblecast.converters.reports.counts import Codes, Spread
+from nibblecast.converters.reports.counts import CodeCounts, Spread
 from nibblecast.converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
 
 
@@ -67,7 +67,7 @@ def _tensor_document(tensor: TensorStatistics) -> dict[str, Any]:
     }
 
 
-def _codes_document(codes: Codes | None) -> dict[str, Any] | None:
+def _codes_document(codes: CodeCounts | None) -> dict[str, Any] | None:
     return (
         None
         if codes is None

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from nibblecast.converters.arithmetic.accuracy import Accuracy
 from nibblecast.converters.reports import plots
-from nibblecast.converters.reports.counts import Codes, Spread
+from nibblecast.converters.reports.counts import CodeCounts, Spread
 from nibblecast.converters.reports.page import Cell, Column, Detail, Page, Section, Table
 from nibblecast.converters.reports.statistics import Layer, ModelStatistics, TensorStatistics
 from nibblecast.converters.reports.words import number, percent, shown, thousands
@@ -196,7 +196,7 @@ def _facts(tensor: TensorStatistics) -> Iterator[tuple[str, str]]:
         yield "Signal to noise", f"{_decibels(tensor.accuracy)} dB"
 
 
-def _code_facts(codes: Codes) -> Iterator[tuple[str, str]]:
+def _code_facts(codes: CodeCounts) -> Iterator[tuple[str, str]]:
     yield "Unused codes", f"{codes.unused} of {len(codes.values)}"
     yield f"At the lowest code, {number(codes.values[0])}", percent(codes.lowest_share)
     yield f"At the highest code, {number(codes.values[-1])}", percent(codes.highest_share)

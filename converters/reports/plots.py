@@ -23,7 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from nibblecast.converters.reports.counts import BINS_PER_OCTAVE, Codes, Spread
+from nibblecast.converters.reports.counts import BINS_PER_OCTAVE, CodeCounts, Spread
 from nibblecast.converters.reports.words import count_text, number
 from nibblecast.converters.sizes import bytes_text, bytes_unit
 
@@ -65,7 +65,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 _DECIMALS = re.compile(r"(\.\d\d?)\d*")
 
 
-def codes_plot(codes: Codes, title: str) -> Markup:
+def codes_plot(codes: CodeCounts, title: str) -> Markup:
     """The histogram of codes."""
 
     def draw(axes: Axes) -> None:

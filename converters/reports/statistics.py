@@ -15,7 +15,7 @@ from nibblecast.converters.compare.comparison import common_rows
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.interfaces import Progress
 from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name, is_integer
-from nibblecast.converters.reports.counts import Codes, Spread, codes_of, spread_of
+from nibblecast.converters.reports.counts import CodeCounts, Spread, codes_of, spread_of
 from nibblecast.converters.sizes import bits_per_weight, stored_bytes, weights_of
 
 _FIRST_NUMBER = re.compile(r"(?:[^./]*[./])*?[0-9]{1,9}(?=[./]|$)")
@@ -34,10 +34,10 @@ class TensorStatistics:
     elements: int
     bytes: int
     bits_per_weight: float
-    codes: Codes | None = None
+    codes: CodeCounts | None = None
     scale: Spread | None = None
     zero_point: Spread | None = None
-    zero_point_codes: Codes | None = None
+    zero_point_codes: CodeCounts | None = None
     accuracy: Accuracy | None = None
 
     @property

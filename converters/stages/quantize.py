@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.arithmetic import rounding
 from nibblecast.converters.arithmetic.accuracy import Accuracy, errors
-from nibblecast.converters.arithmetic.blocks import Blocks, Box, Group, side_by_side
+from nibblecast.converters.arithmetic.blocks import BlockGrid, Box, Group, side_by_side
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
-from nibblecast.converters.arithmetic.rounding import Floats, Parameters
+from nibblecast.converters.arithmetic.rounding import BlockParameters, Floats
 from nibblecast.converters.errors import Error, UsageError
 from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.converters.processors import threads
@@ -180,7 +180,7 @@ class QuantizedCodes:
         self._scheme = scheme
         self._block_shape = block_shape
         self._source = source
-        self._fitted: dict[int, Parameters] = {}
+        self._fitted: dict[int, BlockParameters] = {}
         self._errors: dict[int, tuple[float, float, float]] = {}
         self._lock = Lock()  # two readers at a time would compute the same parameters; each has all threads anyway
 
@@ -238,7 +238,7 @@ class QuantizedCodes:
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:
-        return tuple(Blocks.of(self._floats.shape, self._block_shape).groups())
+        return tuple(BlockGrid.of(self._floats.shape, self._block_shape).groups())
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -252,7 +252,7 @@ class QuantizedCodes:
         """The numbers of the groups that have some of positions [first, last)."""
         return range(max(0, bisect_right(starts, first) - 1), bisect_right(starts, last - 1) if last > first else 0)
 
-    def _of_blocks(self, first: int, last: int, parameter: Callable[[Parameters], Floats]) -> Floats:
+    def _of_blocks(self, first: int, last: int, parameter: Callable[[BlockParameters], Floats]) -> Floats:
         """A parameter of blocks [first, last)."""
         numbers = self._overlapping(self._first_blocks, first, last)
         if not numbers:
@@ -267,7 +267,7 @@ class QuantizedCodes:
         """Whether a group is small enough for all of its floats to be in memory."""
         return self._groups[number].stop - self._groups[number].start <= _HELD_ELEMENTS
 
-    def _parameters(self, number: int, loaded: Sequence[Floats] = ()) -> Parameters:
+    def _parameters(self, number: int, loaded: Sequence[Floats] = ()) -> BlockParameters:
         """Those of a group; `loaded` are its boxes' blocks where they are here already."""
         if number not in self._fitted:
             group = self._groups[number]

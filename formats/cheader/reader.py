@@ -27,7 +27,7 @@ from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, InMemory, MappedFile
 from nibblecast.formats.cheader.arrays import granularity_of, is_signed, kind_of
 from nibblecast.formats.cheader.packings import DENSE, PACKING_NAMES, PACKINGS, Packing
-from nibblecast.formats.cheader.reading.data import ElementData, Kept, PackedData
+from nibblecast.formats.cheader.reading.data import CachedArrays, ElementData, PackedData
 from nibblecast.formats.cheader.reading.elements import all_elements, lines_of
 from nibblecast.formats.cheader.reading.payload import PayloadFiles, StoredData
 from nibblecast.formats.cheader.reading.source import (
@@ -80,7 +80,7 @@ class CHeaderReader:
         not make or that contradicts itself, Unsupported for another interface or arrays that are not in the text."""
         declarations = _declarations(path)
         table = _table(path, declarations)
-        builder = _Builder(declarations, table, PayloadFiles(declarations, Allowance(declarations.nbytes)))
+        builder = _ModelBuilder(declarations, table, PayloadFiles(declarations, Allowance(declarations.nbytes)))
         tensors: dict[str, Tensor] = {}
         names = UniqueNames(separator=":")  # C had to cut names that are too long for it
         for row in builder.rows():
@@ -131,13 +131,13 @@ def _table(path: Path, declarations: Declarations) -> ArrayText:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Builder:
+class _ModelBuilder:
     """Makes tensors of the table's rows."""
 
     declarations: Declarations
     table: ArrayText
     payloads: PayloadFiles
-    kept: Kept = field(default_factory=Kept)
+    kept: CachedArrays = field(default_factory=CachedArrays)
 
     def rows(self) -> Iterable[Row]:
         """The rows that are tensors: all, save the one that stands in the table of a model without any. Raises

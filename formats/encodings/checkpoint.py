@@ -51,7 +51,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stored:
+class WeightTensors:
     """The tensors of one weight: those whose keys begin with `prefix`, by what follows it."""
 
     prefix: str
@@ -84,7 +84,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Weight:
+class DecodedWeight:
     """A weight of the float model, and the suffixes of the tensors that made it; other tensors stay what they are."""
 
     tensor: Tensor
@@ -95,9 +95,9 @@ class Weight:
 class _Encoding(Protocol):
     METHODS: frozenset[str]
 
-    def claims(self, stored: Stored) -> bool: ...
+    def claims(self, stored: WeightTensors) -> bool: ...
 
-    def decode(self, stored: Stored) -> Weight: ...
+    def decode(self, stored: WeightTensors) -> DecodedWeight: ...
 
 
 #: The ends of keys that encoded weights have, and the encodings that may be behind them, in the order in which
@@ -135,13 +135,13 @@ def is_encoded(keys: Iterable[str]) -> bool:
 def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[Loss]]:
     """The float model's tensors in the order of the file, and what was lost. Raises CorruptFile where tensors and
     configuration contradict each other, Unsupported for encodings that are only known by name."""
-    weights: dict[str, tuple[str, Weight]] = {}
+    weights: dict[str, tuple[str, DecodedWeight]] = {}
     made_of: set[str] = set()
     for key in checkpoint.tensors:
         for marker, names in MARKERS.items():
             prefix = key.removesuffix(marker)
             # an encoding may have several markers, of which one is enough
-            if prefix != key and key not in made_of and (found := _weight(Stored(prefix, checkpoint), names)):
+            if prefix != key and key not in made_of and (found := _weight(WeightTensors(prefix, checkpoint), names)):
                 weights[key] = (prefix, found)
                 stored = [prefix + suffix for suffix in found.made_of if prefix + suffix in checkpoint.tensors]
                 for part in stored:  # what was read to check it is read again when it is wanted
@@ -163,7 +163,7 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
 
 
 def _in_order(
-    checkpoint: Checkpoint, weights: Mapping[str, tuple[str, Weight]], made_of: set[str]
+    checkpoint: Checkpoint, weights: Mapping[str, tuple[str, DecodedWeight]], made_of: set[str]
 ) -> tuple[dict[str, Tensor], list[Loss]]:
     tensors: dict[str, Tensor] = {}
     losses: list[Loss] = []
@@ -181,7 +181,7 @@ def _in_order(
     return tensors, losses
 
 
-def _weight(stored: Stored, names: tuple[str, ...]) -> Weight | None:
+def _weight(stored: WeightTensors, names: tuple[str, ...]) -> DecodedWeight | None:
     method = stored.checkpoint.method
     for name in names:
         encoding = cast("_Encoding", import_module(f"nibblecast.formats.encodings.{name}"))

@@ -49,7 +49,7 @@ _UE4M3_ZERO = 0x7F
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
+class BlockData:
     """The data of a tensor whose last axis is stored in blocks of `elements` elements and `nbytes` bytes."""
 
     name: str
@@ -100,7 +100,7 @@ class BlockType:
     name: str
     elements: int
     nbytes: int
-    tensor: Callable[[Blocks], Tensor]
+    tensor: Callable[[BlockData], Tensor]
 
 
 def _field(start: int, stop: int) -> _Take:
@@ -124,12 +124,12 @@ def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
     return codes.view(np.int8)
 
 
-def _q4_0(blocks: Blocks) -> Tensor:
+def _q4_0(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     return blocks.quantized(_INT4, lambda b: paired_halves(b, 2, 16) ^ np.uint8(0x88), scale)
 
 
-def _q4_1(blocks: Blocks) -> Tensor:
+def _q4_1(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
     return blocks.quantized(_UINT4, lambda b: paired_halves(b, 4, 16), scale, offset=offset)
@@ -141,28 +141,28 @@ def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
     return _added(fields(blocks, begin + 4, begin + 20, 16, 4), fifth * np.uint8(16))
 
 
-def _q5_0(blocks: Blocks) -> Tensor:
+def _q5_0(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     return blocks.quantized(_INT8, lambda b: _signed(16, _five_bits(b, 2)), scale)
 
 
-def _q5_1(blocks: Blocks) -> Tensor:
+def _q5_1(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
     return blocks.quantized(_UINT8, lambda b: _five_bits(b, 4), scale, offset=offset)
 
 
-def _q8_0(blocks: Blocks) -> Tensor:
+def _q8_0(blocks: BlockData) -> Tensor:
     return blocks.quantized(_INT8, _field(2, 34), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
 
 
-def _q8_k(blocks: Blocks) -> Tensor:
+def _q8_k(blocks: BlockData) -> Tensor:
     """The sums of 16 codes each that follow are for dot products only."""
     return blocks.quantized(_INT8, _field(4, 260), blocks.part("scale", _FLOAT32, 1, _field(0, 4)))
 
 
 def _with_minima(
-    blocks: Blocks, dtype: np.dtype[Any], codes: _Take, at: int, count: int, scales: _Take, minima: _Take
+    blocks: BlockData, dtype: np.dtype[Any], codes: _Take, at: int, count: int, scales: _Take, minima: _Take
 ) -> Tensor:
     """`count` scales and minima of a block, whose own scales d and dmin lie at byte `at`."""
     d = blocks.part("scale", _FLOAT16, 1, _field(at, at + 2))
@@ -172,7 +172,7 @@ def _with_minima(
     return blocks.quantized(dtype, codes, scale, offset=offset)
 
 
-def _q2_k(blocks: Blocks) -> Tensor:
+def _q2_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
         _UINT2,
@@ -198,7 +198,7 @@ def _six_bits(blocks: _Bytes, low: int, nibble: int) -> _Bytes:
     return found.view(np.uint8)
 
 
-def _q4_k(blocks: Blocks) -> Tensor:
+def _q4_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
         _UINT4,
@@ -210,7 +210,7 @@ def _q4_k(blocks: Blocks) -> Tensor:
     )
 
 
-def _q5_k(blocks: Blocks) -> Tensor:
+def _q5_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
         _UINT8,
@@ -222,7 +222,7 @@ def _q5_k(blocks: Blocks) -> Tensor:
     )
 
 
-def _q3_k(blocks: Blocks) -> Tensor:
+def _q3_k(blocks: BlockData) -> Tensor:
     """The bit that is apart says that 4 is not to be subtracted."""
 
     def codes(stored: _Bytes) -> _Bytes:
@@ -236,7 +236,7 @@ def _q3_k(blocks: Blocks) -> Tensor:
     return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
 
 
-def _q6_k(blocks: Blocks) -> Tensor:
+def _q6_k(blocks: BlockData) -> Tensor:
     def codes(stored: _Bytes) -> NDArray[np.int8]:
         return _signed(32, _added(fields(stored, 0, 128, 64, 4), fields(stored, 128, 192, 32, 2, 4)))
 
@@ -249,12 +249,12 @@ def iq4_codebook() -> Tensor:
     return Tensor.from_array("codebook", np.array(IQ4_VALUES, np.float32))
 
 
-def _iq4_nl(blocks: Blocks) -> Tensor:
+def _iq4_nl(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
     return blocks.quantized(_UINT4, lambda b: paired_halves(b, 2, 16), scale, codebook=iq4_codebook())
 
 
-def _iq4_xs(blocks: Blocks) -> Tensor:
+def _iq4_xs(blocks: BlockData) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
         return _signed(32, _added(fields(stored, 4, 8, 1, 4), fields(stored, 2, 4, 1, 2, 4)))
 
@@ -263,7 +263,7 @@ def _iq4_xs(blocks: Blocks) -> Tensor:
     return blocks.quantized(_UINT4, lambda b: paired_halves(b, 8, 16), scale, codebook=iq4_codebook())
 
 
-def _tq1_0(blocks: Blocks) -> Tensor:
+def _tq1_0(blocks: BlockData) -> Tensor:
     """A byte is a fraction of 256; its digits to the base of 3 are the codes, the first one first."""
 
     def digits(stored: _Bytes, count: int) -> NDArray[np.uint16]:
@@ -277,19 +277,19 @@ def _tq1_0(blocks: Blocks) -> Tensor:
     return blocks.quantized(_INT2, codes, blocks.part("scale", _FLOAT16, 1, _field(52, 54)))
 
 
-def _tq2_0(blocks: Blocks) -> Tensor:
+def _tq2_0(blocks: BlockData) -> Tensor:
     """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
     scale = blocks.part("scale", _FLOAT16, 1, _field(64, 66))
     zero_point = blocks.part("zero_point", _UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
     return blocks.quantized(_UINT2, lambda b: pack(fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
 
 
-def _mxfp4(blocks: Blocks) -> Tensor:
+def _mxfp4(blocks: BlockData) -> Tensor:
     scale = blocks.part("scale", _EXPONENT8, 1, _field(0, 1))
     return blocks.quantized(_FLOAT4, lambda b: paired_halves(b, 1, 16), scale)
 
 
-def _nvfp4(blocks: Blocks) -> Tensor:
+def _nvfp4(blocks: BlockData) -> Tensor:
     """float8_e4m3fn without its sign, and 0x7F is 0 instead of NaN."""
 
     def scales(stored: _Bytes) -> _Bytes:

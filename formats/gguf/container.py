@@ -68,7 +68,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Container:
+class GGUFHeader:
     """The key-values and the tensors of a file, in its order; `data_offset` is where the data begin. `entries` are the
     bytes of each key-value as they stand in the file, its key included."""
 
@@ -93,7 +93,7 @@ class Container:
             raise
 
 
-def open_container(file: MappedFile) -> Container:
+def open_container(file: MappedFile) -> GGUFHeader:
     """Reads the header. Raises CorruptFile for damage, Unsupported for big-endian files and other versions."""
     cursor = _Cursor(file)
     if cursor.take(4) != MAGIC:
@@ -122,7 +122,7 @@ def open_container(file: MappedFile) -> Container:
         tensors[info.name] = info
     alignment = _alignment(metadata)
     data_offset = -(-cursor.position // alignment) * alignment
-    return Container(file, metadata, entries, tensors, alignment, data_offset)
+    return GGUFHeader(file, metadata, entries, tensors, alignment, data_offset)
 
 
 def _alignment(metadata: dict[str, Value]) -> int:

@@ -18,7 +18,7 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Model
 from nibblecast.converters.storage import Data, InMemory
 from nibblecast.formats.gguf.blocks import PLAIN_TYPES
-from nibblecast.formats.gguf.container import DEFAULT_ALIGNMENT, MAGIC, STRING, UINT32, Container, TensorInfo
+from nibblecast.formats.gguf.container import DEFAULT_ALIGNMENT, MAGIC, STRING, UINT32, GGUFHeader, TensorInfo
 from nibblecast.formats.gguf.reader import metadata_losses
 from nibblecast.formats.gguf.split import SPLIT_KEYS, open_files
 
@@ -49,7 +49,7 @@ class KeyValues:
     """What the header will say of the model as a whole. `source` are the GGUF files that it was read from, the first of
     which has the key-values to be kept, byte for byte; `title` is a name for it where there are none."""
 
-    source: tuple[Container, ...]
+    source: tuple[GGUFHeader, ...]
     title: str
 
     @classmethod

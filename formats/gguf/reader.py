@@ -12,8 +12,8 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
-from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, Blocks
-from nibblecast.formats.gguf.container import Container, TensorInfo
+from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, BlockData
+from nibblecast.formats.gguf.container import GGUFHeader, TensorInfo
 from nibblecast.formats.gguf.split import SPLIT_KEYS, open_files
 from nibblecast.formats.gguf.stored import StoredBlocks
 
@@ -40,7 +40,7 @@ class GGUFReader:
         return Model(tensors, Metadata("gguf", producer, path), losses=tuple(metadata_losses(containers[0])))
 
 
-def metadata_losses(container: Container) -> Iterator[Loss]:
+def metadata_losses(container: GGUFHeader) -> Iterator[Loss]:
     """The key-values that the representation has no place for."""
     keys = [key for key in container.metadata if not key.startswith(("general.", SPLIT_KEYS))]
     if keys:
@@ -48,7 +48,7 @@ def metadata_losses(container: Container) -> Iterator[Loss]:
         yield Loss("", "dropped", f"{len(keys)} key-values of its metadata ({shown})")
 
 
-def _tensors(container: Container) -> dict[str, Tensor]:
+def _tensors(container: GGUFHeader) -> dict[str, Tensor]:
     extents: list[tuple[int, int, str]] = []
     tensors: dict[str, Tensor] = {}
     for info in container.tensors.values():
@@ -58,7 +58,7 @@ def _tensors(container: Container) -> dict[str, Tensor]:
     return tensors
 
 
-def _tensor(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
+def _tensor(container: GGUFHeader, info: TensorInfo) -> tuple[Tensor, int]:
     """The tensor, and how many bytes of the file it takes."""
     plain = PLAIN_TYPES.get(info.type_id)
     if plain is not None:
@@ -75,17 +75,17 @@ def _tensor(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
     raise _unknown(info)
 
 
-def _blocks(container: Container, info: TensorInfo, type_name: str, elements: int, nbytes: int) -> Blocks:
+def _blocks(container: GGUFHeader, info: TensorInfo, type_name: str, elements: int, nbytes: int) -> BlockData:
     if prod(info.shape) == 0 or not info.shape or info.shape[-1] % elements:
         raise CorruptFile(
             f"has shape {info.shape}, whose last size is not whole blocks of {elements} elements ({type_name})",
             tensor=info.name,
         )
     data = container.data_of(info, prod(info.shape) // elements * nbytes)
-    return Blocks(info.name, info.shape, elements, nbytes, data)
+    return BlockData(info.name, info.shape, elements, nbytes, data)
 
 
-def _opaque(container: Container, info: TensorInfo) -> tuple[Tensor, int]:
+def _opaque(container: GGUFHeader, info: TensorInfo) -> tuple[Tensor, int]:
     """A tensor whose elements are whole blocks, of a dtype that is called as their type: no other format holds them."""
     name, elements, nbytes = OPAQUE_TYPES[info.type_id]
     data = _blocks(container, info, name, elements, nbytes).data

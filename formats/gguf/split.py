@@ -13,14 +13,14 @@ from pathlib import Path
 from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
 from nibblecast.converters.input.containment import refuse_outside
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.gguf.container import Container, open_container
+from nibblecast.formats.gguf.container import GGUFHeader, open_container
 
 SPLIT_KEYS = "split."
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 _PATTERN = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
-def open_files(path: Path) -> tuple[Container, ...]:
+def open_files(path: Path) -> tuple[GGUFHeader, ...]:
     """The files of the model that `path` belongs to, or that the folder `path` holds, in their order. Raises
     CorruptFile where one is missing or they do not fit together, UsageError for a folder with several models."""
     if path.is_dir():
@@ -66,7 +66,7 @@ def _first_of_folder(folder: Path) -> Path:
     return files[0]
 
 
-def _opened(path: Path) -> Container:
+def _opened(path: Path) -> GGUFHeader:
     try:
         return open_container(MappedFile.open(path))
     except Error as error:
@@ -74,7 +74,7 @@ def _opened(path: Path) -> Container:
         raise
 
 
-def _other(path: Path, number: int, count: int) -> Container:
+def _other(path: Path, number: int, count: int) -> GGUFHeader:
     """File `number` of the same model, from 0."""
     refuse_outside(path, path.parent)
     if not path.exists():
@@ -90,7 +90,7 @@ def _other(path: Path, number: int, count: int) -> Container:
     return container
 
 
-def _whole_number(container: Container, path: Path, key: str) -> int | None:
+def _whole_number(container: GGUFHeader, path: Path, key: str) -> int | None:
     """The value of a key; None where there is none."""
     found = container.metadata.get(key)
     if found is None:
@@ -100,7 +100,7 @@ def _whole_number(container: Container, path: Path, key: str) -> int | None:
     return int(found.value)
 
 
-def _check_tensors(containers: list[Container]) -> None:
+def _check_tensors(containers: list[GGUFHeader]) -> None:
     """Raises CorruptFile where a tensor is in two files, or where there are not as many as each file says."""
     where: dict[str, Path] = {}
     for container in containers:

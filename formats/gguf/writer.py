@@ -55,7 +55,7 @@ class GGUFWriter:
         """Lays out the file. Reads the header of a GGUF source again, for its key-values, and those parameters of which
         it is not certain that ggml's types hold them. Raises Unsupported for what no type of ggml holds."""
         key_values = KeyValues.of(model)
-        places: dict[str, _Place] = {}
+        places: dict[str, _TensorEntry] = {}
         losses: list[Loss] = []
         end = 0
         for name, tensor in model.items():
@@ -77,7 +77,7 @@ class GGUFWriter:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
+class _TensorEntry:
     """A tensor's entry in the header and how many bytes it takes; `tensor` is what reading it will give. `blocks` are
     those that are copied; `kind` is what those are which are made."""
 
@@ -88,21 +88,21 @@ class _Place:
     kind: Kind | None = None
 
 
-def _place(tensor: Tensor, offset: int) -> tuple[_Place, tuple[Loss, ...]]:
+def _place(tensor: Tensor, offset: int) -> tuple[_TensorEntry, tuple[Loss, ...]]:
     _check_limits(tensor)
     name, stored, quantization = tensor.name, stored_blocks(tensor), tensor.quantization
     if stored is not None:
         info = TensorInfo(name, stored.shape, stored.type_id, offset)
-        return _Place(info, stored.blocks.nbytes, tensor, blocks=stored.blocks), ()
+        return _TensorEntry(info, stored.blocks.nbytes, tensor, blocks=stored.blocks), ()
     if quantization is not None:
         kind, made, losses = arrange(tensor, quantization)
         nbytes = tensor.size // kind.elements * BLOCK_TYPES[kind.type_id].nbytes
-        return _Place(TensorInfo(name, tensor.shape, kind.type_id, offset), nbytes, made, kind=kind), losses
+        return _TensorEntry(TensorInfo(name, tensor.shape, kind.type_id, offset), nbytes, made, kind=kind), losses
     type_id = _TYPE_IDS.get(tensor.dtype)
     if type_id is None:
         message = f"has plain {tensor.dtype} values, for which ggml has no type: leave it out with --skip"
         raise Unsupported(message, tensor=name)
-    return _Place(TensorInfo(name, tensor.shape, type_id, offset), tensor.nbytes, tensor), ()
+    return _TensorEntry(TensorInfo(name, tensor.shape, type_id, offset), tensor.nbytes, tensor), ()
 
 
 def _check_limits(tensor: Tensor) -> None:
@@ -132,7 +132,7 @@ class GGUFPlan:
     notes: Sequence[str]
     header: Sequence[Data]
     alignment: int
-    places: dict[str, _Place]
+    places: dict[str, _TensorEntry]
     expected: Model
 
     def open(self, streams: Sequence[BinaryIO]) -> GGUFSink:
@@ -150,7 +150,7 @@ class GGUFSink:
     """Writes tensors as they come, which is the order of their places."""
 
     stream: BinaryIO
-    places: dict[str, _Place]
+    places: dict[str, _TensorEntry]
     alignment: int
 
     def write(self, tensor: Tensor) -> None:

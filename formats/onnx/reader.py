@@ -18,11 +18,11 @@ from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import TensorHeader
 from nibblecast.formats.onnx.file.parse import parse
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.weights.block_operators import BlockWeight, block_weights
 from nibblecast.formats.onnx.weights.dataflow import Dataflow, call_scopes
 from nibblecast.formats.onnx.weights.parameters import quantization
-from nibblecast.formats.onnx.weights.patterns import Matcher, Pattern, Scope, Stored
+from nibblecast.formats.onnx.weights.patterns import InitializerCodes, Matcher, Pattern, Scope
 from nibblecast.formats.onnx.weights.rounding import rounded_codes
 from nibblecast.formats.onnx.weights.uses import uses_of
 from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
@@ -48,7 +48,7 @@ class _Found:
     """A tensor of the file: its initializer, the name it gets, and the nodes, or the operator, that decode it."""
 
     name: str
-    stored: Stored
+    stored: InitializerCodes
     pattern: Pattern | None
     uses: tuple[Use, ...]
     block: BlockWeight | None = None
@@ -65,7 +65,7 @@ class _Reading:
 
     def __init__(self, path: Path, file: MappedFile) -> None:
         self.path = path
-        self.payloads = Payloads(file, allowance=Allowance(file.view.size))
+        self.payloads = PayloadTensors(file, allowance=Allowance(file.view.size))
         self.parsed = parse(self.payloads.view, path)
         self.losses: list[Loss] = []
         self.owners: dict[int, str] = {}
@@ -123,7 +123,7 @@ class _Reading:
                     f"remove its metadata entry {schema.LAYOUT} to read the initializers",
                     tensor=name,
                 )
-            yield _Found(name, pattern.codes if pattern else Stored(header), pattern, ())
+            yield _Found(name, pattern.codes if pattern else InitializerCodes(header), pattern, ())
 
     def _foreign(self, flow: Dataflow) -> Iterator[_Found]:
         """Every initializer and Constant of the graphs, parameters of others excepted."""
@@ -140,7 +140,7 @@ class _Reading:
                     yield weights[id(header)]
                 elif id(header) not in self.owners or header.name in scope.outputs:
                     uses = uses_of(flow, scope, header.name, len(header.dims))
-                    yield _Found(header.name, Stored(header), None, uses)
+                    yield _Found(header.name, InitializerCodes(header), None, uses)
 
     def _weights(self, flow: Dataflow) -> dict[int, _Found]:
         """What nodes decode or take the codes of, by the identity of the initializer."""
@@ -150,7 +150,9 @@ class _Reading:
             for node in scope.graph.nodes:
                 for block in block_weights(node, matcher.blob):
                     name = block.codes.name
-                    found = weights.setdefault(id(block.codes), _Found(name, Stored(block.codes), None, (), block))
+                    found = weights.setdefault(
+                        id(block.codes), _Found(name, InitializerCodes(block.codes), None, (), block)
+                    )
                     use = Use(node.op_type, block.position, block.channel_axis)
                     if use not in found.uses:
                         weights[id(block.codes)] = replace(found, uses=(*found.uses, use))

@@ -30,7 +30,7 @@ from nibblecast.formats.onnx.file.serialize import (
     lay_out,
 )
 from nibblecast.formats.onnx.file.validation import validate
-from nibblecast.formats.onnx.writing.decode_nodes import Initializer, Lowering, carrier, widened
+from nibblecast.formats.onnx.writing.decode_nodes import DecodeNodes, Initializer, carrier, widened
 from nibblecast.formats.onnx.writing.from_onnx_ir import Lowerable, Missing
 from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph, QuantizedLayout
 from nibblecast.formats.onnx.writing.graph_writer import (
@@ -135,7 +135,7 @@ class OnnxWriter:
         shared = _shared_parameters(model)
         allowance = Allowance(sum(data.nbytes for tensor in model.values() for data in tensor.stored()))
         known = {key: names[name] for key, name in shared.items()}
-        lowering = Lowering(opset, UniqueNames(names.values()), known, allowance)
+        lowering = DecodeNodes(opset, UniqueNames(names.values()), known, allowance)
         initializers: dict[str, list[Initializer]] = {}
         outputs: list[bytes] = []
         for name, tensor in model.items():

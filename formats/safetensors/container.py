@@ -72,7 +72,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Container:
+class SafetensorsHeader:
     """A whole file, or several: the entries in the header's order, the `__metadata__` strings, and the files' size."""
 
     entries: Mapping[str, StoredTensor]
@@ -80,7 +80,7 @@ class Container:
     nbytes: int
 
 
-def open_container(file: MappedFile) -> Container:
+def open_container(file: MappedFile) -> SafetensorsHeader:
     """Parses and checks the header. Raises CorruptFile with what is wrong, Unsupported for dtypes unknown here."""
     header, start = _header(file)
     metadata = header.pop(METADATA_KEY, {})
@@ -99,7 +99,7 @@ def open_container(file: MappedFile) -> Container:
             f"has {file.view.size} bytes where its header describes {start + end}: it is truncated or has a tail"
         )
     entries = {name: entry for name, _, _, entry in spans}
-    return Container({name: entries[name] for name in header}, metadata, file.view.size)
+    return SafetensorsHeader({name: entries[name] for name in header}, metadata, file.view.size)
 
 
 def _header(file: MappedFile) -> tuple[dict[str, Any], int]:

@@ -11,7 +11,7 @@ from nibblecast.formats.encodings.bytes.float6 import BY_NAME
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.encodings.configuration import model_config, quantization_config
 from nibblecast.formats.encodings.torchao import safetensors_keys
-from nibblecast.formats.safetensors.container import Container
+from nibblecast.formats.safetensors.container import SafetensorsHeader
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, build
 from nibblecast.formats.safetensors.shards import open_checkpoint
 
@@ -29,7 +29,7 @@ class SafetensorsReader:
         Allowance(container.nbytes).hold_all(model.tensors)
         return model
 
-    def _model(self, path: Path, container: Container, left_out: Sequence[Loss]) -> Model:
+    def _model(self, path: Path, container: SafetensorsHeader, left_out: Sequence[Loss]) -> Model:
         losses = list(left_out)
         if any(entry.dtype in BY_NAME.values() for entry in container.entries.values()):
             losses.append(Loss("", "reinterpreted", _FLOAT6))

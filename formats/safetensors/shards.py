@@ -10,14 +10,14 @@ from nibblecast.converters.ir import Loss
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.shards import owners, shards_of
 from nibblecast.formats.encodings.torchao.safetensors_keys import together
-from nibblecast.formats.safetensors.container import Container, open_container
+from nibblecast.formats.safetensors.container import SafetensorsHeader, open_container
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, merged
 
 _INDEX = "*.safetensors.index.json"
 _SHARD = "*.safetensors"
 
 
-def open_checkpoint(path: Path) -> tuple[Container, Sequence[Loss]]:
+def open_checkpoint(path: Path) -> tuple[SafetensorsHeader, Sequence[Loss]]:
     """The tensors of a file, or of a folder's files in the order of the index (of their names, where there is none),
     and what an index leaves out. Raises CorruptFile for an index that names what is not there, or files outside the
     folder; Unsupported for several files in the layout `packed` without an index, each of which is a model."""
@@ -36,10 +36,10 @@ def open_checkpoint(path: Path) -> tuple[Container, Sequence[Loss]]:
     descriptions = [each[METADATA_NAME] for each in metadata if METADATA_NAME in each]
     described = {METADATA_NAME: merged(descriptions)} if descriptions else {}
     nbytes = sum(container.nbytes for container in containers.values())
-    return Container(entries, together(metadata) | described, nbytes), losses
+    return SafetensorsHeader(entries, together(metadata) | described, nbytes), losses
 
 
-def _opened(path: Path) -> Container:
+def _opened(path: Path) -> SafetensorsHeader:
     try:
         return open_container(MappedFile.open(path))
     except Error as error:

@@ -21,7 +21,7 @@ from nibblecast.formats.tflite.options import OPTIONS, Options
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from nibblecast.formats.tflite.to_onnx.builder import Operator, TensorInfo
+    from nibblecast.formats.tflite.to_onnx.builder import OperatorCall, TensorInfo
     from nibblecast.formats.tflite.to_onnx.graph import Subgraph
 
 _FLOAT32 = np.dtype(np.float32)
@@ -154,8 +154,8 @@ class TFLiteGraph:
         constant = self.constants.get(key)
         return TensorInfo(name, shape, signature, _dtype(table), scale, zero_point, constant, bool(table.is_variable))
 
-    def _operator(self, operator: schema.Operator) -> Operator:
-        from nibblecast.formats.tflite.to_onnx.builder import Operator
+    def _operator(self, operator: schema.Operator) -> OperatorCall:
+        from nibblecast.formats.tflite.to_onnx.builder import OperatorCall
 
         name = self.operators[operator.opcode_index]
         table = operator.builtin_options_2 if name == "STABLEHLO_COMPOSITE" else operator.builtin_options
@@ -165,7 +165,7 @@ class TFLiteGraph:
         intermediates = () if operator.intermediates is None else tuple(int(at) for at in operator.intermediates)
         custom = b"" if operator.custom_options is None else operator.custom_options.tobytes()
         options = Options(name, table if name in OPTIONS else None)
-        return Operator(name, inputs, outputs, options, intermediates, custom)
+        return OperatorCall(name, inputs, outputs, options, intermediates, custom)
 
 
 def _sizes(values: NDArray[Any] | None, name: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import nibblecast
 from nibblecast.converters.batches.records import REPORT
 from nibblecast.converters.errors import CorruptFile, UsageError
 from nibblecast.converters.reports import plots
-from nibblecast.converters.reports.counts import Codes
+from nibblecast.converters.reports.counts import CodeCounts
 from nibblecast.converters.reports.words import count_text, number, percent, seconds_text, shown
 from nibblecast.converters.sizes import bytes_text
 from tests.reports import samples
@@ -131,7 +131,7 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_the_bars_of_a_figure_are_as_high_as_the_counts() -> None:
     wanted = (0, 3, 1, 12, 0, 7)
     with plots.drawing():
-        figure = plots.codes_plot(Codes(tuple(range(-3, 3)), wanted), "Codes <&>")
+        figure = plots.codes_plot(CodeCounts(tuple(range(-3, 3)), wanted), "Codes <&>")
     assert 'aria-label="Codes &lt;&amp;&gt;: histogram from -3 to 2, most often 0, 2 of 6 unused"' in figure
     outline = re.search(r'<path d="([^"]*)" class="fill-first"', figure)
     assert outline is not None

@@ -46,7 +46,7 @@ _OPERATORS = frozenset(operator for operator, _, _ in _KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
-class _Weight:
+class _KernelWeight:
     """A quantized weight in one of its uses, as far as kernels care."""
 
     tensor: Tensor
@@ -101,7 +101,7 @@ class Rule:
     """A kind of weight that some or all kernels cannot take: the problem, the way out, and what runs it nevertheless
     (empty: nothing does; the reference kernels are those of TFLite Micro)."""
 
-    applies: Callable[[_Weight], bool]
+    applies: Callable[[_KernelWeight], bool]
     problem: str
     way_out: str
     runs: str = ""
@@ -121,7 +121,7 @@ class Advice:
         return f"fits {f'only {self.kernels}' if self.kernels else 'no kernel'}: {self.rule.problem}"
 
 
-def _odd_scales(weight: _Weight) -> bool:
+def _odd_scales(weight: _KernelWeight) -> bool:
     """Scales other than one for all or one for each output channel; whatever else codes may need to become values."""
     quantization, axis = weight.tensor.quantization, weight.use.channel_axis
     if quantization is None or axis is None:
@@ -131,18 +131,18 @@ def _odd_scales(weight: _Weight) -> bool:
     return bool(weight.split) and (weight.split != (axis,) or quantization.block_shape[axis] != 1)
 
 
-def _has_zero_points(weight: _Weight) -> bool:
+def _has_zero_points(weight: _KernelWeight) -> bool:
     quantization = weight.tensor.quantization
     zero_point = None if quantization is None else quantization.zero_point
     return zero_point is not None and bool(zero_point.codes().any())
 
 
-def _multiplies_odd_channels(weight: _Weight) -> bool:
+def _multiplies_odd_channels(weight: _KernelWeight) -> bool:
     channels = weight.input_channels
     return weight.is_("DEPTHWISE_CONV_2D", 4) and channels % 2 == 1 and weight.tensor.shape[-1] > channels
 
 
-def _is_grouped(weight: _Weight) -> bool:
+def _is_grouped(weight: _KernelWeight) -> bool:
     return weight.is_("CONV_2D", 4) and weight.input_channels > weight.tensor.shape[-1]
 
 
@@ -230,7 +230,7 @@ def advice(tensor: Tensor, packing: Packing = DENSE) -> Advice | None:
         return None
     axes = range(len(tensor.shape))
     uses = [use for use in tensor.uses if use.operator in _OPERATORS and use.channel_axis in axes]
-    found = [_advice(_Weight(tensor, use, packing)) for use in uses]
+    found = [_advice(_KernelWeight(tensor, use, packing)) for use in uses]
     return next((each for each in found if each.rule is not None), found[0] if found else None)
 
 
@@ -250,7 +250,7 @@ def named(names: list[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _advice(weight: _Weight) -> Advice:
+def _advice(weight: _KernelWeight) -> Advice:
     for rule in RULES:
         if rule.applies(weight):
             return Advice(rule.runs, rule)

@@ -19,7 +19,7 @@ from nibblecast.formats.cheader.reading.source import ELEMENT_TYPES, ArrayText
 
 
 @dataclass(slots=True)
-class Kept:
+class CachedArrays:
     """The elements of the arrays of one tensor that had to be read as a whole."""
 
     tensor: str = ""
@@ -46,7 +46,7 @@ class ElementData:
     dtype: np.dtype[Any]
     limit: int | None
     lines: Lines | None
-    kept: Kept
+    kept: CachedArrays
 
     @property
     def file(self) -> MappedFile:

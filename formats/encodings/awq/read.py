@@ -19,7 +19,7 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.formats.encodings.bytes.rows import columns_in_words, transposed
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import float_scales, group_size, value_dtype
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
@@ -36,7 +36,7 @@ _PARTS = (".qweight", ".qzeros", ".scales")
 _GEMM_NEEDED = "quantize the model with version 'GEMM'"
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether the outputs lie in the words of `qweight`, or the configuration says AWQ."""
     qweight, scales = stored.get(".qweight"), stored.get(".scales")
     if qweight is None or scales is None or len(qweight.shape) != 2 or len(scales.shape) != 2:
@@ -44,7 +44,7 @@ def claims(stored: Stored) -> bool:
     return stored.checkpoint.method == "awq" or _is_gemm(qweight, scales) or _other_layout(stored) != ""
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I). Raises Unsupported for other layouts under the same name and for other than 4 bits;
     CorruptFile where shapes, groups or configuration do not fit."""
     qweight, scales = stored[".qweight"], float_scales(stored[".scales"])
@@ -74,14 +74,14 @@ def decode(stored: Stored) -> Weight:
         value_dtype=value_dtype(scales.dtype),
     )
     codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=PLACES)
-    return Weight(replace(codes, quantization=quantization), _PARTS)
+    return DecodedWeight(replace(codes, quantization=quantization), _PARTS)
 
 
 def _is_gemm(qweight: Tensor, scales: Tensor) -> bool:
     return qweight.shape[1] * PER_WORD == scales.shape[1]
 
 
-def _layout(stored: Stored) -> str:
+def _layout(stored: WeightTensors) -> str:
     """What the configuration calls the layout, in lower case; empty where it does not say. autoawq has it in `version`,
     gptqmodel in `checkpoint_format` or `format`."""
     if stored.checkpoint.method != "awq":
@@ -90,7 +90,7 @@ def _layout(stored: Stored) -> str:
     return next((name.lower() for name in names if name), "")
 
 
-def _other_layout(stored: Stored) -> str:
+def _other_layout(stored: WeightTensors) -> str:
     """The layout for one kernel that the tensors are in; empty where they are in none. Marlin's tiles have no zeros;
     gemv_fast has zeros that are floats, of words of 16 bits."""
     qweight, scales, qzeros = stored[".qweight"], stored[".scales"], stored.get(".qzeros")

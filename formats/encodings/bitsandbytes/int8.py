@@ -15,7 +15,7 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, per_axis
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 
 METHODS = frozenset(("bitsandbytes", "bitsandbytes_8bit"))
 
@@ -23,12 +23,12 @@ _FACTOR = float(np.float32(7.874015718698502e-3))
 _PARTS = (".weight", ".SCB", ".weight_format")
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there is a weight beside the magnitudes."""
     return stored.get(".weight") is not None
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I), its codes int8. Raises CorruptFile where shapes, dtypes or the configuration do not
     fit, Unsupported for rows in another order."""
     weight, magnitudes, order = stored[".weight"], stored[".SCB"], stored.get(".weight_format")
@@ -42,4 +42,4 @@ def decode(stored: Stored) -> Weight:
         raise CorruptFile("has load_in_8bit False in its configuration, but its tensors are LLM.int8()'s")
     scale = replace(magnitudes, name="scale", shape=(weight.shape[0], 1))
     quantization = Quantization(scale, per_axis(weight.shape, 0), factor=_FACTOR)
-    return Weight(replace(weight, quantization=quantization), _PARTS)
+    return DecodedWeight(replace(weight, quantization=quantization), _PARTS)

@@ -31,7 +31,7 @@ from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Quantization, Tensor
 from nibblecast.formats.encodings.bytes.flat_blocks import FlatBlocks, flat_blocks
 from nibblecast.formats.encodings.bytes.rows import swapped_nibbles
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import value_dtype
 
 METHODS = frozenset(("bitsandbytes", "bitsandbytes_4bit"))
@@ -64,12 +64,12 @@ class _State:
     nested_offset: float = 0.0
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether the parameter itself is there."""
     return stored.get("") is not None
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight in its own shape, its codes uint4. Raises CorruptFile where sizes, JSON or configuration
     do not fit."""
     state = _state(stored)
@@ -87,7 +87,7 @@ def decode(stored: Stored) -> Weight:
         value_dtype=value_dtype(state.dtype),
     )
     tensor = Tensor(stored.name, state.shape, _UINT4, swapped_nibbles(packed.data, count), quantization)
-    return Weight(tensor, _PARTS, _losses(stored.name, state, blocks))
+    return DecodedWeight(tensor, _PARTS, _losses(stored.name, state, blocks))
 
 
 def _losses(name: str, state: _State, blocks: FlatBlocks) -> tuple[Loss, ...]:
@@ -100,7 +100,7 @@ def _losses(name: str, state: _State, blocks: FlatBlocks) -> tuple[Loss, ...]:
     return (Loss(name, "expanded", detail),)
 
 
-def _absmax(stored: Stored, state: _State) -> Tensor:
+def _absmax(stored: WeightTensors, state: _State) -> Tensor:
     """The scales, shape (blocks,), quantized themselves with double quantization."""
     absmax = _flat(stored[".absmax"])
     nested = [stored.get(part) is not None for part in _NESTED]
@@ -125,14 +125,14 @@ def _flat(tensor: Tensor) -> Tensor:
     return replace(tensor, shape=(tensor.size,))
 
 
-def _table(stored: Stored, part: str, entries: int) -> Tensor:
+def _table(stored: WeightTensors, part: str, entries: int) -> Tensor:
     table = _flat(stored[part])
     if table.dtype != np.float32 or table.size != entries:
         raise CorruptFile(f"has {part[1:]} of {table.size} {table.dtype}: {entries} of float32 are needed")
     return table
 
 
-def _state(stored: Stored) -> _State:
+def _state(stored: WeightTensors) -> _State:
     found = [(type_, stored.get(_STATE + type_)) for type_ in _TYPES]
     states = [(type_, tensor) for type_, tensor in found if tensor is not None]
     if len(states) != 1:
@@ -173,7 +173,7 @@ def _blocksize(document: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _check_configuration(stored: Stored, state: _State) -> None:
+def _check_configuration(stored: WeightTensors, state: _State) -> None:
     """Raises CorruptFile where the configuration, if there is one, is of something else."""
     if not stored.checkpoint.config:
         return

@@ -14,7 +14,7 @@ from typing import Any
 
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import blocked, grid_shape, per_tensor
-from nibblecast.formats.encodings.checkpoint import Checkpoint, Stored, is_size
+from nibblecast.formats.encodings.checkpoint import Checkpoint, WeightTensors, is_size
 
 #: Layouts that are known by name only.
 UNREAD = frozenset(("marlin-24", "sparse-24-bitmask", "sparse-bitmask"))
@@ -33,7 +33,7 @@ SCALE_DTYPES = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class ConfigGroup:
     """How some weights are quantized: bits of a code, "int" or "float", "tensor", "channel", "group", "tensor_group" or
     "block", inputs in a group, rows and columns of a block, and the name of the layout (empty: any)."""
 
@@ -63,10 +63,10 @@ class Scheme:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WeightScheme:
     """How a weight is written: the scheme, and whether it has no zero points."""
 
-    scheme: Scheme
+    scheme: ConfigGroup
     symmetric: bool = True
 
     def group(self, targets: list[str]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Written:
         return {"targets": targets, "weights": weights, **nothing, "format": scheme.layout}
 
 
-def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
+def schemes(stored: WeightTensors, layouts: frozenset[str]) -> tuple[ConfigGroup, ...]:
     """The schemes of the configuration that are of one of `layouts`; empty where there is no configuration. Raises
     CorruptFile where it has some, but none of these, or means that the weight is not quantized."""
     groups = _groups(stored.checkpoint)
@@ -103,7 +103,7 @@ def schemes(stored: Stored, layouts: frozenset[str]) -> tuple[Scheme, ...]:
     return fitting
 
 
-def layout_names(stored: Stored) -> frozenset[str]:
+def layout_names(stored: WeightTensors) -> frozenset[str]:
     """All names of layouts in the configuration."""
     return _groups(stored.checkpoint).layouts
 
@@ -120,7 +120,7 @@ class _Groups:
     by_target: Mapping[str, Sequence[str]]
     general: Sequence[str]
     layouts: frozenset[str]
-    schemes: dict[str, Scheme | None] = field(default_factory=dict)
+    schemes: dict[str, ConfigGroup | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Groups:
@@ -147,7 +147,7 @@ class _Groups:
             frozenset(_strings(values)),
         )
 
-    def scheme(self, name: str) -> Scheme | None:
+    def scheme(self, name: str) -> ConfigGroup | None:
         """The scheme of a group; None where it is about activations only."""
         if name not in self.schemes:
             self.schemes[name] = _scheme(name, _of(self.entries, name), self.default)
@@ -182,7 +182,7 @@ def _strings(values: Any) -> Iterator[str]:
     yield from (value for value in (values if isinstance(values, list) else ()) if isinstance(value, str))
 
 
-def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
+def _scheme(name: str, group: Any, default: Any) -> ConfigGroup | None:
     """The scheme of a group; None where it is about activations only."""
     weights = _of(group, "weights")
     if weights is None:
@@ -202,7 +202,7 @@ def _scheme(name: str, group: Any, default: Any) -> Scheme | None:
     for key, text in (("format", layout), ("type", kind), ("strategy", strategy)):
         if not isinstance(text, str):
             raise CorruptFile(f"has the {key} {brief(text)} in '{name}' of its configuration, where a name is needed")
-    return Scheme(bits, kind.lower(), strategy.lower(), counts[1], (counts[2], counts[3]), layout)
+    return ConfigGroup(bits, kind.lower(), strategy.lower(), counts[1], (counts[2], counts[3]), layout)
 
 
 def _implied_strategy(size: Any) -> str:

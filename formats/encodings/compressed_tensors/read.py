@@ -32,8 +32,8 @@ from nibblecast.formats.encodings.bytes.bit_fields import across_rows, along_row
 from nibblecast.formats.encodings.bytes.float6 import FLOAT6_E2M3, float6
 from nibblecast.formats.encodings.bytes.rows import made_by_rows
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
-from nibblecast.formats.encodings.compressed_tensors.config_group import UNREAD, Scheme, layout_names, schemes
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
+from nibblecast.formats.encodings.compressed_tensors.config_group import UNREAD, ConfigGroup, layout_names, schemes
 from nibblecast.formats.encodings.values.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
@@ -65,7 +65,7 @@ _DECOMPRESS = "save the model dense, or in another layout, with the compressed-t
 _DENSE_SINCE = (0, 18)
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are packed codes, or codes of int8 or float8 with a scale that are not ModelOpt's."""
     if stored.get(".weight_packed") is not None or _is_sparse(stored):
         return True
@@ -75,7 +75,7 @@ def claims(stored: Stored) -> bool:
     return weight.dtype in _INTEGERS or weight.dtype in _FLOATS8
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I), or (E, O, I) for experts. Raises Unsupported for layouts that are known by name
     only; CorruptFile where shapes, dtypes or configuration do not fit."""
     _refuse_unread(stored)
@@ -91,11 +91,11 @@ def decode(stored: Stored) -> Weight:
     raise CorruptFile(f"has weight_packed of {packed.dtype}, where int32 or uint8 is needed")
 
 
-def _is_sparse(stored: Stored) -> bool:
+def _is_sparse(stored: WeightTensors) -> bool:
     return stored.get(".bitmask") is not None and stored.get(".compressed") is not None
 
 
-def _refuse_unread(stored: Stored) -> None:
+def _refuse_unread(stored: WeightTensors) -> None:
     if _is_sparse(stored):
         raise Unsupported(f"is in a sparse layout of compressed-tensors: {_DECOMPRESS}", tensor=stored.prefix)
     unread = sorted(layout_names(stored) & UNREAD)
@@ -105,7 +105,7 @@ def _refuse_unread(stored: Stored) -> None:
         raise Unsupported(f"is in the layout '{unread[0]}' of compressed-tensors: {_DECOMPRESS}")
 
 
-def _packed_integers(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
+def _packed_integers(stored: WeightTensors, packed: Tensor, scale: Tensor) -> DecodedWeight:
     shape = _shape(stored, packed)
     candidates = schemes(stored, frozenset(("pack-quantized",)))
     widths = _widths(stored, candidates, packed.shape[-1], shape[-1])
@@ -120,7 +120,7 @@ def _packed_integers(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
     return _affine(stored, codes, float_scales(scale), fitting, (bits, dense))
 
 
-def _shape(stored: Stored, packed: Tensor) -> tuple[int, ...]:
+def _shape(stored: WeightTensors, packed: Tensor) -> tuple[int, ...]:
     tensor = stored[".weight_shape"]
     if tensor.shape != (len(packed.shape),) or not is_integer(tensor.dtype):
         raise CorruptFile(f"has weight_shape of shape {tensor.shape} and dtype {tensor.dtype}")
@@ -130,7 +130,9 @@ def _shape(stored: Stored, packed: Tensor) -> tuple[int, ...]:
     return shape
 
 
-def _widths(stored: Stored, candidates: Iterable[Scheme], words: int, columns: int) -> set[tuple[int, bool]]:
+def _widths(
+    stored: WeightTensors, candidates: Iterable[ConfigGroup], words: int, columns: int
+) -> set[tuple[int, bool]]:
     """The numbers of bits, with whether codes cross words, by which so many words are so many columns. Packed zero
     points, which run along the rows, may cross words where codes cannot."""
     zero_point = stored.get(".weight_zero_point")
@@ -148,7 +150,7 @@ def _widths(stored: Stored, candidates: Iterable[Scheme], words: int, columns: i
     return found
 
 
-def _version(stored: Stored) -> tuple[int, ...]:
+def _version(stored: WeightTensors) -> tuple[int, ...]:
     version = stored.setting("version", str, "")
     numbers = version.split(".")[:2]
     if len(numbers) != 2 or not all(number.isdecimal() and len(number) < 9 for number in numbers):
@@ -156,14 +158,14 @@ def _version(stored: Stored) -> tuple[int, ...]:
     return tuple(int(number) for number in numbers)
 
 
-def _one_in_an_element(stored: Stored, weight: Tensor, scale: Tensor) -> Weight:
+def _one_in_an_element(stored: WeightTensors, weight: Tensor, scale: Tensor) -> DecodedWeight:
     name = f"{stored.prefix}.weight"
     if len(weight.shape) < 2:
         raise CorruptFile(f"has codes of shape {weight.shape}, where a matrix is needed")
     if weight.dtype in _FLOATS8:
         if scale.dtype == np.uint8:
             schemes(stored, frozenset(("mxfp8-quantized",)))
-            return Weight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
+            return DecodedWeight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
         candidates = schemes(stored, frozenset(("float-quantized", "naive-quantized")))
         fitting = [scheme for scheme in candidates if scheme.kind == "float" and scheme.bits == 8]
         _some(candidates, fitting, weight)
@@ -178,15 +180,15 @@ def _one_in_an_element(stored: Stored, weight: Tensor, scale: Tensor) -> Weight:
     return _affine(stored, codes, float_scales(scale), fitting, None)
 
 
-def _some(candidates: tuple[Scheme, ...], fitting: list[Scheme], weight: Tensor) -> None:
+def _some(candidates: tuple[ConfigGroup, ...], fitting: list[ConfigGroup], weight: Tensor) -> None:
     if candidates and not fitting:
         told = ", ".join(sorted({f"{scheme.kind}{scheme.bits}" for scheme in candidates}))
         raise CorruptFile(f"has codes of {weight.dtype}, but its configuration says {told}")
 
 
 def _affine(
-    stored: Stored, codes: Tensor, scale: Tensor, candidates: list[Scheme], packing: tuple[int, bool] | None
-) -> Weight:
+    stored: WeightTensors, codes: Tensor, scale: Tensor, candidates: list[ConfigGroup], packing: tuple[int, bool] | None
+) -> DecodedWeight:
     """The weight of these codes; zero points may be packed as `packing` says: bits, and whether codes cross words."""
     shape = codes.shape
     block_shape = _block_shape(candidates, shape, scale.shape)
@@ -199,10 +201,10 @@ def _affine(
         group_index=index if index is None else kept_index(index, len(shape) - 1),
         value_dtype=value_dtype(scale.dtype),
     )
-    return Weight(replace(codes, quantization=quantization), _PARTS)
+    return DecodedWeight(replace(codes, quantization=quantization), _PARTS)
 
 
-def _block_shape(candidates: list[Scheme], shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
+def _block_shape(candidates: list[ConfigGroup], shape: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, ...]:
     if candidates:
         fitting = {found for scheme in candidates if (found := scheme.block_shape(shape, scales)) is not None}
     else:
@@ -216,14 +218,14 @@ def _block_shape(candidates: list[Scheme], shape: tuple[int, ...], scales: tuple
     return fitting.pop()
 
 
-def _group_index(stored: Stored, columns: int, grid: tuple[int, ...]) -> NDArray[Any] | None:
+def _group_index(stored: WeightTensors, columns: int, grid: tuple[int, ...]) -> NDArray[Any] | None:
     g_idx = stored.get(".weight_g_idx")
     if g_idx is None or (g_idx.dtype.kind == "i" and bool((g_idx.numpy() == -1).any())):
         return None
     return group_index(g_idx, columns, grid[-1])
 
 
-def _zero_point(stored: Stored, grid: tuple[int, ...], packing: tuple[int, bool] | None) -> Tensor | None:
+def _zero_point(stored: WeightTensors, grid: tuple[int, ...], packing: tuple[int, bool] | None) -> Tensor | None:
     zero_point = stored.get(".weight_zero_point")
     if zero_point is None:
         return None
@@ -238,7 +240,7 @@ def _zero_point(stored: Stored, grid: tuple[int, ...], packing: tuple[int, bool]
     return replace(zero_point, name="zero_point", shape=grid)
 
 
-def _packed_floats(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
+def _packed_floats(stored: WeightTensors, packed: Tensor, scale: Tensor) -> DecodedWeight:
     name = f"{stored.prefix}.weight"
     zero_point = stored.get(".weight_zero_point")
     if zero_point is not None and zero_point.codes().any():
@@ -247,14 +249,14 @@ def _packed_floats(stored: Stored, packed: Tensor, scale: Tensor) -> Weight:
         schemes(stored, frozenset(("nvfp4-pack-quantized",)))
         scales = divided(scale, stored[".weight_global_scale"])
         loss = Loss(name, "widened", "its scales, float8 by a divisor, are divided to float32")
-        return Weight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
+        return DecodedWeight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
         schemes(stored, frozenset(("mxfp6-pack-quantized",)))
         shape = (*packed.shape[:-1], scale.shape[-1] * MX_BLOCK)
         codes = float6(name, shape, FLOAT6_E2M3, packed.data)
-        return Weight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), MX_BLOCK), _PARTS)
+        return DecodedWeight(small_floats(name, FLOAT6_E2M3, codes, exponents(scale), MX_BLOCK), _PARTS)
     schemes(stored, frozenset(("mxfp4-pack-quantized",)))
-    return Weight(small_floats(name, FLOAT4, packed, exponents(scale), MX_BLOCK), _PARTS)
+    return DecodedWeight(small_floats(name, FLOAT4, packed, exponents(scale), MX_BLOCK), _PARTS)
 
 
 def divided(scale: Tensor, divisor: Tensor) -> Tensor:

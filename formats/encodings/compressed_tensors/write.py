@@ -22,7 +22,7 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor
 from nibblecast.converters.storage import InMemory
 from nibblecast.formats.encodings.bytes.bit_fields import code_dtype, in_words, in_words_across
-from nibblecast.formats.encodings.compressed_tensors.config_group import SCALE_DTYPES, Scheme, Written
+from nibblecast.formats.encodings.compressed_tensors.config_group import SCALE_DTYPES, ConfigGroup, WeightScheme
 from nibblecast.formats.encodings.compressed_tensors.read import MX_BLOCK, NVFP4_BLOCK, divided
 from nibblecast.formats.encodings.values.offsets import offsets_as_zero_points
 from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
@@ -79,7 +79,7 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
     for modules by name; modules with plain weights are ignored."""
     if not weights:
         return Configuration({})
-    kinds: dict[Written, list[str]] = {}
+    kinds: dict[WeightScheme, list[str]] = {}
     for name, encoded in weights.items():
         kinds.setdefault(encoded.setting, []).append(_module(name))
     groups = {}
@@ -128,7 +128,7 @@ def _decoded_to(encoded: Encoded) -> np.dtype[Any]:
     return _BFLOAT16 if is_small_float else _quantization(encoded.weight).scale.dtype
 
 
-def _has_packed_zero_points(written: Written) -> bool:
+def _has_packed_zero_points(written: WeightScheme) -> bool:
     return not written.symmetric and written.scheme.strategy in _PACKED_ZERO_POINTS
 
 
@@ -154,7 +154,7 @@ def _integers(weight: Tensor) -> Encoded:
             f"has zero points from {lowest} to {highest} for signed codes: int8 is needed", tensor=weight.name
         )
     packable = -(1 << bits - 1) <= lowest and highest < 1 << bits - 1
-    written = Written(_scheme(codes, bits, "int", "pack-quantized", grouped=packable), (lowest, highest) == (0, 0))
+    written = WeightScheme(_scheme(codes, bits, "int", "pack-quantized", grouped=packable), (lowest, highest) == (0, 0))
     module = _module(weight.name)
     scale = _scale(module, quantization.scale, written.scheme)
     stored = {
@@ -169,7 +169,7 @@ def _integers(weight: Tensor) -> Encoded:
     return _encoded(codes, stored, written, of_offsets + of_factor + of_scales, zero_point=kept)
 
 
-def _zero_points(key: str, zero_point: Tensor, written: Written, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _zero_points(key: str, zero_point: Tensor, written: WeightScheme, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Those of signed codes as they are read, and as they are stored: in the bits of codes, or as int8 of `shape`."""
     bits = written.scheme.bits
     if not _has_packed_zero_points(written):
@@ -187,12 +187,12 @@ def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     module = _module(weight.name)
     codes = {f"{module}.weight": replace(weight, quantization=None)}
     if _has_exponents(quantization, weight):
-        return _in_mx_blocks(weight, codes, Scheme(8, "float", "group", MX_BLOCK, (0, 0), "mxfp8-quantized"))
+        return _in_mx_blocks(weight, codes, ConfigGroup(8, "float", "group", MX_BLOCK, (0, 0), "mxfp8-quantized"))
     weight, of_factor = without_factor(weight)
     weight, of_scales = rounded_with_scales(weight, widened=True)
     scheme = _scheme(weight, 8, "float", "float-quantized", grouped=True)
     stored = {**codes, f"{module}.weight_scale": _scale(module, _quantization(weight).scale, scheme)}
-    return _encoded(weight, stored, Written(scheme), of_factor + of_scales)
+    return _encoded(weight, stored, WeightScheme(scheme), of_factor + of_scales)
 
 
 def _float4(weight: Tensor, quantization: Quantization) -> Encoded:
@@ -201,7 +201,7 @@ def _float4(weight: Tensor, quantization: Quantization) -> Encoded:
     key = f"{_module(weight.name)}.weight_packed"
     codes = {key: Tensor(key, (weight.shape[0], weight.shape[1] // 2), np.dtype(np.uint8), weight.data)}
     if _has_exponents(quantization, weight):
-        return _in_mx_blocks(weight, codes, Scheme(4, "float", "group", MX_BLOCK, (0, 0), "mxfp4-pack-quantized"))
+        return _in_mx_blocks(weight, codes, ConfigGroup(4, "float", "group", MX_BLOCK, (0, 0), "mxfp4-pack-quantized"))
     if quantization.factor != 1:
         raise Unsupported("has float4 codes with a factor, for which there is no place", tensor=weight.name)
     if quantization.scale.dtype == FLOAT8_E4M3 and _is_in_blocks(weight, quantization, NVFP4_BLOCK):
@@ -223,11 +223,11 @@ def _is_in_blocks(weight: Tensor, quantization: Quantization, size: int) -> bool
     return quantization.block_shape == (1, size) and weight.shape[1] % size == 0
 
 
-def _in_mx_blocks(weight: Tensor, codes: Mapping[str, Tensor], scheme: Scheme) -> Encoded:
+def _in_mx_blocks(weight: Tensor, codes: Mapping[str, Tensor], scheme: ConfigGroup) -> Encoded:
     quantization, key = _quantization(weight), f"{_module(weight.name)}.weight_scale"
     exponents = replace(quantization.scale, name=key, dtype=np.dtype(np.uint8))
     weight, losses = powers_in_float32(weight)
-    return _encoded(weight, {**codes, key: exponents}, Written(scheme), losses)
+    return _encoded(weight, {**codes, key: exponents}, WeightScheme(scheme), losses)
 
 
 def _nvfp4(weight: Tensor, quantization: Quantization, codes: Mapping[str, Tensor]) -> Encoded:
@@ -239,9 +239,9 @@ def _nvfp4(weight: Tensor, quantization: Quantization, codes: Mapping[str, Tenso
     weight, rounded = rounded_to(weight, _BFLOAT16, "to which the library rounds them")
     quotients = replace(divided(scale, stored_divisor), name="scale")
     weight = replace(weight, quantization=replace(_quantization(weight), scale=quotients))
-    scheme = Scheme(4, "float", "tensor_group", NVFP4_BLOCK, (0, 0), "nvfp4-pack-quantized")
+    scheme = ConfigGroup(4, "float", "tensor_group", NVFP4_BLOCK, (0, 0), "nvfp4-pack-quantized")
     stored = {**codes, scale.name: scale, key: stored_divisor}
-    return _encoded(weight, stored, Written(scheme), (*losses, *rounded))
+    return _encoded(weight, stored, WeightScheme(scheme), (*losses, *rounded))
 
 
 def _divisor(name: str, scale: Tensor) -> tuple[np.float32, tuple[Loss, ...]]:
@@ -273,28 +273,28 @@ def _quantization(weight: Tensor) -> Quantization:
     return weight.quantization
 
 
-def _scheme(weight: Tensor, bits: int, kind: str, layout: str, *, grouped: bool) -> Scheme:
+def _scheme(weight: Tensor, bits: int, kind: str, layout: str, *, grouped: bool) -> ConfigGroup:
     """The scheme of a weight's blocks; `grouped`: these may be groups, and not only blocks."""
     sizes = zip(_quantization(weight).block_shape, weight.shape, strict=True)
     height, width = (min(block, size) for block, size in sizes)
     rows, columns = weight.shape
     if (height, width) == (rows, columns):
-        return Scheme(bits, kind, "tensor", 0, (0, 0), layout)
+        return ConfigGroup(bits, kind, "tensor", 0, (0, 0), layout)
     if height == 1 and width == columns and grouped:
-        return Scheme(bits, kind, "channel", 0, (0, 0), layout)
+        return ConfigGroup(bits, kind, "channel", 0, (0, 0), layout)
     if height == 1 and columns % width == 0 and grouped:
-        return Scheme(bits, kind, "group", width, (0, 0), layout)
-    return Scheme(bits, kind, "block", 0, (height, width), layout)
+        return ConfigGroup(bits, kind, "group", width, (0, 0), layout)
+    return ConfigGroup(bits, kind, "block", 0, (height, width), layout)
 
 
-def _scale(module: str, scale: Tensor, scheme: Scheme) -> Tensor:
+def _scale(module: str, scale: Tensor, scheme: ConfigGroup) -> Tensor:
     return replace(scale, name=f"{module}.weight_scale", shape=(1,) if scheme.strategy == "tensor" else scale.shape)
 
 
 def _encoded(
     weight: Tensor,
     stored: Mapping[str, Tensor],
-    written: Written,
+    written: WeightScheme,
     losses: tuple[Loss, ...],
     zero_point: Tensor | None = None,
 ) -> Encoded:

@@ -21,7 +21,7 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_tensor
-from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors, is_size
 from nibblecast.formats.encodings.values.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
@@ -44,7 +44,7 @@ _MX_BLOCK = (1, 32)
 _NAMES = (("", "_scale_inv"), (".weight", ".scale"), (".weight", ".qscale_weight"))
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are codes of small floats with such a scale; by the other names of scales only where the
     configuration says so."""
     names = _names(stored)
@@ -54,7 +54,7 @@ def claims(stored: Stored) -> bool:
     return codes in _FLOATS8 or codes == FLOAT4 or (codes in _BYTES and scale in _EXPONENTS)
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (..., O, I). Raises CorruptFile where shapes, dtypes or the configuration do not fit."""
     names = _names(stored)
     if names is None:
@@ -69,10 +69,10 @@ def decode(stored: Stored) -> Weight:
     blocks = _block_shape(stored, codes.shape, scale)
     scale = replace(scale, name="scale", shape=grid_shape(codes.shape, blocks))
     quantization = Quantization(scale, blocks, value_dtype=rounded_to)
-    return Weight(replace(codes, name=stored.prefix + names[0], quantization=quantization), names)
+    return DecodedWeight(replace(codes, name=stored.prefix + names[0], quantization=quantization), names)
 
 
-def _names(stored: Stored) -> tuple[str, str] | None:
+def _names(stored: WeightTensors) -> tuple[str, str] | None:
     for names in _NAMES:
         found = [stored.get(name) for name in names]
         if all(tensor is not None and tensor.quantization is None for tensor in found):
@@ -80,7 +80,7 @@ def _names(stored: Stored) -> tuple[str, str] | None:
     return None
 
 
-def _block_shape(stored: Stored, shape: tuple[int, ...], scale: Tensor) -> tuple[int, ...]:
+def _block_shape(stored: WeightTensors, shape: tuple[int, ...], scale: Tensor) -> tuple[int, ...]:
     """What shares a scale: the tensor, where there is one only; else the blocks that the configuration tells or, for
     exponents, groups of 32 inputs; where it tells nothing, the blocks into which the scales divide the weight."""
     if scale.size == 1:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_float
 from nibblecast.formats.encodings.bytes.rows import by_rows, columns_in_words, transposed, turned
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import group_index, value_dtype
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
@@ -36,7 +36,7 @@ _OTHER_LAYOUTS = ("marlin", "bitblas", "exl2", "exllamav2")
 _PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether the outputs run along the words of `qweight`, and not in them (as AWQ's do)."""
     qweight, scales = stored.get(".qweight"), stored.get(".scales")
     if qweight is None or scales is None or stored.get(".qzeros") is None:
@@ -44,7 +44,7 @@ def claims(stored: Stored) -> bool:
     return len(qweight.shape) == len(scales.shape) == 2 and qweight.shape[1] == scales.shape[1]
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I). Raises Unsupported for other layouts under the same name, and for 3, 5, 6 and 7
     bits; CorruptFile where shapes, groups or configuration do not fit."""
     qweight, qzeros, scales = stored[".qweight"], stored[".qzeros"], stored[".scales"]
@@ -72,10 +72,10 @@ def decode(stored: Stored) -> Weight:
         scale, (1, grouping.size), zero_point, group_index=grouping.index, value_dtype=value_dtype(scales.dtype)
     )
     tensor = Tensor(f"{stored.prefix}.weight", (outputs, inputs), dtype, data, quantization)
-    return Weight(tensor, _PARTS)
+    return DecodedWeight(tensor, _PARTS)
 
 
-def _bits(stored: Stored, qzeros: Tensor, groups: int, outputs: int) -> int:
+def _bits(stored: WeightTensors, qzeros: Tensor, groups: int, outputs: int) -> int:
     """Bits of a code: what the width of the zeros says, and the configuration must, too."""
     words = qzeros.shape[1] if len(qzeros.shape) == 2 and qzeros.shape[0] == groups else 0
     bits = words * 32 // outputs if outputs else 0
@@ -95,7 +95,7 @@ class _Grouping:
     index: GroupIndex | None = None
 
 
-def _grouping(stored: Stored, inputs: int, groups: int) -> _Grouping:
+def _grouping(stored: WeightTensors, inputs: int, groups: int) -> _Grouping:
     told = stored.setting("group_size", int, -1)
     g_idx = stored.get(".g_idx")
     size = told if told > 0 else max(1, inputs)

@@ -27,7 +27,7 @@ from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float
 from nibblecast.formats.encodings.bytes.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
 from nibblecast.formats.encodings.bytes.rows import fields
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 
 METHODS = frozenset(("hqq",))
 
@@ -87,12 +87,12 @@ _PACKINGS: Mapping[str, _Packing] = MappingProxyType(
 )
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Always: nothing else is called W_q."""
     return bool(stored.prefix)
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight in its own shape, its codes unsigned. Raises Unsupported for scales that are quantized themselves,
     CorruptFile where settings and shapes do not fit."""
     for name in _NESTED:
@@ -127,7 +127,7 @@ def decode(stored: Stored) -> Weight:
         compute_dtype=dtype,
     )
     losses = () if not grid.is_expanded else (_expanded(name, shape, (rows, columns), axis),)
-    return Weight(Tensor(name, shape, packing.dtype, data, quantization), _PARTS, losses)
+    return DecodedWeight(Tensor(name, shape, packing.dtype, data, quantization), _PARTS, losses)
 
 
 def _expanded(name: str, shape: tuple[int, ...], matrix: tuple[int, int], axis: int) -> Loss:
@@ -143,7 +143,7 @@ def _as(dtype: np.dtype[Any], name: str, parameter: Tensor) -> Tensor:
         return Tensor.from_array(name, parameter.numpy().reshape(-1).astype(dtype))
 
 
-def _parameters(stored: Stored) -> tuple[Tensor, Tensor]:
+def _parameters(stored: WeightTensors) -> tuple[Tensor, Tensor]:
     """Scale and zero; they are one tensor where they were to be kept apart from the weight (offload_meta)."""
     both = _meta(stored, "zero_scale")
     if both is not None:
@@ -157,7 +157,7 @@ def _parameters(stored: Stored) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _check_group_size(stored: Stored, axis: int, matrix: tuple[int, int], scale: Tensor) -> None:
+def _check_group_size(stored: WeightTensors, axis: int, matrix: tuple[int, int], scale: Tensor) -> None:
     """Raises CorruptFile where the matrix has not the groups that the settings tell."""
     told = _setting(stored, "group_size")
     seen = matrix[axis]
@@ -165,18 +165,18 @@ def _check_group_size(stored: Stored, axis: int, matrix: tuple[int, int], scale:
         raise CorruptFile(f"has groups of {seen}, but group_size {brief(told)}")
 
 
-def _meta(stored: Stored, name: str) -> Tensor | None:
+def _meta(stored: WeightTensors, name: str) -> Tensor | None:
     return stored.get(f".{name}") or stored.get(f".meta.{name}")
 
 
-def _tensor(stored: Stored, name: str) -> Tensor:
+def _tensor(stored: WeightTensors, name: str) -> Tensor:
     found = _meta(stored, name)
     if found is None:
         raise CorruptFile(f"has no '{stored.prefix}.{name}', without which it cannot be decoded")
     return found
 
 
-def _setting(stored: Stored, name: str) -> Any:
+def _setting(stored: WeightTensors, name: str) -> Any:
     """A setting as a number, a text or a tuple of numbers; None where there is none."""
     for key in (f"{stored.prefix}.{name}", f"{stored.prefix}.meta.{name}"):
         if key in stored.checkpoint.values:
@@ -193,21 +193,21 @@ def _setting(stored: Stored, name: str) -> Any:
     return tuple(tensor.numpy().reshape(-1).tolist())
 
 
-def _number(stored: Stored, name: str) -> int:
+def _number(stored: WeightTensors, name: str) -> int:
     value = _setting(stored, name)
     if type(value) is not int:
         raise CorruptFile(f"has {name} {brief(value)}: a number is needed")
     return value
 
 
-def _shape(stored: Stored) -> tuple[int, ...]:
+def _shape(stored: WeightTensors) -> tuple[int, ...]:
     shape = _setting(stored, "shape")
     if not isinstance(shape, tuple) or not shape or not all(type(n) is int and n > 0 for n in shape):
         raise CorruptFile(f"has the shape {brief(shape)}: positive numbers are needed")
     return checked_shape(shape)
 
 
-def _packing(stored: Stored) -> _Packing:
+def _packing(stored: WeightTensors) -> _Packing:
     name, bits = _setting(stored, "packing"), _setting(stored, "nbits")
     packing = _PACKINGS.get(name) if isinstance(name, str) else None
     if packing is None:
@@ -217,7 +217,7 @@ def _packing(stored: Stored) -> _Packing:
     return packing
 
 
-def _compute_dtype(stored: Stored) -> np.dtype[Any]:
+def _compute_dtype(stored: WeightTensors) -> np.dtype[Any]:
     name = _setting(stored, "compute_dtype") or "torch.float16"
     if not isinstance(name, str) or name not in _DTYPES:
         raise CorruptFile(f"has compute_dtype {brief(name)}: {', '.join(_DTYPES)} are possible")

@@ -19,7 +19,7 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, blocked
 from nibblecast.formats.encodings.bytes.bit_fields import along_rows
-from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors, is_size
 from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, small_floats
 
 METHODS = frozenset(("mlx",))
@@ -31,7 +31,7 @@ _BITS = frozenset((1, 2, 3, 4, 5, 6, 8))
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class ModuleSettings:
     """What MLX is told of a module's codes; `size` is that of a group."""
 
     mode: str
@@ -43,13 +43,13 @@ class Setting:
         return {"group_size": self.size, "bits": self.bits, "mode": self.mode}
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are words of codes, and scales."""
     weight = stored.get(".weight")
     return weight is not None and weight.dtype == np.uint32 and stored.get(".scales") is not None
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I), or (E, O, I) for experts. Raises Unsupported for modes that are not known;
     CorruptFile where shapes, dtypes or configuration do not fit."""
     weight, scales = stored[".weight"], stored[".scales"]
@@ -65,15 +65,15 @@ def decode(stored: Stored) -> Weight:
         )
     name = f"{stored.prefix}.weight"
     if setting.mode == "affine":
-        return Weight(_affine(stored, name, weight, float_scales(scales), setting), _PARTS)
+        return DecodedWeight(_affine(stored, name, weight, float_scales(scales), setting), _PARTS)
     dtype = FLOAT8_E4M3 if setting.mode == "mxfp8" else FLOAT4
     if scales.dtype != np.uint8:
         raise CorruptFile(f"has scales of {scales.dtype} in mode '{setting.mode}', where uint8 is needed")
     scale = replace(scales, name="scale", dtype=FLOAT8_E4M3) if setting.mode == "nvfp4" else exponents(scales)
-    return Weight(small_floats(name, dtype, weight, scale, setting.size), _PARTS)
+    return DecodedWeight(small_floats(name, dtype, weight, scale, setting.size), _PARTS)
 
 
-def _affine(stored: Stored, name: str, weight: Tensor, scales: Tensor, setting: Setting) -> Tensor:
+def _affine(stored: WeightTensors, name: str, weight: Tensor, scales: Tensor, setting: ModuleSettings) -> Tensor:
     biases = float_scales(stored[".biases"])
     if biases.shape != scales.shape or biases.dtype != scales.dtype:
         raise CorruptFile(
@@ -90,7 +90,7 @@ def _affine(stored: Stored, name: str, weight: Tensor, scales: Tensor, setting: 
     return replace(codes, quantization=quantization)
 
 
-def _setting(stored: Stored) -> Setting:
+def _setting(stored: WeightTensors) -> ModuleSettings:
     """What the configuration says about the module. Without biases and without a mode for the module itself, it has
     the mode of the model."""
     config = stored.checkpoint.config
@@ -110,7 +110,7 @@ def _setting(stored: Stored) -> Setting:
     size, bits = _number(own, "group_size", mode), _number(own, "bits", mode)
     if (mode == "affine" and bits not in _BITS) or (mode != "affine" and (size, bits) != DEFAULTS[mode]):
         raise CorruptFile(f"has codes of {bits} bits in groups of {size}, which mode '{mode}' has not")
-    return Setting(mode, size, bits)
+    return ModuleSettings(mode, size, bits)
 
 
 def _number(config: Mapping[str, Any], key: str, mode: str) -> int:

@@ -20,8 +20,8 @@ from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, blocked
 from nibblecast.formats.encodings.bytes.bit_fields import code_dtype
-from nibblecast.formats.encodings.checkpoint import Checkpoint, Stored
-from nibblecast.formats.encodings.mlx.read import DEFAULTS, Setting, decode
+from nibblecast.formats.encodings.checkpoint import Checkpoint, WeightTensors
+from nibblecast.formats.encodings.mlx.read import DEFAULTS, ModuleSettings, decode
 from nibblecast.formats.encodings.values.exactness import largest_change
 from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
 from nibblecast.formats.encodings.values.refit import (
@@ -64,7 +64,7 @@ def encode(weight: Tensor) -> Encoded:
         stored[f"{module}.biases"] = replace(quantization.offset, name=f"{module}.biases")
     else:  # safetensors has these dtypes of scales, but MLX takes their bytes
         stored[f"{module}.scales"] = replace(stored[f"{module}.scales"], dtype=np.dtype(np.uint8))
-    read = decode(Stored(module, Checkpoint(stored, setting.entries())))
+    read = decode(WeightTensors(module, Checkpoint(stored, setting.entries())))
     return Encoded(read.tensor, stored, setting, formed.losses)
 
 
@@ -72,7 +72,7 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
     """`quantization`, and the same as `quantization_config`, as mlx-lm 0.32 writes both: the most common setting, and
     those of modules that have another one. Modules without scales need no entry. Raises Unsupported for such a module
     that is called as a setting is."""
-    settings: dict[str, Setting] = {name.removesuffix(".weight"): each.setting for name, each in weights.items()}
+    settings: dict[str, ModuleSettings] = {name.removesuffix(".weight"): each.setting for name, each in weights.items()}
     if not settings:
         return Configuration({}, metadata=_METADATA)
     common = Counter(settings.values()).most_common(1)[0][0]
@@ -94,7 +94,7 @@ class _Form:
     """A weight of unsigned codes or small floats with parameters as MLX has them, but for the blocks of the source."""
 
     weight: Tensor
-    setting: Setting
+    setting: ModuleSettings
     losses: tuple[Loss, ...]
 
 
@@ -128,7 +128,7 @@ def _affine_form(weight: Tensor) -> _Form:
         )
     codes = weight if weight.dtype == code_dtype(weight.bits, signed=False) else unsigned(weight)
     losses = _losses(codes, _with_biases)
-    return _Form(_with_biases(codes), Setting("affine", size, weight.bits), losses)
+    return _Form(_with_biases(codes), ModuleSettings("affine", size, weight.bits), losses)
 
 
 def _small_float_form(weight: Tensor) -> _Form:
@@ -143,7 +143,7 @@ def _small_float_form(weight: Tensor) -> _Form:
             and _holds(scale_dtype, quantization.scale, quantization.factor)
         ):
             with_scales = partial(_with_small_scales, dtype=scale_dtype)
-            return _Form(with_scales(weight), Setting(mode, size, bits), _losses(weight, with_scales))
+            return _Form(with_scales(weight), ModuleSettings(mode, size, bits), _losses(weight, with_scales))
     raise Unsupported(
         f"has codes of {weight.dtype} and scales in {_blocks(weight)} that no mode of MLX holds: mxfp4 has powers of "
         "two for 32 codes of float4 each, nvfp4 numbers of float8_e4m3fn for 16 without a second scale, mxfp8 powers "

@@ -22,7 +22,7 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import paired_rows
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.modelopt.read import METHODS, MX_BLOCK, NVFP4_BLOCK, agree, nested
 from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOATS, exponents, small_floats
 
@@ -33,7 +33,7 @@ _PARTS = ("", _SCALE, _OUTER)
 _UINT8 = np.dtype(np.uint8)
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are codes of experts, and scales of the dtypes that tell what they are."""
     codes, scale = stored.get(""), stored.get(_SCALE)
     if codes is None or scale is None or len(codes.shape) != 3:
@@ -43,7 +43,7 @@ def claims(stored: Stored) -> bool:
     return codes.dtype == FLOAT8_E4M3 and (scale.dtype in FLOATS or scale.dtype == _UINT8)
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of three axes. Raises CorruptFile where shapes, dtypes or configuration do not fit, Unsupported where
     scales could be of either channel."""
     codes, scale = stored[""], stored[_SCALE]
@@ -52,15 +52,15 @@ def decode(stored: Stored) -> Weight:
         scale = replace(scale, shape=(1, *scale.shape))
     if scale.dtype == FLOAT8_E4M3:
         agree(stored, "nvfp4", NVFP4_BLOCK)
-        return Weight(_nvfp4(name, codes, scale, stored[_OUTER]), _PARTS)
+        return DecodedWeight(_nvfp4(name, codes, scale, stored[_OUTER]), _PARTS)
     if scale.dtype == _UINT8:
         agree(stored, "mxfp4" if codes.dtype == _UINT8 else "mxfp8", MX_BLOCK)
         dtype = FLOAT4 if codes.dtype == _UINT8 else codes.dtype
-        return Weight(small_floats(name, dtype, codes, exponents(scale), MX_BLOCK), _PARTS)
+        return DecodedWeight(small_floats(name, dtype, codes, exponents(scale), MX_BLOCK), _PARTS)
     agree(stored, "fp8", None)
     blocks = _blocks(codes.shape, scale.shape)
     scale = replace(scale, name="scale", shape=grid_shape(codes.shape, blocks))
-    return Weight(replace(codes, quantization=Quantization(scale, blocks)), _PARTS)
+    return DecodedWeight(replace(codes, quantization=Quantization(scale, blocks)), _PARTS)
 
 
 def _nvfp4(name: str, codes: Tensor, scale: Tensor, outer: Tensor) -> Tensor:

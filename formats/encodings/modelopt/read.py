@@ -24,7 +24,7 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import paired_rows
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import (
     FLOAT4,
     FLOAT8_E4M3,
@@ -54,7 +54,7 @@ _ALGORITHMS = {
 }
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are bytes of two codes with a scale; codes of float8 and int8 look like compressed-tensors', but
     for the configuration."""
     weight = stored.get(".weight")
@@ -64,7 +64,7 @@ def claims(stored: Stored) -> bool:
     return weight.dtype == np.uint8 or in_bytes
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I), or (E, O, I) for experts. Raises Unsupported for codes that are quantized twice;
     CorruptFile where shapes, dtypes or configuration do not fit."""
     weight, scale = stored[".weight"], stored[".weight_scale"]
@@ -75,21 +75,21 @@ def decode(stored: Stored) -> Weight:
         if scale.dtype == FLOAT8_E4M3:
             agree(stored, "nvfp4", NVFP4_BLOCK)
             scales = nested(scale, stored[".weight_scale_2"])
-            return Weight(small_floats(name, FLOAT4, weight, scales, NVFP4_BLOCK), _PARTS)
+            return DecodedWeight(small_floats(name, FLOAT4, weight, scales, NVFP4_BLOCK), _PARTS)
         if scale.dtype == np.uint8:
             agree(stored, "mxfp4", MX_BLOCK)
-            return Weight(small_floats(name, FLOAT4, weight, exponents(scale), MX_BLOCK), _PARTS)
-        return Weight(_int4(stored, name, weight, float_scales(scale)), _PARTS)
+            return DecodedWeight(small_floats(name, FLOAT4, weight, exponents(scale), MX_BLOCK), _PARTS)
+        return DecodedWeight(_int4(stored, name, weight, float_scales(scale)), _PARTS)
     if scale.dtype == np.uint8:
         agree(stored, "mxfp8", MX_BLOCK)
-        return Weight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
+        return DecodedWeight(small_floats(name, weight.dtype, weight, exponents(scale), MX_BLOCK), _PARTS)
     agree(stored, "int8" if weight.dtype == np.int8 else "fp8", None)
     blocks = _blocks(weight.shape, scale.shape)
     scale = replace(float_scales(scale), name="scale", shape=grid_shape(weight.shape, blocks))
-    return Weight(replace(weight, name=name, quantization=Quantization(scale, blocks)), _PARTS)
+    return DecodedWeight(replace(weight, name=name, quantization=Quantization(scale, blocks)), _PARTS)
 
 
-def agree(stored: Stored, layout: str, size: int | None) -> None:
+def agree(stored: WeightTensors, layout: str, size: int | None) -> None:
     """Raises CorruptFile where the configuration says another algorithm or group size than the tensors are of."""
     algorithm = stored.setting("quant_algo", str, "")
     every = stored.checkpoint.config.get("quantized_layers")
@@ -116,7 +116,7 @@ def nested(scale: Tensor, outer: Tensor) -> Tensor:
     return replace(scale, name="scale", quantization=Quantization(outer, blocks))
 
 
-def _int4(stored: Stored, name: str, weight: Tensor, scale: Tensor) -> Tensor:
+def _int4(stored: WeightTensors, name: str, weight: Tensor, scale: Tensor) -> Tensor:
     """int4 codes of two outputs in a byte."""
     if stored.get(".weight_scale_2") is not None:
         raise Unsupported("is W4A8_AWQ of ModelOpt, whose codes are of float8 ones: save it as W4A16_AWQ or NVFP4")

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import FLOAT4, exponents, small_floats
 
 METHODS = frozenset(("mxfp4",))
@@ -23,7 +23,7 @@ _PARTS = ("_blocks", "_scales")
 _BLOCK = 32
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are blocks of 16 bytes, and scales."""
     blocks, scales = stored.get("_blocks"), stored.get("_scales")
     return (
@@ -31,7 +31,7 @@ def claims(stored: Stored) -> bool:
     )
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (..., O, I). Raises CorruptFile where blocks and scales do not fit."""
     blocks, scales = stored["_blocks"], stored["_scales"]
     if len(blocks.shape) < 3 or scales.shape != blocks.shape[:-1]:
@@ -41,4 +41,4 @@ def decode(stored: Stored) -> Weight:
             tensor=stored.prefix,
         )
     packed = replace(blocks, shape=(*blocks.shape[:-2], prod(blocks.shape[-2:])))
-    return Weight(small_floats(stored.prefix, FLOAT4, packed, exponents(scales), _BLOCK), _PARTS)
+    return DecodedWeight(small_floats(stored.prefix, FLOAT4, packed, exponents(scales), _BLOCK), _PARTS)

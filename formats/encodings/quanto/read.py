@@ -31,7 +31,7 @@ from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, is_
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.encodings.bytes.flat_blocks import flat_blocks
 from nibblecast.formats.encodings.bytes.rows import fields
-from nibblecast.formats.encodings.checkpoint import Stored, Weight, is_size
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors, is_size
 
 METHODS = frozenset(("quanto",))
 
@@ -59,12 +59,12 @@ _ROWS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are scales beside the data."""
     return stored.get(_SCALE) is not None
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight in its own shape, or of two axes where nothing tells more. Raises CorruptFile where shapes, types and
     the configuration do not fit, Unsupported where nothing tells the number of rows."""
     scale, name = stored[_SCALE], f"{stored.prefix}.weight"
@@ -73,11 +73,11 @@ def decode(stored: Stored) -> Weight:
     type_ = _type(stored)
     made_of = (_PACKED, _PLAIN, _SCALE, _SHIFT, *(part for part in _ACTIVATIONS if _is_one(stored.get(part))))
     if stored.get(_PACKED) is None:
-        return Weight(_bytes(stored, name, type_), made_of)
+        return DecodedWeight(_bytes(stored, name, type_), made_of)
     return _packed(stored, name, type_, made_of)
 
 
-def _type(stored: Stored) -> str:
+def _type(stored: WeightTensors) -> str:
     """What the configuration says that the weight is; empty where it says nothing."""
     modules = stored.checkpoint.config.get("modules", {})
     module = modules.get(stored.prefix) if isinstance(modules, dict) else None
@@ -94,7 +94,7 @@ def _is_one(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.size == 1 and is_float(tensor.dtype) and tensor.numpy().item() == 1
 
 
-def _bytes(stored: Stored, name: str, type_: str) -> Tensor:
+def _bytes(stored: WeightTensors, name: str, type_: str) -> Tensor:
     data, scale = stored[_PLAIN], stored[_SCALE]
     if data.dtype.itemsize != 1 or data.dtype == np.uint8 or not (data.dtype == np.int8 or is_float(data.dtype)):
         raise CorruptFile(f"has data of {data.dtype}: int8 or a float8 are needed")
@@ -124,7 +124,7 @@ class _Matrix:
     shape: tuple[int, ...]
 
 
-def _packed(stored: Stored, name: str, type_: str, made_of: tuple[str, ...]) -> Weight:
+def _packed(stored: WeightTensors, name: str, type_: str, made_of: tuple[str, ...]) -> DecodedWeight:
     data, scale, shift = stored[_PACKED], stored[_SCALE], stored[_SHIFT]
     if data.dtype != np.uint8 or len(data.shape) < 2 or data.size == 0:
         raise CorruptFile(f"has codes of {data.dtype} and shape {data.shape}: a matrix of uint8 is needed")
@@ -152,7 +152,7 @@ def _packed(stored: Stored, name: str, type_: str, made_of: tuple[str, ...]) -> 
     )
     codes = fields(data, matrix.rows, bits, _CODES[bits], highest_first=False)
     losses = () if shape == matrix.shape or _is_linear(stored) else (Loss(name, "reinterpreted", _NO_SHAPE),)
-    return Weight(Tensor(name, shape, _CODES[bits], codes, quantization), made_of, losses)
+    return DecodedWeight(Tensor(name, shape, _CODES[bits], codes, quantization), made_of, losses)
 
 
 def _bits(matrix: _Matrix, packed_rows: int, type_: str) -> int:
@@ -167,7 +167,7 @@ def _bits(matrix: _Matrix, packed_rows: int, type_: str) -> int:
     return possible[0]
 
 
-def _shape(stored: Stored, matrix: _Matrix) -> tuple[int, ...]:
+def _shape(stored: WeightTensors, matrix: _Matrix) -> tuple[int, ...]:
     """The weight's shape; of two axes where its rows were taken apart to groups: nothing tells of more."""
     if matrix.columns not in _GROUP_SIZES or len(matrix.shape) > 2:
         return matrix.shape
@@ -175,12 +175,12 @@ def _shape(stored: Stored, matrix: _Matrix) -> tuple[int, ...]:
     return (rows, matrix.rows // rows * matrix.columns)
 
 
-def _is_linear(stored: Stored) -> bool:
+def _is_linear(stored: WeightTensors) -> bool:
     """Whether the layer's name is one of linear layers."""
     return stored.prefix.rpartition(".")[2] in _ROWS
 
 
-def _row_count(stored: Stored, matrix: _Matrix) -> int:
+def _row_count(stored: WeightTensors, matrix: _Matrix) -> int:
     """How many rows the weight has, that are made of groups as quanto makes them."""
     for rows in _told(stored):
         if rows == matrix.rows and matrix.columns <= _GROUP_SIZES[0]:
@@ -196,7 +196,7 @@ def _row_count(stored: Stored, matrix: _Matrix) -> int:
     )
 
 
-def _told(stored: Stored) -> list[int]:
+def _told(stored: WeightTensors) -> list[int]:
     """The number of rows, as a bias or the architecture tells it; empty where none does."""
     bias = stored.get(".bias")
     if bias is not None:

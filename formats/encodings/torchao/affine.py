@@ -25,7 +25,7 @@ from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
 from nibblecast.formats.encodings.bytes.rows import made_by_rows, transposed
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
-from nibblecast.formats.encodings.torchao.inner_tensors import Parts, WrappedTensor
+from nibblecast.formats.encodings.torchao.inner_tensors import InnerTensors, WrappedTensor
 from nibblecast.formats.encodings.torchao.layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards
 
 _INT4 = np.dtype(ml_dtypes.int4)
@@ -47,7 +47,7 @@ _OTHER_LAYOUT = "quantize the model again with a layout that is not bound to a k
 
 
 def affine(
-    parts: Parts, codes: Tensor, block_shape: tuple[int, ...], scale: Tensor, zero_point: Tensor | None
+    parts: InnerTensors, codes: Tensor, block_shape: tuple[int, ...], scale: Tensor, zero_point: Tensor | None
 ) -> Tensor:
     """The weight of `codes` with zero points among the codes: torchao's dequantize_affine."""
     grid = grid_shape(codes.shape, block_shape)
@@ -69,7 +69,7 @@ def tinygemm(
     )
 
 
-def float8(parts: Parts, codes: Tensor, scale: Tensor, block_shape: tuple[int, ...]) -> Tensor:
+def float8(parts: InnerTensors, codes: Tensor, scale: Tensor, block_shape: tuple[int, ...]) -> Tensor:
     """The weight of float8 codes, which torchao computes in float32 whatever the weight's dtype."""
     if codes.dtype not in _FLOAT8S:
         raise parts.corrupt(f"has codes of {codes.dtype}, where a float8 is needed")
@@ -77,7 +77,7 @@ def float8(parts: Parts, codes: Tensor, scale: Tensor, block_shape: tuple[int, .
     return Tensor(parts.name, codes.shape, codes.dtype, codes.data, Quantization(scale, block_shape))
 
 
-def affine_quantized(parts: Parts) -> Tensor:
+def affine_quantized(parts: InnerTensors) -> Tensor:
     """AffineQuantizedTensor."""
     impl = parts.nested("tensor_impl", "layout_tensor")
     decode = _IMPLEMENTATIONS.get(impl.class_name)
@@ -87,7 +87,7 @@ def affine_quantized(parts: Parts) -> Tensor:
     return decode(parts, parts.of(impl))
 
 
-def cpu_codes(parts: Parts, packed: Tensor) -> Tensor:
+def cpu_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
     """The uint4 codes that PyTorch packs for its CPU kernels. Which instruction set they are packed for is not said:
     that is a loss."""
     height, columns = _matrix(parts)
@@ -103,7 +103,7 @@ def cpu_codes(parts: Parts, packed: Tensor) -> Tensor:
     return for_cpu(parts.name, packed, parts.shape, parts.cpu)
 
 
-def tensor_core_codes(parts: Parts, packed: Tensor) -> Tensor:
+def tensor_core_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
     """The uint4 codes that PyTorch packs for tensor cores of NVIDIA's; for AMD's they lie otherwise in the same shape,
     which is a loss."""
     height, columns = _matrix(parts)
@@ -118,7 +118,7 @@ def tensor_core_codes(parts: Parts, packed: Tensor) -> Tensor:
 
 
 def scale_and_zero(
-    parts: Parts, stored: Tensor, block_shape: tuple[int, ...], *, filled: bool
+    parts: InnerTensors, stored: Tensor, block_shape: tuple[int, ...], *, filled: bool
 ) -> tuple[Tensor, Tensor]:
     """Scales and offsets of shape (rows, groups), stored as (groups, rows, 2); `filled`: more may be stored."""
     height, groups = grid = grid_shape(parts.shape, block_shape)
@@ -129,7 +129,7 @@ def scale_and_zero(
     return transposed("scale", stored, grid, 0), transposed("offset", stored, grid, 1)
 
 
-def group_blocks(parts: Parts) -> tuple[int, ...]:
+def group_blocks(parts: InnerTensors) -> tuple[int, ...]:
     """The block shape, which must be groups along the last axis."""
     block_shape = parts.block_shape(parts.shape)
     if any(block != 1 for block in block_shape[:-1]):
@@ -137,7 +137,7 @@ def group_blocks(parts: Parts) -> tuple[int, ...]:
     return block_shape
 
 
-def bytes_of_pairs(parts: Parts, packed: Tensor, dtype: np.dtype[Any]) -> Tensor:
+def bytes_of_pairs(parts: InnerTensors, packed: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """Codes two in a byte, or eight in an int32, the first one in the low nibble, along the last axis."""
     per_element = 2 * packed.dtype.itemsize
     if packed.dtype not in (_INT8, _UINT8, _INT32) or not parts.shape:
@@ -150,7 +150,7 @@ def bytes_of_pairs(parts: Parts, packed: Tensor, dtype: np.dtype[Any]) -> Tensor
     return Tensor(parts.name, parts.shape, dtype, packed.data)
 
 
-def _plain(parts: Parts, impl: Parts) -> Tensor:
+def _plain(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     """PlainAQTTensorImpl, QDQTensorImpl and UintxAQTTensorImpl: codes one in an element or a UintxTensor."""
     stored = impl.get("int_data")
     codes = shards(parts, impl.of(stored)) if isinstance(stored, WrappedTensor) else impl.tensor("int_data")
@@ -163,7 +163,7 @@ def _plain(parts: Parts, impl: Parts) -> Tensor:
     return _weight(parts, codes, impl.tensor("scale"), impl.optional("zero_point"), low + high)
 
 
-def _weight(parts: Parts, codes: Tensor, scale: Tensor, zero_point: Tensor | None, ends: int) -> Tensor:
+def _weight(parts: InnerTensors, codes: Tensor, scale: Tensor, zero_point: Tensor | None, ends: int) -> Tensor:
     """The weight, decoded as the domain of its zero points says; `ends` is quant_min + quant_max."""
     block_shape = parts.block_shape(parts.shape)
     domain = _DOMAINS.get(_plain_value(parts.get("zero_point_domain")))
@@ -179,7 +179,7 @@ def _weight(parts: Parts, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
     return tinygemm(codes, block_shape, scale, offset, (ends + 1) // 2, parts.compute_dtype)
 
 
-def shards(parts: Parts, stored: Parts) -> Tensor:
+def shards(parts: InnerTensors, stored: InnerTensors) -> Tensor:
     """UintxTensor: the planes of bits that codes of 1 to 7 bits are split into (torchao 0.18, uintx_utils.py)."""
     bits = stored.get("bit_width")
     if type(bits) is not int or bits not in SHARDS:
@@ -200,7 +200,7 @@ def shards(parts: Parts, stored: Parts) -> Tensor:
     return in_shards(parts.name, tuple(planes), shape, bits, dtype_for(0, (1 << bits) - 1))
 
 
-def _int4_cpu(parts: Parts, impl: Parts) -> Tensor:
+def _int4_cpu(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     """Int4CPUAQTTensorImpl, and what TensorCoreTiledAQTTensorImpl was on CPUs before that was split off."""
     block_shape = group_blocks(parts)
     codes = cpu_codes(parts, impl.tensor("packed_weight"))
@@ -208,7 +208,7 @@ def _int4_cpu(parts: Parts, impl: Parts) -> Tensor:
     return tinygemm(codes, block_shape, scale, offset, 8, parts.compute_dtype)
 
 
-def _tensor_core_tiled(parts: Parts, impl: Parts) -> Tensor:
+def _tensor_core_tiled(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     packed = impl.tensor("packed_weight")
     if len(packed.shape) == 2:
         return _int4_cpu(parts, impl)
@@ -218,7 +218,7 @@ def _tensor_core_tiled(parts: Parts, impl: Parts) -> Tensor:
     return tinygemm(codes, block_shape, scale, offset, 8, parts.compute_dtype)
 
 
-def _int4_xpu(parts: Parts, impl: Parts) -> Tensor:
+def _int4_xpu(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     if impl.get("scale_and_zero") is not None:
         raise parts.unsupported(
             f"packed for Intel GPUs as torchao did before it had zero points there: {_OTHER_LAYOUT}"
@@ -228,7 +228,9 @@ def _int4_xpu(parts: Parts, impl: Parts) -> Tensor:
     return affine(parts, codes, block_shape, *integer_zero_points(parts, impl, block_shape, "zero"))
 
 
-def integer_zero_points(parts: Parts, stored: Parts, block_shape: tuple[int, ...], role: str) -> tuple[Tensor, Tensor]:
+def integer_zero_points(
+    parts: InnerTensors, stored: InnerTensors, block_shape: tuple[int, ...], role: str
+) -> tuple[Tensor, Tensor]:
     """Scales and integer zero points of shape (rows, groups), both stored transposed."""
     grid = grid_shape(parts.shape, block_shape)
     wanted = (*grid[:-2], grid[-1], grid[-2])
@@ -239,20 +241,20 @@ def integer_zero_points(parts: Parts, stored: Parts, block_shape: tuple[int, ...
     return transposed("scale", scale, grid), transposed("zero_point", zero_point, grid)
 
 
-def _cutlass_int4(parts: Parts, impl: Parts) -> Tensor:
+def _cutlass_int4(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     """Int4PackedTensorImpl: symmetric, two codes in a byte."""
     codes = bytes_of_pairs(parts, impl.tensor("int_data"), _INT4)
     return affine(parts, codes, parts.block_shape(parts.shape), impl.tensor("scale"), None)
 
 
-def _float8(parts: Parts, impl: Parts) -> Tensor:
+def _float8(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     codes = parts.fits("codes", impl.tensor("float8_data"), parts.shape)
     scale = impl.tensor("scale")
     one = prod(scale.shape) == 1
     return float8(parts, codes, scale, per_tensor(parts.shape) if one else parts.block_shape(parts.shape))
 
 
-def _range(parts: Parts, codes: Tensor) -> tuple[int, int]:
+def _range(parts: InnerTensors, codes: Tensor) -> tuple[int, int]:
     """quant_min and quant_max; what the dtype of the codes holds where they are not given."""
     low, high = (_integral(parts, role) for role in ("quant_min", "quant_max"))
     bits, signed = bits_of(codes.dtype), codes.dtype.kind == "i" or codes.dtype == _INT4
@@ -265,7 +267,7 @@ def _range(parts: Parts, codes: Tensor) -> tuple[int, int]:
     return low, high
 
 
-def _integral(parts: Parts, role: str) -> int | None:
+def _integral(parts: InnerTensors, role: str) -> int | None:
     value = parts.get(role)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -278,7 +280,7 @@ def _plain_value(value: Any) -> int | str | None:
     return value if type(value) in (int, str) else None
 
 
-def _matrix(parts: Parts) -> tuple[int, int]:
+def _matrix(parts: InnerTensors) -> tuple[int, int]:
     if len(parts.shape) != 2:
         raise parts.unsupported(f"of shape {parts.shape}: only matrices are read. {_OTHER_LAYOUT}")
     return parts.shape[0], parts.shape[1]
@@ -295,7 +297,7 @@ def _constant(role: str, value: int, shape: tuple[int, ...], dtype: np.dtype[Any
 
 
 #: Decodes the weight of the first, whose `tensor_impl` the second is.
-_Implementation = Callable[[Parts, Parts], Tensor]
+_Implementation = Callable[[InnerTensors, InnerTensors], Tensor]
 
 _IMPLEMENTATIONS: Mapping[str, _Implementation] = MappingProxyType(
     {

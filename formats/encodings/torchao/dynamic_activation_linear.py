@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from nibblecast.converters.ir import is_float
-from nibblecast.formats.encodings.checkpoint import Stored, Weight
+from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.torchao.read import dynamic_activation_linear
 
 METHODS = frozenset(("torchao",))
@@ -17,7 +17,7 @@ METHODS = frozenset(("torchao",))
 _PARTS = (".weight", ".scales", ".zeros")
 
 
-def claims(stored: Stored) -> bool:
+def claims(stored: WeightTensors) -> bool:
     """Whether there are all three, the weight of int8."""
     weight, scales, zeros = (stored.get(suffix) for suffix in _PARTS)
     if weight is None or scales is None or zeros is None:
@@ -25,8 +25,8 @@ def claims(stored: Stored) -> bool:
     return weight.dtype == np.int8 and is_float(scales.dtype) and len(weight.shape) == len(scales.shape) == 2
 
 
-def decode(stored: Stored) -> Weight:
+def decode(stored: WeightTensors) -> DecodedWeight:
     """The weight, of shape (O, I). Raises CorruptFile where scales do not fit it."""
     name = f"{stored.prefix}.weight"
     weight, scales, zeros = (stored[suffix] for suffix in _PARTS)
-    return Weight(dynamic_activation_linear(name, weight, scales, zeros), _PARTS)
+    return DecodedWeight(dynamic_activation_linear(name, weight, scales, zeros), _PARTS)

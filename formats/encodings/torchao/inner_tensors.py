@@ -46,7 +46,7 @@ class WrappedTensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parts:
+class InnerTensors:
     """The attributes of one wrapped tensor, which belong to the tensor `name`, by role; several names of a role are
     those that torchao gave it over time. Raises CorruptFile for what is missing or of another kind than it must be."""
 
@@ -81,7 +81,7 @@ class Parts:
         """Records a loss."""
         self.losses.append(Loss(self.name, kind, detail))
 
-    def of(self, wrapped: WrappedTensor) -> Parts:
+    def of(self, wrapped: WrappedTensor) -> InnerTensors:
         """Those of a tensor that this one wraps."""
         return replace(self, wrapped=wrapped)
 

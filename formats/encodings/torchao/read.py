@@ -34,7 +34,7 @@ from nibblecast.formats.encodings.torchao.affine import (
     tensor_core_codes,
     tinygemm,
 )
-from nibblecast.formats.encodings.torchao.inner_tensors import Cpu, Parts, WrappedTensor
+from nibblecast.formats.encodings.torchao.inner_tensors import Cpu, InnerTensors, WrappedTensor
 from nibblecast.formats.encodings.torchao.layouts import as_dtype, swizzled_size, unswizzled
 from nibblecast.formats.encodings.values.parameters import value_dtype
 
@@ -62,7 +62,7 @@ def decoded(name: str, wrapped: WrappedTensor, cpu: Cpu = "avx512") -> tuple[Ten
     Raises CorruptFile where the attributes contradict the class, Unsupported for classes that are not known, and for
     layouts of kernels that are not documented.
     """
-    parts = Parts(name, wrapped, cpu, [])
+    parts = InnerTensors(name, wrapped, cpu, [])
     decode = _CLASSES.get(wrapped.class_name)
     if decode is None:
         reason = _UNREADABLE.get(wrapped.class_name, "which is not known here")
@@ -79,7 +79,9 @@ def dynamic_activation_linear(name: str, weight: Tensor, scales: Tensor, zeros: 
     [out, groups]: int4 codes one in a byte (torchao 0.12, quantization/GPTQ). Raises CorruptFile where they do not
     fit."""
     attributes = {"weight": weight, "scales": scales, "zeros": zeros}
-    parts = Parts(name, WrappedTensor("Int8DynActInt4WeightLinear", weight.shape, "float32", attributes), "avx512", [])
+    parts = InnerTensors(
+        name, WrappedTensor("Int8DynActInt4WeightLinear", weight.shape, "float32", attributes), "avx512", []
+    )
     if weight.dtype != _INT8 or len(weight.shape) != 2 or len(scales.shape) != 2:
         raise parts.corrupt(f"has weights of {weight.dtype} and shape {weight.shape}: a matrix of int8 is needed")
     group = _even_split(parts, weight.shape[1], scales.shape[1])
@@ -87,7 +89,7 @@ def dynamic_activation_linear(name: str, weight: Tensor, scales: Tensor, zeros: 
     return affine(parts, codes, blocked(weight.shape, 1, group), parts.tensor("scales"), parts.tensor("zeros"))
 
 
-def _intx_unpacked(parts: Parts) -> Tensor:
+def _intx_unpacked(parts: InnerTensors) -> Tensor:
     """IntxUnpackedToInt8Tensor: codes of 1 to 8 bits, one in a byte; zero points are integers or floats."""
     stored = parts.fits("qdata", parts.tensor("qdata"), parts.shape)
     target = parts.get("target_dtype")
@@ -98,7 +100,7 @@ def _intx_unpacked(parts: Parts) -> Tensor:
     return affine(parts, codes, parts.block_shape(parts.shape), parts.tensor("scale"), parts.tensor("zero_point"))
 
 
-def _int8(parts: Parts) -> Tensor:
+def _int8(parts: InnerTensors) -> Tensor:
     """Int8Tensor: symmetric ones have zero points too, all of them 0."""
     stored = parts.fits("qdata", parts.tensor("qdata"), parts.shape)
     if stored.dtype != _INT8:
@@ -109,7 +111,7 @@ def _int8(parts: Parts) -> Tensor:
     return affine(parts, codes, block_shape, parts.tensor("scale"), parts.optional("zero_point"))
 
 
-def _int4(parts: Parts) -> Tensor:
+def _int4(parts: InnerTensors) -> Tensor:
     """Int4Tensor, once FbgemmInt4Tensor: signed codes, two in a byte, scales and zero points transposed; these are in
     the domain of values."""
     codes = bytes_of_pairs(parts, parts.tensor("qdata", "packed_weight"), _INT4)
@@ -129,7 +131,7 @@ def _int4(parts: Parts) -> Tensor:
     )
 
 
-def _int4_plain_int32(parts: Parts) -> Tensor:
+def _int4_plain_int32(parts: InnerTensors) -> Tensor:
     """Int4PlainInt32Tensor as Intel GPUs have it: unsigned codes, eight in a word, lowest first (torch-xpu-ops,
     WeightInt4PackKernel.cpp), zero points int8."""
     block_shape = group_blocks(parts)
@@ -141,7 +143,7 @@ def _int4_plain_int32(parts: Parts) -> Tensor:
     return affine(parts, codes, block_shape, scale, zero_point)
 
 
-def _int4_opaque(parts: Parts) -> Tensor:
+def _int4_opaque(parts: InnerTensors) -> Tensor:
     """Int4OpaqueTensor, packed for the CPU's kernels of float activations."""
     if parts.get("act_mapping_type") is not None or parts.get("qzeros") is not None:
         raise parts.unsupported(f"packed for one CPU kernel of int8 activations: {_DEQUANTIZE}")
@@ -154,7 +156,7 @@ def _int4_opaque(parts: Parts) -> Tensor:
     return tinygemm(codes, block_shape, scale, offset, 8, compute_dtype)
 
 
-def _int4_tile_packed(parts: Parts) -> Tensor:
+def _int4_tile_packed(parts: InnerTensors) -> Tensor:
     """Int4TilePackedTo4dTensor: filled up to whole tiles, and to 1024 columns."""
     block_shape = group_blocks(parts)
     codes = tensor_core_codes(parts, parts.tensor("qdata"))
@@ -163,7 +165,7 @@ def _int4_tile_packed(parts: Parts) -> Tensor:
     return tinygemm(codes, block_shape, scale, offset, 8, _FLOAT32)
 
 
-def _mx(parts: Parts) -> Tensor:
+def _mx(parts: InnerTensors) -> Tensor:
     """MXTensor: float4 or float8 codes, one scale that is a power of two for each block of the last axis. Float4 codes
     whose scales are called `_scale_e8m0` (up to 0.14) lie high nibble first."""
     element, stored = parts.get("elem_dtype", "_elem_dtype"), parts.tensor("qdata", "_data")
@@ -181,7 +183,7 @@ def _mx(parts: Parts) -> Tensor:
     return Tensor(parts.name, parts.shape, codes.dtype, codes.data, quantization)
 
 
-def _nvfp4(parts: Parts) -> Tensor:
+def _nvfp4(parts: InnerTensors) -> Tensor:
     """NVFP4Tensor: float4 codes, a float8 scale for each block, of which one float32 scale may be the scale. Where
     the scales are called `_scale_e4m3` (up to 0.14) codes lie high nibble first, and everything about scales is rounded
     to the weight's dtype."""
@@ -204,7 +206,7 @@ def _nvfp4(parts: Parts) -> Tensor:
     return Tensor(parts.name, parts.shape, _FLOAT4, codes.data, quantization)
 
 
-def _float8(parts: Parts) -> Tensor:
+def _float8(parts: InnerTensors) -> Tensor:
     """Float8Tensor, once FbgemmFp8Tensor."""
     codes = parts.fits("codes", parts.tensor("qdata", "float8_data"), parts.shape)
     scale = parts.tensor("scale")
@@ -217,7 +219,7 @@ def _float8(parts: Parts) -> Tensor:
     return float8(parts, codes, scale, per_axis(parts.shape, 0))
 
 
-def _nf4(parts: Parts) -> Tensor:
+def _nf4(parts: InnerTensors) -> Tensor:
     """NF4Tensor: codes of a table, the first one of a byte in its high nibble; blocks of the flattened tensor have
     scales that are quantized themselves: int8 / quantization_factor + scaler_mean, rounded after each (nf4_tensor.py,
     dequantize_scalers), which is computed here."""
@@ -258,12 +260,12 @@ def _nf4(parts: Parts) -> Tensor:
     return Tensor(parts.name, shape, _UINT4, swapped_nibbles(codes.data, prod(parts.shape)), quantization)
 
 
-def _uintx(parts: Parts) -> Tensor:
+def _uintx(parts: InnerTensors) -> Tensor:
     """UintxTensor on its own: codes without scales."""
     return shards(parts, parts)
 
 
-def _wrapper(parts: Parts) -> Tensor:
+def _wrapper(parts: InnerTensors) -> Tensor:
     """LinearActivationQuantizedTensor and its kin: a weight, and what is done to the activation."""
     wrapped = parts.get("original_weight_tensor")
     if isinstance(wrapped, WrappedTensor):
@@ -275,18 +277,18 @@ def _wrapper(parts: Parts) -> Tensor:
     return replace(parts.fits("a weight", parts.tensor("original_weight_tensor"), parts.shape), name=parts.name)
 
 
-def _activation_scale(parts: Parts) -> Tensor:
+def _activation_scale(parts: InnerTensors) -> Tensor:
     """WeightTensorWithLinearActivationScaleMetadata: the activation is divided by a scale first."""
     parts.lose("dropped", "the scale that its activation is divided by first is not part of the weight")
     return _wrapper(parts)
 
 
-def _note_activation_scale(parts: Parts) -> None:
+def _note_activation_scale(parts: InnerTensors) -> None:
     if parts.get("act_pre_scale") is not None:
         parts.lose("dropped", "act_pre_scale, which its activation is multiplied by first, is not part of the weight")
 
 
-def _float4_codes(parts: Parts, stored: Tensor, *, high_first: bool) -> Tensor:
+def _float4_codes(parts: InnerTensors, stored: Tensor, *, high_first: bool) -> Tensor:
     """Float4 codes, two in a byte of uint8, or of the dtype itself."""
     if stored.dtype == _FLOAT4:
         return parts.fits("qdata", stored, parts.shape)
@@ -298,7 +300,7 @@ def _float4_codes(parts: Parts, stored: Tensor, *, high_first: bool) -> Tensor:
     return replace(codes, data=swapped_nibbles(codes.data, codes.size)) if high_first else codes
 
 
-def _last_axis_blocks(parts: Parts) -> tuple[int, ...]:
+def _last_axis_blocks(parts: InnerTensors) -> tuple[int, ...]:
     """Blocks of the last axis, which their size divides."""
     size = parts.count("block_size", "_block_size")
     if not parts.shape or parts.shape[-1] % size:
@@ -306,7 +308,7 @@ def _last_axis_blocks(parts: Parts) -> tuple[int, ...]:
     return blocked(parts.shape, len(parts.shape) - 1, size)
 
 
-def _block_scale(parts: Parts, stored: Tensor, block_shape: tuple[int, ...]) -> Tensor:
+def _block_scale(parts: InnerTensors, stored: Tensor, block_shape: tuple[int, ...]) -> Tensor:
     """The scales of blocks, in tiles where `is_swizzled_scales` says so."""
     grid = grid_shape(parts.shape, block_shape)
     swizzled = parts.get("is_swizzled_scales", "_is_swizzled_scales")
@@ -319,7 +321,7 @@ def _block_scale(parts: Parts, stored: Tensor, block_shape: tuple[int, ...]) -> 
     return unswizzled("scale", stored, grid)
 
 
-def _as_e8m0(parts: Parts, stored: Tensor) -> Tensor:
+def _as_e8m0(parts: InnerTensors, stored: Tensor) -> Tensor:
     """Scales that are exponents; up to torchao 0.7 they were saved as bytes."""
     if stored.dtype == _UINT8:
         return replace(stored, dtype=_FLOAT8_E8M0)
@@ -328,7 +330,7 @@ def _as_e8m0(parts: Parts, stored: Tensor) -> Tensor:
     return stored
 
 
-def _even_split(parts: Parts, size: int, groups: int) -> int:
+def _even_split(parts: InnerTensors, size: int, groups: int) -> int:
     if not groups or size % groups or not size:
         raise parts.corrupt(f"has {groups} groups of {size} columns")
     return size // groups
@@ -336,7 +338,7 @@ def _even_split(parts: Parts, size: int, groups: int) -> int:
 
 _DEQUANTIZE = "save the model with another layout, or its dequantized weights, with torchao"
 
-_CLASSES: Mapping[str, Callable[[Parts], Tensor]] = MappingProxyType(
+_CLASSES: Mapping[str, Callable[[InnerTensors], Tensor]] = MappingProxyType(
     {
         "AffineQuantizedTensor": affine_quantized,
         "FbgemmFp8Tensor": _float8,

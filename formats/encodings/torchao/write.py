@@ -53,7 +53,7 @@ _SMALLEST_BLOCK = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Written:
+class WeightMetadata:
     """How a weight is written: the entry of the metadata, and the configuration that would make such tensors."""
 
     entry: Mapping[str, Any]
@@ -146,7 +146,7 @@ def _integers(weight: Tensor) -> Encoded:
         "activation_quantization": None,
     }
     entry = _entry("IntxUnpackedToInt8Tensor", attributes, parts)
-    written = Written(entry, _intx_configuration(target, weight.shape, quantization))
+    written = WeightMetadata(entry, _intx_configuration(target, weight.shape, quantization))
     return _encoded(replace(codes, quantization=quantization), parts, written, of_offsets + of_factor + of_scales)
 
 
@@ -253,7 +253,7 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
         "kernel_preference": emulated,
         "scaling_mode": _object("ScaleCalculationMode", "FLOOR"),
     }
-    written = Written(
+    written = WeightMetadata(
         _entry("MXTensor", attributes, parts), _object("MXDynamicActivationMXWeightConfig", made_by, version=1)
     )
     is_exact = weight.dtype == FLOAT4 and own_dtype(quantization) == _FLOAT32
@@ -278,7 +278,9 @@ def _nvfp4(weight: Tensor, quantization: Quantization) -> Encoded:
         "orig_dtype": _dtype(_shown(quantization).name),
     }
     made_by = {"use_dynamic_per_tensor_scale": "per_tensor_scale" in parts}
-    written = Written(_entry("NVFP4Tensor", attributes, parts), _object("NVFP4WeightOnlyConfig", made_by, version=1))
+    written = WeightMetadata(
+        _entry("NVFP4Tensor", attributes, parts), _object("NVFP4WeightOnlyConfig", made_by, version=1)
+    )
     return _small_floats(weight, scale, parts, written, _shown(quantization))
 
 
@@ -303,7 +305,7 @@ def _shown(quantization: Quantization) -> np.dtype[Any]:
 
 
 def _small_floats(
-    weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: Written, shown: np.dtype[Any]
+    weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: WeightMetadata, shown: np.dtype[Any]
 ) -> Encoded:
     weight, losses = rounded_to(weight, shown, "which the tensor shows")
     quantization = replace(_quantization(weight), scale=scale)
@@ -324,7 +326,7 @@ def _quantization(weight: Tensor) -> Quantization:
     return weight.quantization
 
 
-def _encoded(weight: Tensor, parts: Mapping[str, Tensor], written: Written, losses: tuple[Loss, ...]) -> Encoded:
+def _encoded(weight: Tensor, parts: Mapping[str, Tensor], written: WeightMetadata, losses: tuple[Loss, ...]) -> Encoded:
     module, _, parameter = weight.name.rpartition(".")
     stored = {f"{module}._{parameter}_{role}": tensor for role, tensor in parts.items()}
     return Encoded(weight, {key: replace(tensor, name=key) for key, tensor in stored.items()}, written, losses)

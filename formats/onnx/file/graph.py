@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nibblecast.converters.ir import Port
-from nibblecast.formats.onnx.file.wire import Range, Record
+from nibblecast.formats.onnx.file.wire import Message, Range
 
 #: The location of payloads that are carried along beside a model in memory.
 CARRIED = "nibblecast:carried"
@@ -20,7 +20,7 @@ class TensorHeader:
     name: str
     data_type: int
     dims: tuple[int, ...]
-    record: Record
+    record: Message
     external: Mapping[str, str] | None = None
     properties: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,7 +43,7 @@ class Node:
     outputs: tuple[str, ...]
     integers: Mapping[str, int] = field(default_factory=dict)
     domain: str = ""
-    bodies: tuple[Graph, ...] = ()
+    bodies: tuple[ParsedGraph, ...] = ()
     constant: TensorHeader | None = None
     name: str = ""
     has_tensors: bool = False
@@ -65,7 +65,7 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Graph:
+class ParsedGraph:
     """Nodes in the order of the file, the initializers, and the names of inputs, outputs and sparse initializers."""
 
     nodes: tuple[Node, ...]
@@ -80,12 +80,12 @@ class ParsedModel:
     """A ModelProto: the graph, the bodies of functions, the graph's inputs (initializers excepted) and outputs, and the
     operator sets by domain (ONNX's own is the empty name). `calls` are the functions' bodies by domain and name."""
 
-    graph: Graph
+    graph: ParsedGraph
     producer: str
     properties: Mapping[str, str]
-    functions: tuple[Graph, ...] = ()
+    functions: tuple[ParsedGraph, ...] = ()
     inputs: tuple[Port, ...] = ()
     outputs: tuple[Port, ...] = ()
     opsets: Mapping[str, int] = field(default_factory=dict)
     ir_version: int = 0
-    calls: Mapping[tuple[str, str], Graph] = field(default_factory=dict)
+    calls: Mapping[tuple[str, str], ParsedGraph] = field(default_factory=dict)

@@ -10,8 +10,8 @@ from nibblecast.converters.errors import CorruptFile, Unsupported, printable
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.ir import Port
 from nibblecast.formats.onnx.file import schema
-from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.file.wire import Range, Record, decode
+from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.wire import Message, Range, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
 _LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs
@@ -54,7 +54,7 @@ def _model(view: memoryview) -> ParsedModel:
     )
 
 
-def _opsets(view: memoryview, record: Record) -> Mapping[str, int]:
+def _opsets(view: memoryview, record: Message) -> Mapping[str, int]:
     imports = [decode(view, place, schema.OPERATOR_SET) for place in record.ranges("opset_import")]
     return {domain_of(each.text("domain")): each.integer("version", 0) for each in imports}
 
@@ -64,16 +64,16 @@ def domain_of(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
 
 
-def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], Graph]:
+def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], ParsedGraph]:
     """A function's domain and name, and its body, which is a graph without initializers."""
     record = decode(view, where, schema.FUNCTION)
     nodes = tuple(_node(view, place, 1) for place in record.ranges("node"))
-    graph = Graph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
+    graph = ParsedGraph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
     _check_names(graph, ())
     return (domain_of(record.text("domain")), record.text("name")), graph
 
 
-def _graph(view: memoryview, where: Range, depth: int) -> Graph:
+def _graph(view: memoryview, where: Range, depth: int) -> ParsedGraph:
     if depth > _DEEPEST:
         raise Unsupported(f"graphs are nested deeper than {_DEEPEST} levels: this is no model that an exporter makes")
     record = decode(view, where, schema.GRAPH)
@@ -81,7 +81,7 @@ def _graph(view: memoryview, where: Range, depth: int) -> Graph:
     for place in record.ranges("sparse_initializer"):
         values = decode(view, place, schema.SPARSE_TENSOR).ranges("values")
         sparse += [decode(view, value, schema.TENSOR).text("name") for value in values]
-    return Graph(
+    return ParsedGraph(
         nodes=tuple(_node(view, place, depth) for place in record.ranges("node")),
         initializers=tuple(tensor_header(view, place) for place in record.ranges("initializer")),
         inputs=_names(view, record, "input"),
@@ -99,7 +99,7 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
     floats: dict[str, float] = {}
     lists: dict[str, tuple[int, ...]] = {}
     texts: dict[str, str] = {}
-    bodies: list[Graph] = []
+    bodies: list[ParsedGraph] = []
     constant = None
     has_tensors = is_parametric = False
     for place in record.ranges("attribute"):
@@ -169,16 +169,16 @@ def _sizes(view: memoryview, where: Range) -> tuple[int | str, ...]:
     return tuple(s.integer("dim_value", 0) if "dim_value" in s.values else s.text("dim_param") for s in sizes)
 
 
-def _names(view: memoryview, record: Record, field: str) -> tuple[str, ...]:
+def _names(view: memoryview, record: Message, field: str) -> tuple[str, ...]:
     return tuple(decode(view, place, schema.VALUE_INFO).text("name") for place in record.ranges(field))
 
 
-def _entries(view: memoryview, record: Record, field: str) -> Mapping[str, str]:
+def _entries(view: memoryview, record: Message, field: str) -> Mapping[str, str]:
     entries = (decode(view, place, schema.ENTRY) for place in record.ranges(field))
     return {entry.text("key"): entry.text("value") for entry in entries}
 
 
-def _check_names(graph: Graph, outer: tuple[Set[str], ...]) -> None:
+def _check_names(graph: ParsedGraph, outer: tuple[Set[str], ...]) -> None:
     """Raises CorruptFile when a node takes, or the graph gives, what nothing makes, or a name has two makers."""
     initializers = {tensor.name for tensor in graph.initializers}
     if len(initializers) != len(graph.initializers) or "" in initializers:

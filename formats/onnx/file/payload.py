@@ -44,7 +44,7 @@ class _Varints:
         return self.decoded[start:stop]
 
 
-class Payloads:
+class PayloadTensors:
     """Makes the tensors of one model file, mapping each file of external data once. `carried` are payloads that lie
     nowhere in it, by the offset that external data at CARRIED gives. `allowance` is the model's."""
 

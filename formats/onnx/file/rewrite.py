@@ -18,9 +18,9 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file import schema
-from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.parse import tensor_header
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.serialize import aligned, encode_node, external_entries, tensor_head
 from nibblecast.formats.onnx.file.wire import Range, bytes_head, decode, encode, raw_fields
 
@@ -145,7 +145,7 @@ class Rewriting:
     """All that is needed to write the file anew."""
 
     parsed: ParsedModel
-    payloads: Payloads
+    payloads: PayloadTensors
     edits: Mapping[int, GraphEdit]
     external: ExternalData
     owners: Mapping[int, tuple[str, Tensor]]
@@ -189,7 +189,7 @@ class Rewriting:
         else:
             out.add(_opset_import(_MODEL["opset_import"], domain, wanted))
 
-    def _graph(self, where: Range, graph: Graph | None, renamed: _Renamed | None) -> Pieces:
+    def _graph(self, where: Range, graph: ParsedGraph | None, renamed: _Renamed | None) -> Pieces:
         """A GraphProto; `renamed` are the values of graphs around it that have other names now."""
         edit = GraphEdit() if graph is None else self.edits.get(id(graph), GraphEdit())
         out, renamed = Pieces(), _Renamed.inside(renamed, graph, edit)
@@ -219,7 +219,7 @@ class Rewriting:
             out.message(_GRAPH["initializer"], self._new_tensor(new))
         return out
 
-    def _function(self, where: Range, graph: Graph) -> Pieces:
+    def _function(self, where: Range, graph: ParsedGraph) -> Pieces:
         """A FunctionProto, which has no initializers: Constants take their place."""
         edit = self.edits.get(id(graph), GraphEdit())
         out, renamed = Pieces(), _Renamed.inside(None, graph, edit)
@@ -304,7 +304,7 @@ class Rewriting:
                 message.add(Range(at, inner.stop))
         out.message(field, message)
 
-    def _attribute(self, where: Range, node: Node | None, bodies: Iterator[Graph], renamed: _Renamed) -> Pieces:
+    def _attribute(self, where: Range, node: Node | None, bodies: Iterator[ParsedGraph], renamed: _Renamed) -> Pieces:
         out = Pieces()
         known = [] if node is None or node.constant is None else [node.constant]
         for number, start, content in raw_fields(self.view, where):
@@ -379,7 +379,7 @@ class _Renamed:
     outer: _Renamed | None
 
     @classmethod
-    def inside(cls, outer: _Renamed | None, graph: Graph | None, edit: GraphEdit) -> _Renamed:
+    def inside(cls, outer: _Renamed | None, graph: ParsedGraph | None, edit: GraphEdit) -> _Renamed:
         """Those inside a graph, `outer` being those around it."""
         if outer is None or graph is None or not (outer.here or outer.outer):
             return cls(edit.renamed, frozenset(), None)

@@ -30,7 +30,7 @@ _PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Span:
     """What goes into the model file for an initializer, from which position on, and where its payload goes: right
     after that (`offset` is None), or to this offset of the file of external data."""
 
@@ -44,7 +44,7 @@ class Layout:
     """Where everything goes: `head` is all before the first initializer; `places` has these by name, in order."""
 
     head: bytes
-    places: Mapping[str, Place]
+    places: Mapping[str, Span]
     model_nbytes: int
     data_nbytes: int
 
@@ -121,10 +121,10 @@ def lay_out(
             f"an ONNX file of {nbytes} bytes is more than protobuf's {LARGEST_MODEL}: "
             "put weights into a second file with --opt external_data=1M"
         )
-    places: dict[str, Place] = {}
+    places: dict[str, Span] = {}
     position = len(model) + len(graph)
     for initializer, head, offset in entries:
-        places[initializer.name] = Place(position, head, offset)
+        places[initializer.name] = Span(position, head, offset)
         position += len(head) + (initializer.nbytes if offset is None else 0)
     return Layout(model + graph, places, nbytes, end)
 

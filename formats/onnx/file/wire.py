@@ -56,7 +56,7 @@ class Schema:
         self.by_number: Mapping[int, tuple[str, Kind]] = {f.number: (name, f.kind) for name, f in fields.items()}
 
 
-class Record:
+class Message:
     """The fields found in one message, in the file's order; what a field holds is a list, empty where it is absent."""
 
     __slots__ = ("values",)
@@ -119,7 +119,7 @@ def raw_fields(view: memoryview, where: Range, message: str = "message") -> Iter
         yield number, start, content
 
 
-def decode(view: memoryview, where: Range, schema: Schema) -> Record:
+def decode(view: memoryview, where: Range, schema: Schema) -> Message:
     """The fields of the message that lies in `where`. Raises CorruptFile when a length or a wire type is wrong."""
     known = schema.by_number
     values: dict[str, list[Any]] = {}
@@ -134,7 +134,7 @@ def decode(view: memoryview, where: Range, schema: Schema) -> Record:
                 )
             if content:  # a packed field may hold nothing
                 values.setdefault(name, []).extend(content)
-    return Record(values)
+    return Message(values)
 
 
 def _fields(view: memoryview, where: Range, message: str) -> Iterator[tuple[int, int, int, Range]]:

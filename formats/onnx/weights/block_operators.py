@@ -25,7 +25,7 @@ from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.flat_blocks import flat_blocks
 from nibblecast.formats.encodings.bytes.rows import swapped_nibbles
 from nibblecast.formats.onnx.file.graph import Node, TensorHeader
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 
 MICROSOFT = "com.microsoft"
 
@@ -62,7 +62,7 @@ class BlockWeight:
     position: int
     channel_axis: int | None
     parameters: tuple[TensorHeader, ...]
-    build: Callable[[Payloads], Tensor]
+    build: Callable[[PayloadTensors], Tensor]
 
 
 def block_weights(node: Node, find: Find) -> Iterator[BlockWeight]:
@@ -73,7 +73,7 @@ def block_weights(node: Node, find: Find) -> Iterator[BlockWeight]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Parts:
+class _Inputs:
     """What decodes a weight: headers, None where an input is absent."""
 
     codes: TensorHeader
@@ -82,7 +82,7 @@ class _Parts:
     group_index: TensorHeader | None = None
 
     @classmethod
-    def of(cls, node: Node, find: Find, *positions: int) -> _Parts | None:
+    def of(cls, node: Node, find: Find, *positions: int) -> _Inputs | None:
         """Those at the positions of codes, scales and perhaps zero points and group index; None where there are no
         codes, or where one of them is computed at run time."""
         names = [node.input(position) for position in positions]
@@ -92,7 +92,7 @@ class _Parts:
             return None
         return cls(found[0], found[1], *found[2:])
 
-    def weight(self, position: int, axis: int | None, build: Callable[[Payloads], Tensor]) -> BlockWeight:
+    def weight(self, position: int, axis: int | None, build: Callable[[PayloadTensors], Tensor]) -> BlockWeight:
         """The weight that these are parts of."""
         parameters = [part for part in (self.scales, self.zero_points, self.group_index) if part is not None]
         return BlockWeight(self.codes, position, axis, tuple(parameters), build)
@@ -119,7 +119,7 @@ _PROJECTIONS: Mapping[str, tuple[_Projection, ...]] = MappingProxyType(
 def _matmul_nbits(node: Node, find: Find) -> Iterator[BlockWeight]:
     """W is (N, K), the transposed of what MatMul takes; each row is in blocks along K, the last one filled up."""
     for projection in _PROJECTIONS[node.op_type]:
-        parts = _Parts.of(node, find, *projection.positions)
+        parts = _Inputs.of(node, find, *projection.positions)
         if parts is None or 0 in parts.codes.dims:  # without codes the projection is left out
             continue
         prepacked = node.integers.get("weight_prepacked", 0)
@@ -137,7 +137,7 @@ def _matmul_nbits(node: Node, find: Find) -> Iterator[BlockWeight]:
 
 
 def _rows_of_blocks(
-    parts: _Parts, payloads: Payloads, shape: tuple[int, ...], bits: int, block: int, row_nbytes: int
+    parts: _Inputs, payloads: PayloadTensors, shape: tuple[int, ...], bits: int, block: int, row_nbytes: int
 ) -> Tensor:
     """Unsigned codes of shape (..., columns), blocks along the last axis, each row in `row_nbytes` bytes."""
     rows, columns = prod(shape[:-1]), shape[-1]
@@ -154,7 +154,7 @@ def _rows_of_blocks(
     return Tensor(parts.codes.name, shape, _CODES[bits], data, quantization)
 
 
-def _bytes(parts: _Parts, payloads: Payloads, rows: int, row_nbytes: int) -> Tensor:
+def _bytes(parts: _Inputs, payloads: PayloadTensors, rows: int, row_nbytes: int) -> Tensor:
     """The codes as bytes. Raises CorruptFile unless there are as many as the rows take."""
     stored = payloads.tensor(parts.codes)
     if stored.dtype != _UINT8 or stored.nbytes != rows * row_nbytes:
@@ -189,13 +189,15 @@ def _unpacked(rows: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     return unpack(flat, _CODES[bits], flat.size * 8 // bits).reshape(len(rows), rows.shape[1] * 8 // bits)
 
 
-def _parameter(header: TensorHeader, role: str, parts: _Parts, payloads: Payloads, grid: tuple[int, ...]) -> Tensor:
+def _parameter(
+    header: TensorHeader, role: str, parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...]
+) -> Tensor:
     if prod(header.dims) != prod(grid):
         raise CorruptFile(f"has {role} of dims {header.dims}: {grid} are needed", tensor=parts.codes.name)
     return payloads.tensor(header, grid)
 
 
-def _zero_points(parts: _Parts, payloads: Payloads, grid: tuple[int, ...], bits: int, columns: int) -> Tensor:
+def _zero_points(parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...], bits: int, columns: int) -> Tensor:
     """The zero points: half the range, floats, or packed codes, every `columns` of them filled up to whole bytes."""
     count = prod(grid)
     if parts.zero_points is None:
@@ -221,7 +223,7 @@ def _zero_points(parts: _Parts, payloads: Payloads, grid: tuple[int, ...], bits:
     return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute, (stored.data,)))
 
 
-def _group_index(parts: _Parts, payloads: Payloads, columns: int, block: int, groups: int) -> GroupIndex | None:
+def _group_index(parts: _Inputs, payloads: PayloadTensors, columns: int, block: int, groups: int) -> GroupIndex | None:
     """g_idx, one integer for each column, perhaps filled up to whole blocks."""
     if parts.group_index is None:
         return None
@@ -240,12 +242,12 @@ def _group_index(parts: _Parts, payloads: Payloads, columns: int, block: int, gr
 def _gather_block_quantized(node: Node, find: Find) -> Iterator[BlockWeight]:
     """A table of INT4, UINT4 or small floats, or of bytes that hold codes along the last axis; blocks along
     quantize_axis."""
-    parts = _Parts.of(node, find, 0, 2, 3)
+    parts = _Inputs.of(node, find, 0, 2, 3)
     if parts is not None and parts.codes.dims:
         yield parts.weight(0, None, partial(_table, node, parts))
 
 
-def _table(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
+def _table(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
     stored, name = payloads.tensor(parts.codes), parts.codes.name
     shape, dtype = stored.shape, stored.dtype
     bits = 4 if dtype in SUB_BYTE else _bits(node.integers.get("bits", 4), parts)
@@ -277,7 +279,7 @@ def _table(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
 
 def _matmul_bnb4(node: Node, find: Find) -> Iterator[BlockWeight]:
     """W is (N, K); blocks run through the flat tensor, so that one may begin in a row and end in the next."""
-    parts = _Parts.of(node, find, 1, 2)
+    parts = _Inputs.of(node, find, 1, 2)
     if parts is None:
         return
     rows, columns, block = (_positive(node, name, parts) for name in ("N", "K", "block_size"))
@@ -290,7 +292,7 @@ def _matmul_bnb4(node: Node, find: Find) -> Iterator[BlockWeight]:
 
 
 def _bnb4_weight(
-    parts: _Parts, payloads: Payloads, shape: tuple[int, int], block: int, table: tuple[float, ...]
+    parts: _Inputs, payloads: PayloadTensors, shape: tuple[int, int], block: int, table: tuple[float, ...]
 ) -> Tensor:
     count = prod(shape)
     stored = _bytes(parts, payloads, 1, packed_size(count, 4))
@@ -307,7 +309,7 @@ def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:
     kind = node.texts.get("quant_type", "int")
     for number, positions, global_scale in ((1, (2, 3, 11), 15), (2, (5, 6, 12), 16), (3, (8, 9, 13), -1)):
         is_global = kind == "fp8" and node.integers.get("block_size", 0) <= 0
-        parts = _Parts.of(node, find, positions[0], *((global_scale,) if is_global else positions[1:]))
+        parts = _Inputs.of(node, find, positions[0], *((global_scale,) if is_global else positions[1:]))
         if parts is None:
             continue
         if len(parts.codes.dims) != 3:
@@ -323,7 +325,7 @@ def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:
         yield parts.weight(positions[0], 1, partial(_experts, node, parts, bits=_bits(bits, parts)))
 
 
-def _experts(node: Node, parts: _Parts, payloads: Payloads, bits: int) -> Tensor:
+def _experts(node: Node, parts: _Inputs, payloads: PayloadTensors, bits: int) -> Tensor:
     experts, rows, row_nbytes = parts.codes.dims
     shape = (experts, rows, row_nbytes * 8 // bits)
     if node.integers.get("block_size", 0) > 0:
@@ -338,7 +340,7 @@ def _experts(node: Node, parts: _Parts, payloads: Payloads, bits: int) -> Tensor
     return Tensor(parts.codes.name, shape, _CODES[bits], stored.data, Quantization(scale, block_shape, zero_point))
 
 
-def _float8_experts(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
+def _float8_experts(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
     """Square blocks, or one scale for an expert."""
     stored, block = payloads.tensor(parts.codes), node.integers.get("block_size", 0)
     if stored.dtype not in _FLOATS or block > _MOST:
@@ -350,12 +352,12 @@ def _float8_experts(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
 
 def _matmul_float8(node: Node, find: Find) -> Iterator[BlockWeight]:
     """W is (N, K) of float8, blocks along K."""
-    parts = _Parts.of(node, find, 1, 2)
+    parts = _Inputs.of(node, find, 1, 2)
     if parts is not None:
         yield parts.weight(1, 0, partial(_float8_rows, node, parts))
 
 
-def _float8_rows(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
+def _float8_rows(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
     stored, block = payloads.tensor(parts.codes), node.integers.get("block_size", 128)
     if stored.dtype not in _FLOATS or len(stored.shape) != 2 or not 0 < block < _MOST:
         what = f"dims {stored.shape} of {stored.dtype} in blocks of {block}"
@@ -367,12 +369,12 @@ def _float8_rows(node: Node, parts: _Parts, payloads: Payloads) -> Tensor:
 
 def _matmul_float4(node: Node, find: Find) -> Iterator[BlockWeight]:
     """W is (N, K) of float4, blocks along K with float8 scales, which have one float32 scale themselves."""
-    parts = _Parts.of(node, find, 1, 2, 3)
+    parts = _Inputs.of(node, find, 1, 2, 3)
     if parts is not None and parts.zero_points is not None:
         yield parts.weight(1, 0, partial(_float4_rows, node, parts, parts.zero_points))
 
 
-def _float4_rows(node: Node, parts: _Parts, second: TensorHeader, payloads: Payloads) -> Tensor:
+def _float4_rows(node: Node, parts: _Inputs, second: TensorHeader, payloads: PayloadTensors) -> Tensor:
     block, dims = node.integers.get("block_size", 16), parts.codes.dims
     if len(dims) != 2 or not 0 < block < _MOST:
         message = f"has dims {dims} in blocks of {block}: (N, K / 2) are needed"
@@ -387,20 +389,20 @@ def _float4_rows(node: Node, parts: _Parts, second: TensorHeader, payloads: Payl
     return replace(stored, shape=shape, dtype=_FLOAT4, quantization=Quantization(scale, block_shape))
 
 
-def _bits(bits: int, parts: _Parts) -> int:
+def _bits(bits: int, parts: _Inputs) -> int:
     if bits not in _CODES:
         raise Unsupported(f"has codes of {bits} bits; 2, 4 and 8 are known", tensor=parts.codes.name)
     return bits
 
 
-def _positive(node: Node, name: str, parts: _Parts) -> int:
+def _positive(node: Node, name: str, parts: _Inputs) -> int:
     value = node.integers.get(name, 0)
     if not 0 < value < _MOST:
         raise CorruptFile(f"{name} {value} of a {node.op_type}: a positive number is needed", tensor=parts.codes.name)
     return value
 
 
-def _block_size(node: Node, parts: _Parts, default: int = 0) -> int:
+def _block_size(node: Node, parts: _Inputs, default: int = 0) -> int:
     value = node.integers.get("block_size", default)
     if not 16 <= value <= _MOST or value & (value - 1):
         raise CorruptFile(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.formats.onnx.file.graph import Graph, Node, ParsedModel, TensorHeader
+from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.weights.patterns import Scope
 
 #: A value: the graph that makes it, by identity, and its name there.
@@ -88,13 +88,13 @@ def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope], allowance: Allowan
                 yield called
 
 
-def _size(graph: Graph) -> int:
+def _size(graph: ParsedGraph) -> int:
     """How many nodes a graph has, and initializers, those of graphs within it counted, too."""
     return 1 + len(graph.initializers) + sum(1 + sum(map(_size, node.bodies)) for node in graph.nodes)
 
 
 def scopes_of(
-    graph: Graph, outer: Scope | None = None, bound: Mapping[str, TensorHeader] | None = None
+    graph: ParsedGraph, outer: Scope | None = None, bound: Mapping[str, TensorHeader] | None = None
 ) -> Iterator[Scope]:
     """A graph and all graphs within it, each after the one around it; `bound` are initializers that its inputs are."""
     scope = Scope(graph, outer, bound)

@@ -10,12 +10,12 @@ import numpy as np
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import Rows, made_by_rows
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.schema import GROUP_SIZE
-from nibblecast.formats.onnx.weights.patterns import Pattern, Spread, Stored
+from nibblecast.formats.onnx.weights.patterns import InitializerCodes, Pattern, Spread
 
 
-def quantization(pattern: Pattern, payloads: Payloads, known: Mapping[int, Tensor]) -> Quantization | None:
+def quantization(pattern: Pattern, payloads: PayloadTensors, known: Mapping[int, Tensor]) -> Quantization | None:
     """The parameters that a pattern decodes its codes with. `known` gives, by a header's identity, the tensors that
     parameters are already. None where the nodes decode something that is no block structure; raises CorruptFile where
     the parameters' dims contradict the codes'."""
@@ -108,7 +108,7 @@ def _padded(dims: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _spread_block_shape(
-    shape: tuple[int, ...], grid: tuple[int, ...], indices: Mapping[int, Stored], payloads: Payloads
+    shape: tuple[int, ...], grid: tuple[int, ...], indices: Mapping[int, InitializerCodes], payloads: PayloadTensors
 ) -> tuple[tuple[int, ...], GroupIndex | None]:
     block_shape: list[int] = []
     group_index = None

@@ -13,8 +13,8 @@ import numpy as np
 
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS
 from nibblecast.converters.ir import Tensor
-from nibblecast.formats.onnx.file.graph import Graph, Node, TensorHeader
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, TensorHeader
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
 from nibblecast.formats.onnx.writing.decode_nodes import fits, is_wide
 
@@ -62,7 +62,9 @@ _DEQUANTIZE_LINEAR_DOMAINS = ("", "ai.onnx", "com.microsoft")
 class Scope:
     """What the names in a graph stand for: initializers (and Constants), and the nodes that make the other values."""
 
-    def __init__(self, graph: Graph, outer: Scope | None, bound: Mapping[str, TensorHeader] | None = None) -> None:
+    def __init__(
+        self, graph: ParsedGraph, outer: Scope | None, bound: Mapping[str, TensorHeader] | None = None
+    ) -> None:
         """`bound` are the initializers that a call of a function gives for its inputs."""
         self.graph = graph
         self.outer = outer
@@ -103,7 +105,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class InitializerCodes:
     """An initializer, and the dtype that its bits have where TensorProto's is only a carrier; or floats that become
     codes of that dtype when the model is loaded (`is_rounded`)."""
 
@@ -111,7 +113,7 @@ class Stored:
     dtype: np.dtype[Any] | None = None
     is_rounded: bool = False
 
-    def tensor(self, payloads: Payloads, shape: tuple[int, ...] | None = None) -> Tensor:
+    def tensor(self, payloads: PayloadTensors, shape: tuple[int, ...] | None = None) -> Tensor:
         """The plain tensor, in another shape of the same size if one is given."""
         tensor = payloads.tensor(self.header, shape)
         if self.dtype is None or self.is_rounded:
@@ -123,8 +125,8 @@ class Stored:
 class Spread:
     """A parameter, and along which axes an index says which of its positions each of the tensor's takes."""
 
-    stored: Stored
-    indices: tuple[tuple[int, Stored], ...] = ()
+    stored: InitializerCodes
+    indices: tuple[tuple[int, InitializerCodes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +136,11 @@ class Pattern:
     moves them included. `in_integers` says that the arithmetic subtracts zero points before it goes over to float32;
     `grid` is the parameters' shape where an operator has another than the scale's dims."""
 
-    codes: Stored
+    codes: InitializerCodes
     scale: Spread
     zero_point: Spread | None = None
     offset: Spread | None = None
-    codebook: Stored | None = None
+    codebook: InitializerCodes | None = None
     linear: Mapping[str, int] | None = None
     value: str = ""
     in_integers: bool = False
@@ -159,7 +161,7 @@ class Pattern:
         """Whether the scale can be one: products of two integers are no weights."""
         return self.scale.stored.header.data_type in _FLOATS
 
-    def parameters(self) -> list[Stored]:
+    def parameters(self) -> list[InitializerCodes]:
         """The initializers of all parameters."""
         spreads = [spread for spread in (self.scale, self.zero_point, self.offset) if spread is not None]
         stored = [spread.stored for spread in spreads] + [index for _, index in self.scale.indices]
@@ -170,7 +172,7 @@ class Matcher:
     """Finds patterns in one scope. A value that no pattern makes is None, never an error: it is just no weight.
     `exact` ones compute in float32; others in any float, as if it were float32."""
 
-    def __init__(self, scope: Scope, payloads: Payloads, *, exact: bool = False) -> None:
+    def __init__(self, scope: Scope, payloads: PayloadTensors, *, exact: bool = False) -> None:
         self.scope = scope
         self.payloads = payloads
         self.exact = exact
@@ -207,7 +209,7 @@ class Matcher:
             if stored is None:
                 return None
             zero_point = Spread(stored)
-        return Pattern(Stored(codes), Spread(scale), zero_point, linear=node.integers, value=node.outputs[0])
+        return Pattern(InitializerCodes(codes), Spread(scale), zero_point, linear=node.integers, value=node.outputs[0])
 
     def _moved(self, node: Node) -> Pattern | None:
         """Codes that are gathered, say, before one scale for all of them decodes the result: what onnxruntime's
@@ -245,8 +247,8 @@ class Matcher:
         number = zero_point.data_type if zero_point else rounding.integers.get("output_dtype", 0) or _UINT8
         if number not in _ROUNDED_TO or (node.input(2) and zero_point is None):
             return None
-        codes, spread = Stored(floats, DTYPES[number], is_rounded=True), Spread(Stored(scale))
-        zero = Spread(Stored(zero_point)) if zero_point else None
+        codes, spread = InitializerCodes(floats, DTYPES[number], is_rounded=True), Spread(InitializerCodes(scale))
+        zero = Spread(InitializerCodes(zero_point)) if zero_point else None
         return Pattern(codes, spread, zero, linear=node.integers, value=node.outputs[0])
 
     def weights(self, node: Node) -> Iterator[Pattern]:
@@ -312,7 +314,7 @@ class Matcher:
         takers = self.scope.takers.get(name, [])
         return takers[0] if len(takers) == 1 and takers[0].op_type == op_type and takers[0].is_standard else None
 
-    def _zero_point(self, name: str, codes: TensorHeader) -> Stored | None:
+    def _zero_point(self, name: str, codes: TensorHeader) -> InitializerCodes | None:
         stored = self._stored(name, codes.data_type)
         if stored is None or self.scope.header(name) is not None:
             return stored
@@ -357,7 +359,7 @@ class Matcher:
         number = cast.integers.get("to")
         return number == to or (to == _FLOAT32 and not self.exact and number in _FLOATS)
 
-    def _values(self, name: str) -> tuple[Stored, Stored | None] | None:
+    def _values(self, name: str) -> tuple[InitializerCodes, InitializerCodes | None] | None:
         """Codes, and the codebook that they are looked up in."""
         stored = self._stored(name, _FLOAT32)
         if stored is not None:
@@ -369,7 +371,7 @@ class Matcher:
         return None if codebook is None or codes is None else (codes, codebook)
 
     def _spread(self, name: str, to: int = _FLOAT32) -> Spread | None:
-        indices: list[tuple[int, Stored]] = []
+        indices: list[tuple[int, InitializerCodes]] = []
         while (stored := self._stored(name, to)) is None:
             gather = self.scope.producer(name, "Gather")
             index = self._stored(gather.input(1), _INT64) if gather else None
@@ -381,22 +383,22 @@ class Matcher:
             name = gather.input(0)
         return Spread(stored, tuple(indices))
 
-    def _stored(self, name: str, to: int) -> Stored | None:
+    def _stored(self, name: str, to: int) -> InitializerCodes | None:
         """An initializer as it is, cast to ONNX's type `to`, or looked up in a table of a dtype's bit patterns."""
         header = self.scope.header(name)
         if header is not None:
-            return Stored(header)
+            return InitializerCodes(header)
         cast = self.scope.producer(name, "Cast")
         if cast is not None:
             header = self.scope.header(cast.input(0)) if self._casts(cast, to) else None
-            return Stored(header) if header else None
+            return InitializerCodes(header) if header else None
         gather = self.scope.producer(name, "Gather")
         table = self.scope.header(gather.input(0)) if gather else None
         if gather is None or table is None or table.properties.get(TABLE_DTYPE) != _FLOAT4.name:
             return None
         indices = self.scope.producer(gather.input(1), "Cast")
         header = self.scope.header(indices.input(0)) if indices else None
-        return Stored(header, _FLOAT4) if header and self._is_float4_table(table) else None
+        return InitializerCodes(header, _FLOAT4) if header and self._is_float4_table(table) else None
 
     def _is_float4_table(self, table: TensorHeader) -> bool:
         values = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)

@@ -61,7 +61,7 @@ class Constant:
 
 
 @dataclass(slots=True)
-class Lowering:
+class DecodeNodes:
     """Collects nodes and constants of one graph; `shared` gives the name of the initializer that a parameter already
     has because it is itself one of the model's tensors, by the parameter's identity. `allowance` is for what its
     constants take."""
@@ -201,7 +201,7 @@ def _float4_values() -> NDArray[np.float32]:
 class _TensorLowering:
     """One tensor on its way into the graph."""
 
-    lowering: Lowering
+    lowering: DecodeNodes
     tensor: Tensor
     quantization: Quantization
     output: str

@@ -19,7 +19,7 @@ from nibblecast.converters.ir import Model, Tensor, WeightPlace
 from nibblecast.converters.storage import Computed, MappedFile
 from nibblecast.formats.onnx.file.graph import CARRIED
 from nibblecast.formats.onnx.file.parse import parse
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
 from nibblecast.formats.onnx.writing.transposing import permuted
 
@@ -63,7 +63,7 @@ class Missing(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MadeGraph:
+class OnnxIrGraph:
     """The graph, its weights as floats, and which of the model's tensors these are."""
 
     graph: OnnxGraph
@@ -78,7 +78,7 @@ class MadeGraph:
                 yield name, permuted(tensor, place.permutation), tensor
 
 
-def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Path) -> MadeGraph:
+def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Path) -> OnnxIrGraph:
     """Takes the weights out of a graph that was made; `path` is the source's, for messages."""
     import onnx_ir as ir
 
@@ -91,10 +91,10 @@ def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Pat
         shape, dtype = ir.Shape(tensor.shape), value.const_value.dtype
         value.const_value = ir.ExternalTensor(CARRIED, len(carried) - 1, tensor.nbytes, dtype, shape=shape, name=name)
     content = np.frombuffer(_serialized(made), np.uint8)
-    payloads = Payloads(MappedFile(path, content, None), carried)
+    payloads = PayloadTensors(MappedFile(path, content, None), carried)
     parsed = parse(payloads.view, path)
     headers = {header.name: header for header in parsed.graph.initializers if header.name in tensors}
-    return MadeGraph(OnnxGraph(parsed, payloads, tensors, headers), places)
+    return OnnxIrGraph(OnnxGraph(parsed, payloads, tensors, headers), places)
 
 
 def _serialized(made: onnx_ir.Model) -> bytes:

@@ -17,13 +17,13 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor, is_float
 from nibblecast.formats.onnx.file.graph import Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.rewrite import NewInitializer, as_it_is
 from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES
 from nibblecast.formats.onnx.weights.block_operators import MICROSOFT
 from nibblecast.formats.onnx.weights.dataflow import Taker
 from nibblecast.formats.onnx.weights.patterns import Matcher, Scope
-from nibblecast.formats.onnx.writing.decode_nodes import Initializer, Lowering, widened
+from nibblecast.formats.onnx.writing.decode_nodes import DecodeNodes, Initializer, widened
 from nibblecast.formats.onnx.writing.editing import Editor
 from nibblecast.formats.onnx.writing.expansions import Fusion, Site, expansion, fusions
 from nibblecast.formats.onnx.writing.transposing import Blobs, narrowed, parameters_of, transposed
@@ -44,7 +44,7 @@ class OnnxGraph:
     that they are, both by the tensors' names."""
 
     parsed: ParsedModel
-    payloads: Payloads
+    payloads: PayloadTensors
     tensors: Mapping[str, Tensor]
     headers: Mapping[str, TensorHeader]
 
@@ -109,7 +109,7 @@ class GraphChanges:
         scope = self._scopes[id(header)]
         is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
         decodings = self._decodings.get(id(header), [])
-        weight = _Weight(self, name, tensor, header, scope, decodings, owner or Owner(name, tensor))
+        weight = _GraphWeight(self, name, tensor, header, scope, decodings, owner or Owner(name, tensor))
         if before.quantization is None and tensor.quantization is None:
             if is_changed:
                 weight.exchange()
@@ -150,7 +150,7 @@ def _dtype_of(scope: Scope, *names: str) -> np.dtype[Any]:
 
 
 @dataclass(slots=True)
-class _Weight:
+class _GraphWeight:
     """One weight on its way into the graph."""
 
     changes: GraphChanges
@@ -327,7 +327,7 @@ class _Weight:
     def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
         """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
         is_turned, tensor = tensor is not self.tensor, narrowed(tensor)
-        lowering = Lowering(self.changes.opset, self.editor.names, {}, self.changes.allowance)
+        lowering = DecodeNodes(self.changes.opset, self.editor.names, {}, self.changes.allowance)
         if tensor.quantization is None:
             return
         initializers = lowering.lower(tensor, tensor.quantization, value, dtype)
@@ -364,7 +364,7 @@ def _cast(name: str, output: str, dtype: np.dtype[Any]) -> Node:
 class _FusionGroups:
     """The operators that take a weight's codes from now on, apart for those that want it transposed."""
 
-    weight: _Weight
+    weight: _GraphWeight
     fused: list[tuple[_Decoding, Fusion, Blobs]] = field(default_factory=list)
     made: dict[tuple[bool, str], Blobs | None] = field(default_factory=dict)
 

@@ -55,12 +55,12 @@ class KeptPlan:
     def open(self, streams: Sequence[BinaryIO]) -> KeptSink:
         """Writes all but payloads; the second stream, where there are two, is the external data's."""
         places = [*_written(self.pieces, self.source, streams[0])]
-        places += [_Place(payload, streams[1], offset) for offset, payload in self.external]
+        places += [_Span(payload, streams[1], offset) for offset, payload in self.external]
         return KeptSink(places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
+class _Span:
     """Where a payload goes."""
 
     payload: Payload
@@ -78,9 +78,9 @@ class _Place:
 class KeptSink:
     """Writes the payloads of each tensor as it comes, and those that are no tensor's at the end."""
 
-    def __init__(self, places: Sequence[_Place]) -> None:
-        self._owned: dict[str, list[_Place]] = {}
-        self._others: list[_Place] = []
+    def __init__(self, places: Sequence[_Span]) -> None:
+        self._owned: dict[str, list[_Span]] = {}
+        self._others: list[_Span] = []
         for place in places:
             owner = place.payload.owner
             self._others.append(place) if owner is None else self._owned.setdefault(owner, []).append(place)
@@ -219,12 +219,12 @@ def _expected(changes: GraphChanges) -> Mapping[str, Tensor]:
     }
 
 
-def _written(pieces: Pieces, source: MappedFile, stream: BinaryIO) -> Iterator[_Place]:
+def _written(pieces: Pieces, source: MappedFile, stream: BinaryIO) -> Iterator[_Span]:
     """Writes what is no payload; gives the places of those."""
     position = 0
     for piece in pieces.items:
         if isinstance(piece, Payload):
-            yield _Place(piece, stream, position)
+            yield _Span(piece, stream, position)
             position += piece.nbytes
             continue
         go_to(stream, position)

@@ -14,7 +14,7 @@ from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import CARRIED, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.parse import domain_of, parse
-from nibblecast.formats.onnx.file.payload import Payloads
+from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.rewrite import ExternalData, Payload, Rewriting
 from nibblecast.formats.onnx.file.wire import Range
 from nibblecast.formats.onnx.weights.dataflow import Dataflow
@@ -69,7 +69,7 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
         raise Unsupported(f"onnx's version converter does not bring it to opset {opset}: {reason}") from error
     converted = np.frombuffer(model.SerializeToString(), np.uint8)
     file = MappedFile(graph.payloads.file.path, converted, None)
-    payloads = Payloads(file, carried, graph.payloads.allowance)
+    payloads = PayloadTensors(file, carried, graph.payloads.allowance)
     parsed = parse(payloads.view, file.path)
     return replace(graph, parsed=parsed, payloads=payloads, headers=_same_headers(graph, parsed))
 

@@ -16,7 +16,7 @@ import numpy as np
 from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Activation, Tensor, Use, is_float, is_integer
 from nibblecast.formats.encodings.bytes.widths import dtype_for
-from nibblecast.formats.pytorch.exported.program import Node, Program, Ref
+from nibblecast.formats.pytorch.exported.program import Program, ProgramNode, Ref
 from nibblecast.formats.pytorch.exported.quantize_operators import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
@@ -68,7 +68,7 @@ _PARAMETER_NAMES = {
 
 
 @dataclass(slots=True, eq=False)
-class Weight:
+class ProgramWeight:
     """A stored tensor, `stored` its name there, or what a program decodes it to. `users` are the names that it has in
     the modules that use it: `head.0.weight`."""
 
@@ -84,9 +84,9 @@ class Flow:
     they are; those that are decoded, or are parameters of weights; those that are decoded in a way that is not
     followed, with the reason."""
 
-    weights: tuple[Weight, ...]
-    decoded: Mapping[str, Weight]
-    plain: Mapping[str, Weight]
+    weights: tuple[ProgramWeight, ...]
+    decoded: Mapping[str, ProgramWeight]
+    plain: Mapping[str, ProgramWeight]
     consumed: frozenset[str]
     unresolved: Mapping[str, str]
 
@@ -102,7 +102,7 @@ class _Value:
     axes: tuple[int, ...] | None
     view: StridedTensor | None = None
     codes: Tensor | None = None
-    weight: Weight | None = None
+    weight: ProgramWeight | None = None
     parts: frozenset[str] = frozenset()
 
 
@@ -120,9 +120,9 @@ class _Follower:
         self.values: dict[str, _Value] = {}
         self.views: dict[str, StridedTensor] = {}
         self.wrapping: dict[str, tuple[str, SubclassTensor]] = {}
-        self.weights: dict[tuple[Any, ...], Weight] = {}
-        self.decoded: dict[str, Weight] = {}
-        self.plain: dict[str, Weight] = {}
+        self.weights: dict[tuple[Any, ...], ProgramWeight] = {}
+        self.decoded: dict[str, ProgramWeight] = {}
+        self.plain: dict[str, ProgramWeight] = {}
         self.consumed: set[str] = set()
         self.unresolved: dict[str, str] = {}
         self.activations, self.results = _activations(program)
@@ -152,7 +152,7 @@ class _Follower:
         if value.view is not None:
             self.views[name] = value.view
 
-    def _unwrap(self, node: Node) -> None:
+    def _unwrap(self, node: ProgramNode) -> None:
         source = node.argument("src_subclass_tensor")
         name, tensor = self.wrapping.get(source.name if isinstance(source, Ref) else "", ("", None))
         inner = None if tensor is None else tensor.attributes.get(node.argument("attr"))
@@ -161,11 +161,11 @@ class _Follower:
         elif isinstance(inner, SubclassTensor) and node.outputs:
             self.wrapping[node.outputs[0]] = (name, inner)
 
-    def _source(self, node: Node) -> _Value | None:
+    def _source(self, node: ProgramNode) -> _Value | None:
         first = node.inputs[0][1] if node.inputs else None
         return self.values.get(first.name) if isinstance(first, Ref) and node.outputs else None
 
-    def _pass(self, node: Node) -> bool:
+    def _pass(self, node: ProgramNode) -> bool:
         """Whether the node only passes a value on."""
         source = self._source(node)
         if source is None:
@@ -181,7 +181,7 @@ class _Follower:
             self._set(node.outputs[0], followed)
         return followed is not None
 
-    def _reshaped(self, node: Node, source: _Value) -> _Value | None:
+    def _reshaped(self, node: ProgramNode, source: _Value) -> _Value | None:
         found = self.program.types.get(node.outputs[0])
         shape = tuple(size for size in found.shape if isinstance(size, int)) if found is not None else ()
         if found is None or len(shape) != len(found.shape):
@@ -193,7 +193,7 @@ class _Follower:
             return None
         return _viewed(source.stored, replace(view, shape=shape, strides=_row_major_strides(shape)), None)
 
-    def _compute(self, node: Node) -> bool:
+    def _compute(self, node: ProgramNode) -> bool:
         """Whether the node quantizes or dequantizes what is stored."""
         source = self._source(node)
         if source is None or source.weight is not None:
@@ -212,7 +212,7 @@ class _Follower:
         self._set(node.outputs[0], made)
         return True
 
-    def _made(self, node: Node, source: _Value) -> _Value | None:
+    def _made(self, node: ProgramNode, source: _Value) -> _Value | None:
         call = Call(node, self.views, self.limits)
         inputs = (self._identity(value) for _, value in node.inputs[1:])
         # numbered: a key made of the keys before it would be twice as long with each node that takes two of them
@@ -231,7 +231,7 @@ class _Follower:
             if made is None:
                 return None
             self.limits.take(sum(data.nbytes for data in made.stored()), source.stored)
-            weight = Weight(source.stored, made)
+            weight = ProgramWeight(source.stored, made)
         self.weights[key] = self.decoded[node.outputs[0]] = weight
         self.consumed |= parts
         return _Value(source.stored, key, tuple(range(len(weight.tensor.shape))), weight=weight)
@@ -249,7 +249,7 @@ class _Follower:
         found = self.values.get(value.name) if isinstance(value, Ref) else None
         return found.key if found is not None else value
 
-    def _use(self, node: Node) -> None:
+    def _use(self, node: ProgramNode) -> None:
         for position, name, reference in node.references():
             value = self.values.get(reference)
             weight = None if value is None else self._user(value)
@@ -267,13 +267,13 @@ class _Follower:
             if parameter in ("weight", "bias"):
                 weight.users.append(f"{node.module}.{parameter}" if node.module else parameter)
 
-    def _user(self, value: _Value) -> Weight | None:
+    def _user(self, value: _Value) -> ProgramWeight | None:
         """The weight that a value is, or else the stored tensor that it is a view of; None where that wraps others."""
         if value.weight is not None:
             return value.weight
         whole = self.whole.get(value.stored)
         if whole is not None and value.stored not in self.plain:
-            self.plain[value.stored] = Weight(value.stored, tensor_of(value.stored, whole))
+            self.plain[value.stored] = ProgramWeight(value.stored, tensor_of(value.stored, whole))
         return self.plain.get(value.stored)
 
 
@@ -281,7 +281,7 @@ def _viewed(name: str, view: StridedTensor, axes: tuple[int, ...] | None) -> _Va
     return _Value(name, (name, id(view.storage), view.offset, view.shape, view.strides), axes, view)
 
 
-def _keeps(node: Node, source: _Value) -> bool:
+def _keeps(node: ProgramNode, source: _Value) -> bool:
     """Whether a cast changes nothing that matters here: elements of a stored tensor, that is."""
     if source.view is None:
         return source.weight is not None
@@ -293,7 +293,7 @@ def _looks_like_codes(view: StridedTensor) -> bool:
     return view.dtype.numpy.itemsize == 1 and is_integer(view.dtype.numpy) and len(view.shape) > 1
 
 
-def _reordered(node: Node, source: _Value) -> _Value | None:
+def _reordered(node: ProgramNode, source: _Value) -> _Value | None:
     if source.codes is not None:
         return None
     rank = len(source.weight.tensor.shape if source.weight is not None else source.view.shape if source.view else ())
@@ -320,7 +320,7 @@ def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _channel_axis(node: Node, name: str, value: _Value) -> int | None:
+def _channel_axis(node: ProgramNode, name: str, value: _Value) -> int | None:
     axis = _CHANNEL_AXES.get((node.operator, name))
     if node.operator == "aten.convolution" and node.argument("transposed") is True:
         axis = 1
@@ -329,7 +329,7 @@ def _channel_axis(node: Node, name: str, value: _Value) -> int | None:
     return value.axes[axis]
 
 
-def _activation(program: Program, node: Node) -> Activation | None:
+def _activation(program: Program, node: ProgramNode) -> Activation | None:
     """The quantized tensor that a quantize_per_tensor node gives, where its parameters and its shape are known."""
     scale, zero_point, *limits = (node.argument(name) for name in ("scale", "zero_point", "quant_min", "quant_max"))
     found = program.types.get(node.outputs[0]) if node.outputs else None

@@ -54,7 +54,7 @@ class TensorType:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Node:
+class ProgramNode:
     """One call of an operator: "aten.conv2d", "input" for its overload. Inputs are named as in its schema: numbers,
     texts, dtypes, tuples of these, None (devices and memory layouts too), `Ref`s, or `Opaque`. Outputs that nothing is
     called are empty. `module` is the path of the module that called it."""
@@ -83,7 +83,7 @@ class Program:
     """A graph: `stored` gives the stored tensor's name for each value that is one, `results` are the values that come
     out, state that is changed included, `ranges` the least and the largest value of the names in shapes."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[ProgramNode, ...]
     stored: Mapping[str, str]
     types: Mapping[str, TensorType]
     inputs: tuple[Port, ...]
@@ -202,7 +202,7 @@ def _port(name: str, types: Mapping[str, TensorType]) -> Port:
     return Port(name, "", None) if found is None else Port(name, found.dtype.name if found.dtype else "", found.shape)
 
 
-def _node(value: Any, depth: int = 0) -> Node:
+def _node(value: Any, depth: int = 0) -> ProgramNode:
     node = entries(value, "nodes")
     target = text_of(node.get("target"), "target").removeprefix("torch.ops.")
     namespace, _, rest = target.partition(".")
@@ -219,7 +219,7 @@ def _node(value: Any, depth: int = 0) -> Node:
     stack = text_of(entries(node.get("metadata", {}), "metadata").get("nn_module_stack", ""), "nn_module_stack")
     # each module is key, path, type
     path = [*stack.rpartition(";")[2].split(","), "", ""][1]
-    return Node(
+    return ProgramNode(
         f"{namespace}.{name}" if name else namespace, overload, tuple(inputs), tuple(outputs), path, tuple(inner)
     )
 

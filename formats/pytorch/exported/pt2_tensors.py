@@ -29,7 +29,7 @@ _AOTINDUCTOR = "data/aotinductor/"
 
 
 @dataclass(slots=True, eq=False)
-class Payloads:
+class ProgramTensors:
     """One program of an archive: its JSON, and its tensors by their names in the state dict or among the constants."""
 
     model: str
@@ -38,10 +38,10 @@ class Payloads:
     losses: list[Loss] = field(default_factory=list)
 
 
-def payloads(archive: Archive, limits: Limits) -> Iterator[Payloads]:
+def payloads(archive: Archive, limits: Limits) -> Iterator[ProgramTensors]:
     """The programs of an archive. Raises CorruptFile for damage, Unsupported where there is only machine code."""
     if OLD_PROGRAM in archive:
-        found = Payloads("", archive.bytes_of(OLD_PROGRAM))
+        found = ProgramTensors("", archive.bytes_of(OLD_PROGRAM))
         for name in ("serialized_state_dict", "serialized_constants"):
             record = next((n for n in (f"{name}.pt", f"{name}.json") if n in archive), f"{name}.pt")
             _read_pickles(found, archive, record, limits)
@@ -57,7 +57,7 @@ def payloads(archive: Archive, limits: Limits) -> Iterator[Payloads]:
             )
         raise CorruptFile("has no program below models/: it is truncated, or not written by torch.export.save")
     for model in models:
-        found = Payloads(model, archive.bytes_of(f"{_MODELS}{model}{_JSON}"))
+        found = ProgramTensors(model, archive.bytes_of(f"{_MODELS}{model}{_JSON}"))
         for kind in ("weights", "constants"):
             folder = f"data/{kind}/"
             if f"{folder}{model}.pt" in archive:
@@ -67,7 +67,7 @@ def payloads(archive: Archive, limits: Limits) -> Iterator[Payloads]:
         yield found
 
 
-def _read_storages(found: Payloads, archive: Archive, folder: str, config: str, limits: Limits) -> None:
+def _read_storages(found: ProgramTensors, archive: Archive, folder: str, config: str, limits: Limits) -> None:
     text = archive.bytes_of(config)
     limits.read += len(text)
     document = entries(parsed(text), config)
@@ -110,7 +110,7 @@ def _pickled(archive: Archive, record: str, limits: Limits) -> StridedTensor | S
     return value
 
 
-def _read_pickles(found: Payloads, archive: Archive, record: str, limits: Limits) -> None:
+def _read_pickles(found: ProgramTensors, archive: Archive, record: str, limits: Limits) -> None:
     data = archive.record(record)
     if data.nbytes == 0:  # no constants
         return

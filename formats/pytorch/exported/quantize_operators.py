@@ -31,7 +31,7 @@ from nibblecast.converters.ir import (
 )
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
 from nibblecast.formats.encodings.values.fake_quantize import quantized
-from nibblecast.formats.pytorch.exported.program import Node, Ref
+from nibblecast.formats.pytorch.exported.program import ProgramNode, Ref
 from nibblecast.formats.pytorch.modules.tensors import row_major
 from nibblecast.formats.pytorch.pickle.limits import Limits
 from nibblecast.formats.pytorch.pickle.records import StridedTensor, TorchDtype, described, shortened
@@ -73,7 +73,7 @@ class NotStored(Exception):
 class Call:
     """A node whose inputs are known where they are stored: `stored` gives the views that values are."""
 
-    node: Node
+    node: ProgramNode
     stored: Mapping[str, StridedTensor]
     limits: Limits
 

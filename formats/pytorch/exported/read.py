@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from nibblecast.converters.ir import Loss, Port, Tensor, is_float
-from nibblecast.formats.pytorch.exported.dataflow import Flow, Weight, flow_of
+from nibblecast.formats.pytorch.exported.dataflow import Flow, ProgramWeight, flow_of
 from nibblecast.formats.pytorch.exported.graph import ExportedGraph, MissingGraph, is_torch_installed
 from nibblecast.formats.pytorch.exported.program import Program, program_of
-from nibblecast.formats.pytorch.exported.pt2_tensors import Payloads, payloads
+from nibblecast.formats.pytorch.exported.pt2_tensors import ProgramTensors, payloads
 from nibblecast.formats.pytorch.modules.tensors import take, tensor_of
 from nibblecast.formats.pytorch.pickle.archive import Archive
 from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
@@ -79,7 +79,7 @@ def read_exported(archive: Archive, limits: Limits) -> Exported:
 
 
 def _graph(
-    program: Program, payload: Payloads, flow: Flow, tensors: Mapping[int, Tensor]
+    program: Program, payload: ProgramTensors, flow: Flow, tensors: Mapping[int, Tensor]
 ) -> ExportedGraph | MissingGraph:
     """The graph, with the tensors of the model by the identity of their weights."""
     if not is_torch_installed():
@@ -100,13 +100,13 @@ def _losses(flow: Flow) -> Iterator[Loss]:
         yield Loss(name, "reinterpreted", f"{reason}: these are plain codes")
 
 
-def _wrapped(payload: Payloads, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:
+def _wrapped(payload: ProgramTensors, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:
     for name, value in payload.tensors.items():
         if isinstance(value, SubclassTensor) and name not in flow.consumed:
             yield name, value
 
 
-def _named(payload: Payloads, flow: Flow, limits: Limits) -> Iterator[tuple[str, Tensor, Weight | None]]:
+def _named(payload: ProgramTensors, flow: Flow, limits: Limits) -> Iterator[tuple[str, Tensor, ProgramWeight | None]]:
     """All tensors by name, with the weights that they are, in the order of the state dict; a weight is where the float
     that it replaces was."""
     stored = {name: value for name, value in payload.tensors.items() if isinstance(value, StridedTensor)}
@@ -117,7 +117,7 @@ def _named(payload: Payloads, flow: Flow, limits: Limits) -> Iterator[tuple[str,
     for name in unused:
         originals.setdefault(stored[name].shape, set()).add(name)
     numbers: dict[str, int] = {}
-    weights: dict[str, Weight] = {}
+    weights: dict[str, ProgramWeight] = {}
     places: dict[str, list[str]] = {}
     for weight in flow.weights:
         limits.spend(LEAF + 8 * len(weight.stored))  # several regular expressions go through it
@@ -136,7 +136,7 @@ def _named(payload: Payloads, flow: Flow, limits: Limits) -> Iterator[tuple[str,
 
 
 def _candidates(
-    weight: Weight, stored: Mapping[str, StridedTensor], originals: Set[str], numbers: dict[str, int]
+    weight: ProgramWeight, stored: Mapping[str, StridedTensor], originals: Set[str], numbers: dict[str, int]
 ) -> Iterator[str]:
     """Names for a weight, the best one first, without an end. `originals` are the float tensors of its shape that the
     program does not use, `numbers` the next one for names that are taken."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, MissingDependency, Unsupported, brief
 from nibblecast.converters.ir import Port, Tensor
-from nibblecast.formats.pytorch.exported.program import Node, Opaque, Program, Ref
+from nibblecast.formats.pytorch.exported.program import Opaque, Program, ProgramNode, Ref
 from nibblecast.formats.pytorch.exported.quantize_operators import DEQUANTIZE, QUANTIZE
 from nibblecast.formats.pytorch.pickle.records import TorchDtype, shortened
 
@@ -48,7 +48,7 @@ def rebuilt(program: Program, weights: Mapping[str, Tensor], *, without_quantize
     changed = program.results - {port.name for port in program.outputs} - {""}
     if changed:
         raise Unsupported(f"changes state as it runs ({brief(min(changed))}), which an ONNX graph cannot: {_ALONE}")
-    return _Builder(program, weights, _skipped(program) if without_quantized_activations else {}).build()
+    return _FxBuilder(program, weights, _skipped(program) if without_quantized_activations else {}).build()
 
 
 _ALONE = "take the weights alone with --opt graph=false"
@@ -70,7 +70,7 @@ def _skipped(program: Program) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class _Builder:
+class _FxBuilder:
     program: Program
     tensors: Mapping[str, Tensor]
     skipped: Mapping[str, str]
@@ -116,7 +116,7 @@ class _Builder:
             name = self.skipped[name]
         return name
 
-    def _live(self) -> tuple[list[Node], set[str]]:
+    def _live(self) -> tuple[list[ProgramNode], set[str]]:
         """The nodes that something comes of, and the values that are taken."""
         needed = {self._resolved(port.name) for port in self.program.outputs}
         live = []
@@ -176,7 +176,7 @@ class _Builder:
             dtype = getattr(self.torch, found.dtype.name)
             self.values[name] = self.graph.call_function(self.torch.ops.aten.to.dtype, (self.values[name], dtype))
 
-    def _call(self, node: Node) -> None:
+    def _call(self, node: ProgramNode) -> None:
         if node.operator in _ARITHMETIC:
             function = getattr(operator, node.operator.partition(".")[2])
             self.values[_first(node)] = self.graph.call_function(function, tuple(self._positional(node)))
@@ -193,7 +193,7 @@ class _Builder:
             if name:
                 self.values[name] = self.graph.call_function(operator.getitem, (made, position))
 
-    def _refuse_changes(self, node: Node, overload: Any) -> None:
+    def _refuse_changes(self, node: ProgramNode, overload: Any) -> None:
         """Raises Unsupported where the node writes to a stored tensor, or to a view of one."""
         schema = overload._schema  # noqa: SLF001
         for argument in schema.arguments:
@@ -205,7 +205,7 @@ class _Builder:
                 raise Unsupported(f"is changed as the program runs, which an ONNX graph cannot: {_ALONE}", tensor=name)
             self.state |= dict.fromkeys(node.outputs, name)
 
-    def _overload(self, node: Node) -> Any:
+    def _overload(self, node: ProgramNode) -> Any:
         namespace, _, name = node.operator.partition(".")
         if namespace == "torchao":
             try:
@@ -225,7 +225,7 @@ class _Builder:
             raise Unsupported(f"computes with {named}, which PyTorch does not know: {_ALONE}")
         return found
 
-    def _arguments(self, node: Node, overload: Any) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, node: ProgramNode, overload: Any) -> tuple[list[Any], dict[str, Any]]:
         """Positional arguments, up to the last that is given, and those that only have names."""
         given = {name: self._argument(value) for name, value in node.inputs}
         arguments: list[Any] = []
@@ -243,7 +243,7 @@ class _Builder:
             arguments.append(given.get(argument.name, argument.default_value))
         return arguments[:count], keywords
 
-    def _positional(self, node: Node) -> Iterator[Any]:
+    def _positional(self, node: ProgramNode) -> Iterator[Any]:
         for _, value in node.inputs:
             yield self._argument(value)
 
@@ -265,7 +265,7 @@ class _Builder:
         return self.values[resolved]
 
 
-def _first(node: Node) -> str:
+def _first(node: ProgramNode) -> str:
     if not node.outputs:
         raise CorruptFile(f"calls {shortened(node.operator)} for nothing: it is damaged")
     return node.outputs[0]

@@ -13,7 +13,7 @@ from typing import Any
 from nibblecast.converters.ir import Loss
 from nibblecast.formats.pytorch.modules.state_dict import Leaf, StateDict
 from nibblecast.formats.pytorch.pickle.limits import STEP, Limits
-from nibblecast.formats.pytorch.pickle.records import Record, StridedTensor, described, is_tensor, shortened
+from nibblecast.formats.pytorch.pickle.records import StridedTensor, UnknownObject, described, is_tensor, shortened
 
 #: What the last parts of a name become for a weight and for a bias.
 _SUFFIXES = (
@@ -43,7 +43,7 @@ def _parts(
     name: str, leaf: Leaf, found: StateDict, cells: dict[str, int], limits: Limits
 ) -> Iterator[tuple[str, Leaf]]:
     matched = _CELLS.fullmatch(name)
-    if matched and isinstance(leaf, Record):
+    if matched and isinstance(leaf, UnknownObject):
         module = matched["module"]
         directions = _directions(module, found, cells, limits)
         yield from _cell(module, int(matched["number"]), leaf, directions, limits)
@@ -57,7 +57,7 @@ def _parts(
             return
     if isinstance(leaf, tuple):
         yield from ((f"{name}.{number}", part) for number, part in enumerate(leaf) if part is not None)
-    elif not isinstance(leaf, Record):
+    elif not isinstance(leaf, UnknownObject):
         yield name, leaf
 
 
@@ -83,11 +83,11 @@ def _tensors(value: Any, limits: Limits, depth: int = 0) -> Iterator[StridedTens
     elif isinstance(value, tuple | list) and depth < _DEEPEST:
         for part in value:
             yield from _tensors(part, limits, depth + 1)
-    elif isinstance(value, Record) and depth < _DEEPEST:
+    elif isinstance(value, UnknownObject) and depth < _DEEPEST:
         yield from _tensors(value.state, limits, depth + 1)
 
 
-def _cell(module: str, number: int, leaf: Record, directions: int, limits: Limits) -> Iterator[tuple[str, Leaf]]:
+def _cell(module: str, number: int, leaf: UnknownObject, directions: int, limits: Limits) -> Iterator[tuple[str, Leaf]]:
     """The weights and biases of one layer and direction of a dynamically quantized LSTM or GRU: a state of its kind,
     tensors, numbers, and packed parameters for the input's and the hidden state's weights."""
     state = leaf.state
@@ -98,7 +98,7 @@ def _cell(module: str, number: int, leaf: Record, directions: int, limits: Limit
         return
     tensors = list(_tensors(state[1], limits))
     given = state[4][:_DEEPEST] if isinstance(state[4], tuple | list) else ()
-    packed = [part for part in given if isinstance(part, Record)]
+    packed = [part for part in given if isinstance(part, UnknownObject)]
     suffix = f"_l{number // directions}" + ("_reverse" if number % directions else "")
     pairs = [_weight_and_bias(part, limits) for part in packed[:2]]
     if not pairs:  # statically quantized cells keep their tensors themselves: weights first, then biases
@@ -146,13 +146,13 @@ def _directions(module: str, found: StateDict, cells: dict[str, int], limits: Li
 
 def _cell_shapes(leaf: Any, limits: Limits) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The shapes of a cell's two weights."""
-    parts: dict[str, Any] = dict(_cell("", 0, leaf, 1, limits)) if isinstance(leaf, Record) else {}
+    parts: dict[str, Any] = dict(_cell("", 0, leaf, 1, limits)) if isinstance(leaf, UnknownObject) else {}
     pair = [parts[name].shape for name in ("weight_ih_l0", "weight_hh_l0") if name in parts]
     return (pair[0], pair[1]) if len(pair) == 2 and all(pair) else None
 
 
 def _class_of(leaf: Leaf) -> str:
-    if isinstance(leaf, Record):
+    if isinstance(leaf, UnknownObject):
         state = leaf.state
         named = state[-1] if isinstance(state, tuple) and state and isinstance(state[-1], str) else None
         return described(leaf.made_by) if named is None else shortened(named)

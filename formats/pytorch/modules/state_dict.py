@@ -19,9 +19,9 @@ from nibblecast.formats.pytorch.pickle.limits import ENTRY, LEAF, STEP, Limits
 from nibblecast.formats.pytorch.pickle.records import (
     Global,
     Key,
-    Record,
     StridedTensor,
     SubclassTensor,
+    UnknownObject,
     described,
     is_tensor,
 )
@@ -32,9 +32,9 @@ _MODEL_KEYS = ("state_dict", "model_state_dict", "module", "model", "net", "gene
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _MOST_DEPTH = 256
 #: What may hold tensors, or is one.
-_NESTED = (StridedTensor, SubclassTensor, Record, np.ndarray, dict, list, tuple)
+_NESTED = (StridedTensor, SubclassTensor, UnknownObject, np.ndarray, dict, list, tuple)
 
-Leaf = StridedTensor | SubclassTensor | Record | np.ndarray | tuple[Any, ...]
+Leaf = StridedTensor | SubclassTensor | UnknownObject | np.ndarray | tuple[Any, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +94,7 @@ def _unwrapped(saved: Any, found: StateDict, limits: Limits) -> Any:
 
 def _may_be_model(value: Any, limits: Limits) -> bool:
     return (isinstance(value, dict) and len(value) > 0) or (
-        isinstance(value, Record) and bool(_module_parts(value, limits))
+        isinstance(value, UnknownObject) and bool(_module_parts(value, limits))
     )
 
 
@@ -105,7 +105,7 @@ def _count_tensors(value: Any, limits: Limits) -> int:
         value = waiting.pop()
         if is_tensor(value):
             count += 1
-        elif isinstance(value, dict | list | tuple | Record) and id(value) not in seen:
+        elif isinstance(value, dict | list | tuple | UnknownObject) and id(value) not in seen:
             seen.add(id(value))
             children = _children(value)
             limits.spend(ENTRY + STEP * len(children))
@@ -114,7 +114,7 @@ def _count_tensors(value: Any, limits: Limits) -> int:
 
 
 def _children(value: Any) -> Collection[Any]:
-    if isinstance(value, Record):
+    if isinstance(value, UnknownObject):
         return (value.arguments, value.state, value.items, value.entries)
     return value.values() if isinstance(value, dict) else value
 
@@ -156,11 +156,11 @@ class _Walk:
             return self._named(name, value.items(), len(value))
         elif isinstance(value, list | tuple):
             return self._named(name, enumerate(value), len(value))
-        elif isinstance(value, Record):
+        elif isinstance(value, UnknownObject):
             return self._inside_record(name, value)
         return None
 
-    def _inside_record(self, name: str, record: Record) -> Iterator[tuple[str, Any]] | None:
+    def _inside_record(self, name: str, record: UnknownObject) -> Iterator[tuple[str, Any]] | None:
         array = _numpy_array(record)
         if array is not None:
             self._add(name, array)
@@ -215,19 +215,19 @@ def _is_packed(value: Any) -> bool:
     """Whether it is a weight packed for a quantized operator: a script object, or the tuple of a weight and a bias."""
     if isinstance(value, tuple):
         return len(value) == 2 and is_tensor(value[0]) and (value[1] is None or is_tensor(value[1]))
-    return isinstance(value, Record) and (
+    return isinstance(value, UnknownObject) and (
         value.made_by == Global("torch", "ScriptObject") or value.module.startswith("__torch__.torch.classes")
     )
 
 
-def _attributes(record: Record, limits: Limits) -> dict[Any, Any]:
+def _attributes(record: UnknownObject, limits: Limits) -> dict[Any, Any]:
     """The attributes of a record, which may be put together anew each time."""
     parts = record.state if isinstance(record.state, tuple) and len(record.state) == 2 else (record.state,)
     limits.spend(STEP * (1 + sum(len(part) for part in parts if isinstance(part, dict))))
     return record.attributes()
 
 
-def _module_parts(record: Record, limits: Limits) -> dict[str, Any] | None:
+def _module_parts(record: UnknownObject, limits: Limits) -> dict[str, Any] | None:
     """What the state dict of a module has of it and of the modules in it: parameters, persistent buffers, what
     quantized modules add. None where the record is no module."""
     attributes = _attributes(record, limits)
@@ -266,7 +266,7 @@ def _members(attributes: Mapping[Any, Any], groups: Iterable[Any]) -> dict[str, 
         if value is not None and name not in left_out
     }
     return members | {
-        name: value for name, value in attributes.items() if isinstance(value, Record) and _is_packed(value)
+        name: value for name, value in attributes.items() if isinstance(value, UnknownObject) and _is_packed(value)
     }
 
 
@@ -289,7 +289,7 @@ def _number(name: str, value: Any) -> Any:
     return value
 
 
-def _numpy_array(record: Record) -> np.ndarray | None:
+def _numpy_array(record: UnknownObject) -> np.ndarray | None:
     """A pickled NumPy array of numbers (numpy 1 and 2, `_reconstruct` and the state that follows)."""
     if record.class_name != "_reconstruct" or not record.module.startswith(("numpy.core", "numpy._core")):
         return None
@@ -297,8 +297,12 @@ def _numpy_array(record: Record) -> np.ndarray | None:
     if not isinstance(state, tuple) or len(state) != 5:
         return None
     _, shape, dtype, is_fortran, data = state
-    kind = dtype.arguments[0] if isinstance(dtype, Record) and dtype.arguments else ""
-    order = dtype.state[1] if isinstance(dtype, Record) and isinstance(dtype.state, tuple) and dtype.state[1:] else "|"
+    kind = dtype.arguments[0] if isinstance(dtype, UnknownObject) and dtype.arguments else ""
+    order = (
+        dtype.state[1]
+        if isinstance(dtype, UnknownObject) and isinstance(dtype.state, tuple) and dtype.state[1:]
+        else "|"
+    )
     if not isinstance(kind, str) or not isinstance(order, str) or not isinstance(data, bytes):
         return None
     if kind not in _NUMPY_KINDS or order not in ("<", "|", "="):

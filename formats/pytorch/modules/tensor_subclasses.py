@@ -8,7 +8,7 @@ from nibblecast.converters.errors import CorruptFile
 from nibblecast.formats.encodings.torchao.inner_tensors import WrappedTensor
 from nibblecast.formats.pytorch.modules.tensors import tensor_of
 from nibblecast.formats.pytorch.pickle.limits import LEAF, STEP, Limits
-from nibblecast.formats.pytorch.pickle.records import Global, Record, StridedTensor, SubclassTensor
+from nibblecast.formats.pytorch.pickle.records import Global, StridedTensor, SubclassTensor, UnknownObject
 
 _DEEPEST = 8  # nested attributes: a weight in a wrapper, codes in an implementation, planes in these
 
@@ -37,7 +37,7 @@ def _attribute(name: str, value: Any, limits: Limits, depth: int) -> Any:
         # of numbers and dtypes: a tensor in a tuple is none of torchao's attributes
         limits.spend(STEP * len(value))
         return tuple(item.name if isinstance(item, Global) else _number(item) for item in value)
-    if isinstance(value, Record) and len(value.arguments) == 1:
+    if isinstance(value, UnknownObject) and len(value.arguments) == 1:
         return _number(value.arguments[0])
     return value.name if isinstance(value, Global) else _number(value)
 

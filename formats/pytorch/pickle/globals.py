@@ -20,11 +20,11 @@ from nibblecast.formats.pytorch.pickle.records import (
     AttributedDict,
     Global,
     Quantizer,
-    Record,
     Storage,
     StridedTensor,
     SubclassTensor,
     TorchDtype,
+    UnknownObject,
     described,
     is_tensor,
     key_of,
@@ -101,7 +101,7 @@ def made(maker: Global, arguments: tuple[Any, ...], keywords: dict[Any, Any], sp
     """What a call of `maker` gives: what its constructor here makes of the arguments, or else a record of them."""
     constructor = CONSTRUCTORS.get((maker.module, maker.name))
     if constructor is None or keywords:
-        return Record(maker, arguments, keywords)
+        return UnknownObject(maker, arguments, keywords)
     spend(REFERENCE * len(arguments))
     return constructor(spend, *arguments)
 
@@ -137,12 +137,12 @@ def _encoded(spend: Spend, text: Any, encoding: Any = "latin1", *_: Any) -> byte
     return text.encode("latin1")
 
 
-def _reconstructed(_spend: Spend, cls: Any, base: Any = None, state: Any = None) -> Record:
-    return Record(_checked_class(cls), (base, state))
+def _reconstructed(_spend: Spend, cls: Any, base: Any = None, state: Any = None) -> UnknownObject:
+    return UnknownObject(_checked_class(cls), (base, state))
 
 
-def _new_object(_spend: Spend, cls: Any, *arguments: Any) -> Record:
-    return Record(_checked_class(cls), arguments)
+def _new_object(_spend: Spend, cls: Any, *arguments: Any) -> UnknownObject:
+    return UnknownObject(_checked_class(cls), arguments)
 
 
 def _checked_class(cls: Any) -> Global:

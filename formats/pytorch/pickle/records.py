@@ -57,7 +57,7 @@ class Key:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Record:
+class UnknownObject:
     """An object of a class that is not known here, or the result of a function that is not: what it would have been
     made of. `state` is what its `__setstate__` would have got, `items` what would have been appended to it, `entries`
     what would have been set in it."""
@@ -171,7 +171,7 @@ def described(value: object) -> str:
     classes and functions as they are, what else is known here by its kind, anything else as `brief` has it."""
     if isinstance(value, Global):
         return shortened(value.path)
-    if isinstance(value, Record):
+    if isinstance(value, UnknownObject):
         return f"an object of {described(value.made_by)}"
     if isinstance(value, StridedTensor | SubclassTensor):
         return f"a tensor of shape {brief(value.shape)}"
@@ -197,7 +197,7 @@ def key_of(value: Any, spend: Callable[[int], None]) -> Any:
         if len(value) > _LONGEST_KEY:
             raise ValueError(f"a key of {len(value)} characters")
         return value
-    if isinstance(value, Record | StridedTensor | SubclassTensor):
+    if isinstance(value, UnknownObject | StridedTensor | SubclassTensor):
         return value
     return Key(_key_text(value, spend, 0), isinstance(value, int))
 
@@ -217,7 +217,7 @@ def _key_text(value: Any, spend: Callable[[int], None], depth: int) -> str:
         return brief(value, _LONGEST_KEY)
     if isinstance(value, int) and value.bit_length() > _MOST_KEY_BITS:
         raise ValueError(f"a key that is an integer of {value.bit_length()} bits")
-    if isinstance(value, Record):
+    if isinstance(value, UnknownObject):
         return f"object {id(value)}"
     if not isinstance(value, int | float | None | Global):
         raise TypeError(f"a key of type {type(value).__name__}")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.formats.pytorch.pickle.globals import checked_global, made
 from nibblecast.formats.pytorch.pickle.limits import Limits
-from nibblecast.formats.pytorch.pickle.records import AttributedDict, Global, Record, key_of, reason_of
+from nibblecast.formats.pytorch.pickle.records import AttributedDict, Global, UnknownObject, key_of, reason_of
 
 #: Makes a value of a persistent id; raises CorruptFile where it is none.
 PersistentLoad = Callable[[Any], Any]
@@ -203,7 +203,7 @@ class Unpickler:
 
     def _build(self) -> None:
         state, built = self._pop(), self._top()
-        if isinstance(built, Record):
+        if isinstance(built, UnknownObject):
             built.state = state
         elif isinstance(built, AttributedDict):
             built.attributes = state
@@ -214,7 +214,7 @@ class Unpickler:
         onto = self._top()
         if isinstance(onto, list):
             onto.extend(values)
-        elif isinstance(onto, Record):
+        elif isinstance(onto, UnknownObject):
             onto.items.extend(values)
         else:
             raise TypeError(f"appending to {type(onto).__name__}")
@@ -225,7 +225,7 @@ class Unpickler:
 
     def _set_items(self, values: list[Any]) -> None:
         onto = self._top()
-        entries = onto.entries if isinstance(onto, Record) else onto
+        entries = onto.entries if isinstance(onto, UnknownObject) else onto
         if not isinstance(entries, dict):
             raise TypeError(f"setting items of {type(onto).__name__}")
         entries.update(self._pairs(values))

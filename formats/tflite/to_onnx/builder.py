@@ -69,7 +69,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Operator:
+class OperatorCall:
     """An operator: indices of tensors, -1 for absent ones. `intermediates` say by which scales an integer kernel rounds
     on the way; `custom_options` are those of a custom operator, in an encoding of its own."""
 
@@ -109,7 +109,7 @@ class Held:
 
 
 @dataclass(slots=True)
-class Builder:
+class GraphBuilder:
     """Collects nodes and initializers; `places` says which of the initializers are the model's weights. `allowance` is
     what may be made of sizes alone; `is_repeated`: of a subgraph that has been spelled out before. `origins` has the
     nodes that made moved values, `copied` the names of the weights that are initializers already."""
@@ -122,7 +122,7 @@ class Builder:
     held: dict[int, Held] = field(default_factory=dict)
     initializers: dict[str, ir.Value] = field(default_factory=dict)
     places: dict[str, WeightPlace] = field(default_factory=dict)
-    outer: Builder | None = None
+    outer: GraphBuilder | None = None
     shared: dict[str, ir.Value] = field(default_factory=dict)
     variables: list[ir.Value] = field(default_factory=list)
     assigned: dict[int, ir.Value] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Builder:
     resources: dict[str, ir.Value] = field(default_factory=dict)
     custom_domain: str = ""
     uses_custom: bool = False
-    run_subgraph: Callable[[Builder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
+    run_subgraph: Callable[[GraphBuilder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
     is_repeated: bool = False
     origins: dict[ir.Value, ir.Node | None] = field(default_factory=dict)
     copied: set[str] = field(default_factory=set)
@@ -206,7 +206,7 @@ class Builder:
         return self.constant(np.asarray(values, np.int64).reshape(-1), name="ints")
 
     @property
-    def root(self) -> Builder:
+    def root(self) -> GraphBuilder:
         """The builder of the whole model."""
         return self if self.outer is None else self.outer.root
 
@@ -424,9 +424,9 @@ class Builder:
         self.variables.append(value)
         return value
 
-    def inner(self) -> Builder:
+    def inner(self) -> GraphBuilder:
         """A builder for the body of a Scan, Loop or If: it sees what is around it."""
-        return Builder(
+        return GraphBuilder(
             self.tensors,
             self.opset,
             self.names,
@@ -444,7 +444,7 @@ class Builder:
         """The body that was collected."""
         return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.fresh("body"), opset_imports={"": self.opset})
 
-    def finish(self, operator: Operator, value: ir.Value, *, first: bool = False) -> None:
+    def finish(self, operator: OperatorCall, value: ir.Value, *, first: bool = False) -> None:
         """The operator's only result, after its fused activation."""
         code = operator.options.integer("fused_activation")
         self.write(operator.outputs[0], self.activated(value, code), first=first)

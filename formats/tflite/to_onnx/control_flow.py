@@ -6,12 +6,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 
 
-def if_(b: Builder, op: Operator) -> None:
+def if_(b: GraphBuilder, op: OperatorCall) -> None:
     """IF: the first input decides; the branches see the others as they are."""
     values = [b.read(index) for index in op.inputs[1:]]
     bodies: dict[str, Any] = {}
@@ -25,7 +25,7 @@ def if_(b: Builder, op: Operator) -> None:
         b.write(index, value)
 
 
-def while_(b: Builder, op: Operator) -> None:
+def while_(b: GraphBuilder, op: OperatorCall) -> None:
     """WHILE: one subgraph says whether to go on, the other makes the next values of the inputs."""
     values = [b.read(index) for index in op.inputs]
     goes_on, step = op.options.integer("cond_subgraph_index"), op.options.integer("body_subgraph_index")
@@ -45,24 +45,24 @@ def while_(b: Builder, op: Operator) -> None:
         b.write(index, value)
 
 
-def composite(b: Builder, op: Operator) -> None:
+def composite(b: GraphBuilder, op: OperatorCall) -> None:
     """STABLEHLO_COMPOSITE: what its decomposition computes."""
     results = b.run(op.options.integer("decomposition_subgraph_index"), [b.read(index) for index in op.inputs])
     for index, value in zip(op.outputs, results, strict=True):
         b.write(index, value)
 
 
-def call_once(b: Builder, op: Operator) -> None:
+def call_once(b: GraphBuilder, op: OperatorCall) -> None:
     """CALL_ONCE: the variables begin with what the subgraph assigns to them."""
     b.run(op.options.integer("init_subgraph_index"), [])
 
 
-def variable_handle(b: Builder, op: Operator) -> None:
+def variable_handle(b: GraphBuilder, op: OperatorCall) -> None:
     """VAR_HANDLE: a name for a variable."""
     b.handles[op.outputs[0]] = f"{op.options.text('container')}/{op.options.text('shared_name')}".strip("/")
 
 
-def read_variable(b: Builder, op: Operator) -> None:
+def read_variable(b: GraphBuilder, op: OperatorCall) -> None:
     """READ_VARIABLE: what was assigned to it last, else an input that begins at zero."""
     name = b.handles[op.input(0)]
     if name not in b.root.resources:
@@ -70,6 +70,6 @@ def read_variable(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.root.resources[name])
 
 
-def assign_variable(b: Builder, op: Operator) -> None:
+def assign_variable(b: GraphBuilder, op: OperatorCall) -> None:
     """ASSIGN_VARIABLE."""
     b.root.resources[b.handles[op.input(0)]] = b.read(op.input(1))

@@ -10,25 +10,25 @@ import onnx_ir as ir
 
 from nibblecast.converters.errors import Unsupported
 from nibblecast.formats.tflite.options import Options
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 _SAME, _VALID = 0, 1
 
 
-def conv_2d(b: Builder, op: Operator) -> None:
+def conv_2d(b: GraphBuilder, op: OperatorCall) -> None:
     """CONV_2D: weights [O, H, W, I / groups]."""
     image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     groups = image[-1] // weight[-1]
     _convolve(b, op, (0, 3, 1, 2), weight[1:3], groups, _strides(op.options), _dilations(op.options))
 
 
-def depthwise_conv_2d(b: Builder, op: Operator) -> None:
+def depthwise_conv_2d(b: GraphBuilder, op: OperatorCall) -> None:
     """DEPTHWISE_CONV_2D: weights [1, H, W, C * multiplier], the multiplier fastest."""
     image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     _convolve(b, op, (3, 0, 1, 2), weight[1:3], image[-1], _strides(op.options), _dilations(op.options))
 
 
-def conv_3d(b: Builder, op: Operator) -> None:
+def conv_3d(b: GraphBuilder, op: OperatorCall) -> None:
     """CONV_3D: weights [D, H, W, I, O]."""
     image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     integer = op.options.integer
@@ -38,8 +38,8 @@ def conv_3d(b: Builder, op: Operator) -> None:
 
 
 def _convolve(
-    b: Builder,
-    op: Operator,
+    b: GraphBuilder,
+    op: OperatorCall,
     permutation: tuple[int, ...],
     kernel: Sequence[int],
     groups: int,
@@ -59,20 +59,20 @@ def _convolve(
     b.finish(op, b.emit("Conv", inputs, **attributes), first=True)
 
 
-def kernel_value(b: Builder, index: int, permutation: tuple[int, ...]) -> ir.Value:
+def kernel_value(b: GraphBuilder, index: int, permutation: tuple[int, ...]) -> ir.Value:
     """A weight with its axes permuted, where it is stored or, if it is computed, by a Transpose."""
     if b.info(index).constant is not None and index not in b.held:
         return b.weight(index, permutation)
     return b.emit("Transpose", [b.read(index)], perm=permutation)
 
 
-def transpose_conv(b: Builder, op: Operator) -> None:
+def transpose_conv(b: GraphBuilder, op: OperatorCall) -> None:
     """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias."""
     weight = b.info(op.input(1)).shape
     _convolve_transposed(b, op, (3, 0, 1, 2), weight[1:3], _strides(op.options), [1, 1])
 
 
-def conv_3d_transpose(b: Builder, op: Operator) -> None:
+def conv_3d_transpose(b: GraphBuilder, op: OperatorCall) -> None:
     """CONV_3D_TRANSPOSE: inputs are the result's shape, weights [D, H, W, O, I], the image, perhaps a bias."""
     weight, integer = b.info(op.input(1)).shape, op.options.integer
     strides = [integer(f"stride_{axis}") for axis in "dhw"]
@@ -81,8 +81,8 @@ def conv_3d_transpose(b: Builder, op: Operator) -> None:
 
 
 def _convolve_transposed(
-    b: Builder,
-    op: Operator,
+    b: GraphBuilder,
+    op: OperatorCall,
     permutation: tuple[int, ...],
     kernel: Sequence[int],
     strides: list[int],
@@ -116,17 +116,17 @@ def _convolve_transposed(
     b.finish(op, b.emit("ConvTranspose", inputs, **attributes), first=True)
 
 
-def average_pool_2d(b: Builder, op: Operator) -> None:
+def average_pool_2d(b: GraphBuilder, op: OperatorCall) -> None:
     """AVERAGE_POOL_2D: padding does not count."""
     b.finish(op, b.emit("AveragePool", [b.read_first(op.input(0))], **_pool(b, op), count_include_pad=0), first=True)
 
 
-def max_pool_2d(b: Builder, op: Operator) -> None:
+def max_pool_2d(b: GraphBuilder, op: OperatorCall) -> None:
     """MAX_POOL_2D."""
     b.finish(op, b.emit("MaxPool", [b.read_first(op.input(0))], **_pool(b, op)), first=True)
 
 
-def l2_pool_2d(b: Builder, op: Operator) -> None:
+def l2_pool_2d(b: GraphBuilder, op: OperatorCall) -> None:
     """L2_POOL_2D: the root of the mean of squares."""
     value = b.read_first(op.input(0))
     squares = b.emit("Mul", [value, value])
@@ -134,14 +134,14 @@ def l2_pool_2d(b: Builder, op: Operator) -> None:
     b.finish(op, b.emit("Sqrt", [mean]), first=True)
 
 
-def _pool(b: Builder, op: Operator) -> dict[str, Any]:
+def _pool(b: GraphBuilder, op: OperatorCall) -> dict[str, Any]:
     kernel = [op.options.integer("filter_height"), op.options.integer("filter_width")]
     strides = _strides(op.options)
     return {"kernel_shape": kernel, "strides": strides, **padding(b, op, kernel, strides, [1, 1])}
 
 
 def padding(
-    b: Builder, op: Operator, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+    b: GraphBuilder, op: OperatorCall, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> dict[str, Any]:
     """The attributes that say how an image is padded. Of sizes that the file leaves open the runtime works it out,
     unless it is the same for all."""
@@ -179,7 +179,7 @@ def _dilations(options: Options) -> list[int]:
 def resize(mode: str, nearest: bool) -> Any:
     """RESIZE_BILINEAR and RESIZE_NEAREST_NEIGHBOR: the size is the second input."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         align = bool(op.options.integer("align_corners"))
         half = bool(op.options.integer("half_pixel_centers"))
         how = "align_corners" if align else "half_pixel" if half else "asymmetric"
@@ -200,13 +200,13 @@ def resize(mode: str, nearest: bool) -> Any:
     return lower
 
 
-def depth_to_space(b: Builder, op: Operator) -> None:
+def depth_to_space(b: GraphBuilder, op: OperatorCall) -> None:
     """DEPTH_TO_SPACE: the depth is the fastest, as in ONNX's mode DCR."""
     size = op.options.integer("block_size")
     b.write(op.outputs[0], b.emit("DepthToSpace", [b.read_first(op.input(0))], blocksize=size, mode="DCR"), first=True)
 
 
-def space_to_depth(b: Builder, op: Operator) -> None:
+def space_to_depth(b: GraphBuilder, op: OperatorCall) -> None:
     """SPACE_TO_DEPTH."""
     size = op.options.integer("block_size")
     b.write(op.outputs[0], b.emit("SpaceToDepth", [b.read_first(op.input(0))], blocksize=size), first=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 
-def fully_connected(b: Builder, op: Operator) -> None:
+def fully_connected(b: GraphBuilder, op: OperatorCall) -> None:
     """FULLY_CONNECTED: the input is taken as rows of as many elements as a weight's row has."""
     weight, result = b.info(op.input(1)), b.info(op.outputs[0])
     if op.options.integer("weights_format"):
@@ -31,14 +31,14 @@ def fully_connected(b: Builder, op: Operator) -> None:
     b.finish(op, product)
 
 
-def batch_matmul(b: Builder, op: Operator) -> None:
+def batch_matmul(b: GraphBuilder, op: OperatorCall) -> None:
     """BATCH_MATMUL, either side transposed or not."""
     left = _matrix(b, op.input(0), bool(op.options.integer("adj_x")))
     right = _matrix(b, op.input(1), bool(op.options.integer("adj_y")))
     b.write(op.outputs[0], b.emit("MatMul", [left, right]))
 
 
-def _matrix(b: Builder, index: int, transposed: bool) -> ir.Value:
+def _matrix(b: GraphBuilder, index: int, transposed: bool) -> ir.Value:
     if not transposed:
         return b.read(index)
     rank = len(b.info(index).shape)
@@ -48,7 +48,7 @@ def _matrix(b: Builder, index: int, transposed: bool) -> ir.Value:
     return b.emit("Transpose", [b.read(index)], perm=permutation)
 
 
-def free_first(b: Builder, index: int) -> list[int]:
+def free_first(b: GraphBuilder, index: int) -> list[int]:
     """A tensor's shape for a Reshape; the first size that the file leaves open is worked out at run time."""
     info = b.info(index)
     sizes = list(info.shape)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, GraphBuilder, OperatorCall
 
-Lowering = Callable[[Builder, Operator], None]
+Lowering = Callable[[GraphBuilder, OperatorCall], None]
 
 
 def unary(operator: str) -> Lowering:
     """One ONNX operator on one input."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         value, first = _either(b, op.input(0))
         b.write(op.outputs[0], b.emit(operator, [value]), first=first)
 
@@ -25,7 +25,7 @@ def unary(operator: str) -> Lowering:
 def binary(operator: str, *, fused: bool = False) -> Lowering:
     """One ONNX operator on two inputs that broadcast."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         values, first = aligned(b, op.inputs[:2])
         value = b.emit(operator, values)
         if fused:
@@ -39,14 +39,14 @@ def binary(operator: str, *, fused: bool = False) -> Lowering:
 def negated(lowering: str) -> Lowering:
     """A comparison and Not."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         values, first = aligned(b, op.inputs[:2])
         b.write(op.outputs[0], b.emit("Not", [b.emit(lowering, values)]), first=first)
 
     return lower
 
 
-def aligned(b: Builder, indices: Sequence[int]) -> tuple[list[ir.Value], bool]:
+def aligned(b: GraphBuilder, indices: Sequence[int]) -> tuple[list[ir.Value], bool]:
     """Inputs that broadcast against each other, all as TFLite has them or all channels first, and which of the two."""
     rank = max(len(b.info(index).shape) for index in indices)
     if rank in TO_FIRST and any(b.is_first(index) for index in indices):
@@ -56,7 +56,7 @@ def aligned(b: Builder, indices: Sequence[int]) -> tuple[list[ir.Value], bool]:
     return [b.read(index) for index in indices], False
 
 
-def _broadcast_first(b: Builder, index: int, rank: int) -> ir.Value | None:
+def _broadcast_first(b: GraphBuilder, index: int, rank: int) -> ir.Value | None:
     """An input as it broadcasts to channels-first values of that rank; None where that takes more than a reshape."""
     shape = b.info(index).shape
     if len(shape) == rank:
@@ -68,30 +68,30 @@ def _broadcast_first(b: Builder, index: int, rank: int) -> ir.Value | None:
     return None
 
 
-def _either(b: Builder, index: int) -> tuple[ir.Value, bool]:
+def _either(b: GraphBuilder, index: int) -> tuple[ir.Value, bool]:
     return (b.read_first(index), True) if b.is_first(index) else (b.read(index), False)
 
 
-def reciprocal_square_root(b: Builder, op: Operator) -> None:
+def reciprocal_square_root(b: GraphBuilder, op: OperatorCall) -> None:
     """RSQRT."""
     value, first = _either(b, op.input(0))
     b.write(op.outputs[0], b.emit("Reciprocal", [b.emit("Sqrt", [value])]), first=first)
 
 
-def square(b: Builder, op: Operator) -> None:
+def square(b: GraphBuilder, op: OperatorCall) -> None:
     """SQUARE."""
     value, first = _either(b, op.input(0))
     b.write(op.outputs[0], b.emit("Mul", [value, value]), first=first)
 
 
-def squared_difference(b: Builder, op: Operator) -> None:
+def squared_difference(b: GraphBuilder, op: OperatorCall) -> None:
     """SQUARED_DIFFERENCE."""
     values, first = aligned(b, op.inputs[:2])
     difference = b.emit("Sub", values)
     b.write(op.outputs[0], b.emit("Mul", [difference, difference]), first=first)
 
 
-def add_n(b: Builder, op: Operator) -> None:
+def add_n(b: GraphBuilder, op: OperatorCall) -> None:
     """ADD_N."""
     values, first = aligned(b, op.inputs)
     b.write(op.outputs[0], b.emit("Sum", values), first=first)
@@ -100,7 +100,7 @@ def add_n(b: Builder, op: Operator) -> None:
 def clipped(low: float, high: float | None) -> Lowering:
     """RELU6, RELU_N1_TO_1, RELU_0_TO_1."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         value, first = _either(b, op.input(0))
         limits = [b.constant(np.float32(limit), name="limit") for limit in (low, high) if limit is not None]
         b.write(op.outputs[0], b.emit("Clip", [value, *limits]), first=first)
@@ -108,14 +108,14 @@ def clipped(low: float, high: float | None) -> Lowering:
     return lower
 
 
-def leaky_relu(b: Builder, op: Operator) -> None:
+def leaky_relu(b: GraphBuilder, op: OperatorCall) -> None:
     """LEAKY_RELU."""
     value, first = _either(b, op.input(0))
     alpha = op.options.number("alpha")
     b.write(op.outputs[0], b.emit("LeakyRelu", [value], alpha=alpha), first=first)
 
 
-def hard_swish(b: Builder, op: Operator) -> None:
+def hard_swish(b: GraphBuilder, op: OperatorCall) -> None:
     """HARD_SWISH: x * relu6(x + 3) / 6."""
     value, first = _either(b, op.input(0))
     if b.opset >= 14:
@@ -125,7 +125,7 @@ def hard_swish(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
-def gelu(b: Builder, op: Operator) -> None:
+def gelu(b: GraphBuilder, op: OperatorCall) -> None:
     """GELU, exact or by tanh; spelled out below opset 20."""
     value, first = _either(b, op.input(0))
     approximate = bool(op.options.integer("approximate"))
@@ -136,7 +136,7 @@ def gelu(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
-def _gelu(b: Builder, value: ir.Value, *, approximate: bool) -> ir.Value:
+def _gelu(b: GraphBuilder, value: ir.Value, *, approximate: bool) -> ir.Value:
     def number(x: float) -> ir.Value:
         return b.constant(np.float32(x), name="number")
 
@@ -149,7 +149,7 @@ def _gelu(b: Builder, value: ir.Value, *, approximate: bool) -> ir.Value:
     return b.emit("Mul", [b.emit("Mul", [value, number(0.5)]), b.emit("Add", [half, number(1.0)])])
 
 
-def prelu(b: Builder, op: Operator) -> None:
+def prelu(b: GraphBuilder, op: OperatorCall) -> None:
     """PRELU: alpha broadcasts to one image, [H, W, C] or [1, 1, C]."""
     alpha = b.info(op.input(1))
     if not b.is_first(op.input(0)):
@@ -162,7 +162,7 @@ def prelu(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("PRelu", [b.read_first(op.input(0)), slope]), first=True)
 
 
-def softmax(b: Builder, op: Operator) -> None:
+def softmax(b: GraphBuilder, op: OperatorCall) -> None:
     """SOFTMAX along the last axis."""
     value, beta = b.read(op.input(0)), op.options.number("beta")
     if beta != 1.0:
@@ -170,12 +170,12 @@ def softmax(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Softmax", [value], axis=-1))
 
 
-def log_softmax(b: Builder, op: Operator) -> None:
+def log_softmax(b: GraphBuilder, op: OperatorCall) -> None:
     """LOG_SOFTMAX along the last axis."""
     b.write(op.outputs[0], b.emit("LogSoftmax", [b.read(op.input(0))], axis=-1))
 
 
-def floor_div(b: Builder, op: Operator) -> None:
+def floor_div(b: GraphBuilder, op: OperatorCall) -> None:
     """FLOOR_DIV, towards minus infinity for integers as well."""
     values, first = aligned(b, op.inputs[:2])
     dtype = b.info(op.input(0)).dtype
@@ -187,7 +187,7 @@ def floor_div(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
-def floor_mod(b: Builder, op: Operator) -> None:
+def floor_mod(b: GraphBuilder, op: OperatorCall) -> None:
     """FLOOR_MOD: the result has the sign of the divisor."""
     values, first = aligned(b, op.inputs[:2])
     if b.info(op.input(0)).dtype.kind == "f" or b.info(op.input(0)).is_quantized:
@@ -198,7 +198,7 @@ def floor_mod(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
-def right_shift(b: Builder, op: Operator) -> None:
+def right_shift(b: GraphBuilder, op: OperatorCall) -> None:
     """RIGHT_SHIFT by at most all bits but one; of signed integers, which BitShift does not take, it is the division by
     a power of two towards minus infinity."""
     (value, amount), first = aligned(b, op.inputs[:2])
@@ -216,7 +216,7 @@ def right_shift(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], result, first=first)
 
 
-def select(b: Builder, op: Operator) -> None:
+def select(b: GraphBuilder, op: OperatorCall) -> None:
     """SELECT and SELECT_V2; the former's condition may have one value for each row."""
     condition, shape = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     if op.name == "SELECT" and len(condition) == 1 and len(shape) > 1:
@@ -227,7 +227,7 @@ def select(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Where", values), first=first)
 
 
-def l2_normalization(b: Builder, op: Operator) -> None:
+def l2_normalization(b: GraphBuilder, op: OperatorCall) -> None:
     """L2_NORMALIZATION along the last axis; the reference kernel keeps the norm above 1e-6."""
     value = b.read(op.input(0))
     squares = b.emit("Mul", [value, value])
@@ -235,7 +235,7 @@ def l2_normalization(b: Builder, op: Operator) -> None:
     b.finish(op, b.emit("Div", [value, b.emit("Max", [norm, b.constant(np.float32(1e-6), name="least")])]))
 
 
-def local_response_normalization(b: Builder, op: Operator) -> None:
+def local_response_normalization(b: GraphBuilder, op: OperatorCall) -> None:
     """LOCAL_RESPONSE_NORMALIZATION over channels; TFLite's alpha is for each channel, ONNX's for the window."""
     options, window = op.options, 2 * op.options.integer("radius") + 1
     alpha, beta, bias = (options.number(name) for name in ("alpha", "beta", "bias"))
@@ -243,7 +243,7 @@ def local_response_normalization(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], value, first=True)
 
 
-def arc_tangent_2(b: Builder, op: Operator) -> None:
+def arc_tangent_2(b: GraphBuilder, op: OperatorCall) -> None:
     """ATAN2: the angle of (x, y), with y the first input."""
     (y, x), first = aligned(b, op.inputs[:2])
 

@@ -13,7 +13,7 @@ from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import WeightPlace
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, Builder, Operator, TensorInfo
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, GraphBuilder, OperatorCall, TensorInfo
 from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 
 
@@ -23,7 +23,7 @@ class Subgraph:
 
     name: str
     tensors: Sequence[TensorInfo]
-    operators: Sequence[Operator]
+    operators: Sequence[OperatorCall]
     inputs: Sequence[int]
     outputs: Sequence[int]
 
@@ -48,7 +48,9 @@ def lowered(
         _refuse_unknown(subgraphs, main)
     graph, opset = subgraphs[main], wishes.opset
     taken = {graph.tensors[index].name for index in (*graph.inputs, *graph.outputs)}
-    root = Builder(list(graph.tensors), opset, UniqueNames(taken), allowance, run_subgraph=_Runner(subgraphs, main))
+    root = GraphBuilder(
+        list(graph.tensors), opset, UniqueNames(taken), allowance, run_subgraph=_Runner(subgraphs, main)
+    )
     root.custom_domain = wishes.custom_domain
     with _contradictions("an input"):
         inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
@@ -88,7 +90,7 @@ def _used(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node
     return used[::-1]
 
 
-def _run(b: Builder, graph: Subgraph) -> None:
+def _run(b: GraphBuilder, graph: Subgraph) -> None:
     for operator in graph.operators:
         found = LOWERINGS.get(operator.name)
         result = next((b.tensors[index].name for index in operator.outputs if index >= 0), None)
@@ -123,7 +125,7 @@ class _Runner:
     _known: set[int] = field(default_factory=set)
     _running: list[int] = field(default_factory=list)
 
-    def __call__(self, caller: Builder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
+    def __call__(self, caller: GraphBuilder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
         """The outputs of a subgraph for these inputs. Raises CorruptFile for one that there is not, Unsupported for
         one that runs itself or is nested too deep."""
         if not 0 <= index < len(self.subgraphs):
@@ -133,7 +135,7 @@ class _Runner:
         if len(self._running) >= _MOST_NESTED:
             raise Unsupported(f"subgraphs run each other more than {_MOST_NESTED} deep")
         graph = self.subgraphs[index]
-        inner = Builder(
+        inner = GraphBuilder(
             list(graph.tensors),
             caller.opset,
             caller.names,
@@ -192,7 +194,7 @@ _RUNS = {
 }
 
 
-def custom(b: Builder, op: Operator) -> None:
+def custom(b: GraphBuilder, op: OperatorCall) -> None:
     """An operator that ONNX has not, as it is: a node of the domain that the user wants, which takes and gives tensors
     as TFLite has them (quantized ones decoded), its options in the attribute `custom_options`."""
     b.root.uses_custom = True
@@ -208,7 +210,7 @@ def custom(b: Builder, op: Operator) -> None:
     node.name = b.fresh(name)
 
 
-def _input(b: Builder, index: int, *, channels_first: bool) -> ir.Value:
+def _input(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
     """A graph input: under its own name, and with the sizes that the file leaves open left open."""
     info = b.info(index)
     signature = info.signature if len(info.signature) == len(info.shape) else info.shape
@@ -227,7 +229,7 @@ def _input(b: Builder, index: int, *, channels_first: bool) -> ir.Value:
     return value
 
 
-def _output(b: Builder, index: int, *, channels_first: bool) -> ir.Value:
+def _output(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
     """A graph output under its own name: codes where TFLite has codes."""
     info = b.info(index)
     first = channels_first and len(info.shape) == _IMAGE_RANK
@@ -254,7 +256,7 @@ def _known_shape(info: TensorInfo, *, first: bool = False) -> ir.Shape | None:
     return ir.Shape([info.shape[axis] for axis in TO_FIRST[_IMAGE_RANK]] if first else info.shape)
 
 
-def _states(b: Builder) -> list[ir.Value]:
+def _states(b: GraphBuilder) -> list[ir.Value]:
     """The variables after the run, as further outputs."""
     outputs = []
     for index, value in b.assigned.items():

@@ -17,24 +17,26 @@ from nibblecast.formats.tflite.to_onnx import (
     shapes,
     storage,
 )
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 from nibblecast.formats.tflite.to_onnx.elementwise import binary, clipped, negated, unary
 
 
 @dataclass(frozen=True, slots=True)
-class Lowering:
+class OperatorLowering:
     """A lowering function, the ONNX operators that it emits, in short, and what it cannot do."""
 
-    function: Callable[[Builder, Operator], None]
+    function: Callable[[GraphBuilder, OperatorCall], None]
     how: str
     limits: str = ""
 
 
-def _table(*entries: tuple[str, Callable[[Builder, Operator], None], str, str]) -> Mapping[str, Lowering]:
-    return MappingProxyType({name: Lowering(function, how, limits) for name, function, how, limits in entries})
+def _table(
+    *entries: tuple[str, Callable[[GraphBuilder, OperatorCall], None], str, str],
+) -> Mapping[str, OperatorLowering]:
+    return MappingProxyType({name: OperatorLowering(function, how, limits) for name, function, how, limits in entries})
 
 
-LOWERINGS: Mapping[str, Lowering] = _table(
+LOWERINGS: Mapping[str, OperatorLowering] = _table(
     # activations and elementwise
     ("ABS", unary("Abs"), "Abs", ""),
     ("ADD", binary("Add", fused=True), "Add", ""),

@@ -11,18 +11,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 from nibblecast.formats.tflite.to_onnx.shapes import long_list
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1
 
 
-def unsorted_segment(reduction: str) -> Callable[[Builder, Operator], None]:
+def unsorted_segment(reduction: str) -> Callable[[GraphBuilder, OperatorCall], None]:
     """UNSORTED_SEGMENT_SUM and the like: rows of one segment are reduced, those of negative ones left out; a segment
     without rows is what the reduction begins with."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rows, info = b.info(op.input(1)), b.info(op.input(0))
         dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
         count = b.emit("Reshape", [long_list(b, op.input(2)), b.ints([1])])
@@ -46,7 +46,7 @@ def _neutral(reduction: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.full(1, limits.min if reduction == "max" else limits.max, dtype)
 
 
-def matrix_diag(b: Builder, op: Operator) -> None:
+def matrix_diag(b: GraphBuilder, op: OperatorCall) -> None:
     """MATRIX_DIAG: vectors along the last axis become the diagonals of matrices."""
     size = _known(b, op, op.input(0), [-1])[0]
     value = b.emit("Unsqueeze", [b.read(op.input(0)), b.ints([-2])])
@@ -54,7 +54,7 @@ def matrix_diag(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Where", [_diagonal(b, size, size), value, zero]))
 
 
-def matrix_set_diag(b: Builder, op: Operator) -> None:
+def matrix_set_diag(b: GraphBuilder, op: OperatorCall) -> None:
     """MATRIX_SET_DIAG: the second input becomes the diagonal of the first."""
     rows, columns = _known(b, op, op.input(0), [-2, -1])
     value = b.read(op.input(1))
@@ -65,11 +65,11 @@ def matrix_set_diag(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Where", [_diagonal(b, rows, columns), value, b.read(op.input(0))]))
 
 
-def _diagonal(b: Builder, rows: int, columns: int) -> ir.Value:
+def _diagonal(b: GraphBuilder, rows: int, columns: int) -> ir.Value:
     return b.computed(rows * columns, lambda: np.eye(rows, columns, dtype=np.bool_), "diagonal")
 
 
-def _known(b: Builder, op: Operator, index: int, axes: Sequence[int]) -> list[int]:
+def _known(b: GraphBuilder, op: OperatorCall, index: int, axes: Sequence[int]) -> list[int]:
     """Sizes of a tensor. Raises Unsupported where the file leaves them open."""
     info = b.info(index)
     if info.is_open and any(info.signature[axis] < 0 for axis in axes):
@@ -77,7 +77,7 @@ def _known(b: Builder, op: Operator, index: int, axes: Sequence[int]) -> list[in
     return [info.shape[axis] for axis in axes]
 
 
-def broadcast_args(b: Builder, op: Operator) -> None:
+def broadcast_args(b: GraphBuilder, op: OperatorCall) -> None:
     """BROADCAST_ARGS: the shape that two shapes broadcast to."""
     sizes = [b.info(index).shape[0] for index in op.inputs]
     values = []
@@ -89,7 +89,7 @@ def broadcast_args(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Cast", [shape], to=int(b.type_of(op.outputs[0]))))
 
 
-def reverse_sequence(b: Builder, op: Operator) -> None:
+def reverse_sequence(b: GraphBuilder, op: OperatorCall) -> None:
     """REVERSE_SEQUENCE: as many elements of each row as the second input says; ONNX wants rows and time in front."""
     rank = len(b.info(op.input(0)).shape)
     time, batch = (op.options.integer(name) % max(1, rank) for name in ("seq_dim", "batch_dim"))
@@ -100,7 +100,7 @@ def reverse_sequence(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Transpose", [value], perm=np.argsort(order).tolist()) if moved else value)
 
 
-def sparse_to_dense(b: Builder, op: Operator) -> None:
+def sparse_to_dense(b: GraphBuilder, op: OperatorCall) -> None:
     """SPARSE_TO_DENSE: values (or one for all) at indices, the default elsewhere."""
     places, shape = b.info(op.input(0)).shape, long_list(b, op.input(1))
     rank = len(b.info(op.outputs[0]).shape)
@@ -114,7 +114,7 @@ def sparse_to_dense(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("ScatterND", [dense, indices, values]))
 
 
-def unique(b: Builder, op: Operator) -> None:
+def unique(b: GraphBuilder, op: OperatorCall) -> None:
     """UNIQUE: values in the order of their first appearance, and for each element which of them it is."""
     value, kind = b.read(op.input(0)), b.type_of(op.input(0))
     if kind == ir.DataType.INT32:  # onnxruntime has it for int64 only
@@ -124,7 +124,7 @@ def unique(b: Builder, op: Operator) -> None:
     b.write(op.outputs[1], b.emit("Cast", [made[2]], to=int(b.type_of(op.outputs[1]))))
 
 
-def non_max_suppression(b: Builder, op: Operator) -> None:
+def non_max_suppression(b: GraphBuilder, op: OperatorCall) -> None:
     """NON_MAX_SUPPRESSION_V4 and V5: indices of boxes, filled up with zeros to the wanted number; V5 also gives scores.
     ONNX has no soft suppression."""
     is_soft = op.name.endswith("V5")
@@ -146,7 +146,7 @@ def non_max_suppression(b: Builder, op: Operator) -> None:
     b.write(op.outputs[-1], number)
 
 
-def bucketize(b: Builder, op: Operator) -> None:
+def bucketize(b: GraphBuilder, op: OperatorCall) -> None:
     """BUCKETIZE: how many of the boundaries an element is not below."""
     boundaries = b.constant(np.asarray(op.options.numbers("boundaries"), np.float64), name="boundaries")
     value = b.emit("Cast", [b.read(op.input(0))], to=int(ir.DataType.DOUBLE))

@@ -8,12 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 _GATES = ("input", "forget", "cell", "output")
 
 
-def svdf(b: Builder, op: Operator) -> None:
+def svdf(b: GraphBuilder, op: OperatorCall) -> None:
     """SVDF (lite/kernels/internal/reference/svdf.h): inputs are x, the feature weights [F, I], the time weights
     [F, memory], perhaps a bias [units], the state [B, F * memory]. The state moves by one; F is units * rank."""
     feature, time, state = b.info(op.input(1)).shape, b.info(op.input(2)).shape, op.input(4)
@@ -54,7 +54,7 @@ class _Cell:
     before it is projected ("hidden"), and of the cell's state ("state")."""
 
     @classmethod
-    def of(cls, b: Builder, op: Operator) -> _Cell:
+    def of(cls, b: GraphBuilder, op: OperatorCall) -> _Cell:
         """Those of an operator with 20 or 24 inputs."""
 
         def some(first: int, names: tuple[str, ...]) -> dict[str, ir.Value]:
@@ -78,7 +78,7 @@ class _Cell:
             dict(zip((*_GATES, "hidden"), op.intermediates, strict=False)) | {"state": op.input(19)},
         )
 
-    def step(self, b: Builder, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def step(self, b: GraphBuilder, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The next hidden and cell states, [B, outputs] and [B, cells]."""
         forget = b.emit("Sigmoid", [self._gate(b, "forget", x, hidden, cell)])
         if "input" in self.input:
@@ -96,7 +96,7 @@ class _Cell:
             result = self._clipped(b, b.emit("Gemm", inputs, transB=1), self.projection_clip)
         return result, after
 
-    def _gate(self, b: Builder, name: str, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> ir.Value:
+    def _gate(self, b: GraphBuilder, name: str, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> ir.Value:
         of_x = b.emit("Gemm", [x, self.input[name]], transB=1)
         if name in self.normalization:  # an integer kernel saturates each part for itself
             of_x = b.rounded(of_x, self.grids.get(name, -1))
@@ -108,13 +108,13 @@ class _Cell:
             total = b.emit("Mul", [total, self.normalization[name]])
         return b.emit("Add", [total, self.bias[name]]) if name in self.bias else total
 
-    def _clipped(self, b: Builder, value: ir.Value, limit: float) -> ir.Value:
+    def _clipped(self, b: GraphBuilder, value: ir.Value, limit: float) -> ir.Value:
         if not limit:
             return value
         return b.emit("Clip", [value, *(b.constant(np.float32(sign * limit), name="limit") for sign in (-1, 1))])
 
 
-def _normalized(b: Builder, value: ir.Value) -> ir.Value:
+def _normalized(b: GraphBuilder, value: ir.Value) -> ir.Value:
     """Mean 0 and variance 1 along the last axis (MeanStddevNormalization, with 1e-8 added to the variance)."""
     centred = b.emit("Sub", [value, b.reduced("ReduceMean", value, [-1])])
     variance = b.reduced("ReduceMean", b.emit("Mul", [centred, centred]), [-1])
@@ -122,7 +122,7 @@ def _normalized(b: Builder, value: ir.Value) -> ir.Value:
     return b.emit("Div", [centred, spread])
 
 
-def sequence_lstm(b: Builder, op: Operator) -> None:
+def sequence_lstm(b: GraphBuilder, op: OperatorCall) -> None:
     """UNIDIRECTIONAL_SEQUENCE_LSTM: x is [time, B, I] or [B, time, I]; states are inputs 18 and 19."""
     time_axis = 0 if op.options.integer("time_major") else 1
     x, cell = b.read(op.input(0)), _Cell.of(b, op)
@@ -151,7 +151,7 @@ def sequence_lstm(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], made[2])
 
 
-def lstm_cell(b: Builder, op: Operator) -> None:
+def lstm_cell(b: GraphBuilder, op: OperatorCall) -> None:
     """LSTM, one step: the full kernel (20 or 24 inputs), or the basic one (x, h, weights, bias, c)."""
     if op.options.integer("kernel_type") == 0:
         hidden, memory = _Cell.of(b, op).step(

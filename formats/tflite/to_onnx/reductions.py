@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, GraphBuilder, OperatorCall
 
 
-def reduce(operator: str) -> Callable[[Builder, Operator], None]:
+def reduce(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
     """MEAN, SUM, REDUCE_MAX and the like: the axes are the second input."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rank = len(b.info(op.input(0)).shape)
         axes = sorted({axis % max(1, rank) for axis in b.list_of(op.input(1))})
         keep = op.options.integer("keep_dims")
@@ -27,14 +27,14 @@ def reduce(operator: str) -> Callable[[Builder, Operator], None]:
     return lower
 
 
-def _reduced(b: Builder, operator: str, value: ir.Value, axes: list[int], keep: int) -> ir.Value:
+def _reduced(b: GraphBuilder, operator: str, value: ir.Value, axes: list[int], keep: int) -> ir.Value:
     return b.reduced(operator, value, axes, keep=bool(keep)) if axes else b.emit("Identity", [value])
 
 
-def reduce_bool(operator: str) -> Callable[[Builder, Operator], None]:
+def reduce_bool(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
     """REDUCE_ANY and REDUCE_ALL."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rank = len(b.info(op.input(0)).shape)
         axes = [axis % max(1, rank) for axis in b.list_of(op.input(1))]
         numbers = b.emit("Cast", [b.read(op.input(0))], to=int(ir.DataType.INT32))
@@ -44,10 +44,10 @@ def reduce_bool(operator: str) -> Callable[[Builder, Operator], None]:
     return lower
 
 
-def search(operator: str) -> Callable[[Builder, Operator], None]:
+def search(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
     """ARG_MAX and ARG_MIN: the axis is the second input; of several, the first position counts."""
 
-    def lower(b: Builder, op: Operator) -> None:
+    def lower(b: GraphBuilder, op: OperatorCall) -> None:
         axis = b.list_of(op.input(1))[0]
         found = b.emit(operator, [b.read(op.input(0))], axis=axis, keepdims=0)
         dtype = ir.DataType.from_numpy(b.info(op.outputs[0]).dtype)
@@ -56,7 +56,7 @@ def search(operator: str) -> Callable[[Builder, Operator], None]:
     return lower
 
 
-def cumulative_sum(b: Builder, op: Operator) -> None:
+def cumulative_sum(b: GraphBuilder, op: OperatorCall) -> None:
     """CUMSUM."""
     axis = b.constant(np.int64(b.list_of(op.input(1))[0]), name="axis")
     integer = op.options.integer
@@ -64,7 +64,7 @@ def cumulative_sum(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("CumSum", [b.read(op.input(0)), axis], exclusive=exclusive, reverse=reverse))
 
 
-def top_k(b: Builder, op: Operator) -> None:
+def top_k(b: GraphBuilder, op: OperatorCall) -> None:
     """TOPK_V2 along the last axis."""
     count = b.emit("Reshape", [b.emit("Cast", [b.read(op.input(1))], to=int(ir.DataType.INT64)), b.ints([1])])
     values, indices = b.emit_all("TopK", [b.read(op.input(0)), count], outputs=2, axis=-1)

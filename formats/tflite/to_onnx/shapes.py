@@ -10,20 +10,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, TO_LAST, Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, TO_LAST, GraphBuilder, OperatorCall
 from nibblecast.formats.tflite.to_onnx.dense import free_first
 
 _INT64, _INT32 = int(ir.DataType.INT64), int(ir.DataType.INT32)
 _FAR = (1 << 63) - 1
 
 
-def long_list(b: Builder, index: int) -> ir.Value:
+def long_list(b: GraphBuilder, index: int) -> ir.Value:
     """A list of integers as int64."""
     values = b.numbers(index)
     return b.ints(values.reshape(-1).tolist()) if values is not None else b.emit("Cast", [b.read(index)], to=_INT64)
 
 
-def reshape(b: Builder, op: Operator) -> None:
+def reshape(b: GraphBuilder, op: OperatorCall) -> None:
     """RESHAPE: to the second input, else to the option, else to the result's shape."""
     given = op.options.integers("new_shape")
     if op.input(1) >= 0 and b.numbers(op.input(1)) is None:
@@ -37,19 +37,19 @@ def reshape(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Reshape", [b.read(op.input(0)), shape]))
 
 
-def squeeze(b: Builder, op: Operator) -> None:
+def squeeze(b: GraphBuilder, op: OperatorCall) -> None:
     """SQUEEZE: the given axes, or all of size 1."""
     axes = op.options.integers("squeeze_dims")
     inputs = [b.read(op.input(0))] + ([b.ints(axes)] if axes else [])
     b.write(op.outputs[0], b.emit("Squeeze", inputs))
 
 
-def expand_dims(b: Builder, op: Operator) -> None:
+def expand_dims(b: GraphBuilder, op: OperatorCall) -> None:
     """EXPAND_DIMS."""
     b.write(op.outputs[0], b.emit("Unsqueeze", [b.read(op.input(0)), b.ints(b.list_of(op.input(1)))]))
 
 
-def transpose(b: Builder, op: Operator) -> None:
+def transpose(b: GraphBuilder, op: OperatorCall) -> None:
     """TRANSPOSE; of an image that is channels first, only what that leaves to do."""
     permutation = tuple(b.list_of(op.input(1)))
     if not b.is_first(op.input(0)):
@@ -63,7 +63,7 @@ def transpose(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], value)
 
 
-def concatenation(b: Builder, op: Operator) -> None:
+def concatenation(b: GraphBuilder, op: OperatorCall) -> None:
     """CONCATENATION."""
     rank = len(b.info(op.outputs[0]).shape)
     axis = op.options.integer("axis") % max(1, rank)
@@ -73,14 +73,14 @@ def concatenation(b: Builder, op: Operator) -> None:
     b.finish(op, b.emit("Concat", values, axis=axis), first=first)
 
 
-def pack(b: Builder, op: Operator) -> None:
+def pack(b: GraphBuilder, op: OperatorCall) -> None:
     """PACK."""
     axis = op.options.integer("axis")
     values = [b.emit("Unsqueeze", [b.read(index), b.ints([axis])]) for index in op.inputs]
     b.write(op.outputs[0], b.emit("Concat", values, axis=axis))
 
 
-def unpack(b: Builder, op: Operator) -> None:
+def unpack(b: GraphBuilder, op: OperatorCall) -> None:
     """UNPACK."""
     axis = op.options.integer("axis")
     for position, index in enumerate(op.outputs):
@@ -88,13 +88,13 @@ def unpack(b: Builder, op: Operator) -> None:
         b.write(index, b.emit("Gather", [b.read(op.input(0)), at], axis=axis))
 
 
-def split(b: Builder, op: Operator) -> None:
+def split(b: GraphBuilder, op: OperatorCall) -> None:
     """SPLIT: the axis is the first input; equal parts."""
     axis, shape = b.list_of(op.input(0))[0], b.info(op.input(1)).shape
     _split(b, op, op.input(1), axis, [shape[axis] // len(op.outputs)] * len(op.outputs))
 
 
-def split_v(b: Builder, op: Operator) -> None:
+def split_v(b: GraphBuilder, op: OperatorCall) -> None:
     """SPLIT_V: sizes and axis are the second and third inputs; one size may be -1."""
     axis, sizes = b.list_of(op.input(2))[0], b.list_of(op.input(1))
     whole = b.info(op.input(0)).shape[axis]
@@ -102,13 +102,13 @@ def split_v(b: Builder, op: Operator) -> None:
     _split(b, op, op.input(0), axis, [rest if size < 0 else size for size in sizes])
 
 
-def _split(b: Builder, op: Operator, index: int, axis: int, sizes: list[int]) -> None:
+def _split(b: GraphBuilder, op: OperatorCall, index: int, axis: int, sizes: list[int]) -> None:
     parts = b.emit_all("Split", [b.read(index), b.ints(sizes)], outputs=len(sizes), axis=axis)
     for result, part in zip(op.outputs, parts, strict=True):
         b.write(result, part)
 
 
-def gather(b: Builder, op: Operator) -> None:
+def gather(b: GraphBuilder, op: OperatorCall) -> None:
     """GATHER, along one axis or, with batch_dims, from as many leading axes one by one."""
     axis, batch = op.options.integer("axis"), op.options.integer("batch_dims")
     values, indices = b.read(op.input(0)), b.read(op.input(1))
@@ -138,18 +138,18 @@ def _moved(rank: int, axis: int, to: int) -> tuple[int, ...]:
     return (*axes[:to], axis, *axes[to:])
 
 
-def embedding_lookup(b: Builder, op: Operator) -> None:
+def embedding_lookup(b: GraphBuilder, op: OperatorCall) -> None:
     """EMBEDDING_LOOKUP: rows of the second input."""
     b.write(op.outputs[0], b.emit("Gather", [b.read(op.input(1)), b.read(op.input(0))], axis=0))
 
 
-def gather_nd(b: Builder, op: Operator) -> None:
+def gather_nd(b: GraphBuilder, op: OperatorCall) -> None:
     """GATHER_ND."""
     indices = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
     b.write(op.outputs[0], b.emit("GatherND", [b.read(op.input(0)), indices]))
 
 
-def scatter_nd(b: Builder, op: Operator) -> None:
+def scatter_nd(b: GraphBuilder, op: OperatorCall) -> None:
     """SCATTER_ND: updates that meet are added."""
     zero = np.zeros(1, b.info(op.outputs[0]).dtype if not b.info(op.outputs[0]).is_quantized else np.float32)
     empty = b.emit("ConstantOfShape", [long_list(b, op.input(2))], value=ir.tensor(zero))
@@ -157,7 +157,7 @@ def scatter_nd(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("ScatterND", [empty, indices, b.read(op.input(1))], reduction="add"))
 
 
-def mirror_pad(b: Builder, op: Operator) -> None:
+def mirror_pad(b: GraphBuilder, op: OperatorCall) -> None:
     """MIRROR_PAD (schema.fbs, MirrorPadMode): SYMMETRIC, which repeats the edge and ONNX has not, is a Gather along
     each axis that grows."""
     if op.options.integer("mode") == 0:
@@ -174,14 +174,14 @@ def mirror_pad(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], value, first=first)
 
 
-def _mirrored(b: Builder, size: int, before: int, after: int) -> ir.Value:
+def _mirrored(b: GraphBuilder, size: int, before: int, after: int) -> ir.Value:
     """The positions of an axis with those at its ends once more, in the other order."""
     nbytes = (size + max(before, 0) + max(after, 0)) * 8
     make = lambda: np.pad(np.arange(size, dtype=np.int64), (before, after), "symmetric")  # noqa: E731
     return b.computed(nbytes, make, "ints")
 
 
-def pad(b: Builder, op: Operator) -> None:
+def pad(b: GraphBuilder, op: OperatorCall) -> None:
     """PAD, PADV2 and MIRROR_PAD in mode REFLECT: what comes before and after each axis is the second input."""
     first, rank = b.is_first(op.input(0)), len(b.info(op.input(0)).shape)
     mode = "reflect" if op.name == "MIRROR_PAD" else "constant"
@@ -199,7 +199,7 @@ def pad(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Pad", [value, amounts, *filling], mode=mode), first=first)
 
 
-def slice_(b: Builder, op: Operator) -> None:
+def slice_(b: GraphBuilder, op: OperatorCall) -> None:
     """SLICE: a size of -1 is all the rest."""
     begin, size = b.numbers(op.input(1)), b.numbers(op.input(2))
     rank = len(b.info(op.input(0)).shape)
@@ -214,7 +214,7 @@ def slice_(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Slice", [b.read(op.input(0)), *inputs]))
 
 
-def strided_slice(b: Builder, op: Operator) -> None:
+def strided_slice(b: GraphBuilder, op: OperatorCall) -> None:
     """STRIDED_SLICE with its masks, as NumPy's x[a:b:c, ..., newaxis, i]."""
     integer = op.options.integer
     strides = b.list_of(op.input(3))
@@ -245,8 +245,8 @@ def strided_slice(b: Builder, op: Operator) -> None:
 
 
 def _sliced(
-    b: Builder,
-    op: Operator,
+    b: GraphBuilder,
+    op: OperatorCall,
     value: ir.Value,
     places: list[tuple[int, int]],
     strides: list[int],
@@ -286,43 +286,43 @@ def _sliced(
     return b.emit("Slice", [value, *inputs, b.ints([axis for _, axis in places]), b.ints(steps)])
 
 
-def _where(b: Builder, mask: list[bool], values: list[int], others: ir.Value) -> ir.Value:
+def _where(b: GraphBuilder, mask: list[bool], values: list[int], others: ir.Value) -> ir.Value:
     return b.emit("Where", [b.constant(np.array(mask), name="mask"), b.ints(values), others]) if any(mask) else others
 
 
-def tile(b: Builder, op: Operator) -> None:
+def tile(b: GraphBuilder, op: OperatorCall) -> None:
     """TILE."""
     b.write(op.outputs[0], b.emit("Tile", [b.read(op.input(0)), long_list(b, op.input(1))]))
 
 
-def broadcast_to(b: Builder, op: Operator) -> None:
+def broadcast_to(b: GraphBuilder, op: OperatorCall) -> None:
     """BROADCAST_TO."""
     b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(0)), long_list(b, op.input(1))]))
 
 
-def fill(b: Builder, op: Operator) -> None:
+def fill(b: GraphBuilder, op: OperatorCall) -> None:
     """FILL: the shape is the first input."""
     b.write(op.outputs[0], b.emit("Expand", [b.read(op.input(1)), long_list(b, op.input(0))]))
 
 
-def shape_of(b: Builder, op: Operator) -> None:
+def shape_of(b: GraphBuilder, op: OperatorCall) -> None:
     """SHAPE."""
     shape = b.emit("Shape", [b.read(op.input(0))])
     b.write(op.outputs[0], b.emit("Cast", [shape], to=int(ir.DataType.from_numpy(b.info(op.outputs[0]).dtype))))
 
 
-def rank_of(b: Builder, op: Operator) -> None:
+def rank_of(b: GraphBuilder, op: OperatorCall) -> None:
     """RANK."""
     b.write(op.outputs[0], b.constant(np.int32(len(b.info(op.input(0)).shape)), name="rank"))
 
 
-def range_(b: Builder, op: Operator) -> None:
+def range_(b: GraphBuilder, op: OperatorCall) -> None:
     """RANGE."""
     ends = [b.emit("Reshape", [b.read(index), b.ints([])]) for index in op.inputs[:3]]
     b.write(op.outputs[0], b.emit("Range", ends))
 
 
-def one_hot(b: Builder, op: Operator) -> None:
+def one_hot(b: GraphBuilder, op: OperatorCall) -> None:
     """ONE_HOT."""
     on, off = (b.emit("Reshape", [b.read(op.input(position)), b.ints([1])]) for position in (2, 3))
     values = b.emit("Concat", [off, on], axis=0)
@@ -335,13 +335,13 @@ def one_hot(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("OneHot", [indices, depth, values], axis=op.options.integer("axis")))
 
 
-def where(b: Builder, op: Operator) -> None:
+def where(b: GraphBuilder, op: OperatorCall) -> None:
     """WHERE: the positions of what is true, one in each row."""
     found = b.emit("NonZero", [b.read(op.input(0))])
     b.write(op.outputs[0], b.emit("Transpose", [found], perm=(1, 0)))
 
 
-def reverse(b: Builder, op: Operator) -> None:
+def reverse(b: GraphBuilder, op: OperatorCall) -> None:
     """REVERSE_V2."""
     axes = b.list_of(op.input(1))
     count = len(axes)
@@ -349,7 +349,7 @@ def reverse(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Slice", [b.read(op.input(0)), *inputs]))
 
 
-def dynamic_update_slice(b: Builder, op: Operator) -> None:
+def dynamic_update_slice(b: GraphBuilder, op: OperatorCall) -> None:
     """DYNAMIC_UPDATE_SLICE: the update goes where the third input says, moved inside if it would reach out."""
     info, update = b.info(op.input(0)), b.info(op.input(1))
     rank, values = len(info.shape), b.read(op.input(1))
@@ -372,7 +372,7 @@ def _positions(shape: tuple[int, ...]) -> NDArray[np.int64]:
     return np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), -1).astype(np.int64)
 
 
-def space_to_batch(b: Builder, op: Operator) -> None:
+def space_to_batch(b: GraphBuilder, op: OperatorCall) -> None:
     """SPACE_TO_BATCH_ND: pad, cut each spatial axis into blocks, and put the places in a block before the batch."""
     blocks = b.list_of(op.input(1))
     around = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
@@ -392,14 +392,14 @@ def space_to_batch(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Reshape", [value, b.ints([-1 if made.is_open else made.shape[0], *made.shape[1:]])]))
 
 
-def _refuse_open(b: Builder, op: Operator, axes: Iterable[int]) -> None:
+def _refuse_open(b: GraphBuilder, op: OperatorCall, axes: Iterable[int]) -> None:
     """Raises Unsupported where the file leaves sizes open that have to be known."""
     info = b.info(op.input(0))
     if info.is_open and any(info.signature[axis] < 0 for axis in axes):
         raise Unsupported(f"{op.name} of an image whose sizes are open: convert the model with fixed ones")
 
 
-def batch_to_space(b: Builder, op: Operator) -> None:
+def batch_to_space(b: GraphBuilder, op: OperatorCall) -> None:
     """BATCH_TO_SPACE_ND: the other way round, and then cut."""
     blocks = b.list_of(op.input(1))
     cut = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
@@ -419,7 +419,7 @@ def batch_to_space(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Slice", [value, b.ints(cut[:, 0].tolist()), b.ints(ends), b.ints(axes)]))
 
 
-def segment_sum(b: Builder, op: Operator) -> None:
+def segment_sum(b: GraphBuilder, op: OperatorCall) -> None:
     """SEGMENT_SUM: rows of one segment are added; segments are in order, so that the last one says how many there are
     (the file often does not)."""
     value, ids = b.read(op.input(0)), b.emit("Cast", [b.read(op.input(1))], to=_INT64)

@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.formats.tflite.to_onnx.builder import Builder, Operator
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 _MOST_BITS = 16  # lite/kernels/fake_quant.cc
 
 
-def unpacked(b: Builder, op: Operator) -> None:
+def unpacked(b: GraphBuilder, op: OperatorCall) -> None:
     """DEQUANTIZE and DENSIFY: of a constant, the same constant as floats; else what it is already."""
     source = b.info(op.input(0))
     if source.constant is not None and op.input(0) not in b.held:
@@ -26,13 +26,13 @@ def unpacked(b: Builder, op: Operator) -> None:
         b.write(op.outputs[0], b.read(op.input(0)))
 
 
-def quantize(b: Builder, op: Operator) -> None:
+def quantize(b: GraphBuilder, op: OperatorCall) -> None:
     """QUANTIZE: to the scale and zero point of the result, from floats or from other codes."""
     first = b.is_first(op.input(0))
     b.write(op.outputs[0], b.read_first(op.input(0)) if first else b.read(op.input(0)), first=first)
 
 
-def cast(b: Builder, op: Operator) -> None:
+def cast(b: GraphBuilder, op: OperatorCall) -> None:
     """CAST."""
     dtype = ir.DataType.from_numpy(b.info(op.outputs[0]).dtype)
     first = b.is_first(op.input(0))
@@ -40,7 +40,7 @@ def cast(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Cast", [value], to=int(dtype)), first=first)
 
 
-def fake_quant(b: Builder, op: Operator) -> None:
+def fake_quant(b: GraphBuilder, op: OperatorCall) -> None:
     """FAKE_QUANT (lite/kernels/internal/reference/fake_quant.h): to the nearest of 2 ** num_bits values from min to
     max, a range that is moved so that 0 is one of them."""
     options = op.options
@@ -63,7 +63,7 @@ def fake_quant(b: Builder, op: Operator) -> None:
     b.write(op.outputs[0], b.emit("Add", [b.emit("Mul", [steps, number(scale)]), start]), first=first)
 
 
-def zeros_like(b: Builder, op: Operator) -> None:
+def zeros_like(b: GraphBuilder, op: OperatorCall) -> None:
     """ZEROS_LIKE."""
     value = b.read(op.input(0))
     zero = np.zeros(1, np.float32 if b.info(op.input(0)).is_quantized else b.info(op.input(0)).dtype)

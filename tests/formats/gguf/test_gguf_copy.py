@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.storage import MappedFile
-from nibblecast.formats.gguf.container import Container, open_container
+from nibblecast.formats.gguf.container import GGUFHeader, open_container
 from tests.formats.gguf import gguf_files
 
 FIXTURE = Path(__file__).parents[3] / "fixtures" / "gguf" / "types.gguf"
 
 
-def container(path: Path) -> Container:
+def container(path: Path) -> GGUFHeader:
     return open_container(MappedFile.open(path))
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import VARIABLE
-from nibblecast.formats.onnx.file.graph import Graph, Node
+from nibblecast.formats.onnx.file.graph import Node, ParsedGraph
 from nibblecast.formats.onnx.file.rewrite import GraphEdit, _Renamed
 from tests.formats.onnx.onnx_models import linear, raw, save
 from tests.growth import assert_linear
@@ -253,7 +253,7 @@ def test_names_that_graphs_have_are_looked_up_in_those_around_them() -> None:
 
     def make(count: int) -> Callable[[], object]:
         edit = GraphEdit(renamed={f"d{i}": f"w{i}" for i in range(count)})
-        inner = Graph((Node("Neg", ("d0",), ("d1",)),), (), (), ("d1",))
+        inner = ParsedGraph((Node("Neg", ("d0",), ("d1",)),), (), (), ("d1",))
 
         def run() -> None:
             around = _Renamed.inside(None, inner, edit)

@@ -14,7 +14,7 @@ from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.formats.pytorch import reader
 from nibblecast.formats.pytorch.pickle.limits import Limits
-from nibblecast.formats.pytorch.pickle.records import Global, Key, Record, described, key_of, reason_of
+from nibblecast.formats.pytorch.pickle.records import Global, Key, UnknownObject, described, key_of, reason_of
 from tests.formats.pytorch.bombs import entry, get, pushed, put, saved, storage, tensor
 from tests.formats.pytorch.hostile_pickles import zipped
 
@@ -151,7 +151,7 @@ def nothing(_nbytes: int) -> None:
     [
         (Global("torch", "float32"), "torch.float32"),
         (Global("m", "x" * 1000), f"m.{'x' * 198}…"),
-        (Record(Global("a", "B"), nested(60)), "an object of a.B"),
+        (UnknownObject(Global("a", "B"), nested(60)), "an object of a.B"),
         (nested(60), "(a tuple of 2, a tuple of 2)"),
         (1 << 8000, "an integer of 8001 bits"),
         ({1: 2}, "a dict of 1"),
@@ -165,7 +165,7 @@ def test_values_are_described_briefly(value: object, text: str) -> None:
 
 
 def test_our_own_objects_have_no_representation_of_what_they_hold() -> None:
-    held = Record(Global("a", "B"), nested(60))
+    held = UnknownObject(Global("a", "B"), nested(60))
     assert "Record object at" in repr(held)
     assert described([held]) == "[a value of type Record]"
 
@@ -176,7 +176,7 @@ def test_the_reason_of_an_error_holds_no_value() -> None:
     assert reason_of(IndexError()) == "IndexError"
 
 
-@pytest.mark.parametrize("value", ["x", b"x", Record(Global("a", "B"))], ids=["text", "bytes", "object"])
+@pytest.mark.parametrize("value", ["x", b"x", UnknownObject(Global("a", "B"))], ids=["text", "bytes", "object"])
 def test_texts_and_objects_are_keys_themselves(value: Any) -> None:
     assert key_of(value, nothing) is value
 

@@ -18,7 +18,7 @@ from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.graph import TFLiteGraph
 from nibblecast.formats.tflite.options import OPTIONS
-from nibblecast.formats.tflite.to_onnx.builder import Builder, TensorInfo
+from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, TensorInfo
 from tests.formats.tflite.models import Fields, affine, ints, operator, table, tensor, whole
 from tests.growth import assert_linear
 
@@ -299,7 +299,7 @@ def a_chain_of_moves(count: int) -> Callable[[], object]:
     info = TensorInfo("x", (2, 2), (2, 2), np.dtype(np.int8), 0.5, 0, None)
 
     def run() -> None:
-        b = Builder([info], 21, UniqueNames(), Allowance(0))
+        b = GraphBuilder([info], 21, UniqueNames(), Allowance(0))
         b.write(0, b.argument("x", [2, 2]))
         for _ in range(count):
             b.write(0, b.emit("Transpose", [b.read(0)], perm=[1, 0]))
