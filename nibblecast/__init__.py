@@ -13,11 +13,14 @@ TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to impo
 if TYPE_CHECKING:
     from typing import Any
 
-    from nibblecast.converters.api import Conversion, batch, compare_outputs, convert, load, report, save, verify
     from nibblecast.converters.arithmetic.accuracy import Accuracy
+    from nibblecast.converters.batches.run import batch
     from nibblecast.converters.compare.comparison import Comparison, Difference
+    from nibblecast.converters.compare.running import compare_outputs
+    from nibblecast.converters.conversion import Conversion, convert, load, save, verify
     from nibblecast.converters.errors import Error
     from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
+    from nibblecast.converters.reports.run import report
     from nibblecast.converters.stages.scheme import Scheme
 
 __all__ = [
@@ -42,19 +45,13 @@ __all__ = [
 
 _MODULES = {
     "nibblecast.converters.arithmetic.accuracy": ("Accuracy",),
-    "nibblecast.converters.api": (
-        "Conversion",
-        "batch",
-        "compare_outputs",
-        "convert",
-        "load",
-        "report",
-        "save",
-        "verify",
-    ),
+    "nibblecast.converters.batches.run": ("batch",),
     "nibblecast.converters.compare.comparison": ("Comparison", "Difference"),
+    "nibblecast.converters.compare.running": ("compare_outputs",),
+    "nibblecast.converters.conversion": ("Conversion", "convert", "load", "save", "verify"),
     "nibblecast.converters.errors": ("Error",),
     "nibblecast.converters.ir": ("Loss", "Model", "Quantization", "Tensor"),
+    "nibblecast.converters.reports.run": ("report",),
     "nibblecast.converters.stages.scheme": ("Scheme",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

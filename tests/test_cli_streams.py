@@ -25,7 +25,7 @@ IMPORTED = (
     "typer",
     "numpy",
     "ml_dtypes",
-    "nibblecast.converters.api",
+    "nibblecast.converters.conversion",
     "nibblecast.converters.cli.batch",
     "nibblecast.converters.cli.commands",
 )

@@ -17,6 +17,7 @@ import pytest
 
 import nibblecast
 from nibblecast.converters import plugins
+from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import Capabilities
 from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor
@@ -49,7 +50,7 @@ def test_a_computed_tensor_is_computed_once_for_all_writers(tmp_path: Path) -> N
         return np.arange(start, stop, dtype=np.uint8)
 
     model = Model({"x": Tensor("x", (16,), np.dtype(np.uint8), Computed(16, compute))})
-    nibblecast.converters.api._convert(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], options={})
+    convert_model(model, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"], options={})
     assert calls == [(0, 16)]
 
 
@@ -66,7 +67,7 @@ def test_planning_reads_no_payload(tmp_path: Path) -> None:
         raise AssertionError("payload was read")
 
     model = Model({"x": Tensor("x", (1 << 40,), np.dtype(np.float32), Computed(1 << 42, compute))})
-    done = nibblecast.converters.api._convert(model, [tmp_path / "a.safetensors"], dry_run=True, options={})
+    done = convert_model(model, [tmp_path / "a.safetensors"], dry_run=True, options={})
     assert done.files[0].nbytes is not None
     assert done.files[0].nbytes > 1 << 42
 

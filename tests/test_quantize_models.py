@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 
 import nibblecast
 from nibblecast.converters.arithmetic.packing import unpack
+from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Activation, Loss, Model, Quantization, Tensor, Use
 from nibblecast.converters.stages.quantize import quantize_model, quantized
@@ -320,7 +321,7 @@ class TestMemory:
             raise AssertionError("payload was read")
 
         tensor = Tensor("w", (1 << 20, 1 << 20), np.dtype(np.float32), Computed(1 << 42, refuse))
-        done = nibblecast.converters.api._convert(
+        done = convert_model(
             Model({"w": tensor}),
             [tmp_path / name for name in ("w.safetensors", "w.onnx", "w.h")],
             quantize=parse_scheme("int4,block=32"),
@@ -339,7 +340,7 @@ class TestMemory:
         source = Source((256, 256))
         model = quantize_model(Model({"w": source.tensor}), parse_scheme("int4"))
         targets = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
-        nibblecast.converters.api._convert(model, targets, options={})
+        convert_model(model, targets, options={})
         assert source.total == source.tensor.nbytes
 
 

@@ -21,8 +21,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
 from nibblecast.converters.allocator import keep_freed_memory
-from nibblecast.converters.batches.jobs import Job, failed, run_job
+from nibblecast.converters.batches.job import Job, failed
 from nibblecast.converters.batches.records import Failure, Record
+from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.errors import ExitCode
 from nibblecast.converters.input.truncation import end_at_truncated_inputs
 from nibblecast.converters.processors import THREADS

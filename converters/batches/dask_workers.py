@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from nibblecast.converters.batches.child import Children
-from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.records import Failure, Record
 from nibblecast.converters.batches.workers import BUNDLED_JOBS, is_small, unexpected
 from nibblecast.converters.errors import ExitCode, MissingDependency, UsageError

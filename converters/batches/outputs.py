@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from nibblecast.converters import plugins
-from nibblecast.converters.batches.jobs import Job, Request
+from nibblecast.converters.batches.job import Job, Request
 from nibblecast.converters.batches.records import REPORT
 from nibblecast.converters.batches.sources import Source
 from nibblecast.converters.errors import UsageError
+from nibblecast.converters.option_routing import options_of
 
 
 def planned_jobs(
@@ -28,7 +28,7 @@ def planned_jobs(
             (
                 name,
                 plugins.target_in(
-                    format, folder / source.name, _own(request.options, name), is_folder=source.is_folder
+                    format, folder / source.name, options_of(request.options, name), is_folder=source.is_folder
                 ),
             )
             for name, format in writers.items()
@@ -67,8 +67,3 @@ def _refuse_nested(taken: Mapping[str, str], folder: Path) -> None:
                     path=Path(around),
                 )
             around = around.rpartition(os.sep)[0]
-
-
-def _own(options: Mapping[str, Any], format: str) -> dict[str, Any]:
-    """The options as the format's writer calls them."""
-    return {key.removeprefix(f"{format}."): value for key, value in options.items()}

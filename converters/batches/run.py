@@ -15,18 +15,27 @@ from itertools import islice
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
-from nibblecast.converters.batches.jobs import Job, Request, failed, run_job
+import numpy as np
+from numpy.typing import DTypeLike
+
+from nibblecast.converters.batches.job import Job, Request, failed
 from nibblecast.converters.batches.outputs import planned_jobs
 from nibblecast.converters.batches.records import Record, append, appended_report, flush, read_report, write_report
 from nibblecast.converters.batches.remote import is_of_this_process, is_remote
+from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.batches.shares import Shares, is_large
 from nibblecast.converters.batches.sources import digest_of, find_sources
 from nibblecast.converters.batches.stores import LocalFolder, RemoteFolder, Store
 from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Workers
+from nibblecast.converters.conversion import as_scheme
 from nibblecast.converters.errors import ExitCode, UsageError
+from nibblecast.converters.input.paths import AnyPath, input_path, output_path
+from nibblecast.converters.pipeline import readable
 from nibblecast.converters.processors import processors
+from nibblecast.converters.stages.scheme import Scheme
+from nibblecast.converters.storage import open_regular
 from nibblecast.converters.version import __version__
 
 _WAIT_SECONDS = 0.2
@@ -78,17 +87,83 @@ OnResult = Callable[[Record, int, int], None]
 OnRunning = Callable[[Sequence[str]], None]
 
 
-def run_batch(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
+def batch(
+    source: AnyPath,
+    target: AnyPath,
+    to: str | Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dequantize: DTypeLike | None = None,
+    quantize: str | Scheme | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    verify: bool = False,
+    fail_on_loss: bool = False,
+    settings: Settings | None = None,
+    on_result: OnResult | None = None,
+    on_running: OnRunning | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Converts every model in a folder and below it, or those that a file lists ("-": standard input), to folder
+    `target`, each on its own in a process of its own: what fails is a record, and the others go on. Both may be URLs.
+
+    `to` are names of formats; `include` and `exclude` shell patterns of the sources' paths; `settings` says how many at
+    a time, with which limits, whether to resume, and so on; `on_result` is told of each record with how many there are
+    of how many, `on_running` of the names of those that are worked on; the other arguments are `convert`'s. The report
+    is `nibblecast-report.jsonl` in the target. Raises nibblecast.Error for what concerns the batch as a whole, before
+    anything is written.
+    """
+    request = Request(
+        dequantize=None if dequantize is None else np.dtype(dequantize).name,
+        quantize=None if quantize is None else str(as_scheme(quantize)),
+        only=tuple(only),
+        skip=tuple(skip),
+        verify=verify,
+        fail_on_loss=fail_on_loss,
+        options=options,
+    )
+    formats = [to] if isinstance(to, str) else list(to)
+    if not is_remote(os.fspath(source)) and source != "-":
+        _check_readable(input_path(source))
+    if not is_remote(os.fspath(target)):
+        output_path(target)
+    try:
+        return _run_batch(
+            source,
+            target,
+            formats,
+            request,
+            settings or Settings(),
+            include=include,
+            exclude=exclude,
+            on_result=on_result,
+            on_running=on_running,
+        )
+    except OSError as error:  # the report cannot be written, say
+        raise UsageError(f"{error.filename or os.fspath(target)}: {error.strerror or error}") from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raises CorruptFile for a folder or a list that is there and cannot be read."""
+    with readable(path), suppress(FileNotFoundError):
+        if path.stat() and path.is_dir():
+            next(path.iterdir(), None)
+        elif path.is_file():
+            open_regular(path).close()
+
+
+def _run_batch(
+    source: AnyPath,
+    target: AnyPath,
     formats: Sequence[str],
     request: Request,
     settings: Settings,
     *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    on_result: OnResult | None = None,
-    on_running: OnRunning | None = None,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    on_result: OnResult | None,
+    on_running: OnRunning | None,
 ) -> BatchResult:
     """Converts every model of a folder or a list. A model that fails is a record; the others go on. Raises UsageError,
     before anything is written, for names that clash, a target that another run is writing, formats that there are

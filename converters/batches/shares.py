@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from nibblecast.converters.batches.jobs import BEGIN, DIGEST, Job
+from nibblecast.converters.batches.job import BEGIN, DIGEST, Job
 from nibblecast.converters.batches.records import Record
 
 _LARGE_BYTES = 1 << 30

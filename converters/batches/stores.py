@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.records import REPORT
 from nibblecast.converters.batches.remote import RemoteFile, fetch, files_below, joined, put
 from nibblecast.converters.batches.scratch import scratch_folder

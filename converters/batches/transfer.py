@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from nibblecast.converters import pipeline
-from nibblecast.converters.batches.jobs import Job
+from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.remote import RemoteSource, fetch, files_below, is_file, joined, put, remove
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import Error, MissingFile

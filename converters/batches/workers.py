@@ -9,8 +9,9 @@ from contextlib import closing
 from typing import Protocol
 
 from nibblecast.converters.batches.child import Children
-from nibblecast.converters.batches.jobs import Job, run_job
+from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.records import Failure, Record
+from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.errors import ExitCode
 from nibblecast.converters.processors import processors
 

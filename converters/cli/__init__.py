@@ -8,14 +8,11 @@ import os
 import signal
 import sys
 
+from nibblecast.converters.cli.signals import INTERRUPTED_CODE, end_at_once, on_signals
+
 TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to import than all else here
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
     from typing import Any
-
-INTERRUPTED = "interrupted: nothing was left half written"
-INTERRUPTED_CODE = 128 + signal.SIGINT
 
 
 def main() -> None:
@@ -30,24 +27,6 @@ def main() -> None:
     if code == INTERRUPTED_CODE:  # Python would end itself by the signal where the exception went through its exec()
         os._exit(code)
     sys.exit(code)
-
-
-def on_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
-    """What an interruption and the signal to end do from now on; each that whoever started the program has it ignore
-    stays ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def end_at_once(number: int, _: "FrameType | None") -> None:
-    """Ends the process. For when nothing is being written."""
-    if number == signal.SIGINT:
-        try:  # noqa: SIM105 - `contextlib` would have to be imported
-            os.write(2, f"nibblecast: {INTERRUPTED}\n".encode())
-        except OSError:  # nobody is there to be told
-            pass
-    os._exit(128 + number)
 
 
 def __getattr__(name: str) -> "Any":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def path(text: str) -> str:
     """A path as it is given, for Typer's `parser`. A `Path` would be checked by Typer, with a box of lines for what the
-    system refuses, and would take "" for the current folder. `converters.api` checks it, with one line."""
+    system refuses, and would take "" for the current folder. The functions that get it check it, with one line."""
     return text
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nibblecast.converters import api
 from nibblecast.converters.cli.arguments import (
     Json,
     Quiet,
@@ -60,10 +59,10 @@ def batch(
     quiet: Quiet = False,
 ) -> None:
     """Convert every model of a folder, each on its own; a report says what became of it. Exit 7 when any failed."""
-    from nibblecast.converters.batches.run import Settings
+    from nibblecast.converters.batches import run
 
     dtype = float_dtype(dequantize)
-    settings = Settings(
+    settings = run.Settings(
         jobs=jobs,
         timeout=timeout,
         memory=None if memory is None else parse_size(memory, "--memory"),
@@ -76,7 +75,7 @@ def batch(
     if executor is not None:
         _silence_dask()
     with _progress(quiet=quiet or json) as (on_result, on_running):
-        result = api.batch(
+        result = run.batch(
             source,
             target,
             to,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nibblecast.converters import api
+from nibblecast.converters import conversion as conversions
 from nibblecast.converters.cli.arguments import (
     Json,
     Quiet,
@@ -64,7 +64,7 @@ def convert(
     """Convert a model to one or several files in one read."""
     dtype = float_dtype(dequantize)
     with progress_bar("convert", quiet=quiet or json) as progress:
-        conversion = api.convert(
+        conversion = conversions.convert(
             source,
             *targets,
             to=to,
@@ -90,7 +90,7 @@ def _options(given: Sequence[str], budget: str | None) -> dict[str, str]:
     return key_values(given) if budget is None else key_values((*given, f"budget={budget}"))
 
 
-def _print(conversion: api.Conversion, dry_run: bool) -> None:
+def _print(conversion: conversions.Conversion, dry_run: bool) -> None:
     for output, files in _by_output(conversion).items():
         verb, nbytes = "would write" if dry_run else "wrote", [file.nbytes for file in files]
         size = human_bytes(None if None in nbytes else sum(each or 0 for each in nbytes))
@@ -117,7 +117,7 @@ def _print(conversion: api.Conversion, dry_run: bool) -> None:
         print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
 
 
-def _by_output(conversion: api.Conversion) -> dict[Path, list[OutputFile]]:
+def _by_output(conversion: conversions.Conversion) -> dict[Path, list[OutputFile]]:
     """The files, those of a folder under its name."""
     outputs: dict[Path, list[OutputFile]] = {}
     for file in conversion.files:
@@ -146,7 +146,7 @@ def _print_accuracy(quantized: Sequence[Accuracy]) -> None:
         print(f"{len(worst)} of {len(quantized)} tensors, the worst first; --json lists all")
 
 
-def _document(conversion: api.Conversion, dry_run: bool) -> dict[str, Any]:
+def _document(conversion: conversions.Conversion, dry_run: bool) -> dict[str, Any]:
     return {
         "source": str(conversion.source),
         "dry_run": dry_run,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from nibblecast.converters import api
 from nibblecast.converters.cli.arguments import (
     Json,
     ReaderOptions,
@@ -16,6 +15,7 @@ from nibblecast.converters.cli.arguments import (
     shown_loss,
     table_console,
 )
+from nibblecast.converters.conversion import load
 from nibblecast.converters.errors import line
 from nibblecast.converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
 from nibblecast.converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
@@ -25,7 +25,7 @@ _READ_BYTES = 1 << 16
 
 def inspect(source: Source, opt: ReaderOptions = None, json: Json = False) -> None:
     """List a model's tensors: shape, dtype, granularity of quantization, bits per weight, bytes."""
-    model = api.load(source, **key_values(opt or ()))
+    model = load(source, **key_values(opt or ()))
     if json:
         print_json(_document(model))
     else:

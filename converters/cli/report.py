@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from nibblecast.converters import api
 from nibblecast.converters.cli.arguments import (
     Json,
     Quiet,
@@ -46,8 +45,10 @@ def report(
     """
     if output is None and not json:
         raise UsageError("there is nothing to write: name a page with -o FILE.html, or ask for --json")
+    from nibblecast.converters.reports.run import report as make_report
+
     with progress_bar("report", quiet=quiet or json) as progress:
-        made = api.report(
+        made = make_report(
             source,
             output,
             reference=reference,

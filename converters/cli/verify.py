@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nibblecast.converters import api
+from nibblecast.converters import conversion
 from nibblecast.converters.cli.arguments import (
     Json,
     ReaderOptions,
@@ -18,7 +18,7 @@ from nibblecast.converters.cli.arguments import (
     table_console,
 )
 from nibblecast.converters.compare.comparison import Comparison
-from nibblecast.converters.compare.running import OutputDifference
+from nibblecast.converters.compare.running import OutputDifference, compare_outputs
 from nibblecast.converters.errors import ExitCode, line
 
 _SHOWN = 50
@@ -45,7 +45,7 @@ def verify(
         _compare_outputs(a, b, given, seed, tolerance, json)
         return
     with progress_bar("verify", quiet=json) as progress:
-        comparison = api.verify(a, b, progress=progress, **key_values(opt or ()))
+        comparison = conversion.verify(a, b, progress=progress, **key_values(opt or ()))
     if json:
         _print_json(comparison)
     else:
@@ -55,7 +55,7 @@ def verify(
 
 
 def _compare_outputs(a: str, b: str, given: str | None, seed: int, tolerance: float, json: bool) -> None:
-    outputs = api.compare_outputs(a, b, inputs=given, seed=seed)
+    outputs = compare_outputs(a, b, inputs=given, seed=seed)
     bad = [output for output in outputs if not _is_near(output, tolerance)]
     if json:
         print_json({"near": not bad, "outputs": [_output_document(output, tolerance) for output in outputs]})

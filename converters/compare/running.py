@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters import plugins
 from nibblecast.converters.errors import CorruptFile, UsageError
+from nibblecast.converters.input.paths import AnyPath, input_path
 from nibblecast.converters.interfaces import Runner, RunPort
 from nibblecast.converters.pipeline import readable
 from nibblecast.converters.storage import open_regular
@@ -40,13 +41,15 @@ class OutputDifference:
 
 
 def compare_outputs(
-    first: Path, second: Path, inputs: Mapping[str, NDArray[Any]] | None = None, seed: int = 0
+    a: AnyPath, b: AnyPath, *, inputs: AnyPath | Mapping[str, NDArray[Any]] | None = None, seed: int = 0
 ) -> list[OutputDifference]:
-    """Runs both models on `inputs` (by the first one's names; random where there are none) and compares their outputs,
-    those of one name, or else of one position. Raises UsageError where the inputs do not fit, MissingDependency where a
-    runtime is not installed, Unsupported where it does not run a model."""
+    """Runs two models, TFLite ones by LiteRT and ONNX ones by onnxruntime, on the same inputs and compares their
+    outputs, those of one name, or else of one position. `inputs` are arrays by the first model's names, or an .npz file
+    of such; random where there are none. Raises UsageError where the inputs do not fit, MissingDependency, which names
+    the package to install, where a runtime is missing, Unsupported where it does not run a model."""
+    first, second = input_path(a), input_path(b)
+    given = dict(inputs or {}) if inputs is None or isinstance(inputs, Mapping) else read_inputs(input_path(inputs))
     runners = [_runner(path) for path in (first, second)]
-    given = dict(inputs or {})
     unknown = set(given) - {port.name for port in runners[0].inputs}
     if unknown:
         known = ", ".join(port.name for port in runners[0].inputs)

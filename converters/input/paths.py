@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nibblecast.converters.errors import CorruptFile, Error, UsageError
 
+#: A path as the public functions take it.
+AnyPath = str | os.PathLike[str]
+
 
 def input_path(given: str | os.PathLike[str]) -> Path:
     """The path of something to read. Raises CorruptFile for one that nothing can have."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nibblecast.converters import pipeline
 from nibblecast.converters.errors import MissingDependency, UsageError
+from nibblecast.converters.input.paths import AnyPath, input_path, output_path
 from nibblecast.converters.interfaces import Progress
+from nibblecast.converters.option_routing import reader_options
 from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.reports.batches import BatchStatistics, batch_statistics, report_of
 from nibblecast.converters.reports.documents import model_document
@@ -52,35 +54,42 @@ def _write(page: str, target: Path) -> None:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=target) from error
 
 
-def make_report(
-    source: Path,
-    target: Path | None,
+def report(
+    source: AnyPath,
+    target: AnyPath | None = None,
     *,
-    reference: Path | None,
-    only: Sequence[str],
-    skip: Sequence[str],
-    title: str | None,
-    options: Mapping[Path, Mapping[str, Any]],
-    progress: Progress | None,
+    reference: AnyPath | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    title: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> Report:
-    """The report of `source`, written to `target` if there is one; `options` are those of the readers, by file."""
-    if target is not None and target.suffix.lower() not in _SUFFIXES:
-        raise UsageError("a report is HTML: give it a name that ends in .html", path=target)
-    with pipeline.readable(source):
-        lines = report_of(source)
+    """Measures a model, or sums up a batch (its target folder or its report), and writes a page about it to `target`,
+    an HTML file, if there is one; `document()` of the result gives the numbers.
+
+    `reference` is a model with the floats that the codes stand for, by the same names; `only` and `skip` are shell
+    patterns of tensor names; `options` are the readers' own. Raises nibblecast.Error: MissingDependency where the page
+    needs `pip install 'nibblecast[report]'`.
+    """
+    paths = [input_path(path) for path in (source, reference) if path is not None]
+    read_with = reader_options(options, paths) if options else {}
+    page = None if target is None else output_path(target)
+    if page is not None and page.suffix.lower() not in _SUFFIXES:
+        raise UsageError("a report is HTML: give it a name that ends in .html", path=page)
+    with pipeline.readable(paths[0]):
+        lines = report_of(paths[0])
     if lines is not None:
-        if reference is not None or only or skip or options.get(source):
-            raise UsageError("a batch's report takes no --reference, --only, --skip or --opt", path=source)
+        if reference is not None or only or skip or read_with.get(paths[0]):
+            raise UsageError("a batch's report takes no --reference, --only, --skip or --opt", path=paths[0])
         with pipeline.readable(lines):
-            report = Report(batch_statistics(lines))
+            made = Report(batch_statistics(lines))
     else:
-        model = pipeline.read(source, options.get(source))
-        compared = None if reference is None else pipeline.read(reference, options.get(reference))
-        if target is not None:
-            for each in (model, compared):
-                if each is not None:
-                    pipeline.refuse_input(each, target)
-        report = Report(measure(pipeline.select(model, only, skip), compared, progress))
-    if target is not None:
-        _write(report.html(title), target)
-    return report
+        model, *compared = [pipeline.read(path, read_with.get(path)) for path in paths]
+        if page is not None:
+            for each in (model, *compared):
+                pipeline.refuse_input(each, page)
+        made = Report(measure(pipeline.select(model, only, skip), compared[0] if compared else None, progress))
+    if page is not None:
+        _write(made.html(title), page)
+    return made

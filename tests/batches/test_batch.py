@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.batches.jobs import Job, Request
+from nibblecast.converters.batches.job import Job, Request
 from nibblecast.converters.batches.records import REPORT, Record, read_report
 from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.batches.stores import LocalFolder

@@ -17,7 +17,7 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.batches import remote
-from nibblecast.converters.batches.jobs import Request
+from nibblecast.converters.batches.job import Request
 from nibblecast.converters.batches.records import REPORT, Failure
 from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.errors import UsageError

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nibblecast.converters.batches.child import Children
-from nibblecast.converters.batches.jobs import Request
+from nibblecast.converters.batches.job import Request
 from nibblecast.converters.batches.outputs import planned_jobs
 from nibblecast.converters.batches.records import REPORT, read_report
 from nibblecast.converters.batches.sources import find_sources

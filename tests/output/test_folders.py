@@ -19,7 +19,7 @@ import pytest
 
 import nibblecast
 from nibblecast.converters import pipeline
-from nibblecast.converters.api import write_shard
+from nibblecast.converters.conversion import write_shard
 from nibblecast.converters.errors import Error, UsageError
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.converters.output.private_folder import MARK

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nibblecast
-from nibblecast.converters.api import _convert
+from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import Error
 from tests.formats.pytorch.bombs import honest
 
@@ -39,7 +39,7 @@ def examine(path: Path) -> str:
             left -= tensor.size * 4
             if left > 0 and tensor.dtype.kind != "c":
                 tensor.dequantize()
-        _convert(model, [path.with_suffix(".safetensors")], dry_run=True, options={})
+        convert_model(model, [path.with_suffix(".safetensors")], dry_run=True, options={})
     except Error as error:
         said = str(error).removeprefix(f"{path}: ")
         return f"refused: {said}" if "\n" not in said and len(said) < 2000 else f"a long line: {said[:2000]}"

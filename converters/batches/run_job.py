@@ -1,19 +1,17 @@
-"""One model's conversion as a job: what a worker gets, does, and answers."""
+"""A job done: what a worker does, and answers."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
-from nibblecast.converters import api
+from nibblecast.converters import conversion
+from nibblecast.converters.batches.job import DIGEST, Job
 from nibblecast.converters.batches.records import Failure, Output, Record
-from nibblecast.converters.batches.remote import RemoteSource
 from nibblecast.converters.batches.sources import bytes_of, digest_of
 from nibblecast.converters.errors import ChangedFile, Error, ExitCode, UsageError
 from nibblecast.converters.input.urls import without_secrets
@@ -22,75 +20,7 @@ from nibblecast.converters.pipeline import readable
 from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 from nibblecast.converters.version import __version__
 
-#: Parts of a job that are no shards.
-BEGIN, DIGEST = 0, -1
-
 _PEAK = "VmHWM:"
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for of every model: `convert`'s options, the readers' and writers' own in `options`."""
-
-    dequantize: str | None = None
-    quantize: str | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    verify: bool = False
-    fail_on_loss: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def text(self, formats: Sequence[str]) -> str:
-        """All of it on one line; equal for equal requests, whatever the secrets in URLs are."""
-        options = ",".join(f"{key}={without_secrets(str(value))}" for key, value in sorted(self.options.items()))
-        return (
-            f"to={','.join(formats)} dequantize={self.dequantize} quantize={self.quantize} only={list(self.only)} "
-            f"skip={list(self.skip)} verify={self.verify} fail_on_loss={self.fail_on_loss} options=[{options}]"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A model to convert: its path, its name in the report, and each target's format and path below `folder`. `remote`
-    is where a source is that is not on this machine, `destination` the URL that then stands for `folder`."""
-
-    source: Path
-    name: str
-    folder: Path
-    targets: tuple[tuple[str, Path], ...]
-    request: Request
-    remote: RemoteSource | None = None
-    destination: str = ""
-    #: What of it is to be done only, of a large one (`converters.batches.parts`).
-    part: int | None = None
-    #: The content's SHA-256, where it is known already.
-    digest: str = ""
-
-    @property
-    def text(self) -> str:
-        """The request as the report has it."""
-        return self.request.text([format for format, _ in self.targets])
-
-    @property
-    def shown(self) -> str:
-        """The model as messages name it."""
-        return str(self.source) if self.remote is None else without_secrets(self.remote.url)
-
-    @property
-    def nbytes(self) -> int | None:
-        """The size of a file; None for a folder, and where it is not known."""
-        if self.remote is not None:
-            return None if self.remote.is_folder else self.remote.nbytes
-        try:
-            status = self.source.stat()
-        except OSError:
-            return None
-        return status.st_size if S_ISREG(status.st_mode) else None
-
-
-def failed(job: Job, failure: Failure) -> Record:
-    """The record of a job of which nothing more is known."""
-    return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)
 
 
 def run_job(job: Job, *, dry_run: bool = False) -> Record:
@@ -103,7 +33,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
         if job.part == DIGEST:
             digest = digest_of(job.source)
         elif job.part is not None:
-            shards = api.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
+            shards = conversion.write_shard(job.source, *_targets(job), number=job.part, **_options(job))
         else:
             with _at_hand(job) as local:
                 with readable(local.source):
@@ -158,13 +88,13 @@ def _deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
     deliver(local, destination, files)
 
 
-def _converted(job: Job, *, dry_run: bool) -> api.Conversion:
+def _converted(job: Job, *, dry_run: bool) -> conversion.Conversion:
     """All targets in one read, all or none of them."""
     if not dry_run:
         for target in _targets(job):
             target.parent.mkdir(parents=True, exist_ok=True)
     verify = job.request.verify and not dry_run
-    return api.convert(job.source, *_targets(job), verify=verify, dry_run=dry_run, resume=True, **_options(job))
+    return conversion.convert(job.source, *_targets(job), verify=verify, dry_run=dry_run, resume=True, **_options(job))
 
 
 def _targets(job: Job) -> list[Path]:
@@ -185,13 +115,13 @@ def _options(job: Job) -> dict[str, Any]:
     }
 
 
-def _outputs(job: Job, done: api.Conversion, *, dry_run: bool) -> Iterator[Output]:
+def _outputs(job: Job, done: conversion.Conversion, *, dry_run: bool) -> Iterator[Output]:
     for file in done.files:
         digest = "" if dry_run else digest_of(file.path)
         yield Output(os.path.relpath(file.path, job.folder), file.nbytes or 0, digest)
 
 
-def _verified(job: Job, done: api.Conversion) -> bool | None:
+def _verified(job: Job, done: conversion.Conversion) -> bool | None:
     """True where every target was compared; None where that was not asked for, or not possible."""
     compared = list(done.verified.values())
     return True if compared and all(comparison is not None for comparison in compared) else None

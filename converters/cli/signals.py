@@ -1,0 +1,33 @@
+"""How a run ends that is interrupted.
+
+This module imports next to nothing: the command line needs it before Python and NumPy import all else.
+"""
+
+import os
+import signal
+
+TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to import than all else here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+INTERRUPTED = "interrupted: nothing was left half written"
+INTERRUPTED_CODE = 128 + signal.SIGINT
+
+
+def on_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
+    """What an interruption and the signal to end do from now on; each that whoever started the program has it ignore
+    stays ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_at_once(number: int, _: "FrameType | None") -> None:
+    """Ends the process. For when nothing is being written."""
+    if number == signal.SIGINT:
+        try:  # noqa: SIM105 - `contextlib` would have to be imported
+            os.write(2, f"nibblecast: {INTERRUPTED}\n".encode())
+        except OSError:  # nobody is there to be told
+            pass
+    os._exit(128 + number)
