@@ -17,7 +17,7 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.storage import files_of
 from tests.formats.encodings.checkpoints import FIXTURES, library_values, write_file
-from tests.formats.pytorch.hostile_pickles import zipped
+from tests.formats.pytorch.pickle.hostile_pickles import zipped
 
 INDEX = "pytorch_model.bin.index.json"
 ONE, TWO = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"

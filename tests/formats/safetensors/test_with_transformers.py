@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nibblecast
-from tests.transformers_models import logits_of, tiny_gpt_oss, tiny_llama
+from tests.formats.safetensors.transformers_models import logits_of, tiny_gpt_oss, tiny_llama
 
 pytestmark = pytest.mark.peers
 
