@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from nibblecast.converters.compare.comparison import compare
+from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.formats.cheader.reader import CHeaderReader
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import dtype_of, floats, integers, random_codes
 
 LAYOUTS = ("split", "header")
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
+INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
 
 
 def read(path: Path) -> Model:
@@ -59,3 +64,58 @@ def of_array(name: str, change):
         )
 
     return apply
+
+
+def assert_read_back(folder_or_header: Path, model: Model) -> Model:
+    """Fails unless the same weights come back, in order, with the same bytes and the same values."""
+    weights = {name: t for name, t in model.items() if t.parameter_of not in model}
+    again = read(folder_or_header)
+    comparison = compare(model, again)
+    assert comparison.equal, [str(difference) for difference in comparison.differences[:3]]
+    assert list(again) == list(weights)
+    for name, tensor in weights.items():
+        assert (again[name].dtype, again[name].shape) == (tensor.dtype, tensor.shape), name
+        assert (again[name].quantization is None) == (tensor.quantization is None), name
+        if tensor.dtype.kind != "f":  # of which one NaN is as good as another
+            assert again[name].packed().tobytes() == tensor.packed().tobytes(), name
+        if tensor.quantization is not None:
+            assert again[name].quantization.block_shape == tensor.quantization.block_shape
+            assert again[name].granularity == tensor.granularity
+    return again
+
+
+def read_all(header: Path) -> None:
+    for tensor in read(header).values():
+        tensor.codes()
+        for _, parameter in tensor.quantization.parameters() if tensor.quantization else ():
+            parameter.codes()
+
+
+def refused(header: Path, kind: type[Error], pattern: str) -> None:
+    with pytest.raises(kind) as caught:
+        read_all(header)
+    assert re.search(pattern, str(caught.value)), str(caught.value)
+    assert caught.value.path is not None
+    assert "\n" not in str(caught.value)
+
+
+def damaged(text: bytes, rng: np.random.Generator) -> bytes:
+    """Text that was cut, spliced, or of which some bytes are others."""
+    place, other, length = (int(n) for n in rng.integers(0, len(text), 3))
+    match int(rng.integers(0, 5)):
+        case 0:
+            return text[:place]
+        case 1:
+            return text[:place] + text[place + length % 200 :]
+        case 2:
+            return text[:place] + text[other : other + length % 200] + text[place:]
+        case 3:
+            marks = b"{}[]()\",;=/*#\\'0x9.-\n \xff"
+            changed = bytearray(text)
+            for position in rng.integers(0, len(text), 1 + length % 4):
+                changed[int(position)] = marks[int(rng.integers(0, len(marks)))]
+            return bytes(changed)
+        case _:
+            numbers = list(re.finditer(rb"\d+", text))
+            number = numbers[place % min(300, len(numbers))]
+            return text[: number.start()] + str(int(rng.integers(0, 1 << 62))).encode() + text[number.end() :]

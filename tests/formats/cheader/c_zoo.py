@@ -3,6 +3,7 @@ all bit patterns of the narrow dtypes, the extremes of the wide ones."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -10,10 +11,12 @@ import numpy as np
 
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.ir import (
+    Activation,
     GroupIndex,
     Model,
     Quantization,
     Tensor,
+    Use,
     blocked,
     grid_shape,
     is_integer,
@@ -193,3 +196,59 @@ ZOO = {
     "the zoo of all writers": common_zoo,
     "no tensors": model_of,
 }
+
+HOSTILE_NAMES = [
+    "*/ int x = 1; /*",
+    "/*",
+    "ends in a backslash\\",
+    "backslash newline\\\nint y;",
+    "trigraphs ??/ ??/\n ??=define Z ??)",
+    "\"quotes\" 'and' \x00 control \x1b[31m",
+    "static",
+    "and_eq",
+    "__reserved__",
+    "tensors",
+    "TENSOR",
+    "FLASH",
+    "tensör/重み/🎯",
+    "\ud800 lone surrogate",
+    "a" * 500,
+    "ä" * 500,
+    "a/b",
+    "a.b",
+    "a_b",
+    "A_B",
+    "",
+    "/",
+    "1digit",
+    "%s%n",
+    "$prefix ${base}",
+    "PROGMEM",
+    "a_b_scale",
+    "a_b_SCALE",
+    "// comment \\",
+]
+
+AXES = {"CONV_2D": 0, "TRANSPOSE_CONV": 0, "FULLY_CONNECTED": 0, "DEPTHWISE_CONV_2D": 3}
+SHAPES = {"FULLY_CONNECTED": (4, 6), "DEPTHWISE_CONV_2D": (1, 3, 3, 6)}
+CHANNELS = 6
+
+
+def activation(dtype=np.int8, channels=CHANNELS):
+    return Activation(np.dtype(dtype), (1, 4, 4, channels), 0.5, 0)
+
+
+def weight(
+    operator="CONV_2D", dtype=ml_dtypes.int4, *, per_channel=True, activations=np.int8, shape=None, channels=CHANNELS,
+    zero_points=None, block_shape=None, name="w", **parts
+):  # fmt: skip
+    shape = shape or SHAPES.get(operator, (4, 3, 3, 6))
+    axis = AXES[operator]
+    block_shape = block_shape or (per_axis(shape, axis) if per_channel else per_tensor(shape))
+    grid = [max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True)]
+    scale = Tensor.from_array("scale", np.ones(grid, np.float32))
+    zero_point = None if zero_points is None else Tensor.from_array("zp", np.resize(np.int64(zero_points), grid))
+    quantization = Quantization(scale, block_shape, zero_point, **parts)
+    runtime = None if activations is None else activation(activations, channels)
+    codes = Tensor.from_array(name, np.zeros(shape, np.int8).astype(dtype), quantization)
+    return replace(codes, uses=(Use(operator, 1, axis, runtime, runtime),))

@@ -17,7 +17,7 @@ from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Quantization, Tensor, per_axis
 from nibblecast.converters.options import describe, parse
 from nibblecast.formats.cheader.options import CHeaderOptions
-from tests.formats.cheader.c_files import LAYOUTS
+from tests.formats.cheader.c_files import LAYOUTS, assert_read_back
 from tests.formats.cheader.c_harness import (
     C_WARNINGS,
     MODES,
@@ -30,9 +30,16 @@ from tests.formats.cheader.c_harness import (
     walked,
     write,
 )
-from tests.formats.cheader.c_zoo import ZOO, dtype_of, int8, plain_values, quantized_integers, random_codes, schemes
-from tests.formats.cheader.device.test_kernels import weight
-from tests.formats.cheader.test_reader import assert_read_back
+from tests.formats.cheader.c_zoo import (
+    ZOO,
+    dtype_of,
+    int8,
+    plain_values,
+    quantized_integers,
+    random_codes,
+    schemes,
+    weight,
+)
 from tests.tools import need
 
 ROOT = Path(__file__).parents[3]

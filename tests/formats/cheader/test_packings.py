@@ -19,7 +19,7 @@ from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.cheader.options import CHeaderOptions
 from nibblecast.formats.cheader.packings import DENSE, PACKINGS
-from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten
+from tests.formats.cheader.c_files import INT4, LAYOUTS, assert_read_back, of_array, read, rewritten
 from tests.formats.cheader.c_harness import (
     MODES,
     assert_same_values,
@@ -31,7 +31,6 @@ from tests.formats.cheader.c_harness import (
     write,
 )
 from tests.formats.cheader.c_zoo import ZOO, dtype_of, odd_shapes, random_codes, schemes
-from tests.formats.cheader.test_reader import INT4, assert_read_back
 
 RNG = np.random.default_rng(0)
 CHOICES = {

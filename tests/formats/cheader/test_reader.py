@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.compare.comparison import compare
 from nibblecast.converters.errors import CorruptFile, VerificationFailed
 from nibblecast.converters.interfaces import Reader
 from nibblecast.converters.ir import Model, Quantization, Tensor
@@ -25,36 +24,23 @@ from nibblecast.formats.cheader.reading.source import CONSTANTS
 from nibblecast.formats.cheader.reading.table import MEMBERS
 from nibblecast.formats.cheader.render import runtime_header
 from nibblecast.formats.tflite.reader import TFLiteReader
-from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten, write_small
+from tests.formats.cheader.c_files import (
+    FIXTURES,
+    INT4,
+    LAYOUTS,
+    assert_read_back,
+    of_array,
+    read,
+    rewritten,
+    write_small,
+)
 from tests.formats.cheader.c_harness import model_of, write
-from tests.formats.cheader.c_zoo import ZOO, dtype_of, random_codes, schemes
-from tests.formats.cheader.test_writer import HOSTILE_NAMES
-
-FIXTURES = Path(__file__).parents[3] / "fixtures" / "tflite"
-INT4 = FIXTURES / "cnn_int4_per_channel.tflite"
+from tests.formats.cheader.c_zoo import HOSTILE_NAMES, ZOO, dtype_of, random_codes, schemes
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Model]:
     return write_small(tmp_path)
-
-
-def assert_read_back(folder_or_header: Path, model: Model) -> Model:
-    """Fails unless the same weights come back, in order, with the same bytes and the same values."""
-    weights = {name: t for name, t in model.items() if t.parameter_of not in model}
-    again = read(folder_or_header)
-    comparison = compare(model, again)
-    assert comparison.equal, [str(difference) for difference in comparison.differences[:3]]
-    assert list(again) == list(weights)
-    for name, tensor in weights.items():
-        assert (again[name].dtype, again[name].shape) == (tensor.dtype, tensor.shape), name
-        assert (again[name].quantization is None) == (tensor.quantization is None), name
-        if tensor.dtype.kind != "f":  # of which one NaN is as good as another
-            assert again[name].packed().tobytes() == tensor.packed().tobytes(), name
-        if tensor.quantization is not None:
-            assert again[name].quantization.block_shape == tensor.quantization.block_shape
-            assert again[name].granularity == tensor.granularity
-    return again
 
 
 def test_it_is_a_reader(written) -> None:

@@ -29,6 +29,7 @@ from tests.formats.cheader.c_harness import (
     write,
 )
 from tests.formats.cheader.c_zoo import (
+    HOSTILE_NAMES,
     dtype_of,
     floats,
     integers,
@@ -39,37 +40,6 @@ from tests.formats.cheader.c_zoo import (
 )
 
 RNG = np.random.default_rng(0)
-HOSTILE_NAMES = [
-    "*/ int x = 1; /*",
-    "/*",
-    "ends in a backslash\\",
-    "backslash newline\\\nint y;",
-    "trigraphs ??/ ??/\n ??=define Z ??)",
-    "\"quotes\" 'and' \x00 control \x1b[31m",
-    "static",
-    "and_eq",
-    "__reserved__",
-    "tensors",
-    "TENSOR",
-    "FLASH",
-    "tensör/重み/🎯",
-    "\ud800 lone surrogate",
-    "a" * 500,
-    "ä" * 500,
-    "a/b",
-    "a.b",
-    "a_b",
-    "A_B",
-    "",
-    "/",
-    "1digit",
-    "%s%n",
-    "$prefix ${base}",
-    "PROGMEM",
-    "a_b_scale",
-    "a_b_SCALE",
-    "// comment \\",
-]
 
 
 def int4(name="w", shape=(3, 5), **options):

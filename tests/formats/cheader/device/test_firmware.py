@@ -16,7 +16,7 @@ import pytest
 
 from nibblecast.converters.ir import Tensor
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, write
-from tests.formats.cheader.device.test_kernels import weight
+from tests.formats.cheader.c_zoo import weight
 from tests.tools import need
 
 ROOT = Path(__file__).parents[4]

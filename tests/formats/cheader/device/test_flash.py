@@ -18,7 +18,7 @@ from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.cheader.device.flash import FlashReport, tensor_flash
 from tests.formats.cheader.c_harness import compile_objects, model_of, plan_of, write
-from tests.formats.cheader.device.test_kernels import weight
+from tests.formats.cheader.c_zoo import weight
 
 FIXTURES = Path(__file__).parents[4] / "fixtures" / "tflite"
 INT8 = FIXTURES / "cnn_int8_full.tflite"

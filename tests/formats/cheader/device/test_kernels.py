@@ -13,35 +13,13 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
+from nibblecast.converters.ir import Tensor, Use, blocked, per_axis
 from nibblecast.formats.cheader.device.kernels import RULES, advice, notes
 from nibblecast.formats.cheader.packings import Packing
 from tests.formats.cheader.c_harness import model_of, write
+from tests.formats.cheader.c_zoo import weight
 
 FIXTURES = Path(__file__).parents[4] / "fixtures" / "tflite"
-AXES = {"CONV_2D": 0, "TRANSPOSE_CONV": 0, "FULLY_CONNECTED": 0, "DEPTHWISE_CONV_2D": 3}
-SHAPES = {"FULLY_CONNECTED": (4, 6), "DEPTHWISE_CONV_2D": (1, 3, 3, 6)}
-CHANNELS = 6
-
-
-def activation(dtype=np.int8, channels=CHANNELS):
-    return Activation(np.dtype(dtype), (1, 4, 4, channels), 0.5, 0)
-
-
-def weight(
-    operator="CONV_2D", dtype=ml_dtypes.int4, *, per_channel=True, activations=np.int8, shape=None, channels=CHANNELS,
-    zero_points=None, block_shape=None, name="w", **parts
-):  # fmt: skip
-    shape = shape or SHAPES.get(operator, (4, 3, 3, 6))
-    axis = AXES[operator]
-    block_shape = block_shape or (per_axis(shape, axis) if per_channel else per_tensor(shape))
-    grid = [max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True)]
-    scale = Tensor.from_array("scale", np.ones(grid, np.float32))
-    zero_point = None if zero_points is None else Tensor.from_array("zp", np.resize(np.int64(zero_points), grid))
-    quantization = Quantization(scale, block_shape, zero_point, **parts)
-    runtime = None if activations is None else activation(activations, channels)
-    codes = Tensor.from_array(name, np.zeros(shape, np.int8).astype(dtype), quantization)
-    return replace(codes, uses=(Use(operator, 1, axis, runtime, runtime),))
 
 
 FITTING = {

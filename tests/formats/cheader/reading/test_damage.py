@@ -13,7 +13,7 @@ from nibblecast.converters.input.allowance import VARIABLE
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.formats.cheader.render import INTERFACE
 from tests import zoo
-from tests.formats.cheader.c_files import LAYOUTS, of_array, read, rewritten, write_small
+from tests.formats.cheader.c_files import LAYOUTS, damaged, of_array, read, refused, rewritten, write_small
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import schemes
 
@@ -21,21 +21,6 @@ from tests.formats.cheader.c_zoo import schemes
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Model]:
     return write_small(tmp_path)
-
-
-def read_all(header: Path) -> None:
-    for tensor in read(header).values():
-        tensor.codes()
-        for _, parameter in tensor.quantization.parameters() if tensor.quantization else ():
-            parameter.codes()
-
-
-def refused(header: Path, kind: type[Error], pattern: str) -> None:
-    with pytest.raises(kind) as caught:
-        read_all(header)
-    assert re.search(pattern, str(caught.value)), str(caught.value)
-    assert caught.value.path is not None
-    assert "\n" not in str(caught.value)
 
 
 def swapped(old: str, new: str):
@@ -169,28 +154,6 @@ def test_what_indices_may_be(tmp_path: Path) -> None:
     write(model_of(Tensor.from_array("b", np.array([True, False]))), tmp_path / "m.h")
     rewritten(tmp_path / "m.h", lambda text: text.replace("0x01", "0x02"))
     refused(tmp_path / "m.h", CorruptFile, r"tensor 'b': m_b_data holds 2; below 2 is needed")
-
-
-def damaged(text: bytes, rng: np.random.Generator) -> bytes:
-    """Text that was cut, spliced, or of which some bytes are others."""
-    place, other, length = (int(n) for n in rng.integers(0, len(text), 3))
-    match int(rng.integers(0, 5)):
-        case 0:
-            return text[:place]
-        case 1:
-            return text[:place] + text[place + length % 200 :]
-        case 2:
-            return text[:place] + text[other : other + length % 200] + text[place:]
-        case 3:
-            marks = b"{}[]()\",;=/*#\\'0x9.-\n \xff"
-            changed = bytearray(text)
-            for position in rng.integers(0, len(text), 1 + length % 4):
-                changed[int(position)] = marks[int(rng.integers(0, len(marks)))]
-            return bytes(changed)
-        case _:
-            numbers = list(re.finditer(rb"\d+", text))
-            number = numbers[place % min(300, len(numbers))]
-            return text[: number.start()] + str(int(rng.integers(0, 1 << 62))).encode() + text[number.end() :]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,11 +15,9 @@ from nibblecast.converters.errors import CorruptFile, Error, Unsupported, UsageE
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.cheader.reading.payload import StoredData
 from nibblecast.formats.tflite.reader import TFLiteReader
-from tests.formats.cheader.c_files import read, write_small
+from tests.formats.cheader.c_files import FIXTURES, INT4, assert_read_back, damaged, read, refused, write_small
 from tests.formats.cheader.c_harness import model_of, plan_of, write
 from tests.formats.cheader.c_zoo import dtype_of, random_codes
-from tests.formats.cheader.reading.test_damage import damaged, refused
-from tests.formats.cheader.test_reader import FIXTURES, INT4, assert_read_back
 
 STYLES = ("incbin", "embed")
 #: Styles and the layouts that they have, and the file of the text that says where elements lie.
