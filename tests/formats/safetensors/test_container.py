@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +15,8 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from tests.formats.safetensors.containers import entry, file_of
 from tests.growth import assert_linear
-
-
-def file_of(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
-
-
-def entry(dtype: str = "F32", shape: Any = (2,), first: Any = 0, last: Any = 8) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile
-from tests.formats.safetensors.test_container import entry, file_of
+from tests.formats.safetensors.containers import entry, file_of
 
 DTYPES: dict[str, Any] = {"F6_E2M3": ml_dtypes.float6_e2m3fn, "F6_E3M2": ml_dtypes.float6_e3m2fn}
 

@@ -17,10 +17,10 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.encodings.awq.write import configuration, encode
 from nibblecast.formats.encodings.bytes import column_blocks
-from tests.formats.encodings.awq.test_read import packed
+from tests.formats.encodings.awq.packer import packed
 from tests.formats.encodings.checkpoints import FIXTURES, write_folder
-from tests.formats.encodings.gptq.test_read import configuration as gptq_configuration
-from tests.formats.encodings.gptq.test_read import random_layer, stored
+from tests.formats.encodings.gptq.packer import configuration as gptq_configuration
+from tests.formats.encodings.gptq.packer import random_layer, stored
 from tests.formats.encodings.row_weights import FLOATS, limits, unread, weight, with_index
 from tests.formats.encodings.written import check, write
 

@@ -20,10 +20,10 @@ from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.formats.encodings.bytes import column_blocks
 from nibblecast.formats.encodings.gptq.write import configuration, encode
-from tests.formats.encodings.awq.test_read import checkpoint as awq_checkpoint
+from tests.formats.encodings.awq.packer import checkpoint as awq_checkpoint
 from tests.formats.encodings.checkpoints import FIXTURES, loaded
 from tests.formats.encodings.checkpoints_in_memory import decoded
-from tests.formats.encodings.gptq.test_read import packed
+from tests.formats.encodings.gptq.packer import packed
 from tests.formats.encodings.row_weights import FLOATS, changed, limits, unread, weight, with_index
 from tests.formats.encodings.written import check, same, write
 

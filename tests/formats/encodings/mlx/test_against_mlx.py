@@ -10,7 +10,7 @@ from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.formats.encodings.mlx.write import configuration, encode
 from tests.formats.encodings.checkpoints import write_file
-from tests.formats.encodings.mlx.test_write import (
+from tests.formats.encodings.mlx.mlx_weights import (
     FLOAT4,
     FLOAT16,
     FLOAT_MODES,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 import nibblecast
-from tests.formats.onnx.onnx_models import raw
-from tests.formats.onnx.writing.test_graph_writer import info, linear, node, positive, random, run, save, x
+from tests.formats.onnx.onnx_models import linear, raw
+from tests.formats.onnx.writing.onnx_graphs import info, node, positive, random, run, save, x
 
 CODES = (ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
 WAYS = (
