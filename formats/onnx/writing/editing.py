@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from nibblecast.converters.names import UniqueNames
-from nibblecast.formats.onnx.file.graph import Node, ParsedModel
+from nibblecast.formats.onnx.file.graph import Node, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.rewrite import GraphEdit, NewInitializer
 from nibblecast.formats.onnx.weights.dataflow import Dataflow, Taker, Value
 from nibblecast.formats.onnx.weights.patterns import Scope
@@ -14,21 +14,23 @@ from nibblecast.formats.onnx.weights.patterns import Scope
 
 @dataclass(slots=True)
 class Editor:
-    """Collects the changes, by the identity of the graph that they are for."""
+    """Collects the changes, by the identity of the graph that they are for. `kept` are the initializers, by identity,
+    that stay when nothing takes them any more: tensors of the model, such as a table that several weights look up."""
 
     flow: Dataflow
     names: UniqueNames
     edits: dict[int, GraphEdit] = field(default_factory=dict)
+    kept: frozenset[int] = frozenset()
     domains: set[str] = field(default_factory=set)
     _given: set[Value] = field(default_factory=set)
     _counts: dict[Value, int] = field(default_factory=dict)
     _removed: set[int] = field(default_factory=set)
 
     @classmethod
-    def of(cls, parsed: ParsedModel) -> Editor:
+    def of(cls, parsed: ParsedModel, kept: Iterable[TensorHeader] = ()) -> Editor:
         """An editor of a whole file."""
         flow = Dataflow.of(parsed)
-        return cls(flow, UniqueNames(_all_names(flow)))
+        return cls(flow, UniqueNames(_all_names(flow)), kept=frozenset(map(id, kept)))
 
     def edit(self, scope: Scope) -> GraphEdit:
         """The changes to one graph."""
@@ -100,7 +102,8 @@ class Editor:
             while id(scope.graph) != value[0] and scope.outer is not None:
                 scope = scope.outer
             if name in scope.headers:
-                self._drop(scope, name)
+                if id(scope.headers[name]) not in self.kept:
+                    self._drop(scope, name)
                 continue
             node = scope.producers.get(name)
             if node is not None and not node.bodies and not self.is_removed(node) and self._is_unused(scope, node):

@@ -93,7 +93,11 @@ class GraphChanges:
     def of(cls, graph: OnnxGraph, opset: int, layout: QuantizedLayout) -> GraphChanges:
         """No changes yet."""
         allowance = graph.payloads.allowance.rest()
-        changes = cls(graph, opset, layout, Editor.of(graph.parsed), allowance, dict(graph.tensors))
+        plain = [
+            name for name, tensor in graph.tensors.items() if tensor.quantization is None and not tensor.parameter_of
+        ]
+        editor = Editor.of(graph.parsed, kept=(graph.headers[name] for name in plain))
+        changes = cls(graph, opset, layout, editor, allowance, dict(graph.tensors))
         for scope in changes.editor.flow.scopes:
             changes._scopes.update((id(header), scope) for header in scope.headers.values())
             matcher = Matcher(scope, graph.payloads)
