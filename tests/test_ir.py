@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
@@ -121,7 +121,6 @@ def test_from_array_and_back(array: np.ndarray) -> None:
     assert tensor.nbytes == -(-array.size * tensor.bits // 8)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=0, max_size=4),
     st.sampled_from([ml_dtypes.int2, ml_dtypes.int4, np.int8, np.int32]),

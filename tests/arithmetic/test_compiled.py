@@ -53,7 +53,7 @@ def same(a: Any, b: Any) -> None:
     np.testing.assert_array_equal(a.view(bits)[~nan], b.view(bits)[~nan])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     shape=st.sampled_from(SHAPES),
     blocks=st.integers(0, 8),

@@ -44,7 +44,7 @@ def test_halves_of_subnormal_numbers(fraction: int) -> None:
     check(around.reshape(-1))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, (1 << 32) - 1), st.integers(1, 1 << 20), st.integers(0, 100_000))
 def test_strides_through_all_float32_numbers(first: int, step: int, count: int) -> None:
     check((first + np.arange(count, dtype=np.int64) * step) & 0xFFFFFFFF)

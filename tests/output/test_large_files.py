@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibblecast.converters.output import large_files
@@ -91,7 +91,7 @@ def test_who_has_the_handle_finds_everything(direct: list[int], tmp_path: Path) 
         max_size=30,
     )
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 def test_they_are_as_files_in_memory(tmp_path: Path, steps: list[tuple[str, int]]) -> None:
     expected = io.BytesIO()
     (tmp_path / "file").unlink(missing_ok=True)

@@ -69,7 +69,7 @@ def test_pieces_come_in_order_whatever_computes_them_first(threads: int, others:
 
 
 @given(st.integers(1, 3000), st.sampled_from([np.float16, np.float32]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_they_are_the_tensor(nbytes: int, dtype: type) -> None:
     scale = Tensor.from_array("s", np.linspace(0.1, 3, 3 * 5 * 4, dtype=np.float32).reshape(3, 5, 4))
     codes = np.arange(3 * 5 * 64, dtype=np.uint8).reshape(3, 5, 64).view(np.int8)

@@ -106,7 +106,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensors(), st.sampled_from(HALVES))
 def test_a_library_rounds_its_values_once_and_float32_is_before_that(tensor: Tensor, dtype: np.dtype[Any]) -> None:
     plain = formula(tensor)
@@ -140,13 +140,13 @@ def test_a_library_that_computes_in_16_bits_rounds_no_more_in_the_end() -> None:
             Quantization(scale, (1,), compute_dtype=compute_dtype, value_dtype=value_dtype)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(tensors())
 def test_values_are_the_formulas_bit_for_bit(tensor: Tensor) -> None:
     np.testing.assert_array_equal(tensor.dequantize(np.float32), formula(tensor))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensors(), st.integers(1, 6), st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
 def test_small_pieces_give_the_same_values(tensor: Tensor, elements: int, dtype: type) -> None:
     whole = tensor.dequantize(dtype)

@@ -112,7 +112,7 @@ def pieces(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("pieces")
 class TestArithmetic:
     @given(case=cases())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_equals_a_plain_reference(self, case: tuple[NDArray[Any], Scheme]) -> None:
         array, scheme = case
         scheme = replace(scheme, scales="minmax")
@@ -125,7 +125,7 @@ class TestArithmetic:
         assert (zero_point is None) == (scheme.symmetric and not scheme.middle)
 
     @given(case=cases())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_any_part_read_in_any_order_is_the_same(self, case: tuple[NDArray[Any], Scheme]) -> None:
         array, scheme = case
         tensor, again = (quantized(Tensor.from_array("w", array), scheme) for _ in range(2))
@@ -144,7 +144,7 @@ class TestArithmetic:
         np.testing.assert_array_equal(np.concatenate(rows), tensor.dequantize(np.float32).reshape(-1))
 
     @given(case=cases())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_least_error_is_never_worse_than_the_range(self, case: tuple[NDArray[Any], Scheme]) -> None:
         array, scheme = case
         plain = Tensor.from_array("w", array)
@@ -155,7 +155,7 @@ class TestArithmetic:
             assert least <= ranged * (1 + 1e-5) + 1e-30
 
     @given(case=cases())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_errors_are_measured(self, case: tuple[NDArray[Any], Scheme]) -> None:
         array, scheme = case
         model = quantize_model(Model({"w": Tensor.from_array("w", array)}), scheme)
@@ -170,7 +170,7 @@ class TestArithmetic:
         assert found.squared_values == pytest.approx(np.square(floats, dtype=np.float64).sum(), rel=1e-5)
 
     @given(case=cases())
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     def test_zeros_stay_zeros_and_errors_are_half_a_step_at_most(self, case: tuple[NDArray[Any], Scheme]) -> None:
         array, scheme = case
         scheme = replace(scheme, scales="minmax", scale_dtype=np.dtype(np.float32))
@@ -187,7 +187,6 @@ class TestArithmetic:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_what_codes_decode_to_becomes_the_same_codes(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(list(CODE_DTYPES.values())))
     symmetric = data.draw(st.booleans())

@@ -81,7 +81,7 @@ def test_a_model_verifies(tmp_path, packing):
     assert nibblecast.convert(INT4, tmp_path / "w.h", verify=True, **options).verified[tmp_path / "w.h"].equal
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     number=st.sampled_from(list(PACKINGS)),
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple),

@@ -6,7 +6,7 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibblecast.converters.errors import Error
@@ -75,7 +75,7 @@ def arrays(draw):
     return found
 
 
-@settings(deadline=None, max_examples=600, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600)
 @given(
     arrays=arrays(),
     method=st.sampled_from(METHODS),
@@ -127,7 +127,7 @@ def damaged(draw):
     return kept | ({key: changed} if draw(st.integers(0, 9)) else {}), config | told, architecture
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400)
 @given(damaged())
 def test_a_real_weight_that_is_damaged_is_read_or_refused(checkpoint):
     parts, config, architecture = checkpoint

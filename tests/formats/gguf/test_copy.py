@@ -139,7 +139,7 @@ def test_a_source_that_has_gone_is_named(tmp_path: Path) -> None:
         nibblecast.save(model, tmp_path / "copy.gguf")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(8, 700), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
 def test_headers_that_are_damaged_are_copied_as_they_read_or_refused(
     changes: list[tuple[int, int]], dequantizes: bool

@@ -39,7 +39,7 @@ def blocks_of(count: int, nbytes: int, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("nbytes", "begin", "end", "group", "bits", "up"), FIELDS)
 @given(count=st.integers(1, 70), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_fields(nbytes: int, begin: int, end: int, group: int, bits: int, up: int, count: int, seed: int) -> None:
     blocks = blocks_of(count, nbytes, seed)
     expected = [
@@ -58,7 +58,7 @@ def test_fields(nbytes: int, begin: int, end: int, group: int, bits: int, up: in
 
 @pytest.mark.parametrize(("nbytes", "begin", "half"), HALVES)
 @given(count=st.integers(1, 70), seed=st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_halves(nbytes: int, begin: int, half: int, count: int, seed: int) -> None:
     blocks = blocks_of(count, nbytes, seed)
     groups = blocks[:, begin:].reshape(-1, half)

@@ -402,7 +402,7 @@ _FLOATS = st.floats(width=16, allow_nan=False, allow_infinity=False)
 _WHOLE = {"int4": 16, "uint4": 16, "int2": 4, "uint2": 4, "int8": 256}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_random_codes_scales_and_shapes_come_back(data: st.DataObject) -> None:
     """Whatever is written has the values that it was given; symmetric codes with float16 scales are always written."""

@@ -340,7 +340,7 @@ def test_truncated_anywhere(tmp_path):
             read(tmp_path / "m.onnx")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
 def test_damaged_anywhere(tmp_path_factory, changes, ours):
     """Any bytes changed: a model, or an Error of one line."""

@@ -52,7 +52,7 @@ def test_an_empty_range_of_bytes(case):
             assert not stored.data.read(stored.nbytes, stored.nbytes).size
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_any_range_of_bytes(data):
     model = nibblecast.load(FIXTURES / f"{data.draw(st.sampled_from(CASES))}.onnx")

@@ -105,7 +105,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(tensors(), min_size=1, max_size=3, unique_by=lambda tensor: tensor.name))
 def test_any_tensors(tmp_path_factory, some):
     check(zoo.model(some), tmp_path_factory.mktemp("any") / "weights.onnx")

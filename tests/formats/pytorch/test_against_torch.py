@@ -42,7 +42,7 @@ def drawn_tensor(torch: Any, data: st.DataObject) -> Any:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_tensor_comes_out_as_torch_loads_it(torch: Any, data: st.DataObject, tmp_path_factory: Any) -> None:
     state = {f"layer{number}.weight": drawn_tensor(torch, data) for number in range(data.draw(st.integers(1, 4)))}
     path = Path(tmp_path_factory.getbasetemp()) / "drawn.pt"
@@ -62,7 +62,7 @@ def test_any_tensor_comes_out_as_torch_loads_it(torch: Any, data: st.DataObject,
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_quantized_tensor_decodes_as_torch_decodes_it(
     torch: Any, data: st.DataObject, tmp_path_factory: Any
 ) -> None:
@@ -86,7 +86,7 @@ def test_any_quantized_tensor_decodes_as_torch_decodes_it(
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_weights_in_training_are_what_the_fake_quantizer_makes_of_them(
     torch: Any, data: st.DataObject, tmp_path_factory: Any
 ) -> None:

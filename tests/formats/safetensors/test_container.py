@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
@@ -66,7 +66,7 @@ def test_what_is_wrong_is_refused_in_one_line(content: bytes, error: type, messa
     assert "bad.safetensors" in str(raised.value)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
 def test_what_the_official_library_refuses_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     entries = data.draw(

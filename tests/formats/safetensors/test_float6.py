@@ -42,7 +42,7 @@ def test_every_code_has_its_value(kind: str, tmp_path: Path) -> None:
     assert tensor.dequantize(np.float32).max() == {"F6_E2M3": 7.5, "F6_E3M2": 28}[kind]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(codes=st.lists(st.lists(st.integers(0, 63), min_size=4, max_size=4), max_size=9), data=st.data())
 def test_any_part_is_that_of_the_whole(codes: list[list[int]], data: st.DataObject, tmp_path_factory: Any) -> None:
     flat = [code for four in codes for code in four]

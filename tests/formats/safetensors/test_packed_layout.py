@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
@@ -79,7 +79,7 @@ def test_tflite_models_survive(path: Path, tmp_path: Path) -> None:
             assert any(parameter is tensor for _, parameter in owner.parameters())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     names=st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=4, unique=True),
     dtype=st.sampled_from(zoo.PLAIN),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
@@ -202,7 +202,6 @@ def visit(root: Table) -> int:
     return count
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 @example(FULL)
 @example(ROOT + bytes(24))
@@ -213,7 +212,6 @@ def test_random_bytes_raise_nothing_but_errors(content: bytes) -> None:
         assert "\n" not in str(error)
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(FULL) - 4), st.integers(0, 2**32 - 1))
 def test_a_damaged_number_raises_nothing_but_errors(place: int, value: int) -> None:
     content = FULL[:place] + struct.pack("<I", value) + FULL[place + 4 :]
@@ -231,7 +229,6 @@ HEADER = [
 ]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(HEADER), st.integers(0, 255)), min_size=1, max_size=8))
 def test_a_damaged_model_raises_nothing_but_errors(changes: list[tuple[int, int]]) -> None:
     content = bytearray(MODEL)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -166,7 +166,6 @@ def sparse_arrays(draw: st.DrawFn) -> tuple[NDArray[Any], Encoded]:
     return dense, encode(dense, order, compressed, blocks)
 
 
-@settings(deadline=None)
 @given(sparse_arrays(), st.sampled_from([np.int32, np.uint16, np.uint8]))
 def test_whatever_is_encoded_expands_to_what_it_was(case: tuple[NDArray[Any], Encoded], dtype: type) -> None:
     dense, encoded = case

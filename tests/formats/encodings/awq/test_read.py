@@ -12,7 +12,7 @@ from tests.formats.encodings.checkpoints_in_memory import decoded, refused
 CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     inputs=st.integers(1, 40),
     words=st.integers(1, 4),

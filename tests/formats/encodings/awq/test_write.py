@@ -28,7 +28,7 @@ UINT4 = ml_dtypes.uint4
 NAME = "model.layers.0.self_attn.q_proj"
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     dtype=st.sampled_from([ml_dtypes.int4, UINT4]),
     words=st.integers(1, 4),

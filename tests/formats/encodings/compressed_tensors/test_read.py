@@ -50,7 +50,7 @@ def test_codes_and_values_are_those_of_the_library(folder):
     check_fixture(folder)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     bits=st.integers(1, 8),
     rows=st.integers(1, 40),

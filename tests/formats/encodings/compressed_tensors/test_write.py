@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 
 import nibblecast
 from nibblecast.converters.errors import Unsupported
@@ -71,7 +71,7 @@ def all_integers() -> list[Tensor]:
     ]
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(weight=matrices())
 @example(weight=integers(random(), "a.b.weight", CODES[3], (3, 33), (1, 32), zero_points="highest"))
 def test_integers_are_read_as_they_were(tmp_path, weight):

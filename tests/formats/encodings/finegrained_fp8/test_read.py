@@ -32,7 +32,7 @@ def scales(shape: tuple[int, ...], dtype: Any = np.float32, seed: int = 1) -> ND
     return np.random.default_rng(seed).uniform(0.01, 0.1, shape).astype(dtype)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     leading=st.sampled_from([(), (3,)]),
     rows=st.integers(1, 20),

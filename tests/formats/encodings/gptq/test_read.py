@@ -26,7 +26,7 @@ from tests.formats.encodings.gptq.packer import configuration, random_layer, sto
     version=st.sampled_from([1, 2]),
     shuffled=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_code_and_value_comes_out(
     seed: int, bits: int, outputs: int, inputs: int, size: int, version: int, shuffled: bool, tmp_path_factory: Any
 ) -> None:

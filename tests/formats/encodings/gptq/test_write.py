@@ -42,7 +42,7 @@ def named(name: str, tensor: Tensor) -> Tensor:
     return replace(tensor, name=f"{name}.weight")
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     dtype=st.sampled_from(CODES),
     words=st.tuples(st.integers(1, 3), st.integers(1, 5)),
@@ -74,7 +74,7 @@ def test_what_is_written_is_read_again(
     check(folder, encoded, [source])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     inputs=st.integers(2, 12),
     size=st.sampled_from([1, 8, 24, 32]),

@@ -30,7 +30,7 @@ def test_values_are_those_of_the_library():
     assert model["layers.4.group32.weight"].dtype == np.uint8  # 5 bits
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     bits=st.sampled_from([1, 2, 3, 4, 5, 6, 8]),
     rows=st.integers(1, 5),

@@ -130,7 +130,7 @@ def affine_weights(draw):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(affine_weights())
 def test_integer_codes_move(tmp_path_factory, weight):
     encoded = encode(weight)
@@ -211,7 +211,7 @@ def test_codes_are_not_read_for_it(dtype):
         encoded.stored["m.weight"].packed()
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     mode=st.sampled_from(list(FLOAT_MODES)),
     columns=st.integers(1, 6),

@@ -41,7 +41,7 @@ def nvfp4(
     return arrays | {f"{NAME}_input_scale": np.ones((), np.float32)}, values
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     experts=st.integers(1, 3),
     blocks=st.integers(1, 3),

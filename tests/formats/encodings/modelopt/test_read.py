@@ -25,7 +25,7 @@ def int4_checkpoint(leading=(), outputs=6, inputs=10, size=5, dtype=np.float32, 
     return {"m.weight": rows, "m.weight_scale": scale, "m.pre_quant_scale": np.ones(inputs, np.float32)}, codes
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     leading=st.sampled_from([(), (1,), (3,)]),
     pairs=st.integers(1, 6),

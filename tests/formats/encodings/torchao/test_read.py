@@ -232,7 +232,7 @@ def test_hostile_attributes_are_errors(case: str) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_several_hostile_attributes_are_errors(data: st.DataObject) -> None:
     _, _, tensor = data.draw(st.sampled_from(EVERY))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -248,7 +248,7 @@ def test_several_hostile_attributes_are_errors(data: st.DataObject) -> None:
 
 
 @given(st.sampled_from(EVERY), st.sampled_from(EVERY))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_attributes_of_another_class_are_errors(
     one: tuple[str, str, WrappedTensor], other: tuple[str, str, WrappedTensor]
 ) -> None:
@@ -331,7 +331,7 @@ def test_metadata_of_others_is_none_of_torchao(names: str) -> None:
     ),
     st.sampled_from(["block_size", "target_dtype", "dtype", "shape", "zero_point", "qdata"]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_hostile_metadata_are_errors(value: Any, role: str) -> None:
     tensors, metadata = stored("intx")
     name = "int4_bfloat16.weight"

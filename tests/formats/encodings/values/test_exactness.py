@@ -33,7 +33,7 @@ def with_scale(scale_of):
     return function
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from([ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.float4_e2m1fn]),
     zeros=st.sampled_from([None, ml_dtypes.uint4, np.int16]),
@@ -84,7 +84,7 @@ def test_changes_are_those_of_the_dtype_that_is_asked_for():
     assert largest_change(weight, function, np.dtype(np.float16)) == 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=st.sampled_from([(7,), (1, 9), (3, 5), (2, 3, 4), (1, 1, 6), ()]),
     nested=st.booleans(),

@@ -60,7 +60,7 @@ def test_parameters_that_do_not_fit_are_refused():
         quantized(tensor([[1.0, 2.0]]), tensor([[1.0, 1.0, 1.0]]), None, (1, 1), 0, 15)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_range_of_bytes_is_the_same(data):
     shape = tuple(data.draw(st.lists(st.integers(0, 7), min_size=0, max_size=4)))

@@ -23,7 +23,7 @@ def weight_of(scale, offset=None, zero_point=None, dtype=ml_dtypes.uint4, **more
     return Tensor.from_array("w", codes, Quantization(Tensor.from_array("scale", scale), (1, 16), **tensors, **more))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     scale_dtype=st.sampled_from(FLOATS),
     compute=st.sampled_from([None, np.dtype(np.float32)]),

@@ -116,7 +116,7 @@ def model_of(path: Path, some: list[Layer]) -> Path:
     return save(path, nodes, parameters, [info("x", 2, WIDTH)], outputs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(layers, min_size=1, max_size=3), st.sampled_from(WAYS))
 def test_random_graphs_survive_every_way(some, way):
     with tempfile.TemporaryDirectory() as folder:

@@ -268,7 +268,7 @@ STRANGE = [None, True, -1, 0, 1 << 80, 1.5, float("nan"), "", "..", [], {}, [[]]
 RECORDS = {name: documents(name) for name in ("affine_per_channel", "torchao_groups", "not_folded_per_tensor")}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_any_change_of_the_json_is_read_or_refused_in_one_line(data):
     records = RECORDS[data.draw(st.sampled_from(sorted(RECORDS)))]

@@ -99,7 +99,7 @@ def sections(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("case", ["every_dtype", "qat_module", "static_module", "static_scripted", "checkpoint"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_damaged_pickles_are_refused_in_one_line(case: str, data: st.DataObject, tmp_path_factory: object) -> None:
     records = sections(FIXTURES / f"{case}.pt")
     name = next(record for record in records if record.endswith("data.pkl"))
@@ -126,7 +126,7 @@ def test_damaged_pickles_are_refused_in_one_line(case: str, data: st.DataObject,
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_damaged_files_are_refused_in_one_line(data: st.DataObject, tmp_path_factory: object) -> None:
     case = data.draw(st.sampled_from(["legacy", "module", "quantized_tensors"]))
     content = bytearray((FIXTURES / f"{case}.pt").read_bytes())

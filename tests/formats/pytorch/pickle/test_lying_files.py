@@ -130,7 +130,7 @@ def test_records_of_strange_names(name: str, is_read: bool, tmp_path: Path) -> N
         assert len(str(raised.value)) < 500
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4),
     cut=st.sampled_from([0, 0, 0, 1, 30]),
