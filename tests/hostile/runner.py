@@ -58,6 +58,7 @@ class Place:
         main = self.input / "model.h"
         self.given = main if main.exists() else self.input
         self.before = self._files(self.inputs)
+        self.models = len(self.before) if kind == "batch" else 1
 
     def _copy(self, source: Path) -> None:
         self.inputs.mkdir(parents=True)
@@ -122,7 +123,7 @@ def run(place: Place, command: str) -> Ended:
             os.close(handle)
     seconds = time.process_time() + _of_children() - began
     out, err = (path.read_bytes()[:_MOST_PRINTED].decode("utf-8", "backslashreplace") for path in paths)
-    return Ended(command, code, out, err, seconds, place.outputs(), place.strays(), traces)
+    return Ended(command, code, out, err, seconds, place.outputs(), place.strays(), place.models, traces)
 
 
 def _code(arguments: Sequence[str]) -> tuple[int, str]:
