@@ -19,7 +19,7 @@ _LOOPED = 30
 _LARGER = 500
 _LARGER_SHAPE = (1024, 1024)
 _IN_MEMORY = Path("/dev/shm")
-_PYTHON = f"'{sys.executable}' -m converters"
+_PYTHON = f"'{sys.executable}' -m nibblecast"
 
 
 def rows(folder: Path) -> list[Row]:

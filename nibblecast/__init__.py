@@ -5,8 +5,11 @@ weight = model["dense/kernel"]
 weight.codes(), weight.quantization.scale.numpy(), weight.dequantize("float32")
 nibblecast.convert("model.tflite", "weights.h", "weights.safetensors", "weights.onnx")
 
-What is offered here is imported when it is asked for. `python -m nibblecast` imports this module before anything of the
-command line can run, so that only a module that imports nothing lets that see to signals from its first moment on.
+The public API is what this module exports: what you call, what you pass, and what you get back. docs/api.md explains
+every name. All other modules may change between versions.
+
+A name is imported when it is first asked for. `python -m nibblecast` imports this module before anything of the command
+line can run, so that only a module that imports nothing lets that see to signals from its first moment on.
 """
 
 TYPE_CHECKING = False  # as type checkers know it: `typing` takes longer to import than all else here
@@ -14,30 +17,44 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nibblecast.converters.arithmetic.accuracy import Accuracy
-    from nibblecast.converters.batches.run import batch
+    from nibblecast.converters.batches.run import BatchResult, BatchSettings, batch
     from nibblecast.converters.compare.comparison import Comparison, Difference
-    from nibblecast.converters.compare.running import compare_outputs
+    from nibblecast.converters.compare.running import OutputDifference, compare_outputs
     from nibblecast.converters.conversion import Conversion, convert, load, save, verify
     from nibblecast.converters.errors import Error
-    from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
-    from nibblecast.converters.reports.run import report
-    from nibblecast.converters.stages.scheme import Scheme
+    from nibblecast.converters.ir import GroupIndex, Loss, Model, Quantization, Tensor, Use
+    from nibblecast.converters.reports.run import Report, report
+    from nibblecast.converters.stages.quantize import quantize_model
+    from nibblecast.converters.stages.scheme import Blocked, PerAxis, PerTensor, Scheme, parse_scheme
+    from nibblecast.converters.version import __version__
 
 __all__ = [
     "Accuracy",
+    "BatchResult",
+    "BatchSettings",
+    "Blocked",
     "Comparison",
     "Conversion",
     "Difference",
     "Error",
+    "GroupIndex",
     "Loss",
     "Model",
+    "OutputDifference",
+    "PerAxis",
+    "PerTensor",
     "Quantization",
+    "Report",
     "Scheme",
     "Tensor",
+    "Use",
+    "__version__",
     "batch",
     "compare_outputs",
     "convert",
     "load",
+    "parse_scheme",
+    "quantize_model",
     "report",
     "save",
     "verify",
@@ -45,14 +62,16 @@ __all__ = [
 
 _MODULES = {
     "nibblecast.converters.arithmetic.accuracy": ("Accuracy",),
-    "nibblecast.converters.batches.run": ("batch",),
+    "nibblecast.converters.batches.run": ("BatchResult", "BatchSettings", "batch"),
     "nibblecast.converters.compare.comparison": ("Comparison", "Difference"),
-    "nibblecast.converters.compare.running": ("compare_outputs",),
+    "nibblecast.converters.compare.running": ("OutputDifference", "compare_outputs"),
     "nibblecast.converters.conversion": ("Conversion", "convert", "load", "save", "verify"),
     "nibblecast.converters.errors": ("Error",),
-    "nibblecast.converters.ir": ("Loss", "Model", "Quantization", "Tensor"),
-    "nibblecast.converters.reports.run": ("report",),
-    "nibblecast.converters.stages.scheme": ("Scheme",),
+    "nibblecast.converters.ir": ("GroupIndex", "Loss", "Model", "Quantization", "Tensor", "Use"),
+    "nibblecast.converters.reports.run": ("Report", "report"),
+    "nibblecast.converters.stages.quantize": ("quantize_model",),
+    "nibblecast.converters.stages.scheme": ("Blocked", "PerAxis", "PerTensor", "Scheme", "parse_scheme"),
+    "nibblecast.converters.version": ("__version__",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -68,4 +87,4 @@ def __getattr__(name: str) -> "Any":
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__.copy()

@@ -29,11 +29,16 @@ def files() -> Mapping[str, Path]:
 @cache
 def imports() -> Mapping[str, frozenset[str]]:
     """Everything that each module imports, ours or not; ours by the names of modules."""
-    return {module: frozenset(imported_by(path)) for module, path in files().items()}
+    return {module: imported_by(path) for module, path in files().items()}
 
 
-def imported_by(path: Path) -> Iterator[str]:
+@cache
+def imported_by(path: Path) -> frozenset[str]:
     """What the text of a file imports."""
+    return frozenset(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -58,7 +58,7 @@ class BatchResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class BatchSettings:
     """How a batch is run: `jobs` workers (None: as many as processors), seconds and bytes of memory for each model
     (None: no limit), how often one is tried again after what may pass, whether what an earlier run has done is kept,
     and whether the first failure ends the batch. `executor`: "dask://HOST:PORT", the workers of a Dask cluster, however
@@ -100,7 +100,7 @@ def batch(
     skip: Sequence[str] = (),
     verify: bool = False,
     fail_on_loss: bool = False,
-    settings: Settings | None = None,
+    settings: BatchSettings | None = None,
     on_result: OnResult | None = None,
     on_running: OnRunning | None = None,
     **options: Any,
@@ -134,7 +134,7 @@ def batch(
             target,
             formats,
             request,
-            settings or Settings(),
+            settings or BatchSettings(),
             include=include,
             exclude=exclude,
             on_result=on_result,
@@ -158,7 +158,7 @@ def _run_batch(
     target: AnyPath,
     formats: Sequence[str],
     request: Request,
-    settings: Settings,
+    settings: BatchSettings,
     *,
     include: Sequence[str],
     exclude: Sequence[str],
@@ -187,7 +187,7 @@ def _run_batch(
     return BatchResult(ordered, time.perf_counter() - began)
 
 
-def _run(jobs: Sequence[Job], place: Store, report: Path, settings: Settings, batch: _Batch) -> _Batch:
+def _run(jobs: Sequence[Job], place: Store, report: Path, settings: BatchSettings, batch: _Batch) -> _Batch:
     """Converts what is to be converted. Raises OSError where the report cannot be written, a full disk e.g."""
     before = read_report(report) if settings.resume else {}
     todo = list(batch.kept(jobs, before))
@@ -252,7 +252,7 @@ def _is_current(record: Record, job: Job, place: Store) -> bool:
         return False
 
 
-def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers) -> None:
+def _work(batch: _Batch, todo: Sequence[Job], settings: BatchSettings, workers: Workers) -> None:
     try:
         with _kept_signals() as check:
             _supervise(batch, todo, settings, workers, check)
@@ -262,7 +262,7 @@ def _work(batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Worke
     workers.close()
 
 
-def _workers(settings: Settings, todo: Sequence[Job]) -> Workers:
+def _workers(settings: BatchSettings, todo: Sequence[Job]) -> Workers:
     """Raises UsageError where what is asked for cannot be had together."""
     own = [url for job in todo for url in (job.shown, job.destination) if is_of_this_process(url)]
     if own and (settings.executor, settings.timeout, settings.memory) != (None, None, None):
@@ -321,7 +321,7 @@ def _kept_signals() -> Iterator[Callable[[], None]]:
 
 
 def _supervise(
-    batch: _Batch, todo: Sequence[Job], settings: Settings, workers: Workers, check: Callable[[], None]
+    batch: _Batch, todo: Sequence[Job], settings: BatchSettings, workers: Workers, check: Callable[[], None]
 ) -> None:
     """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
     a first failure that ends the batch ends it soon."""

@@ -62,7 +62,7 @@ def batch(
     from nibblecast.converters.batches import run
 
     dtype = float_dtype(dequantize)
-    settings = run.Settings(
+    settings = run.BatchSettings(
         jobs=jobs,
         timeout=timeout,
         memory=None if memory is None else parse_size(memory, "--memory"),

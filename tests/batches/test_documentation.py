@@ -33,7 +33,7 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / "fixtures" / "tflite" / name, tmp_path / "models")
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin" / "nibblecast"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m converters "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m nibblecast "$@"\n')
     command.chmod(0o755)
     return tmp_path
 

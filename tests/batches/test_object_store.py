@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches.records import REPORT, record_of
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.errors import UsageError
 from tests.batches.places import GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
@@ -111,13 +111,13 @@ def test_resume_goes_by_what_the_store_says(bucket) -> None:
     bucket.pipe_file(f"models/in/{changed}", GOOD[0].read_bytes())
     bucket.rm_file(f"models/out/{Path(gone).with_suffix('.safetensors')}")
     result = nibblecast.batch(
-        source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=Settings(resume=True)
+        source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=BatchSettings(resume=True)
     )
     assert not result.failed
     assert {record.source for record in result.records if not record.kept} - {changed} == {gone}
     bucket.put_file(str(GOOD[1]), f"models/in/{changed}")
     result = nibblecast.batch(
-        source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=Settings(resume=True)
+        source, target, "safetensors", exclude=["broken*", "*.weights.bin"], settings=BatchSettings(resume=True)
     )
     assert [record.source for record in result.records if not record.kept] == [changed]
     assert objects_of(bucket, "models/out").keys() == whole.keys()

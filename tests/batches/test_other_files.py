@@ -13,8 +13,8 @@ import fsspec
 import pytest
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches.records import REPORT
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import UsageError
 
@@ -151,7 +151,7 @@ def test_a_report_that_is_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     shutil.copy(MODEL, tmp_path / "in" / "a.tflite")
     os.mkfifo(tmp_path / "out" / REPORT)
     with pytest.raises(UsageError, match="is a FIFO"):
-        nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors", settings=Settings(resume=True))
+        nibblecast.batch(tmp_path / "in", tmp_path / "out", "safetensors", settings=BatchSettings(resume=True))
 
 
 @pytest.mark.parametrize("step", ["begin", "line"])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches.records import REPORT, Failure, Output, Record, read_report, record_of, write_report
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.errors import CorruptFile
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def test_report_and_resume_go_on(damaged: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "nibblecast", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert (done.returncode, done.stderr) == (0, "")
-    (record,) = nibblecast.batch(tmp_path / "in", damaged, "safetensors", settings=Settings(resume=True)).records
+    (record,) = nibblecast.batch(tmp_path / "in", damaged, "safetensors", settings=BatchSettings(resume=True)).records
     assert record.kept
     assert [record_of(line) for line in (damaged / REPORT).read_text().splitlines()] == [record]
 

@@ -11,9 +11,9 @@ import fsspec
 import pytest
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches import remote
 from nibblecast.converters.batches.records import REPORT
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import UsageError
 from tests.batches.places import EXTERNAL, FIXTURES, GOOD, NO_MODELS, objects_of, outputs_of, write_models
@@ -36,11 +36,11 @@ def test_in_memory(models: Path, tmp_path: Path) -> None:
     assert [r.outputs for r in result.records] == [r.outputs for r in expected.records]
     assert objects_of(store, "/out") == outputs_of(tmp_path / "out")
     again = nibblecast.batch(
-        "memory://in", "memory://out", ["safetensors", "cheader"], settings=Settings(resume=True), **options
+        "memory://in", "memory://out", ["safetensors", "cheader"], settings=BatchSettings(resume=True), **options
     )
     assert {record.source for record in again.records if not record.kept} == {"broken.tflite"}
     with pytest.raises(UsageError, match="is seen by this process only"):
-        nibblecast.batch("memory://in", "memory://out", "safetensors", settings=Settings(timeout=9))
+        nibblecast.batch("memory://in", "memory://out", "safetensors", settings=BatchSettings(timeout=9))
 
 
 @pytest.mark.parametrize(

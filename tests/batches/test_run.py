@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches.job import Job, Request
 from nibblecast.converters.batches.records import REPORT, Record, read_report
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.batches.stores import LocalFolder
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.output.private_folder import hidden_name, make_temporary
@@ -165,7 +165,7 @@ def test_sources_that_are_none(source: str, message: str, tmp_path: Path) -> Non
 
 
 def test_a_dry_run_prices_the_job_and_writes_nothing(models: Path, tmp_path: Path) -> None:
-    planned = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=Settings(dry_run=True))
+    planned = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=BatchSettings(dry_run=True))
     assert not (tmp_path / "out").exists()
     done = nibblecast.batch(models, tmp_path / "out", "safetensors")
     sizes = [[(o.path, o.bytes) for o in record.outputs] for record in planned.records]
@@ -181,7 +181,7 @@ def test_resume_skips_what_is_done_and_unchanged(models: Path, tmp_path: Path) -
     (out / gone).with_suffix(".safetensors").unlink()
     (out / again).with_suffix(".safetensors").write_bytes(b"")
     (models / "empty.tflite").write_bytes(GOOD[2].read_bytes())
-    result = nibblecast.batch(models, out, "safetensors", settings=Settings(resume=True))
+    result = nibblecast.batch(models, out, "safetensors", settings=BatchSettings(resume=True))
     redone = {record.source for record in result.records if not record.kept}
     assert redone == {changed, gone, again, *BROKEN}
     assert {record.source for record in result.failed} == set(BROKEN) - {"empty.tflite"}
@@ -193,7 +193,7 @@ def test_other_options_are_done_again(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     nibblecast.batch(models / "part0", out, "safetensors")
     result = nibblecast.batch(
-        models / "part0", out, "safetensors", dequantize="float16", settings=Settings(resume=True)
+        models / "part0", out, "safetensors", dequantize="float16", settings=BatchSettings(resume=True)
     )
     assert not any(record.kept for record in result.records)
 
@@ -204,13 +204,13 @@ def test_a_report_with_a_torn_line_is_read(models: Path, tmp_path: Path) -> None
     report = out / REPORT
     whole = report.read_bytes()
     report.write_bytes(whole[:-40] + b'{"status": "done", "sour\xff')
-    result = nibblecast.batch(models / "part0", out, "safetensors", settings=Settings(resume=True))
+    result = nibblecast.batch(models / "part0", out, "safetensors", settings=BatchSettings(resume=True))
     assert sum(not record.kept for record in result.records) == 1
     assert len(read_report(report)) == len(result.records)
 
 
 def test_the_first_failure_ends_a_batch_that_wants_it(models: Path, tmp_path: Path) -> None:
-    result = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=Settings(fail_fast=True, jobs=1))
+    result = nibblecast.batch(models, tmp_path / "out", "safetensors", settings=BatchSettings(fail_fast=True, jobs=1))
     assert len(result.failed) == 1
     assert len(result.records) < len(GOOD)
 

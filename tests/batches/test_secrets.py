@@ -16,10 +16,10 @@ import fsspec
 import pytest
 
 import nibblecast
+from nibblecast import BatchSettings
 from nibblecast.converters.batches import remote
 from nibblecast.converters.batches.job import Request
 from nibblecast.converters.batches.records import REPORT, Failure
-from nibblecast.converters.batches.run import Settings
 from nibblecast.converters.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_a_list_of_signed_urls(
     assert sorted(written) == ["/out/a/m.safetensors", f"/out/{REPORT}"]
     assert_hushed(*written, *written.values(), *shown, *capsys.readouterr())
     assert "memory://in/b/broken.tflite" in result.failed[0].failure.message  # type: ignore[union-attr]
-    again = nibblecast.batch(tmp_path / "list", "memory://out", "safetensors", settings=Settings(resume=True))
+    again = nibblecast.batch(tmp_path / "list", "memory://out", "safetensors", settings=BatchSettings(resume=True))
     assert [record.kept for record in again.records] == [True, False, False]
     nibblecast.report(_brought(store, tmp_path), tmp_path / "page.html")
     assert_hushed((tmp_path / "page.html").read_text())
@@ -87,7 +87,7 @@ def test_a_new_signature_is_no_new_model(store: fsspec.AbstractFileSystem, tmp_p
     for number, kept in ((1, False), (2, True)):
         (tmp_path / "list").write_text(f"memory://in/m.tflite?sig={number}\n")
         (record,) = nibblecast.batch(
-            tmp_path / "list", "memory://out", "safetensors", settings=Settings(resume=True)
+            tmp_path / "list", "memory://out", "safetensors", settings=BatchSettings(resume=True)
         ).records
         assert (record.source, record.kept) == ("m.tflite", kept)
 

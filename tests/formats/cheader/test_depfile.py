@@ -125,7 +125,7 @@ TWO_MODELS = {
 @pytest.mark.parametrize("tool", TWO_MODELS)
 def test_two_models_share_a_runtime_header(tmp_path, monkeypatch, tool):
     need([tool], PACKAGES[tool])
-    monkeypatch.setenv("CONVERT", f"{sys.executable} -m converters convert")
+    monkeypatch.setenv("CONVERT", f"{sys.executable} -m nibblecast convert")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     file, text = TWO_MODELS[tool]
     (tmp_path / file).write_text(text)

@@ -78,7 +78,7 @@ def test_cmake(tmp_path, generator, tool, package):
         '#include "weights.h"\nint main(void) { return nibblecast_value(&weights_tensors[2], 3u) == 0.0f; }\n'
     )
     command = tmp_path / "nibblecast"
-    command.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m converters "$@"\n')
+    command.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m nibblecast "$@"\n')
     command.chmod(0o755)
     build = tmp_path / "build"
 
@@ -98,7 +98,7 @@ def test_cmake(tmp_path, generator, tool, package):
 def test_make(tmp_path):
     shutil.copy(MODEL, tmp_path / "model.tflite")
     (tmp_path / "Makefile").write_text("all: weights.c nibblecast.h\n" + snippet("make"))
-    command = ["make", f"NIBBLECAST=PYTHONPATH='{ROOT}' '{sys.executable}' -m converters"]
+    command = ["make", f"NIBBLECAST=PYTHONPATH='{ROOT}' '{sys.executable}' -m nibblecast"]
 
     def made():
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
