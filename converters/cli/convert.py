@@ -51,9 +51,6 @@ def convert(
     only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
     opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reader or the writer.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="256K, say: write nothing if arrays would take more flash (exit 5).")
-    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
     fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything (exit 5).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
@@ -77,17 +74,12 @@ def convert(
             dry_run=dry_run,
             resume=resume,
             progress=progress,
-            **_options(opt or (), budget),
+            **key_values(opt or ()),
         )
     if json:
         print_json(_document(conversion, dry_run))
     elif not quiet:
         _print(conversion, dry_run)
-
-
-def _options(given: Sequence[str], budget: str | None) -> dict[str, str]:
-    """The writers' options, that of --budget included."""
-    return key_values(given) if budget is None else key_values((*given, f"budget={budget}"))
 
 
 def _print(conversion: conversions.Conversion, dry_run: bool) -> None:

@@ -138,7 +138,7 @@ def run(*arguments):
 
 
 def test_the_command_prints_the_report(tmp_path):
-    done = run(INT8, tmp_path / "w.h", "--budget", "2K")
+    done = run(INT8, tmp_path / "w.h", "--opt", "budget=2K")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[3].startswith("flash: 876 bytes, at most ")
@@ -146,7 +146,7 @@ def test_the_command_prints_the_report(tmp_path):
     assert json.loads(run(INT8, tmp_path / "w.h", "--json").stdout)["report"] == lines[3:]
 
 
-@pytest.mark.parametrize("arguments", [["--budget", "0.5K"], ["--opt", "budget=512"], ["--dry-run", "--budget", "512"]])
+@pytest.mark.parametrize("arguments", [["--opt", "budget=0.5K"], ["--dry-run", "--opt", "budget=512"]])
 def test_above_the_budget_nothing_is_written(tmp_path, arguments):
     done = run(INT8, tmp_path / "w.h", tmp_path / "w.safetensors", *arguments)
     assert done.returncode == 5
@@ -156,10 +156,10 @@ def test_above_the_budget_nothing_is_written(tmp_path, arguments):
 
 
 def test_a_budget_wants_a_target_that_has_one(tmp_path):
-    done = run(INT8, tmp_path / "w.safetensors", "--budget", "1M")
+    done = run(INT8, tmp_path / "w.safetensors", "--opt", "budget=1M")
     assert done.returncode == 2
     assert "no target has an option 'budget'" in done.stderr
-    assert run(INT8, tmp_path / "w.h", "--budget", "much").returncode == 2
+    assert run(INT8, tmp_path / "w.h", "--opt", "budget=much").returncode == 2
     assert list(tmp_path.iterdir()) == []
 
 

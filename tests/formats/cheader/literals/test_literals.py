@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nibblecast.formats.cheader.literals import doubles, floats, notation
+from nibblecast.formats.cheader.literals import floats, notation
 from nibblecast.formats.cheader.literals.notation import NOTATIONS
 from nibblecast.formats.cheader.literals.text import InitialiserText, text_size
 
@@ -116,49 +116,6 @@ def test_float64(values):
     for literal, element in zip(literals_of(notation.FLOAT64, elements), elements, strict=True):
         value = value_of(literal, np.float64)
         assert value.tobytes() == element.tobytes() or np.isnan([value, element]).all()
-
-
-def as_repr(elements):
-    return "".join(f"{element!r:>{doubles.WIDTH - 1}}," for element in elements.tolist()).encode()
-
-
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1))
-def test_float64_is_repr(values):
-    elements = np.array(values, np.float64)
-    assert doubles.literals(elements).tobytes() == as_repr(elements)
-
-
-def test_float64_of_every_kind_is_repr():
-    rng = np.random.default_rng(0)
-    count = 20000
-    short = rng.integers(1, 10 ** rng.integers(1, 17, count)), rng.integers(-323, 292, count)
-    edges = [2.0**exponent for exponent in range(-1074, 1024)] + [
-        float(f"1e{exponent}") for exponent in range(-324, 309)
-    ]
-    edges += [
-        float(f"{digits}e{exponent}") for digits in ("5", "9.5", "9.99999999999999") for exponent in range(-20, 25)
-    ]
-    edges += [0.0, np.finfo(np.float64).max]
-    elements = np.concatenate(
-        [
-            rng.integers(0, 1 << 64, count, np.uint64).view(np.float64),
-            rng.integers(0, 1 << 52, 100, np.uint64).view(np.float64),
-            rng.normal(0, 0.05, count),
-            rng.normal(0, 0.05, count).astype(np.float32),
-            rng.integers(0, 1 << 63, count).astype(np.float64),
-            (rng.integers(-99, 99, count) + (1 << rng.integers(45, 62, count))).astype(np.float64),
-            np.ldexp(rng.integers(0, 1 << 54, count).astype(np.float64), rng.integers(-60, 1, count)),
-            np.array([float(f"{digits}e{exponent}") for digits, exponent in zip(*short, strict=True)]),
-            edges,
-            np.nextafter(edges, 0),
-            np.nextafter(edges[:-1], np.inf),
-        ]
-    )
-    elements = elements[np.isfinite(elements)]
-    for signed in (elements, -elements):
-        assert doubles.literals(signed).tobytes() == as_repr(signed)
-        for one in signed[:: elements.size // 50]:
-            assert doubles.literals(np.array([one])).tobytes() == as_repr(np.array([one]))
 
 
 def test_float64_forms():
