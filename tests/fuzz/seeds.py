@@ -76,7 +76,7 @@ def pytorch_exported() -> list[Case]:
 def tflite() -> list[Case]:
     """Models, and containers of them."""
     cases = [*_fixtures("tflite", "*.tflite"), *_fixtures("tflite", "*.task"), *_fixtures("tflite", "*.litertlm")]
-    return [*cases, *islice(_fixtures("tflite/operators", "*.tflite"), 0, None, 2), *_hostile("tflite")]
+    return [*cases, *islice(_fixtures("tflite/operators", "*/*.tflite"), 0, None, 2), *_hostile("tflite")]
 
 
 def report() -> list[Case]:

@@ -11,7 +11,7 @@ from fixtures.tflite.operator_probe import problem, runs
 from nibblecast.formats.tflite.runner import LiteRTRunner
 from tests.formats.tflite.models import FIXTURES
 
-MODELS = sorted((FIXTURES / "operators").glob("*.tflite"))
+MODELS = sorted((FIXTURES / "operators").glob("*/*.tflite"))
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -41,7 +41,7 @@ def test_models_are_run_whose_reference_kernels_lack_or_are_wrong(name, tmp_path
 
 
 def named(name: str):
-    return FIXTURES / "operators" / f"{name}.tflite"
+    return FIXTURES / "operators" / name.partition("_")[0] / f"{name}.tflite"
 
 
 @pytest.mark.parametrize(
