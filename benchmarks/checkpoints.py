@@ -21,11 +21,10 @@ import numpy as np
 from benchmarks import checkpoint_files as files
 from benchmarks.checkpoint_peers import PEERS
 from benchmarks.measure import Row, by_turns, seconds_and_peak
-from nibblecast.converters.allocator import keep_freed_memory
 from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.ir import Tensor
+from nibblecast.converters.machine import keep_freed_memory
 from nibblecast.converters.output.streaming import pieces_of
-from nibblecast.converters.stages.dequantize import dequantized
 from nibblecast.converters.storage import InMemory
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, BlockData
@@ -80,12 +79,12 @@ def rows(folder: Path) -> list[Row]:
 def _kernels() -> list[Row]:
     keep_freed_memory()  # as the command line does
     compiled.expect(1 << 40)
-    while find_spec("numba") and compiled.fields() is None:
+    while find_spec("numba") and not compiled.is_used():
         time.sleep(0.1)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # PyTorch's threads would wait by keeping the processors busy
     found = []
     for kind, dtype in _KERNELS:
-        values = dequantized(_weight(kind), np.dtype(getattr(ml_dtypes, dtype, None) or dtype))
+        values = _weight(kind).dequantized(getattr(ml_dtypes, dtype, None) or dtype)
         what = f"decode {kind}, {files.OUTPUTS} x {files.INPUTS}, to {dtype}"
         name, peer = PEERS[kind](_stored(kind))
         if peer is None:

@@ -12,18 +12,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd, lcm, prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from nibblecast.converters.arithmetic import decoding
+from nibblecast.converters.arithmetic.grids import blocked as blocked
+from nibblecast.converters.arithmetic.grids import grid_shape as grid_shape
+from nibblecast.converters.arithmetic.grids import per_axis as per_axis
+from nibblecast.converters.arithmetic.grids import per_tensor as per_tensor
+from nibblecast.converters.arithmetic.grids import with_size
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError, brief
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.storage import Data, DataSlice, InMemory, release
+from nibblecast.converters.metadata import Metadata, Use
+from nibblecast.converters.storage import Computed, Data, DataSlice, InMemory, release
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -45,6 +51,8 @@ SMALL_FLOATS = frozenset(
 )
 
 _FLOAT32 = np.dtype(np.float32)
+_NOTHING = np.empty(0, np.uint8)
+_PART_ELEMENTS = 1 << 22  # at a time: what they are read from is let go of then
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 #: What a library may round its values to when it has computed them.
 VALUE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))
@@ -69,11 +77,6 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.names[0] if dtype.names else dtype.name
 
 
-def grid_shape(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the parameters: ceil(size / block) along each axis, at least 1."""
-    return tuple(max(1, -(-size // block)) for size, block in zip(shape, block_shape, strict=True))
-
-
 @dataclass(frozen=True, slots=True)
 class Loss:
     """Something that a conversion did not carry over as it was; `tensor` is empty when it concerns the whole model."""
@@ -84,32 +87,6 @@ class Loss:
 
     def __str__(self) -> str:
         return f"{self.tensor or 'the model'}: {self.kind}: {self.detail}"
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """A quantized tensor that is computed at run time: real = (code - zero_point) * scale, one scale for all of it."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    scale: float
-    zero_point: int
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """An operator that consumes a tensor: its name in the source's vocabulary, the position among its inputs, and the
-    axis of the tensor along which the operator's output channels run (None where the operator has no such axis).
-
-    `activation` and `result` are the operator's first input and its first output where the tensor is one of its weights
-    and these are quantized: what fixed-point kernels compute their multipliers from.
-    """
-
-    operator: str
-    input: int
-    channel_axis: int | None = None
-    activation: Activation | None = None
-    result: Activation | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,6 +148,29 @@ class Quantization:
             if tensor is not None:
                 yield role, tensor
 
+    def arrays(self) -> decoding.Parameters:
+        """The parameters as decoding takes them; reads them."""
+
+        def floats(parameter: Tensor) -> NDArray[Any]:
+            is_double = self.compute_dtype == parameter.dtype == np.float64 and parameter.quantization is None
+            return parameter.numpy() if is_double else parameter.dequantize(np.float32)
+
+        zero_point = self.zero_point
+        if zero_point is not None:
+            is_stored = is_integer(zero_point.dtype) and zero_point.quantization is None
+            zero_points = zero_point.codes() if is_stored else zero_point.dequantize(np.float32)
+        return decoding.Parameters(
+            self.block_shape,
+            floats(self.scale),
+            None if zero_point is None else zero_points,
+            None if self.offset is None else floats(self.offset),
+            None if self.codebook is None else self.codebook.dequantize(np.float32),
+            None if self.group_index is None else (self.group_index.axis, self.group_index.index.numpy()),
+            self.compute_dtype,
+            self.factor,
+            self.value_dtype,
+        )
+
     def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         """Raises CorruptFile unless these parameters fit a tensor of that shape and dtype."""
         if len(self.block_shape) != len(shape):
@@ -222,11 +222,11 @@ class Quantization:
         `row_step`, and `stop` too unless it is the end."""
         if self.group_index is not None and self.group_index.axis == axis:
             index = self.group_index.index.rows(start, stop)
-            block_shape = _with(self.block_shape, axis, min(self.block_shape[axis], stop - start))
+            block_shape = with_size(self.block_shape, axis, min(self.block_shape[axis], stop - start))
             return replace(self, block_shape=block_shape, group_index=GroupIndex(axis, index))
         block = self.block_shape[axis]
         if block >= shape[axis]:
-            return replace(self, block_shape=_with(self.block_shape, axis, stop - start))
+            return replace(self, block_shape=with_size(self.block_shape, axis, stop - start))
         first, last = start // block, -(-stop // block)
 
         def cut(parameter: Tensor | None) -> Tensor | None:
@@ -343,16 +343,31 @@ class Tensor:
         """The values in logical shape, rounded to `dtype` (float32, float16 or bfloat16): the library's that made the
         tensor, bit for bit in its own dtype; as float32 those that it has before it rounds them to 16 bits in the end.
         A tensor without quantization gives its values, cast. Raises Unsupported for complex values and other dtypes."""
-        from nibblecast.converters.stages.dequantize import dequantize
-
-        return dequantize(self, np.dtype(dtype))
+        values = np.empty(self.size, _decodable(self, np.dtype(dtype)))
+        _decode(self, values)
+        return values.reshape(self.shape)
 
     def dequantized(self, dtype: DTypeLike = np.float32) -> Tensor:
         """The tensor with its values as plain elements of `dtype`, computed as by `dequantize` when they are read; a
         plain one as it is."""
-        from nibblecast.converters.stages.dequantize import dequantized
+        if self.quantization is None:
+            return self
+        wanted = _decodable(self, np.dtype(dtype))
+        itemsize = wanted.itemsize
 
-        return dequantized(self, np.dtype(dtype))
+        def compute_into(start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            part, begin = self.around(start // itemsize, -(-stop // itemsize))
+            nbytes, skipped = part.size * itemsize, start - begin * itemsize
+            held = out if out.size >= nbytes else np.empty(nbytes, np.uint8)
+            _decode(part, held[:nbytes].view(wanted))
+            part.release()
+            return held[skipped : skipped + stop - start]
+
+        def compute(start: int, stop: int) -> NDArray[np.uint8]:
+            return compute_into(start, stop, _NOTHING)
+
+        data = Computed(self.size * itemsize, compute, tuple(self.stored()), compute_into=compute_into)
+        return replace(self, dtype=wanted, data=data, quantization=None)
 
     @property
     def _row_axis(self) -> int:
@@ -375,7 +390,7 @@ class Tensor:
         row_bits = prod(self.shape[axis + 1 :]) * self.bits
         first, last = start * row_bits // 8, packed_size(stop, row_bits)
         quantization = self.quantization and self.quantization.rows(axis, start, stop, self.shape)
-        shape = _with(self.shape, axis, stop - start)
+        shape = with_size(self.shape, axis, stop - start)
         return replace(self, shape=shape, data=DataSlice(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
@@ -413,31 +428,6 @@ class Tensor:
             parameter.release()
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
-    """An input or an output of a model's graph: the name of its dtype (empty where it is no tensor), and its shape,
-    None where even the number of axes is open; a size that is open is its name, or empty."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Metadata:
-    """Where a model comes from: the format's name, the program that made it (as the file says), the file itself, and
-    what the format says about the model as a whole: its graph's operators counted, its inputs and outputs, the
-    operator sets that it is written in, by domain."""
-
-    format: str = ""
-    producer: str = ""
-    source: Path | None = None
-    operators: Mapping[str, int] = field(default_factory=dict)
-    inputs: tuple[Port, ...] = ()
-    outputs: tuple[Port, ...] = ()
-    opsets: Mapping[str, int] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightPlace:
     """An initializer of a graph that is a tensor of the model as it was read: decoded if that is quantized, and with
@@ -464,7 +454,7 @@ class Model(Mapping[str, Tensor]):
     """
 
     tensors: Mapping[str, Tensor]
-    metadata: Metadata = Metadata()
+    metadata: Metadata = field(default_factory=Metadata)
     graph: Graph | None = None
     losses: tuple[Loss, ...] = ()
 
@@ -478,23 +468,24 @@ class Model(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def per_tensor(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The block shape of one parameter for the whole tensor."""
-    return tuple(max(1, size) for size in shape)
-
-
-def per_axis(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The block shape of one parameter for each position along `axis`."""
-    return _with(per_tensor(shape), axis, 1)
-
-
-def blocked(shape: tuple[int, ...], axis: int, block_size: int) -> tuple[int, ...]:
-    """The block shape of one parameter for each `block_size` elements along `axis`, apart for every other position."""
-    return _with((1,) * len(shape), axis, block_size)
-
-
 _CODEBOOK_INDICES = frozenset(np.dtype(t) for t in (ml_dtypes.uint2, ml_dtypes.uint4, np.uint8))
 
 
-def _with(values: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
-    return (*values[:axis], value, *values[axis + 1 :])
+def _decodable(tensor: Tensor, dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """`dtype`, if the tensor's values can be had in it. Raises UsageError or Unsupported."""
+    if dtype not in decoding.FLOAT_DTYPES.values():
+        raise UsageError(f"dtype {dtype}: values come as {', '.join(decoding.FLOAT_DTYPES)}", tensor=tensor.name)
+    if tensor.dtype.kind == "c" or tensor.dtype.names:
+        name = dtype_name(tensor.dtype)
+        raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)
+    return dtype
+
+
+def _decode(tensor: Tensor, out: NDArray[Any]) -> None:
+    """Writes the values of `tensor`, flat, to `out`."""
+    start = 0
+    for part in tensor.parts(_PART_ELEMENTS * tensor.bits // 8):
+        values = out[start : start + part.size]
+        parameters = part.quantization.arrays() if part.quantization and part.size else None
+        decoding.decode(part.packed(), part.dtype, part.shape, parameters, values)
+        start += part.size

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from nibblecast.converters.compare.running import OutputDifference, compare_outputs
     from nibblecast.converters.conversion import Conversion, convert, load, save, verify
     from nibblecast.converters.errors import Error
-    from nibblecast.converters.ir import GroupIndex, Loss, Model, Quantization, Tensor, Use
+    from nibblecast.converters.ir import GroupIndex, Loss, Model, Quantization, Tensor
+    from nibblecast.converters.metadata import Use
     from nibblecast.converters.reports.run import Report, report
     from nibblecast.converters.stages.quantize import quantize_model
     from nibblecast.converters.stages.scheme import Blocked, PerAxis, PerTensor, Scheme, parse_scheme
@@ -67,7 +68,8 @@ _MODULES = {
     "nibblecast.converters.compare.running": ("OutputDifference", "compare_outputs"),
     "nibblecast.converters.conversion": ("Conversion", "convert", "load", "save", "verify"),
     "nibblecast.converters.errors": ("Error",),
-    "nibblecast.converters.ir": ("GroupIndex", "Loss", "Model", "Quantization", "Tensor", "Use"),
+    "nibblecast.converters.ir": ("GroupIndex", "Loss", "Model", "Quantization", "Tensor"),
+    "nibblecast.converters.metadata": ("Use",),
     "nibblecast.converters.reports.run": ("Report", "report"),
     "nibblecast.converters.stages.quantize": ("quantize_model",),
     "nibblecast.converters.stages.scheme": ("Blocked", "PerAxis", "PerTensor", "Scheme", "parse_scheme"),

@@ -9,17 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import (
-    GroupIndex,
-    Metadata,
-    Model,
-    Quantization,
-    Tensor,
-    blocked,
-    grid_shape,
-    per_axis,
-    per_tensor,
-)
+from nibblecast.converters.ir import GroupIndex, Model, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.storage import InMemory
 
 

@@ -20,10 +20,10 @@ from nibblecast.converters import plugins
 from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import Capabilities
-from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor
+from nibblecast.converters.ir import Model, Quantization, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.pipeline import Target, fit
-from nibblecast.converters.stages import dequantize as stage
 from nibblecast.converters.storage import Computed
 from tests import zoo
 
@@ -255,7 +255,7 @@ def test_a_scheme_that_a_writer_cannot_hold_is_refused_with_the_way_out(name: st
     target = Target(tmp_path / "w.h", plugins.format_named("cheader"))
     with pytest.raises(Unsupported, match=f"tensor '{name}': format 'cheader' cannot hold {what} of quantization: add"):
         fit(Model({name: tensor}), limited, target)
-    model = Model({name: stage.dequantized(tensor, np.dtype(np.float32))})
+    model = Model({name: tensor.dequantized()})
     fitted = fit(model, replace(limited, dtypes=frozenset({np.dtype(np.float32)})), target)
     np.testing.assert_array_equal(fitted[name].numpy(), tensor.dequantize(np.float32))
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from nibblecast.converters.interfaces import Capabilities, NoOptions, OutputFile
-from nibblecast.converters.ir import Metadata, Model, Tensor
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.plugins import Format, Magic
 
 FORMAT = Format("npy", "NumPy arrays", (".npy",), (Magic(0, b"\\x93NUMPY"),),

@@ -1,6 +1,6 @@
 """Decoding in one pass of compiled code, for much of it: where numba is installed (`nibblecast[fast]`).
 
-The same operations in the same order as `converters.dequantize` does them with NumPy, bit for bit. Importing numba
+The same operations in the same order as `decoding` does them with NumPy, bit for bit. Importing numba
 takes longer than converting a small model: so it is used when a process decodes much, or is about to.
 """
 
@@ -110,9 +110,9 @@ def expect(nbytes: int) -> None:
     _expected = nbytes // 4
 
 
-def fields() -> Any:
-    """`converters.compiled_fields` where compiled code is in use; else None."""
-    return None if _kernels(0) is None else import_module("nibblecast.formats.gguf.compiled_fields")
+def is_used() -> bool:
+    """Whether compiled code decodes now: other modules of compiled code may be imported then."""
+    return _kernels(0) is not None
 
 
 def _kernels(count: int) -> Any:

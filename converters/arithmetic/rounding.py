@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.stages.scheme import Scheme
 
 Floats = NDArray[np.float32]
 
@@ -30,6 +29,21 @@ Pieces = Callable[[], Iterable[tuple[slice, Floats]]]
 #: ends, far below it for long rows with outliers.
 _RATIOS = (0.14, 0.2, 0.3, 0.4, *np.linspace(0.5, 1.15, 16).tolist())
 _REFINEMENTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Which codes floats become, and how their scales are chosen: `lowest` to `highest`, of which `middle` is zero's in
+    symmetric schemes. `narrow` ones have as many on either side of it, so that no scale is negative. `least_error`: the
+    scales are those of the least squared error, not of the smallest and the largest value."""
+
+    lowest: int
+    middle: int
+    highest: int
+    symmetric: bool
+    narrow: bool
+    least_error: bool
+    scale_dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +59,7 @@ class BlockParameters:
         return BlockParameters(self.scale[where].reshape(shape), self.zero_point[where].reshape(shape))
 
 
-def fit(scheme: Scheme, pieces: Pieces, count: int) -> BlockParameters:
+def fit(to: Codes, pieces: Pieces, count: int) -> BlockParameters:
     """The parameters of `count` blocks. Raises Unsupported where values are not finite, and where scales are beyond
     their dtype."""
     low, high = np.zeros(count, np.float32), np.zeros(count, np.float32)
@@ -55,62 +69,62 @@ def fit(scheme: Scheme, pieces: Pieces, count: int) -> BlockParameters:
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise Unsupported("holds NaN or infinity as float32, which has no code: leave the tensor out with --skip")
     with np.errstate(over="ignore", invalid="ignore"):
-        found = _of_range(scheme, low, high)
+        found = _of_range(to, low, high)
         if not np.isfinite(found.scale).all():
-            what = f"needs a scale that {scheme.scale_dtype} cannot hold"
+            what = f"needs a scale that {to.scale_dtype} cannot hold"
             raise Unsupported(f"{what}: choose another with scale=, or leave the tensor out with --skip")
-        if scheme.scales == "mse":
-            found = _least_error(scheme, pieces, found, low, high)
+        if to.least_error:
+            found = _least_error(to, pieces, found, low, high)
     return found
 
 
-def codes(scheme: Scheme, blocks: Floats, parameters: BlockParameters) -> Floats:
+def codes(to: Codes, blocks: Floats, parameters: BlockParameters) -> Floats:
     """The codes nearest to the elements of `blocks`, as whole float32 numbers; `parameters` broadcast to them."""
     nearest = np.divide(blocks, parameters.scale)
     np.rint(nearest, out=nearest)
-    if scheme.middle or not scheme.symmetric:
+    if to.middle or not to.symmetric:
         np.add(nearest, parameters.zero_point, out=nearest)
-    return np.clip(nearest, np.float32(scheme.lowest), np.float32(scheme.highest), out=nearest)
+    return np.clip(nearest, np.float32(to.lowest), np.float32(to.highest), out=nearest)
 
 
-def values(scheme: Scheme, nearest: Floats, parameters: BlockParameters) -> Floats:
+def values(to: Codes, nearest: Floats, parameters: BlockParameters) -> Floats:
     """What codes decode to, written over them."""
-    if scheme.middle or not scheme.symmetric:
+    if to.middle or not to.symmetric:
         np.subtract(nearest, parameters.zero_point, out=nearest)
     return np.multiply(nearest, parameters.scale, out=nearest)
 
 
-def _of_range(scheme: Scheme, low: Floats, high: Floats) -> BlockParameters:
+def _of_range(to: Codes, low: Floats, high: Floats) -> BlockParameters:
     """The parameters for values from `low` (zero or less) to `high` (zero or more)."""
     scale: NDArray[Any]
-    if scheme.symmetric and scheme.narrow:
-        scale = np.maximum(-low, high) / np.float32(scheme.highest - scheme.middle)
-    elif scheme.symmetric:  # the end farther from zero gets the lowest code, exactly; the scale has its sign reversed
-        scale = np.where(-low >= high, low, high) / np.float32(scheme.lowest - scheme.middle)
+    if to.symmetric and to.narrow:
+        scale = np.maximum(-low, high) / np.float32(to.highest - to.middle)
+    elif to.symmetric:  # the end farther from zero gets the lowest code, exactly; the scale has its sign reversed
+        scale = np.where(-low >= high, low, high) / np.float32(to.lowest - to.middle)
     else:
-        scale = (high - low) / np.float32(scheme.highest - scheme.lowest)
-    scale = _stored(scheme, scale)
-    if scheme.symmetric:
-        return BlockParameters(scale, np.broadcast_to(np.float32(scheme.middle), scale.shape))
-    zero_point = np.rint(np.float32(scheme.lowest) - low / scale)
-    return BlockParameters(scale, np.clip(zero_point, np.float32(scheme.lowest), np.float32(scheme.highest)))
+        scale = (high - low) / np.float32(to.highest - to.lowest)
+    scale = _stored(to, scale)
+    if to.symmetric:
+        return BlockParameters(scale, np.broadcast_to(np.float32(to.middle), scale.shape))
+    zero_point = np.rint(np.float32(to.lowest) - low / scale)
+    return BlockParameters(scale, np.clip(zero_point, np.float32(to.lowest), np.float32(to.highest)))
 
 
-def _stored(scheme: Scheme, scale: NDArray[Any]) -> Floats:
+def _stored(to: Codes, scale: NDArray[Any]) -> Floats:
     """Scales rounded to their dtype; 1 instead of 0, so that a block of zeros needs no division by zero."""
-    rounded: Floats = scale.astype(scheme.scale_dtype).astype(np.float32)
+    rounded: Floats = scale.astype(to.scale_dtype).astype(np.float32)
     rounded[rounded == 0] = 1
     return rounded
 
 
-def _least_error(scheme: Scheme, pieces: Pieces, minmax: BlockParameters, low: Floats, high: Floats) -> BlockParameters:
+def _least_error(to: Codes, pieces: Pieces, minmax: BlockParameters, low: Floats, high: Floats) -> BlockParameters:
     """The parameters of the least squared error among many ranges, then improved: the codes chosen, the best scale for
     them is that of least squares. Never worse than `minmax`."""
-    candidates = [minmax, *(_of_range(scheme, low * np.float32(r), high * np.float32(r)) for r in _RATIOS)]
-    best, least = _choice(candidates, _squared_errors(scheme, pieces, candidates))
+    candidates = [minmax, *(_of_range(to, low * np.float32(r), high * np.float32(r)) for r in _RATIOS)]
+    best, least = _choice(candidates, _squared_errors(to, pieces, candidates))
     for _ in range(_REFINEMENTS):
-        refined = _least_squares(scheme, pieces, best)
-        (error,) = _squared_errors(scheme, pieces, [refined])
+        refined = _least_squares(to, pieces, best)
+        (error,) = _squared_errors(to, pieces, [refined])
         best, least = _choice([best, refined], np.stack([least, error]))
     return best
 
@@ -128,26 +142,26 @@ def _choice(
     return BlockParameters(scale, zero_point), errors.min(axis=0)
 
 
-def _squared_errors(scheme: Scheme, pieces: Pieces, candidates: Sequence[BlockParameters]) -> NDArray[np.float64]:
+def _squared_errors(to: Codes, pieces: Pieces, candidates: Sequence[BlockParameters]) -> NDArray[np.float64]:
     """The sum of squared errors of each block with each of the candidates, shape (candidates, blocks)."""
     errors = np.zeros((len(candidates), candidates[0].scale.size))
     for where, blocks in pieces():
         for error, candidate in zip(errors, candidates, strict=True):
             parameters = candidate.of(where, blocks)
-            difference = values(scheme, codes(scheme, blocks, parameters), parameters)
+            difference = values(to, codes(to, blocks, parameters), parameters)
             np.subtract(difference, blocks, out=difference)
             np.square(difference, out=difference)
             error[where] += difference.sum(axis=1).reshape(-1)
     return errors
 
 
-def _least_squares(scheme: Scheme, pieces: Pieces, parameters: BlockParameters) -> BlockParameters:
+def _least_squares(to: Codes, pieces: Pieces, parameters: BlockParameters) -> BlockParameters:
     """The same zero points, with the scales of the least squared error for the codes that `parameters` choose."""
     products, squares = np.zeros(parameters.scale.size), np.zeros(parameters.scale.size)
     for where, blocks in pieces():
         of_piece = parameters.of(where, blocks)
-        steps = codes(scheme, blocks, of_piece) - of_piece.zero_point
+        steps = codes(to, blocks, of_piece) - of_piece.zero_point
         products[where] += (steps * blocks).sum(axis=1).reshape(-1)
         squares[where] += np.square(steps, out=steps).sum(axis=1).reshape(-1)
     scale = np.divide(products, squares, out=parameters.scale.astype(np.float64), where=squares > 0)
-    return BlockParameters(_stored(scheme, scale), parameters.zero_point)
+    return BlockParameters(_stored(to, scale), parameters.zero_point)

@@ -20,13 +20,12 @@ from concurrent.futures import CancelledError
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 
-from nibblecast.converters.allocator import keep_freed_memory
 from nibblecast.converters.batches.job import Job, failed
 from nibblecast.converters.batches.records import Failure, Record
 from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.errors import ExitCode
 from nibblecast.converters.input.truncation import end_at_truncated_inputs
-from nibblecast.converters.processors import THREADS
+from nibblecast.converters.machine import THREADS, keep_freed_memory
 
 _PR_SET_PDEATHSIG = 1
 _END_SECONDS = 5

@@ -20,7 +20,7 @@ from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.records import Failure, Record
 from nibblecast.converters.batches.workers import BUNDLED_JOBS, is_small, unexpected
 from nibblecast.converters.errors import ExitCode, MissingDependency, UsageError
-from nibblecast.converters.processors import processors
+from nibblecast.converters.machine import processors
 
 _CONNECT_SECONDS = 5
 _WORKERS_SECONDS = 10

@@ -32,8 +32,8 @@ from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Work
 from nibblecast.converters.conversion import as_scheme
 from nibblecast.converters.errors import ExitCode, UsageError
 from nibblecast.converters.input.paths import AnyPath, input_path, output_path
+from nibblecast.converters.machine import processors
 from nibblecast.converters.pipeline import readable
-from nibblecast.converters.processors import processors
 from nibblecast.converters.stages.scheme import Scheme
 from nibblecast.converters.storage import open_regular
 from nibblecast.converters.version import __version__

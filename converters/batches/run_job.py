@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nibblecast.converters import conversion
+from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
 from nibblecast.converters.batches.job import DIGEST, Job
 from nibblecast.converters.batches.records import Failure, Output, Record
 from nibblecast.converters.batches.sources import bytes_of, digest_of
@@ -17,7 +18,6 @@ from nibblecast.converters.errors import ChangedFile, Error, ExitCode, UsageErro
 from nibblecast.converters.input.urls import without_secrets
 from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.pipeline import readable
-from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 from nibblecast.converters.version import __version__
 
 _PEAK = "VmHWM:"

@@ -13,7 +13,7 @@ from nibblecast.converters.batches.job import Job
 from nibblecast.converters.batches.records import Failure, Record
 from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.errors import ExitCode
-from nibblecast.converters.processors import processors
+from nibblecast.converters.machine import processors
 
 #: Small jobs are handed out so many at a time.
 BUNDLED_JOBS = 16

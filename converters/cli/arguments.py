@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
 from nibblecast.converters.errors import MOST_OF_MESSAGE, MOST_OF_NAME, UsageError, line
 from nibblecast.converters.interfaces import Progress
 from nibblecast.converters.ir import Loss
 from nibblecast.converters.sizes import bytes_text
-from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import Console

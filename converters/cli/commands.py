@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nibblecast.converters.allocator import keep_freed_memory
 from nibblecast.converters.cli import batch, convert, formats, inspect, report, streams, verify
 from nibblecast.converters.cli.arguments import with_default_dequantize
 from nibblecast.converters.cli.signals import INTERRUPTED, INTERRUPTED_CODE, end_at_once, on_signals
 from nibblecast.converters.errors import MOST_OF_MESSAGE, Error, ExitCode, Notice, line
 from nibblecast.converters.input.truncation import end_at_truncated_inputs
+from nibblecast.converters.machine import keep_freed_memory
 from nibblecast.converters.version import __version__
 
 if TYPE_CHECKING:

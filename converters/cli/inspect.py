@@ -17,7 +17,8 @@ from nibblecast.converters.cli.arguments import (
 )
 from nibblecast.converters.conversion import load
 from nibblecast.converters.errors import line
-from nibblecast.converters.ir import Metadata, Model, Port, Quantization, Tensor, Use, dtype_name
+from nibblecast.converters.ir import Model, Quantization, Tensor, dtype_name
+from nibblecast.converters.metadata import Metadata, Port, Use
 from nibblecast.converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
 
 _READ_BYTES = 1 << 16

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
 from nibblecast.converters.interfaces import Progress
 from nibblecast.converters.ir import Model, Quantization, Tensor, is_float, is_integer
 from nibblecast.converters.sizes import weights_of
-from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 
 _PIECE_ELEMENTS = 1 << 20
 _SHOWN = 3

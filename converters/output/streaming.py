@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.processors import threads
+from nibblecast.converters.machine import threads
 from nibblecast.converters.storage import FileRange, InMemory, read_into
 
 if TYPE_CHECKING:  # imported when there is something to compute

@@ -28,9 +28,9 @@ from nibblecast.converters.arithmetic.blocks import BlockGrid, Box, Group, side_
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
 from nibblecast.converters.arithmetic.rounding import BlockParameters, Floats
 from nibblecast.converters.errors import Error, UsageError
-from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, Use, blocked, grid_shape, per_axis, per_tensor
-from nibblecast.converters.processors import threads
-from nibblecast.converters.stages.dequantize import dequantized
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
+from nibblecast.converters.machine import threads
+from nibblecast.converters.metadata import Use
 from nibblecast.converters.stages.scheme import Blocked, PerTensor, Scheme, parse_scheme
 from nibblecast.converters.storage import Computed, release
 
@@ -92,7 +92,7 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
 def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None) -> Tensor:
     """`tensor`, plain or quantized already, with codes and parameters as `scheme` wants them, computed when they are
     read. `source` is the file that errors name. Raises UsageError for an axis that it has not."""
-    plain = dequantized(tensor, np.dtype(np.float32))
+    plain = tensor.dequantized(np.float32)
     block_shape = _block_shape(tensor, scheme)
     codes = QuantizedCodes(plain, scheme, block_shape, source)
     grid = grid_shape(tensor.shape, block_shape)
@@ -283,7 +283,7 @@ class QuantizedCodes:
                         self._release_floats(box.start, box.stop)
 
             try:
-                self._fitted[number] = rounding.fit(self._scheme, pieces, group.blocks.stop - group.blocks.start)
+                self._fitted[number] = rounding.fit(self._scheme.codes, pieces, group.blocks.stop - group.blocks.start)
             except Error as error:
                 error.tensor, error.path = self._floats.name, self._source
                 raise
@@ -317,13 +317,13 @@ class QuantizedCodes:
             blocks = loaded[box] if box in loaded else self._load(box)
             where = slice(box.blocks.start - group.blocks.start, box.blocks.stop - group.blocks.start)
             parameters = fitted.of(where, blocks)
-            nearest = rounding.codes(self._scheme, blocks, parameters)
+            nearest = rounding.codes(self._scheme.codes, blocks, parameters)
             begin, end = max(box.start, first), min(box.stop, first + out.size)
             if begin < end:
                 codes = box.from_blocks(nearest.astype(out.dtype))
                 out[begin - first : end - first] = codes[begin - box.start : end - box.start]
             if box.start not in self._errors:
-                self._errors[box.start] = errors(blocks, rounding.values(self._scheme, nearest, parameters))
+                self._errors[box.start] = errors(blocks, rounding.values(self._scheme.codes, nearest, parameters))
 
     def _release_floats(self, start: int, stop: int) -> None:
         itemsize = self._floats.dtype.itemsize

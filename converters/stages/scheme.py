@@ -14,9 +14,10 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
 from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.rounding import Codes
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 
 #: What floats can become, by name.
 CODE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -106,6 +107,19 @@ class Scheme:
         """Whether a weight of that name is to be quantized."""
         chosen = not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
         return chosen and not any(fnmatchcase(name, pattern) for pattern in self.excepted)
+
+    @property
+    def codes(self) -> Codes:
+        """What the arithmetic needs to know of it."""
+        return Codes(
+            self.lowest,
+            self.middle,
+            self.highest,
+            self.symmetric,
+            self.narrow,
+            self.scales == "mse",
+            self.scale_dtype,
+        )
 
     @property
     def storage(self) -> np.dtype[Any]:

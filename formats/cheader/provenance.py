@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.converters.ir import Metadata
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.storage import open_regular
 from nibblecast.converters.version import __version__
 from nibblecast.formats.cheader.identifiers import comment

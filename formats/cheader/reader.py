@@ -22,7 +22,8 @@ from nibblecast.converters.errors import CorruptFile, Error, MissingFile, Unsupp
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import refuse_outside
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
-from nibblecast.converters.ir import GroupIndex, Metadata, Model, Quantization, Tensor
+from nibblecast.converters.ir import GroupIndex, Model, Quantization, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, InMemory, MappedFile
 from nibblecast.formats.cheader.arrays import granularity_of, is_signed, kind_of

@@ -1,6 +1,6 @@
 """Fields of bits that lie in groups of bytes of blocks of equal size, taken apart.
 
-With NumPy, or with compiled code where that is in use (`converters.compiled`).
+With NumPy, or with compiled code where that decodes (`converters.arithmetic.compiled`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ def paired_halves(blocks: Bytes, begin: int, half: int) -> Bytes:
     its codes of 4 bits so (ggml-quants.c)."""
     stored = blocks[:, begin:]
     packed = np.empty(stored.size, np.uint8)
-    loops = compiled.fields()
-    if loops is not None:
+    if compiled.is_used():
+        from nibblecast.formats.gguf import compiled_fields as loops
+
         loops.pair_halves(half)(blocks.reshape(-1), blocks.shape[1], begin, packed)
         return packed
     pairs = np.ascontiguousarray(stored).reshape(-1).view("<u2")
@@ -40,8 +41,9 @@ def fields(blocks: Bytes, begin: int, end: int, group: int, bits: int, up: int =
     """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block of `blocks`, shape
     (n, nbytes): all the lowest of a group first, moved `up` by so many bits, one in a byte, shape (n, elements). They
     are the caller's to write to, but for whole bytes (`bits` is 8), which may be those of `blocks`."""
-    loops = compiled.fields()
-    if loops is not None:
+    if compiled.is_used():
+        from nibblecast.formats.gguf import compiled_fields as loops
+
         taken: Bytes = np.empty(blocks.shape[0] * (end - begin) * 8 // bits, np.uint8)
         loops.take_fields(group, bits, up)(blocks.reshape(-1), blocks.shape[1], begin, end, taken)
         return taken.reshape(blocks.shape[0], -1)

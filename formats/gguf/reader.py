@@ -11,7 +11,8 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, OTHER_TYPES, PLAIN_TYPES, BlockData
 from nibblecast.formats.gguf.container import GGUFHeader, TensorInfo
 from nibblecast.formats.gguf.split import SPLIT_KEYS, open_files

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from nibblecast.converters.errors import CorruptFile, Error
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Loss, Metadata, Model, Tensor, Use
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.converters.metadata import Metadata, Use
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.onnx.file import schema

@@ -11,7 +11,8 @@ import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, Error
 from nibblecast.converters.interfaces import option
-from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.storage import InMemory, MappedFile
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint, is_encoded
 from nibblecast.formats.encodings.configuration import model_config, quantization_config

@@ -25,7 +25,8 @@ import numpy as np
 from nibblecast.converters.arithmetic.packing import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.ir import Activation, GroupIndex, Quantization, Tensor, Use
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.encodings.bytes import float6
 from nibblecast.formats.safetensors.container import DTYPES, StoredTensor, is_unicode
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Loss, Metadata, Model, Tensor
+from nibblecast.converters.ir import Loss, Model, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.formats.encodings.bytes.float6 import BY_NAME
 from nibblecast.formats.encodings.checkpoint import Checkpoint, decode_checkpoint
 from nibblecast.formats.encodings.configuration import model_config, quantization_config

@@ -19,17 +19,8 @@ from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.ir import (
-    Activation,
-    Loss,
-    Metadata,
-    Model,
-    Port,
-    Quantization,
-    Tensor,
-    Use,
-    is_integer,
-)
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, is_integer
+from nibblecast.converters.metadata import Activation, Metadata, Port, Use
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, FileRange, InMemory, MappedFile
 from nibblecast.formats.tflite import schema

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
-from nibblecast.converters.stages.dequantize import dequantize
 from tests import zoo
 
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
@@ -34,7 +33,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_numpy(tensor: Tensor, dtype: np.dtype[Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as context:
         context.setattr(compiled, "_WORTH", "never")
-        return dequantize(tensor, dtype)
+        return tensor.dequantize(dtype)
 
 
 def blocks_of(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -102,7 +101,7 @@ def test_every_form(  # type: ignore[no-untyped-def]
         quantization = replace(quantization, **changed)
     tensor = replace(zoo.codes(f"w{seed}", shape, codes), quantization=quantization)
     with pytest.MonkeyPatch.context() as patch:
-        same(dequantize(tensor, wanted), by_numpy(tensor, wanted, patch))
+        same(tensor.dequantize(wanted), by_numpy(tensor, wanted, patch))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
@@ -119,12 +118,12 @@ def test_every_kind_of_number_is_rounded(dtype: np.dtype[Any], monkeypatch: pyte
     numbers = np.concatenate([numbers, np.uint32([0x7F800001, 0xFFFFFFFF, 0x7FC00000]).view(np.float32)])
     one = Quantization(Tensor.from_array("s", numbers[:, None]), (1, 8))
     tensor = Tensor.from_array("w", np.ones((numbers.size, 8), np.int8), one)
-    got = dequantize(tensor, dtype)
+    got = tensor.dequantize(dtype)
     same(got, by_numpy(tensor, dtype, monkeypatch))
     rounded = Quantization(Tensor.from_array("s", numbers[:, None]), (1, 8), value_dtype=dtype)
     other = BFLOAT16 if dtype == FLOAT16 else FLOAT16
     tensor = replace(tensor, quantization=rounded)
-    same(dequantize(tensor, other), by_numpy(tensor, other, monkeypatch))
+    same(tensor.dequantize(other), by_numpy(tensor, other, monkeypatch))
 
 
 def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,23 +135,23 @@ def test_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(decode(*arguments))
         return calls[-1]
 
-    monkeypatch.setattr("nibblecast.converters.stages.dequantize.compiled.decode", counted)
+    monkeypatch.setattr("nibblecast.converters.arithmetic.decoding.compiled.decode", counted)
     scale = Tensor.from_array("s", np.ones((4, 2), np.float16))
     quantization = Quantization(scale, (1, 32), value_dtype=FLOAT16)
     tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=quantization)
     for dtype in FLOATS:
-        dequantize(tensor, dtype)
+        tensor.dequantize(dtype)
     assert calls == [True] * 3
 
 
 def test_what_is_expected_starts_its_import_and_numpy_decodes_meanwhile() -> None:
     program = (
-        "import sys, numpy as np\nfrom nibblecast.converters import compiled\n"
+        "import sys, numpy as np\nfrom nibblecast.converters.arithmetic import compiled\n"
         "from nibblecast.converters.ir import Quantization, Tensor\n"
         "s = Tensor.from_array('s', np.ones((1, 1), np.float32))\n"
         "tensor = Tensor.from_array('w', np.ones((1, 1024), np.int8), Quantization(s, (1, 1024)))\n"
         "compiled.expect(1 << 40)\nfirst = tensor.dequantize('float32')\n"
-        "compiled._loading()[0].join()\nassert compiled.fields() is not None\n"
+        "compiled._loading()[0].join()\nassert compiled.is_used()\n"
         "assert (tensor.dequantize('float32') == first).all() and 'numba' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -173,7 +172,7 @@ def test_a_threshold_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPat
     scale = Tensor.from_array("s", np.ones((4, 1), np.float32))
     tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=Quantization(scale, (1, 64)))
     with pytest.raises(UsageError, match="NIBBLECAST_COMPILE_AFTER=soon: a number of elements"):
-        dequantize(tensor, FLOAT32)
+        tensor.dequantize(FLOAT32)
 
 
 def test_little_work_does_not_import_the_compiler() -> None:

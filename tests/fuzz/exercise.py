@@ -20,11 +20,11 @@ import numpy as np
 
 import nibblecast
 from nibblecast.converters import pipeline, plugins
+from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
 from nibblecast.converters.batches.records import read_report
 from nibblecast.converters.cli.inspect import _document
 from nibblecast.converters.errors import VerificationFailed
 from nibblecast.converters.ir import Model
-from nibblecast.converters.stages.dequantize import FLOAT_DTYPES
 from tests.fuzz import case as cases
 from tests.fuzz.findings import MOST_OF_LINE, Odd, place_of
 

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 import nibblecast
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked
+from nibblecast.converters.machine import THREADS
 from nibblecast.converters.output.streaming import pieces
-from nibblecast.converters.processors import THREADS
-from nibblecast.converters.stages.dequantize import dequantized
 from nibblecast.converters.storage import Computed, InMemory
 
 _ROWS, _COLUMNS = 64, 32
@@ -74,7 +73,7 @@ def test_they_are_the_tensor(nbytes: int, dtype: type) -> None:
     scale = Tensor.from_array("s", np.linspace(0.1, 3, 3 * 5 * 4, dtype=np.float32).reshape(3, 5, 4))
     codes = np.arange(3 * 5 * 64, dtype=np.uint8).reshape(3, 5, 64).view(np.int8)
     plain = Tensor.from_array("w", codes, Quantization(scale, blocked((3, 5, 64), 2, 16)))
-    values = dequantized(plain, np.dtype(dtype))
+    values = plain.dequantized(dtype)
     np.testing.assert_array_equal(np.concatenate([piece.copy() for piece in pieces(values, nbytes)]), values.packed())
 
 

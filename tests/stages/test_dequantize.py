@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nibblecast.converters import ir
+from nibblecast.converters.arithmetic import decoding
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
 from nibblecast.converters.ir import (
     GroupIndex,
@@ -152,7 +154,7 @@ def test_small_pieces_give_the_same_values(tensor: Tensor, elements: int, dtype:
     whole = tensor.dequantize(dtype)
     parts = [part.dequantize(dtype).reshape(-1) for part in tensor.parts(elements)]
     np.testing.assert_array_equal(np.concatenate(parts), whole.reshape(-1))
-    lazy = stage.dequantized(tensor, np.dtype(dtype))
+    lazy = tensor.dequantized(dtype)
     pieces = [part.codes().reshape(-1) for part in lazy.parts(elements * 4)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole.reshape(-1))
 
@@ -160,8 +162,8 @@ def test_small_pieces_give_the_same_values(tensor: Tensor, elements: int, dtype:
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.int2, np.int8])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_tensors_of_many_pieces(dtype: type, axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "_PART_ELEMENTS", 1 << 10)
-    monkeypatch.setattr(stage, "_PIECE_ELEMENTS", 1 << 7)
+    monkeypatch.setattr(ir, "_PART_ELEMENTS", 1 << 10)
+    monkeypatch.setattr(decoding, "_PIECE_ELEMENTS", 1 << 7)
     rng = np.random.default_rng(0)
     shape = (6, 35, 17)
     for block_shape in (per_tensor(shape), per_axis(shape, axis), blocked(shape, axis, 4)):

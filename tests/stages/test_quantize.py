@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nibblecast.converters.arithmetic import blocks
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked, grid_shape
-from nibblecast.converters.processors import THREADS
+from nibblecast.converters.machine import THREADS
 from nibblecast.converters.stages import quantize
 from nibblecast.converters.stages.quantize import accuracy, quantize_model, quantized
 from nibblecast.converters.stages.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme

@@ -21,7 +21,8 @@ import nibblecast
 from nibblecast.converters.arithmetic.packing import unpack
 from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.ir import Activation, Loss, Model, Quantization, Tensor, Use
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.converters.stages.quantize import quantize_model, quantized
 from nibblecast.converters.stages.scheme import Scheme, parse_scheme
 from nibblecast.converters.storage import Computed

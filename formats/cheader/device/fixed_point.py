@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import Activation, Tensor, Use, is_integer
+from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.cheader.arrays import Array
 from nibblecast.formats.cheader.device.kernels import named
 from nibblecast.formats.cheader.literals.notation import INT32

@@ -15,7 +15,8 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.ir import Activation, Tensor, Use, is_integer
+from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 
 _BITS: Mapping[np.dtype[np.generic], int] = MappingProxyType({np.dtype(ml_dtypes.int4): 4, np.dtype(np.int8): 8})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nibblecast.converters.ir import Port
+from nibblecast.converters.metadata import Port
 from nibblecast.formats.onnx.file.wire import Message, Range
 
 #: The location of payloads that are carried along beside a model in memory.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, printable
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
-from nibblecast.converters.ir import Port
+from nibblecast.converters.metadata import Port
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.wire import Message, Range, decode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nibblecast.converters.ir import Use
+from nibblecast.converters.metadata import Use
 from nibblecast.formats.onnx.file.graph import Node
 from nibblecast.formats.onnx.weights.dataflow import Dataflow
 from nibblecast.formats.onnx.weights.patterns import Scope

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from nibblecast.converters.errors import Error
-from nibblecast.converters.ir import Activation, Tensor, Use, is_float, is_integer
+from nibblecast.converters.ir import Tensor, is_float, is_integer
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.encodings.bytes.widths import dtype_for
 from nibblecast.formats.pytorch.exported.program import Program, ProgramNode, Ref
 from nibblecast.formats.pytorch.exported.quantize_operators import (

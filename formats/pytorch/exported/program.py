@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import Port
+from nibblecast.converters.metadata import Port
 from nibblecast.formats.pytorch.pickle.dtypes import DTYPES
 from nibblecast.formats.pytorch.pickle.records import TorchDtype, reason_of, shortened
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, MissingDependency, Unsupported, brief
-from nibblecast.converters.ir import Port, Tensor
+from nibblecast.converters.ir import Tensor
+from nibblecast.converters.metadata import Port
 from nibblecast.formats.pytorch.exported.program import Opaque, Program, ProgramNode, Ref
 from nibblecast.formats.pytorch.exported.quantize_operators import DEQUANTIZE, QUANTIZE
 from nibblecast.formats.pytorch.pickle.records import TorchDtype, shortened

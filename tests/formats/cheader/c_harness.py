@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.ir import Metadata, Model, Tensor
+from nibblecast.converters.ir import Model, Tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderPlan, CHeaderWriter
 from tests import zoo
 from tests.tools import need

@@ -11,18 +11,17 @@ import numpy as np
 
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
 from nibblecast.converters.ir import (
-    Activation,
     GroupIndex,
     Model,
     Quantization,
     Tensor,
-    Use,
     blocked,
     grid_shape,
     is_integer,
     per_axis,
     per_tensor,
 )
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.converters.storage import InMemory
 from tests import zoo
 from tests.formats.cheader.c_harness import model_of

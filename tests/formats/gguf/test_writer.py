@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import nibblecast
 from nibblecast.converters import plugins
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Metadata, Model, Quantization, Tensor, blocked, per_axis, per_tensor
+from nibblecast.converters.ir import Model, Quantization, Tensor, blocked, per_axis, per_tensor
+from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.pipeline import Target, fit
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.gguf.container import open_container

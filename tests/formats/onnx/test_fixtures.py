@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.ir import Use
+from nibblecast.converters.metadata import Use
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "onnx"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.onnx"))

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from nibblecast.converters.ir import Use
+from nibblecast.converters.metadata import Use
 from tests import zoo
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save
 

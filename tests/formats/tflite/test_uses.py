@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.ir import Activation, Use
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.tflite import schema
 from tests.formats.tflite.models import (
     FIXTURES,

@@ -12,7 +12,8 @@ import pytest
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import Activation, Quantization, Tensor, Use, blocked, per_axis, per_tensor
+from nibblecast.converters.ir import Quantization, Tensor, blocked, per_axis, per_tensor
+from nibblecast.converters.metadata import Activation, Use
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.cheader.device.fixed_point import fixed_point, obstacle, quantize_multiplier
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, plan_of, run, write

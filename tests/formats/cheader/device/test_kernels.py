@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.ir import Tensor, Use, blocked, per_axis
+from nibblecast.converters.ir import Tensor, blocked, per_axis
+from nibblecast.converters.metadata import Use
 from nibblecast.formats.cheader.device.kernels import RULES, advice, notes
 from nibblecast.formats.cheader.packings import Packing
 from tests.formats.cheader.c_harness import model_of, write

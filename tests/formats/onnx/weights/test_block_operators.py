@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.ir import Use
+from nibblecast.converters.metadata import Use
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save
 
 RNG = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.ir import Port, Use
+from nibblecast.converters.metadata import Port, Use
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.pytorch.exported.read import Exported, read_exported
 from nibblecast.formats.pytorch.pickle.archive import Archive

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.processors import THREADS, processors, threads
+from nibblecast.converters.machine import THREADS, processors, threads
 
 
 def test_as_many_as_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
