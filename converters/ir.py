@@ -2,9 +2,9 @@
 
     value = (scale * (code - zero_point) + offset) * factor     per block; code -> codebook[code] first, if there is one
 
-A `Model` maps names to `Tensor`s. A `Tensor` is canonical packed bytes (`converters.packing`), fetched only when asked
-for, and perhaps a `Quantization`. Parameters are tensors too, so that they are lazy as well and may themselves be
-quantized (a second-level scale).
+A `Model` maps names to `Tensor`s. A `Tensor` is canonical packed bytes (`converters.arithmetic.packing`), fetched only
+when asked for, and perhaps a `Quantization`. Parameters are tensors too, so that they are lazy as well and may
+themselves be quantized (a second-level scale).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from nibblecast.converters.errors import ChangedFile, CorruptFile, MissingFile
 
 @runtime_checkable
 class Data(Protocol):
-    """The canonical bytes of one tensor (`converters.packing` gives the order)."""
+    """The canonical bytes of one tensor (`converters.arithmetic.packing` gives the order)."""
 
     @property
     def nbytes(self) -> int:

@@ -29,13 +29,7 @@ def files() -> Mapping[str, Path]:
 @cache
 def imports() -> Mapping[str, frozenset[str]]:
     """Everything that each module imports, ours or not; ours by the names of modules."""
-    return {module: imported_by(path) for module, path in files().items()}
-
-
-@cache
-def imported_by(path: Path) -> frozenset[str]:
-    """What the text of a file imports."""
-    return frozenset(_imported(path))
+    return {module: frozenset(_imported(path)) for module, path in files().items()}
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -45,7 +39,7 @@ def _imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                yield name if name in files() or node.module.split(".")[0] == "tests" else node.module
+                yield name if name in files() else node.module
 
 
 def cycles() -> list[list[str]]:

@@ -50,7 +50,7 @@ class Job:
     request: Request
     remote: RemoteSource | None = None
     destination: str = ""
-    #: What of it is to be done only, of a large one (`converters.batches.parts`).
+    #: What of it is to be done only, of a large one (`converters.batches.shares`).
     part: int | None = None
     #: The content's SHA-256, where it is known already.
     digest: str = ""

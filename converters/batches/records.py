@@ -69,7 +69,7 @@ class Record:
     version: str = ""
     source_bytes: int = 0
     kept: bool = field(default=False, compare=False)
-    #: Of a part of a large model (`converters.batches.parts`), for whoever hands out the next.
+    #: Of a part of a large model (`converters.batches.shares`), for whoever hands out the next.
     shards: int = field(default=0, compare=False)
 
     @property

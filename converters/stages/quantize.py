@@ -2,9 +2,10 @@
 
     code = clip(round(value / scale) + zero_point, lowest, highest)
 
-`converters.scheme` says how, `converters.rounding` computes it, `converters.blocks` cuts tensors into pieces. All of it
-is lazy: scales are found when they or their codes are first asked for, and kept until the tensor is released; codes are
-computed at each request. The same floats give the same codes at any time, whatever is asked for in which order.
+`converters.stages.scheme` says how, `converters.arithmetic.rounding` computes it, `converters.arithmetic.blocks` cuts
+tensors into pieces. All of it is lazy: scales are found when they or their codes are first asked for, and kept until
+the tensor is released; codes are computed at each request. The same floats give the same codes at any time, whatever is
+asked for in which order.
 """
 
 from __future__ import annotations

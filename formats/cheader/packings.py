@@ -1,6 +1,7 @@
 """How codes of 2 and 4 bits lie in the bytes of an array: densely, as in the model, or as other kernels want them.
 
-Dense is the canonical order of `converters.packing`: the first code of a byte in its lowest bits, nothing between rows.
+Dense is the canonical order of `converters.arithmetic.packing`: the first code of a byte in its lowest bits, nothing
+between rows.
 """
 
 from __future__ import annotations

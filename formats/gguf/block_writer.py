@@ -15,7 +15,7 @@ _Bytes = NDArray[np.uint8]
 
 
 def encode(tensor: Tensor, kind: Kind) -> _Bytes:
-    """The blocks of a tensor that `formats.gguf.arranged` gave, or of whole rows of one: shape (blocks, bytes)."""
+    """The blocks of a tensor that `formats.gguf.fit` gave, or of whole rows of one: shape (blocks, bytes)."""
     blocks = tensor.size // kind.elements
     codes = tensor.packed().reshape(blocks, -1)
     return np.concatenate([*_parameters(tensor, blocks), _LAID_OUT[kind](codes)], axis=1)

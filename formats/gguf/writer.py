@@ -1,7 +1,7 @@
 """Model -> one GGUF file, laid out as gguf's GGUFWriter does: version 3, tensors in their order, padded with zeros.
 
 Plain values are written as they are. A quantized tensor is written as its blocks where it was read from such, whatever
-their type, and no stage has changed it; else as the type that has exactly its values (`formats.gguf.arranged`).
+their type, and no stage has changed it; else as the type that has exactly its values (`formats.gguf.fit`).
 """
 
 from __future__ import annotations

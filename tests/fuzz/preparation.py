@@ -16,7 +16,7 @@ from typing import Any
 #: The allowance for what grows: inputs are small, and thousands of them are to be tried.
 _ENVIRONMENT = {"NIBBLECAST_MAX_EXPANSION": "4M", "NIBBLECAST_COMPILE_AFTER": "never", "MPLBACKEND": "svg"}
 _PACKAGES = ("nibblecast",)
-_COMPILED = "nibblecast.converters.compiled_"  # numba compiles what these hold, and has to see it as it is written
+_COMPILED = "compiled_"  # how such modules are called: numba compiles what they hold, and has to see it as it is
 _ALSO = ("importlib.metadata", "encodings.cp437", "jinja2", "matplotlib.backends.backend_svg", "onnx.checker")
 
 
@@ -45,7 +45,7 @@ def preload(names: Iterable[str]) -> None:
 
 def _import_below(package: ModuleType) -> None:
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        if not module.name.startswith(_COMPILED) and not module.name.endswith("__main__"):
+        if not module.name.rpartition(".")[2].startswith(_COMPILED) and not module.name.endswith("__main__"):
             try:
                 importlib.import_module(module.name)
             except ImportError as error:  # of a runtime that is not installed

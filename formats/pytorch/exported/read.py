@@ -1,8 +1,8 @@
 """Exported programs (.pt2, of torch.export) -> tensors, read without PyTorch: a graph of JSON and raw storages.
 
 Weights that the program dequantizes, or quantizes and dequantizes, come as codes with their parameters, under the name
-that the float model has for them. `formats.pytorch.program`, `.payloads`, `.dataflow` and `.quantize_operators` say
-what is read how.
+that the float model has for them. `formats.pytorch.exported.program`, `.pt2_tensors`, `.dataflow` and
+`.quantize_operators` say what is read how.
 """
 
 from __future__ import annotations

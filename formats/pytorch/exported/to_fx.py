@@ -1,7 +1,7 @@
 """A program as a graph of PyTorch again, for PyTorch's own exporter to ONNX.
 
 torch.export.load unpickles sample inputs, evaluates the expressions of open sizes as Python, and looks operators up by
-any dotted name. None of that is done here: the graph is rebuilt of what `formats.pytorch.program` has read, of
+any dotted name. None of that is done here: the graph is rebuilt of what `formats.pytorch.exported.program` has read, of
 operators in a few known namespaces, and its weights become inputs, so that PyTorch gets none of their bytes.
 """
 

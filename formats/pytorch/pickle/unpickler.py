@@ -1,9 +1,10 @@
 """A pickle machine that executes nothing: names stay names, and what they would make stays a record of its parts.
 
-All opcodes of protocols 0 to 5 (Python 3.11, pickletools). What a pickle may name is in `formats.pytorch.globals`; a
-few constructors of plain data, given there, are the only functions that run. Everything is bounded by the length of
-the pickle: lengths are checked before anything is read, what takes more than one opcode's share is counted
-(`formats.pytorch.limits`), and keys are such that hashing them takes no time (`formats.pytorch.values.key_of`).
+All opcodes of protocols 0 to 5 (Python 3.11, pickletools). What a pickle may name is in
+`formats.pytorch.pickle.globals`; a few constructors of plain data, given there, are the only functions that run.
+Everything is bounded by the length of the pickle: lengths are checked before anything is read, what takes more than one
+opcode's share is counted (`formats.pytorch.pickle.limits`), and keys are such that hashing them takes no time
+(`formats.pytorch.pickle.records.key_of`).
 """
 
 from __future__ import annotations
