@@ -1,10 +1,13 @@
-"""How the time that something takes grows with its size. Absolute times are another machine's; proportions are not."""
+"""How the time that something takes grows with its size, and whether it ends at all. Absolute times are another
+machine's; proportions are not."""
 
 from __future__ import annotations
 
 import gc
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _TIMES_LARGER = 4
 _TRIES = 2
@@ -26,3 +29,24 @@ def _seconds(run: Callable[[], object]) -> float:
         run()
         best = min(best, time.process_time() - begin)
     return best
+
+
+class EndlessError(BaseException):
+    """No Exception, so that nothing that is tested catches it."""
+
+
+@contextmanager
+def ends(seconds: float = 20.0) -> Iterator[None]:
+    """Fails where what is done inside takes more of the processor's time than anything like it ever does: an endless
+    loop would hold up all other tests."""
+
+    def stop(*_: object) -> None:
+        raise EndlessError(f"has not ended after {seconds} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

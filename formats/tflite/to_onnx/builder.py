@@ -131,7 +131,7 @@ class GraphBuilder:
     resources: dict[str, ir.Value] = field(default_factory=dict)
     custom_domain: str = ""
     uses_custom: bool = False
-    run_subgraph: Callable[[GraphBuilder, int, Sequence[ir.Value]], list[ir.Value]] | None = None
+    run_subgraph: Callable[[GraphBuilder, int, Sequence[ir.Value]], list[ir.Value]] = field(kw_only=True)
     is_repeated: bool = False
     origins: dict[ir.Value, ir.Node | None] = field(default_factory=dict)
     copied: set[str] = field(default_factory=set)
@@ -212,8 +212,6 @@ class GraphBuilder:
 
     def run(self, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
         """Spells out a subgraph for these inputs; returns its outputs."""
-        if self.run_subgraph is None:
-            raise Unsupported(f"subgraph {index} cannot be run here")
         return self.run_subgraph(self, index, values)
 
     def hold(self, index: int, value: ir.Value, *, first: bool = False) -> None:

@@ -100,6 +100,15 @@ def test_a_string_that_is_not_utf8_appears_as_escapes() -> None:
     assert read(FULL[: place + 2] + b"\xff\xfe" + FULL[place + 4 :]).text == "zw\\xff\\xfelf"
 
 
+@pytest.mark.parametrize("vtable", [-8, -2, -1])
+def test_a_vtable_before_the_flatbuffer_is_refused(vtable: int) -> None:
+    """`struct` takes a negative position from the end: there would be one, of other sizes."""
+    content = bytearray(ROOT + bytes(24) + struct.pack("<4H", 8, 28, 4, 8))
+    struct.pack_into("<i", content, 20, 20 - vtable)
+    with pytest.raises(CorruptFile, match=f"byte {vtable}, before the flatbuffer"):
+        _ = read(bytes(content)).number
+
+
 READS: dict[str, Callable[[Root], Any]] = {
     "number": lambda root: root.number,
     "text": lambda root: root.text,
