@@ -25,10 +25,12 @@ if TYPE_CHECKING:  # quantization is imported when it is asked for
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did, or would do: the files with their sizes (None: known once written), what was lost, the
-    writers' notes (hints and warnings, a sentence each) and reports (lines of text), with `quantize` how well codes
-    stand for the floats, tensor by tensor, and with `verify`, for each target, the comparison with what was re-read
-    from it (None: the format has no reader)."""
+    """What a conversion did, or would do.
+
+    `files` have their sizes (None: known once written). `losses` are what was not kept or has changed. `notes` are
+    texts: hints, warnings, and exact changes of form. `report` are the writers' lines of text. `quantized` says, with
+    `quantize`, how well codes stand for the floats, tensor by tensor. `verified` has, with `verify`, the comparison
+    with what was re-read from each target (None: the format has no reader)."""
 
     source: Path
     files: tuple[OutputFile, ...]
@@ -73,9 +75,9 @@ def convert(
     `to` names the format when the extensions do not tell, or each target's; `dequantize` (float32, float16 or
     bfloat16) turns codes into plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only`
     and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares every value, where
-    its format can be read; `fail_on_loss` refuses what would lose anything; `dry_run` plans only; `resume` keeps what
-    an interrupted run has completed of a folder; other keyword arguments are the reader's and the writers' own options.
-    Raises nibblecast.Error.
+    its format can be read; `fail_on_loss` refuses a conversion that has losses (exact changes of form are notes);
+    `dry_run` plans only; `resume` keeps what an interrupted run has completed of a folder; other keyword arguments are
+    the reader's and the writers' own options. Raises nibblecast.Error.
     """
     read_with, write_with = reader_and_writer_options(options, input_path(source))
     return convert_model(
@@ -158,7 +160,7 @@ def convert_model(
         pipeline.refuse_losses(planned)
     losses = tuple(dict.fromkeys(loss for output in planned for loss in output.losses))
     files = tuple(dict.fromkeys(pipeline.output_files(planned)))
-    notes = tuple(dict.fromkeys(note for output in planned for note in output.plan.notes))
+    notes = tuple(dict.fromkeys(note for output in planned for note in output.notes))
     report = tuple(line for output in planned for line in output.plan.report)
     conversion = Conversion(model.metadata.source or Path(), files, losses, notes, report)
     if dry_run:
@@ -172,7 +174,7 @@ def convert_model(
 
     pipeline.run(planned, progress, resume=resume, check=check if verify else None)
     written = tuple(replace(file, nbytes=file.path.stat().st_size) for file in conversion.files)
-    conversion = replace(conversion, files=written, verified=verified, notes=(*conversion.notes, *hints))
+    conversion = replace(conversion, files=written, verified=verified, notes=(*hints, *conversion.notes))
     if quantize is None:
         return conversion
     from nibblecast.converters.stages.quantize import accuracy

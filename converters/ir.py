@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import gcd, lcm, prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,7 @@ from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, pa
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError, brief
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
 from nibblecast.converters.input.shapes import checked_shape
+from nibblecast.converters.metadata import Loss as Loss
 from nibblecast.converters.metadata import Metadata, Use
 from nibblecast.converters.storage import Computed, Data, DataSlice, InMemory, release
 
@@ -58,8 +59,6 @@ _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 VALUE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))
 _COMPUTE_DTYPES = (*VALUE_DTYPES, _FLOAT32, np.dtype(np.float64))
 
-LossKind = Literal["dropped", "rounded", "widened", "expanded", "renamed", "reinterpreted", "requantized"]
-
 
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether `dtype` is a real floating-point type, ml_dtypes' included."""
@@ -75,18 +74,6 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
     field is called as their type."""
     return dtype.names[0] if dtype.names else dtype.name
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Something that a conversion did not carry over as it was; `tensor` is empty when it concerns the whole model."""
-
-    tensor: str
-    kind: LossKind
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.tensor or 'the model'}: {self.kind}: {self.detail}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -450,7 +437,7 @@ class Model(Mapping[str, Tensor]):
     """An ordered mapping of names to tensors, with what is known of the model as a whole.
 
     `graph` is the compute graph as ONNX where the reader builds one; its initializers are this model's tensors by name.
-    `losses` are those that reading and the stages so far have brought.
+    `losses` are what reading and the stages so far did not carry over as it was, exact changes of form included.
     """
 
     tensors: Mapping[str, Tensor]

@@ -1,13 +1,30 @@
-"""What a reader knows beside the tensors: where a model comes from, and which operators use a tensor."""
+"""What is known beside the tensors: where a model comes from, which operators use a tensor, what was not kept."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
+
+from nibblecast.converters.errors import line
+
+LossKind = Literal["dropped", "rounded", "requantized", "reinterpreted", "widened", "expanded", "renamed"]
+#: What a person is told about each kind. A note is an exact change of form: the same values, bit for bit.
+_WORDS: Mapping[LossKind, Literal["not kept", "changed", "note"]] = MappingProxyType(
+    {
+        "dropped": "not kept",  # left out
+        "rounded": "changed",  # values round differently than in the source's library
+        "requantized": "changed",  # other codes for values that had codes already
+        "reinterpreted": "changed",  # read under an assumption: the file does not say enough
+        "widened": "note",  # elements or parameters in a wider type that holds them exactly
+        "expanded": "note",  # elements or parameters repeated, or zeros written out
+        "renamed": "note",  # another name for the same tensor
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +76,34 @@ class Use:
     channel_axis: int | None = None
     activation: Activation | None = None
     result: Activation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Something that a conversion did not carry over as it was; `tensor` is empty when it concerns the whole model.
+
+    Readers, stages and writers report exact changes of form by the same record, because only its kind tells them apart:
+    `is_exact` ones are shown as notes, and `--fail-on-loss` lets them pass. `detail` says what becomes of the tensor.
+    """
+
+    tensor: str
+    kind: LossKind
+    detail: str
+
+    @property
+    def word(self) -> Literal["not kept", "changed", "note"]:
+        """What a person is told first: whether something is left out, is changed, or only has another form."""
+        return _WORDS[self.kind]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is only a change of form, with the same values bit for bit."""
+        return self.word == "note"
+
+    @property
+    def text(self) -> str:
+        """The tensor, its name shortened where it is long, and what becomes of it."""
+        return f"{line(self.tensor) or 'the model'}: {self.detail}"
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.text}"

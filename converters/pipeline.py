@@ -3,7 +3,7 @@
     model = select(read(path)) -> dequantize or quantize -> [fit to what each writer can hold -> plan] -> write
 
 A stage is Model -> Model and lazy. Planning touches no payload: it decides what each writer will write, how large it
-will be and what is lost on the way. Running hands each tensor, once, to every writer's sink.
+will be, and what will not be kept or will change. Running hands each tensor, once, to every writer's sink.
 """
 
 from __future__ import annotations
@@ -74,8 +74,17 @@ class PlannedOutput:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """What will be lost on the way to this target, reading and stages included, each once."""
-        return tuple(dict.fromkeys((*self.expected.losses, *self.plan.losses)))
+        """What will not be kept or will change on the way to this target, reading and stages included, each once."""
+        return tuple(loss for loss in self._records if not loss.is_exact)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The writer's notes, and the exact changes of form on the way to this target."""
+        return (*self.plan.notes, *(loss.text for loss in self._records if loss.is_exact))
+
+    @property
+    def _records(self) -> Iterator[Loss]:
+        yield from dict.fromkeys((*self.expected.losses, *self.plan.losses))
 
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
@@ -141,7 +150,7 @@ def plan(
         )
     model = select(model, only, skip)
     if not model.tensors:
-        nothing = Loss("", "dropped", "it has no constant weights, so that what is written holds no tensor")
+        nothing = Loss("", "dropped", "it has no constant weights, so the output holds no tensors")
         model = replace(model, losses=(*model.losses, nothing))
     if dequantize is not None:
         model = dequantize_model(model, dequantize)
@@ -328,12 +337,12 @@ def output_files(planned: Sequence[PlannedOutput]) -> Iterator[OutputFile]:
 
 
 def refuse_losses(planned: Sequence[PlannedOutput]) -> None:
-    """Raises RefusedLoss when anything would be lost (`--fail-on-loss`)."""
+    """Raises RefusedLoss when anything would not be kept or would change (`--fail-on-loss`)."""
     for output in planned:
         if output.losses:
             more = f" (and {len(output.losses) - 1} more)" if len(output.losses) > 1 else ""
             raise RefusedLoss(
-                f"would lose: {output.losses[0]}{more}; without --fail-on-loss it is only reported",
+                f"refused by --fail-on-loss: {output.losses[0]}{more}; without the option this is only reported",
                 path=output.target.path,
             )
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -20,8 +21,8 @@ from nibblecast.converters import plugins
 from nibblecast.converters.conversion import convert_model
 from nibblecast.converters.errors import RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import Capabilities
-from nibblecast.converters.ir import Model, Quantization, Tensor
-from nibblecast.converters.metadata import Metadata
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
+from nibblecast.converters.metadata import LossKind, Metadata
 from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.pipeline import Target, fit
 from nibblecast.converters.storage import Computed
@@ -219,20 +220,45 @@ def test_atomic_outputs_replace_the_main_file_last(tmp_path: Path, monkeypatch: 
 
 
 def test_fail_on_loss_refuses_and_says_what(tmp_path: Path) -> None:
-    source = FIXTURES / "sparse_float32.tflite"
-    with pytest.raises(RefusedLoss, match=r"would lose: .*expanded.*without --fail-on-loss"):
-        nibblecast.convert(source, tmp_path / "a.safetensors", fail_on_loss=True)
+    with pytest.raises(RefusedLoss, match=r"refused by --fail-on-loss: changed: .*requantized.*without the option"):
+        nibblecast.convert(INT4, tmp_path / "a.safetensors", quantize="int8,requantize", fail_on_loss=True)
     assert listing(tmp_path) == []
-    done = nibblecast.convert(source, tmp_path / "a.safetensors")
-    assert {loss.kind for loss in done.losses} == {"expanded"}
+    done = nibblecast.convert(INT4, tmp_path / "a.safetensors", quantize="int8,requantize")
+    assert {loss.kind for loss in done.losses} == {"requantized"}
     assert nibblecast.convert(INT4, tmp_path / "b.safetensors", fail_on_loss=True).losses == ()
+
+
+def test_fail_on_loss_lets_exact_changes_of_form_pass(tmp_path: Path) -> None:
+    source = FIXTURES / "sparse_float32.tflite"
+    done = nibblecast.convert(source, tmp_path / "a.safetensors", fail_on_loss=True, verify=True)
+    assert done.losses == ()
+    assert [note for note in done.notes if "zeros between" in note]
+    weight = zoo.quantized("w", (4, 8), (1, 8), dtype=ml_dtypes.int2)
+    done = nibblecast.save(zoo.model([weight]), tmp_path / "a.onnx", opset=21)
+    assert (done.losses, done.notes) == ((), ("w: each int2 code takes a byte, because opset 21 has no int2",))
+    assert nibblecast.load(tmp_path / "a.onnx")["w"].dequantize().tobytes() == weight.dequantize().tobytes()
+
+
+def test_each_kind_of_loss_has_its_word() -> None:
+    words = {kind: Loss("w", kind, "this happens").word for kind in get_args(LossKind)}
+    assert words == {
+        "dropped": "not kept",
+        "rounded": "changed",
+        "requantized": "changed",
+        "reinterpreted": "changed",
+        "widened": "note",
+        "expanded": "note",
+        "renamed": "note",
+    }
+    assert str(Loss("w", "rounded", "this happens")) == "changed: w: this happens"
+    assert str(Loss("", "dropped", "its graph")) == "not kept: the model: its graph"
+    assert not Loss("w", "rounded", "").is_exact
+    assert Loss("w", "widened", "").is_exact
 
 
 def test_a_model_without_constant_weights_is_said_to_have_none(tmp_path: Path) -> None:
     done = nibblecast.save(Model({}), tmp_path / "empty.safetensors")
-    assert [loss.detail for loss in done.losses] == [
-        "it has no constant weights, so that what is written holds no tensor"
-    ]
+    assert [loss.detail for loss in done.losses] == ["it has no constant weights, so the output holds no tensors"]
     assert dict(nibblecast.load(tmp_path / "empty.safetensors")) == {}
 
 
@@ -266,8 +292,8 @@ def test_second_level_scales_are_flattened_for_writers_without_them(tmp_path: Pa
     codes = np.arange(16).reshape(2, 8).astype(np.uint8).view(ml_dtypes.float4_e2m1fn)
     model = Model({"w": Tensor.from_array("w", codes, Quantization(inner, (1, 4)))})
     assert nibblecast.save(model, tmp_path / "a.safetensors").losses == ()
-    losses = nibblecast.save(model, tmp_path / "a.onnx").losses
-    assert [(loss.tensor, loss.kind) for loss in losses] == [("w", "widened")]
+    done = nibblecast.save(model, tmp_path / "a.onnx")
+    assert (done.losses, done.notes) == ((), ("w: the second-level scale of its scale is multiplied out to float32",))
     assert nibblecast.verify(tmp_path / "a.safetensors", tmp_path / "a.onnx").equal
 
 

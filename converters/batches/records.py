@@ -50,7 +50,8 @@ class Record:
     """A line of the report.
 
     `source` is the model's path below the folder that was converted; `sha256` that of its content, empty where it could
-    not be read; `request` what was asked for, as text; `verified` whether what was written was compared with it (None:
+    not be read; `request` what was asked for, as text; `losses` what was not kept or has changed, `notes` hints and
+    exact changes of form; `verified` whether what was written was compared with it (None:
     not asked for, or not possible); `peak_memory` in bytes, of the process while it worked (None: not known); `version`
     what the store says of the content of a source that is in one (else empty); `source_bytes` how large the source is.
     """
@@ -60,6 +61,7 @@ class Record:
     request: str
     outputs: tuple[Output, ...] = ()
     losses: tuple[Mapping[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
     verified: bool | None = None
     seconds: float = 0.0
     peak_memory: int | None = None
@@ -96,8 +98,13 @@ def record_of(line: str) -> Record | None:
         failure = document.pop("failure")
         outputs = tuple(_made(Output, output) for output in _list(document.pop("outputs")))
         losses = tuple(map(_texts, _list(document.pop("losses"))))
-        more = {"outputs": outputs, "losses": losses, "failure": None if failure is None else _made(Failure, failure)}
-        record: Record = _made(Record, document, more)
+        made = None if failure is None else _made(Failure, failure)
+        notes = tuple(_list(document.pop("notes", [])))
+        if not all(map(_is_text, notes)):
+            return None
+        record: Record = _made(
+            Record, document, {"outputs": outputs, "losses": losses, "failure": made, "notes": notes}
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return record if status == ("done" if record.done else "failed") else None

@@ -53,7 +53,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
     except Exception as error:  # one model's bug is its own result, as it would be the exit code 1 of its own process
         text = f"{job.shown}: a bug of nibblecast: {type(error).__name__}: {error}"
         failure = Failure(int(ExitCode.BUG), text)
-    losses = () if done is None else done.losses
+    losses, notes = ((), ()) if done is None else (done.losses, done.notes)
     return Record(
         source=job.name,
         sha256=digest,
@@ -63,6 +63,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
         losses=tuple(
             {"tensor": loss.tensor, "kind": loss.kind, "detail": without_secrets(loss.detail)} for loss in losses
         ),
+        notes=tuple(map(without_secrets, notes)),
         verified=None if done is None else _verified(job, done),
         seconds=round(time.perf_counter() - began, 3),
         peak_memory=_peak(),

@@ -71,8 +71,13 @@ def human_bytes(count: int | None) -> str:
 
 
 def shown_loss(loss: Loss) -> str:
-    """A loss on one line: its tensor's name shortened by itself, so that what was lost is always there."""
-    return f"{line(loss.tensor) or 'the model'}: {loss.kind}: {line(loss.detail, MOST_OF_MESSAGE)}"
+    """A loss, or a note, on one line: `not kept: NAME: DETAIL`."""
+    return line(str(loss), MOST_OF_NAME + MOST_OF_MESSAGE)
+
+
+def loss_document(loss: Loss) -> dict[str, str]:
+    """A loss as JSON has it."""
+    return {"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail}
 
 
 def print_json(document: Any) -> None:

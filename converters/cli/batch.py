@@ -53,7 +53,7 @@ def batch(
     skip: Annotated[list[str] | None, typer.Option(help="As of convert.")] = None,
     opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the readers or the writers.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
-    fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything.")] = False,
+    fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="As in `convert`.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how large it gets.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -191,7 +191,7 @@ def _print(result: BatchResult, *, dry_run: bool) -> None:
     before = f" ({kept} of them by a run before)" if kept else ""
     print(
         f"{len(result.records) - len(result.failed)} of {len(result.records)} models {verb}{before}: "
-        f"{human_bytes(source_bytes)} to {human_bytes(nbytes)} in {result.seconds:.1f} s; {losses} losses"
+        f"{human_bytes(source_bytes)} to {human_bytes(nbytes)} in {result.seconds:.1f} s; {losses} not kept or changed"
     )
 
 

@@ -20,6 +20,7 @@ from nibblecast.converters.cli.arguments import (
     float_dtype,
     human_bytes,
     key_values,
+    loss_document,
     path,
     print_json,
     progress_bar,
@@ -32,7 +33,7 @@ from nibblecast.converters.interfaces import OutputFile
 if TYPE_CHECKING:
     from nibblecast.converters.arithmetic.accuracy import Accuracy
 
-_SHOWN_LOSSES = 10
+_SHOWN_LINES = 10
 _SHOWN_TENSORS = 10
 
 
@@ -52,7 +53,9 @@ def convert(
     skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
     opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reader or the writer.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
-    fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="Refuse to lose anything (exit 5).")] = False,
+    fail_on_loss: Annotated[
+        bool, typer.Option("--fail-on-loss", help="Fail if anything is not kept or changed (exit 5).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the shards that a run before has completed.")] = False,
     json: Json = False,
@@ -101,12 +104,15 @@ def _print(conversion: conversions.Conversion, dry_run: bool) -> None:
         _print_accuracy(conversion.quantized)
     for text in conversion.report:
         print(line(text, MOST_OF_MESSAGE))
-    for note in conversion.notes:
-        print(f"note: {line(note, MOST_OF_MESSAGE)}", file=sys.stderr)
-    for loss in conversion.losses[:_SHOWN_LOSSES]:
-        print(f"lost: {shown_loss(loss)}", file=sys.stderr)
-    if len(conversion.losses) > _SHOWN_LOSSES:
-        print(f"lost: {len(conversion.losses) - _SHOWN_LOSSES} more; --json lists all", file=sys.stderr)
+    _print_some([f"note: {line(note, MOST_OF_MESSAGE)}" for note in conversion.notes], "note")
+    _print_some([shown_loss(loss) for loss in conversion.losses], "not kept or changed")
+
+
+def _print_some(lines: Sequence[str], word: str) -> None:
+    for text in lines[:_SHOWN_LINES]:
+        print(text, file=sys.stderr)
+    if len(lines) > _SHOWN_LINES:
+        print(f"{word}: {len(lines) - _SHOWN_LINES} more; --json lists all", file=sys.stderr)
 
 
 def _by_output(conversion: conversions.Conversion) -> dict[Path, list[OutputFile]]:
@@ -143,7 +149,7 @@ def _document(conversion: conversions.Conversion, dry_run: bool) -> dict[str, An
         "source": str(conversion.source),
         "dry_run": dry_run,
         "files": [{"path": str(file.path), "bytes": file.nbytes} for file in conversion.files],
-        "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in conversion.losses],
+        "losses": [loss_document(loss) for loss in conversion.losses],
         "notes": list(conversion.notes),
         "report": list(conversion.report),
         "quantized": [

@@ -11,6 +11,7 @@ from nibblecast.converters.cli.arguments import (
     cell,
     human_bytes,
     key_values,
+    loss_document,
     print_json,
     shown_loss,
     table_console,
@@ -102,7 +103,7 @@ def _summary(model: Model) -> list[str]:
     if model.metadata.operators:
         counts = sorted(model.metadata.operators.items(), key=lambda item: (-item[1], item[0]))
         lines.append("operators: " + ", ".join(f"{line(name)} {count}" for name, count in counts))
-    return lines + [f"note: {shown_loss(loss)}" for loss in model.losses]
+    return lines + [shown_loss(loss) for loss in model.losses]
 
 
 def _graph_lines(metadata: Metadata) -> list[str]:
@@ -137,7 +138,8 @@ def _document(model: Model) -> dict[str, Any]:
         "bytes": model_bytes(model),
         "bits_per_quantized_weight": bits_per_quantized_weight(model),
         "tensors": [_tensor_document(tensor) for tensor in model.values()],
-        "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in model.losses],
+        "losses": [loss_document(loss) for loss in model.losses if not loss.is_exact],
+        "notes": [loss.text for loss in model.losses if loss.is_exact],
     }
 
 

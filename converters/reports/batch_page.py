@@ -33,7 +33,7 @@ def _figures(statistics: BatchStatistics) -> Iterator[tuple[str, str]]:
     yield "Converted", thousands(len(statistics.records) - len(statistics.failed))
     yield "Failed", thousands(len(statistics.failed))
     yield "Verified", thousands(sum(record.verified is True for record in statistics.records))
-    yield "Losses", thousands(statistics.losses)
+    yield "Not kept or changed", thousands(statistics.losses)
     yield "Written", bytes_text(statistics.bytes)
     yield "Time, added up", seconds_text(statistics.seconds)
     if statistics.peak_memory is not None:
@@ -63,7 +63,9 @@ def _sections(statistics: BatchStatistics) -> Iterator[Section]:
             )
     lossy = [record for record in statistics.records if record.losses]
     if lossy:
-        yield Section("losses", "Losses", details=[_losses(r, f"loss-{i}") for i, r in enumerate(lossy, 1)])
+        yield Section(
+            "losses", "Not kept or changed", details=[_losses(r, f"loss-{i}") for i, r in enumerate(lossy, 1)]
+        )
 
 
 def _meaning(exit_code: int) -> str:
@@ -75,7 +77,7 @@ def _models(statistics: BatchStatistics) -> Section:
     columns = [Column("Model", numbers=False), Column("Status", numbers=False)]
     if statistics.failed:
         columns += [Column("Exit code"), Column("Error", numbers=False, sentences=True)]
-    columns += map(Column, ("Written", "Seconds", "Peak memory", "Attempts", "Losses"))
+    columns += map(Column, ("Written", "Seconds", "Peak memory", "Attempts", "Not kept or changed"))
     columns.append(Column("Verified", numbers=False))
     rows = [list(_cells(record, with_errors=bool(statistics.failed))) for record in statistics.records]
     return Section("models", "Models", table=Table("model-table", "Models", columns, rows, search="Search models"))

@@ -43,7 +43,7 @@ class BatchStatistics:
 
     @property
     def losses(self) -> int:
-        """How many things were lost."""
+        """How many things were not kept or have changed."""
         return sum(len(record.losses) for record in self.records)
 
     @property

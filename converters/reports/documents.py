@@ -34,7 +34,12 @@ def model_document(statistics: ModelStatistics) -> dict[str, Any]:
             for layer in statistics.layers
         ],
         "tensors": [_tensor_document(tensor) for tensor in statistics.tensors],
-        "losses": [{"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail} for loss in statistics.losses],
+        "losses": [
+            {"tensor": loss.tensor, "kind": loss.kind, "detail": loss.detail}
+            for loss in statistics.losses
+            if not loss.is_exact
+        ],
+        "notes": [loss.text for loss in statistics.losses if loss.is_exact],
     }
 
 

@@ -229,8 +229,8 @@ def _losses(statistics: ModelStatistics) -> Section:
     lines = [str(loss) for loss in statistics.losses]
     return Section(
         "losses",
-        "Lost on reading",
-        details=[Detail("loss-lines", _counted(lines, "loss", "losses"), lines=_few(lines))],
+        "Not read as it is stored",
+        details=[Detail("loss-lines", _counted(lines, "entry", "entries"), lines=_few(lines))],
     )
 
 

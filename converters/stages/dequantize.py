@@ -26,7 +26,7 @@ def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
 
 def flatten_scales(model: Model) -> Model:
     """Every parameter that has a second-level scale multiplied out to float32: the decoded values stay the same bit for
-    bit, because decoding computes exactly these numbers first. A Loss records each."""
+    bit, because decoding computes exactly these numbers first. A note records each."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
@@ -61,7 +61,9 @@ def fold_factors(model: Model) -> Model:
         )
         folded = replace(quantization, scale=scale or quantization.scale, offset=offset, factor=1.0)
         tensors[name] = replace(tensor, quantization=folded)
-        losses.append(Loss(name, "rounded", f"the factor {factor!s} of its values is multiplied into its scales"))
+        losses.append(
+            Loss(name, "rounded", f"its factor {factor!s} is multiplied into its scales, so values round differently")
+        )
     return replace(model, tensors=tensors, losses=tuple(losses))
 
 
@@ -83,10 +85,10 @@ def compute_in_float32(model: Model) -> Model:
         tensors[name] = replace(tensor, quantization=changed)
         rounded = quantization.value_dtype or quantization.compute_dtype
         if rounded != _FLOAT64:
-            detail = f"values are computed in float32, and not rounded to {rounded} as its producer does"
-            losses.append(Loss(name, "widened", detail))
+            detail = f"its values are computed in float32 and not rounded to {rounded}, as its producer rounds them"
+            losses.append(Loss(name, "rounded", detail))
         elif offset is not None or not _equal(scale, quantization.scale):
-            losses.append(Loss(name, "rounded", "its scales of float64, and the products with them, become float32"))
+            losses.append(Loss(name, "rounded", "its float64 scales become float32, and so do the products with them"))
     return replace(model, tensors=tensors, losses=tuple(losses))
 
 

@@ -127,7 +127,7 @@ def accuracy(model: Model) -> tuple[Accuracy, ...]:
 
 
 def _requantized(old: Tensor, new: Tensor) -> str:
-    detail = f"from {old.dtype}, {old.granularity} to {new.dtype}, {new.granularity}"
+    detail = f"requantized from {old.dtype}, {old.granularity} to {new.dtype}, {new.granularity}"
     if any(use.activation is not None for use in old.uses):  # integer kernels add the bias before they scale
         return f"{detail}; a quantized bias keeps its scale, which fits the weight's old one only"
     return detail

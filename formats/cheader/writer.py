@@ -267,10 +267,10 @@ def _losses(model: Model, document: Document) -> Iterator[Loss]:
         for array in entry.arrays[1:]:
             stored = str(array.tensor.dtype)
             if array.notation.c_type == "float" and stored != "float32" and array.tensor.quantization is None:
-                detail = f"its {array.role.replace('_', ' ')} of {stored} is written as float"
+                detail = f"its {array.role.replace('_', ' ')} is written as float ({stored} before)"
                 yield Loss(name, "rounded" if stored == "float64" else "widened", detail)
         if not fits_string(name, document.longest_string):
-            yield Loss(name, "renamed", "its name is cut in the table to the longest string C allows")
+            yield Loss(name, "dropped", "the end of its name in the table: C limits the length of strings")
 
 
 def _write(stream: BinaryIO, text: str) -> None:

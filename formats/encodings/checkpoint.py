@@ -151,12 +151,16 @@ def decode_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[L
     tensors, losses = _in_order(checkpoint, weights, made_of)
     left = {key: tensor for key, tensor in checkpoint.tensors.items() if key not in weights and key not in made_of}
     if checkpoint.method and not weights:
-        detail = f"nothing of quant_method '{checkpoint.method}' was recognised: tensors are as they are stored"
+        detail = (
+            f"no tensor is recognised as quantized by quant_method '{checkpoint.method}': all are taken as they are "
+            "stored, without quantization"
+        )
         losses.append(Loss("", "reinterpreted", detail))
     elif unread := unread_codes(left):
         named = f"'{unread[0]}'" + (f" and {len(unread) - 1} more" if len(unread) > 1 else "")
         detail = (
-            f"{named}: codes by their looks, with scales beside them, of no encoding known here: they are as stored"
+            f"{named} look like codes with scales of an unknown encoding: they are taken as they are stored, without "
+            "quantization"
         )
         losses.append(Loss("", "reinterpreted", detail))
     return tensors, losses

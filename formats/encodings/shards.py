@@ -68,7 +68,9 @@ def owners(shards: Shards, keys: Iterable[tuple[Path, Iterable[str]]]) -> tuple[
         if found.get(key) != path:
             raise CorruptFile("is in the index, but not in the file that it names", path=path, tensor=key)
     unlisted = [key for key in found if key not in shards.index]
-    losses = [Loss(key, "dropped", f"is in '{found[key].name}', but not in the index") for key in unlisted]
+    losses = [
+        Loss(key, "dropped", f"the index does not list it, though '{found[key].name}' has it") for key in unlisted
+    ]
     return {key: path for key, path in found.items() if key in shards.index}, losses
 
 

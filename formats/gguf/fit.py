@@ -74,7 +74,9 @@ def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, t
         _check_minima(source)
     losses = []
     if tensor.dtype in (_INT2, _UINT2):
-        losses.append(Loss(tensor.name, "widened", f"codes of {tensor.dtype} become those of {kind.name}, 4 bits wide"))
+        losses.append(
+            Loss(tensor.name, "widened", f"its {tensor.dtype} codes become 4 bits wide, as {kind.name} has them")
+        )
     return kind, arranged(tensor, quantization, kind), tuple(losses)
 
 

@@ -46,7 +46,7 @@ def metadata_losses(container: GGUFHeader) -> Iterator[Loss]:
     keys = [key for key in container.metadata if not key.startswith(("general.", SPLIT_KEYS))]
     if keys:
         shown = ", ".join(keys[:_SHOWN_KEYS]) + (", …" if len(keys) > _SHOWN_KEYS else "")
-        yield Loss("", "dropped", f"{len(keys)} key-values of its metadata ({shown})")
+        yield Loss("", "dropped", f"{len(keys)} key-values of the metadata ({shown})")
 
 
 def _tensors(container: GGUFHeader) -> dict[str, Tensor]:

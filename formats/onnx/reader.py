@@ -133,10 +133,10 @@ class _Reading:
             self.owners.update((id(header), one.name) for header in one.parameters())
         for scope in flow.scopes:
             names = scope.graph.sparse
-            self.losses += [Loss(name, "dropped", "a sparse initializer, which cannot be read") for name in names]
+            self.losses += [Loss(name, "dropped", "it is a sparse initializer, which cannot be read") for name in names]
             for header in scope.headers.values():
                 if header.data_type == schema.STRING:
-                    self.losses.append(Loss(header.name, "dropped", "strings, which are no weights"))
+                    self.losses.append(Loss(header.name, "dropped", "it holds strings, not numbers"))
                 elif id(header) in weights:
                     yield weights[id(header)]
                 elif id(header) not in self.owners or header.name in scope.outputs:

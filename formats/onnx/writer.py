@@ -186,7 +186,7 @@ def _graph_losses(model: Model) -> list[Loss]:
     if not operators and model.graph is None:
         return []
     reason = f" ({model.graph.missing})" if isinstance(model.graph, Missing) else ""
-    return [Loss("", "dropped", f"the graph of {operators} operators: the ONNX file has the weights only{reason}")]
+    return [Loss("", "dropped", f"its graph of {operators} operators: the ONNX file has only the weights{reason}")]
 
 
 def _dtypes(tensor: Tensor, opset: int) -> Iterator[np.dtype[Any]]:
@@ -204,16 +204,17 @@ def _widenings(model: Model, opset: int) -> list[Loss]:
     codes = {name: tensor.dtype for name, tensor in model.items() if is_integer(tensor.dtype)}
     widened = {name: dtype for name, dtype in codes.items() if carrier(dtype, opset) != dtype}
     return [
-        Loss(name, "widened", f"opset {opset} has no {dtype}: a byte for each code") for name, dtype in widened.items()
+        Loss(name, "widened", f"each {dtype} code takes a byte, because opset {opset} has no {dtype}")
+        for name, dtype in widened.items()
     ]
 
 
 def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
-    """What each tensor is called in the file: its own name, unless ONNX cannot hold that; such a change is a loss."""
+    """What each tensor is called in the file: its own name, unless ONNX cannot hold that; such a change is a note."""
     fitting = {name: name.encode(errors="backslashreplace").decode() or "unnamed" for name in model}
     free = UniqueNames(name for name in model if fitting[name] == name)
     names = {name: name if fit == name else free.fresh(fit) for name, fit in fitting.items()}
-    detail = "ONNX has no empty names, and none that are not Unicode: it is called '{}'"
+    detail = "it is named '{}', because names in ONNX must be Unicode and not empty"
     return names, [Loss(name, "renamed", detail.format(printable(new))) for name, new in names.items() if name != new]
 
 

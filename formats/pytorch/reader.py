@@ -28,7 +28,9 @@ from nibblecast.formats.pytorch.pickle.limits import ENTRY, Limits
 from nibblecast.formats.pytorch.pickle.records import StridedTensor, SubclassTensor
 from nibblecast.formats.pytorch.shards import checkpoint_files, together
 
-_NOT_FOLDED = "its scale was trained with the batch norm folded into it: --opt fold-batch-norm=true does that"
+_NOT_FOLDED = (
+    "its scale was trained with the batch norm folded into it, and it is not folded: add --opt fold-batch-norm=true"
+)
 
 
 @dataclass(frozen=True, slots=True)

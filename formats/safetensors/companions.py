@@ -84,7 +84,7 @@ def copied(model: Model, folder: Path) -> tuple[list[Companion], list[Loss]]:
             if reason is None:
                 found.append(Companion(OutputFile(folder / relative, path.stat().st_size, folder=folder), path))
             else:
-                losses.append(Loss("", "dropped", f"the file '{relative}' of the source's folder, which {reason}"))
+                losses.append(Loss("", "dropped", f"the file '{relative}' of the source's folder: it {reason}"))
     except OSError as error:
         where = Path(error.filename or source)
         raise CorruptFile(
@@ -108,8 +108,8 @@ def _entries(source: Path, without: Path) -> Iterator[Path]:
 def _reason_against(path: Path, source: Path) -> str | None:
     """Why a file is not copied; None where it is. Raises OSError."""
     if not path.is_file():
-        return "is not a regular file" if path.exists() else "is a link to nothing"
-    return None if is_inside(path, source) else "is a link out of it"
+        return "is not a regular file" if path.exists() else "is a broken link"
+    return None if is_inside(path, source) else "is a link to a file outside of it"
 
 
 def _is_companion(relative: Path) -> bool:

@@ -36,7 +36,7 @@ def as_float_model(model: Model) -> tuple[Model, tuple[Loss, ...]]:
 
 def unheld_scales(model: Model, layout: str) -> list[Loss]:
     """What is lost where codes of layers whose inputs are scaled are stored in a layout that has no such scales."""
-    detail = f"multiplies the inputs of a layer, which libraries of the layout {layout} do not: kept as a tensor"
+    detail = f"stays a tensor, which libraries of the layout {layout} do not multiply the layer's inputs by"
     return [Loss(name, "reinterpreted", detail) for name in model if name.endswith(_PRE_QUANT_SCALE)]
 
 
@@ -69,7 +69,7 @@ def _with_scaled_inputs(model: Model) -> tuple[Model, tuple[Loss, ...]]:
             continue
         tensors[weight.name] = replace(weight, data=_scaled(weight, scale))
         del tensors[name]
-        losses.append(Loss(weight.name, "rounded", "its pre_quant_scale, of its inputs, is multiplied into it"))
+        losses.append(Loss(weight.name, "rounded", "the pre_quant_scale of its inputs is multiplied into it"))
     return replace(model, tensors=tensors), tuple(losses)
 
 

@@ -120,7 +120,9 @@ def _encoded(model: Model, options: SafetensorsOptions) -> _Contents:
             tensors[name] = weights[name].weight
         except Unsupported as error:
             tensors[name] = _dequantized_instead(tensor, error, options)
-            losses.append(Loss(name, "widened", f"its codes become {tensors[name].dtype} values: it {error.message}"))
+            losses.append(
+                Loss(name, "dropped", f"its codes: it becomes {tensors[name].dtype} values, because it {error.message}")
+            )
     configuration = encoding.configuration(weights, [name for name in tensors if name not in weights])
     units = [
         {key: configuration.stored.get(key, part) for key, part in weights[name].stored.items()}

@@ -16,7 +16,7 @@ from nibblecast.formats.safetensors.container import SafetensorsHeader
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, build
 from nibblecast.formats.safetensors.shards import open_checkpoint
 
-_FLOAT6 = "its float6 tensors are taken to have the lowest bits first, an order that safetensors leaves open"
+_FLOAT6 = "its float6 tensors are read lowest bits first, because safetensors does not define their order of bits"
 
 
 class SafetensorsReader:

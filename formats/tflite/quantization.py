@@ -61,7 +61,7 @@ def _affine(
     axis = parameters.quantized_dimension
     if len(shape) == 1 and axis != 0 and shape[0] == scale.size > 1:
         # tflite-micro's own person_detect gives its 1-D biases the axis of the weights
-        losses.append(Loss(name, "reinterpreted", f"quantized dimension {axis} of a 1-D tensor taken as 0"))
+        losses.append(Loss(name, "reinterpreted", f"its quantized dimension {axis} is taken as 0, because it is 1-D"))
         axis = 0
     # LiteRT refuses an impossible dimension even where a single scale needs none
     exists = 0 <= axis < len(shape)

@@ -56,7 +56,13 @@ class TFLiteReader:
             for constant in numbers:
                 name = next(names)
                 if name != constant.name:
-                    losses.append(Loss(name, "renamed", f"another tensor is named '{constant.name}' too"))
+                    losses.append(
+                        Loss(
+                            name,
+                            "renamed",
+                            f"has a number in its name, because another tensor is named '{constant.name}'",
+                        )
+                    )
                     constant.name = name
             for constant, (tensor, its_losses) in zip(numbers, file.tensors(numbers), strict=True):
                 tensors[tensor.name] = by_key[constant.key] = tensor
@@ -153,7 +159,7 @@ class _ModelFile:
                     if data is not None and kind in schema.DTYPES:
                         found.append(_Constant(key, name, table, _shape(table), schema.DTYPES[kind], data))
                     elif data is not None and data.nbytes:
-                        losses.append(Loss(name, "dropped", f"{kind} holds no numbers"))
+                        losses.append(Loss(name, "dropped", f"its {kind} elements, which are not numbers"))
                 except Error as error:
                     error.tensor = error.tensor or name
                     raise
@@ -189,7 +195,9 @@ class _ModelFile:
                     source = _Parameters(plain, key, name)
                     quantization, losses = quantization_of(name, constant.shape, constant.table.quantization, source)
                 if constant.table.sparsity is not None:
-                    losses.append(Loss(name, "expanded", "its sparse values are written with the zeros between"))
+                    losses.append(
+                        Loss(name, "expanded", "its sparse values are written out with the zeros between them")
+                    )
                 results.append((key, replace(plain[key], quantization=quantization), losses))
             except Error as error:
                 error.tensor = error.tensor or name

@@ -6,13 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import nibblecast
 from nibblecast.converters.cli.arguments import human_bytes, progress_bar, with_default_dequantize
 from nibblecast.converters.version import __version__
+from tests import zoo
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 INT4 = str(FIXTURES / "cnn_int4_per_channel.tflite")
@@ -126,14 +129,41 @@ def test_quiet_and_dry_run(tmp_path: Path) -> None:
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_losses_are_listed(tmp_path: Path) -> None:
-    done = run("convert", FIXTURES / "sparse_float32.tflite", tmp_path / "a.safetensors")
+def test_an_exact_change_of_form_is_a_note_and_no_loss(tmp_path: Path) -> None:
+    done = run("convert", FIXTURES / "sparse_float32.tflite", tmp_path / "a.safetensors", "--fail-on-loss")
     assert done.returncode == 0
-    assert "lost: " in done.stderr
-    assert "expanded" in done.stderr
-    done = run("convert", FIXTURES / "sparse_float32.tflite", tmp_path / "b.safetensors", "--fail-on-loss")
-    assert_one_line_error(done, 5, "would lose")
-    assert not (tmp_path / "b.safetensors").exists()
+    assert re.fullmatch(r"note: \S+: its sparse values are written out with the zeros between them\n", done.stderr)
+    done = run("inspect", FIXTURES / "sparse_float32.tflite")
+    assert "\nnote: " in done.stdout
+    document = json.loads(run("inspect", FIXTURES / "sparse_float32.tflite", "--json").stdout)
+    assert (document["losses"], len(document["notes"])) == ([], 1)
+    document = json.loads(
+        run("convert", FIXTURES / "sparse_float32.tflite", tmp_path / "b.safetensors", "--json").stdout
+    )
+    assert (document["losses"], len(document["notes"])) == ([], 1)
+
+
+def test_what_is_not_kept_or_changed_is_listed_and_refused_on_request(tmp_path: Path) -> None:
+    source, target = FIXTURES.parent / "gguf" / "types.gguf", tmp_path / "a.safetensors"
+    done = run("convert", source, target)
+    assert done.returncode == 0
+    assert done.stderr.startswith("not kept: the model: ")
+    done = run("convert", INT4, target, "--quantize", "int8,requantize")
+    assert "\nchanged: " in f"\n{done.stderr}"
+    target.unlink()
+    done = run("convert", source, target, "--fail-on-loss")
+    assert_one_line_error(done, 5, "refused by --fail-on-loss: not kept: the model: ")
+    assert not target.exists()
+
+
+def test_of_many_losses_and_notes_the_first_are_shown(tmp_path: Path) -> None:
+    weights = [zoo.quantized(f"w{i}", (4, 8), (1, 8)) for i in range(12)]
+    weights = [replace(w, quantization=replace(w.quantization, factor=0.3)) for w in weights]
+    nibblecast.save(zoo.model(weights), tmp_path / "a.safetensors")
+    done = run("convert", tmp_path / "a.safetensors", tmp_path / "a.onnx", "--opt", "opset=13")
+    lines = done.stderr.splitlines()
+    assert lines[10:11] == ["note: 2 more; --json lists all"]
+    assert lines[21:] == ["not kept or changed: 2 more; --json lists all"]
 
 
 @pytest.mark.parametrize(

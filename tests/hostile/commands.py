@@ -19,7 +19,7 @@ SECONDS, BYTES, CHARACTERS = 10.0, 1500 << 20, 10_000
 _CODES = frozenset({0, 2, 3, 4, 5, 6, 7, 8})
 _OF_MODELS = _CODES - {7}
 _PROGRESS = re.compile(r"\d+/\d+ (done|failed): .*")
-_TOLD = ("note: ", "lost: ")
+_TOLD = ("note: ", "changed: ", "not kept: ", "not kept or changed: ")
 
 #: {input}: the hostile file or folder; {out}: an empty folder; {folder}: a folder that holds the hostile file alone.
 _MODEL_COMMANDS = """

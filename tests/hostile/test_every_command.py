@@ -77,7 +77,7 @@ def test_the_fixtures_are_what_the_script_makes() -> None:
     assert sum(path.stat().st_size for path in kept.values()) < 1 << 20
 
 
-DONE = Ended("convert {input} {out}/m.h", 0, err="note: a hint\nlost: w: dropped\n", outputs=["m.h", "m.c"])
+DONE = Ended("convert {input} {out}/m.h", 0, err="note: a hint\nnot kept: w: dropped\n", outputs=["m.h", "m.c"])
 REFUSED = Ended("inspect {input}", 3, err="nibblecast: m.h: is damaged\n")
 
 

@@ -228,9 +228,9 @@ def test_files_that_are_not_copied_are_said(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.safetensors"]
     said = "; ".join(loss.detail for loss in done.losses)
     for name, reason in {
-        "tokenizer.json": "is a link out of it",
-        "gone.json": "is a link to nothing",
+        "tokenizer.json": "is a link to a file outside of it",
+        "gone.json": "is a broken link",
         "folder": "is not a regular file",
         "fifo": "is not a regular file",
     }.items():
-        assert f"'{name}' of the source's folder, which {reason}" in said
+        assert f"'{name}' of the source's folder: it {reason}" in said

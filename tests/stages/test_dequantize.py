@@ -127,7 +127,7 @@ def test_what_a_format_cannot_round_to_is_a_loss_and_its_float32_values_stay() -
     tensor = Tensor.from_array("w", np.arange(8, dtype=np.int8).reshape(2, 4), quantization)
     model = stage.compute_in_float32(Model({"w": tensor}))
     assert [str(loss) for loss in model.losses] == [
-        "w: widened: values are computed in float32, and not rounded to float16 as its producer does"
+        "changed: w: its values are computed in float32 and not rounded to float16, as its producer rounds them"
     ]
     changed = model["w"].quantization
     assert changed is not None

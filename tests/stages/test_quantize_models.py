@@ -93,7 +93,9 @@ class TestWhichTensors:
         assert found["q"] is model["q"]
         assert found["f"].dtype == np.int8
         again = quantize_model(model, parse_scheme("int8,block=4,requantize"))
-        assert again.losses == (Loss("q", "requantized", "from int4, per-axis 0 to int8, blockwise (1, 4)"),)
+        assert again.losses == (
+            Loss("q", "requantized", "requantized from int4, per-axis 0 to int8, blockwise (1, 4)"),
+        )
         as_floats = Tensor.from_array("q", model["q"].dequantize(np.float32))
         np.testing.assert_array_equal(again["q"].codes(), quantized(as_floats, parse_scheme("int8,block=4")).codes())
 

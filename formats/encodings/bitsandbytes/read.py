@@ -96,7 +96,9 @@ def _losses(name: str, state: _State, blocks: FlatBlocks) -> tuple[Loss, ...]:
         repeats = max(repeats, blocks.nested(state.nested_blocksize).repeats)
     if repeats == 1:
         return ()
-    detail = f"blocks of {state.blocksize} cross the rows of {state.shape}: scales are held up to {repeats} times"
+    detail = (
+        f"blocks of {state.blocksize} cross the rows of {state.shape}, so scales are repeated up to {repeats} times"
+    )
     return (Loss(name, "expanded", detail),)
 
 

@@ -248,7 +248,7 @@ def _packed_floats(stored: WeightTensors, packed: Tensor, scale: Tensor) -> Deco
     if scale.dtype == FLOAT8_E4M3:
         schemes(stored, frozenset(("nvfp4-pack-quantized",)))
         scales = divided(scale, stored[".weight_global_scale"])
-        loss = Loss(name, "widened", "its scales, float8 by a divisor, are divided to float32")
+        loss = Loss(name, "widened", "its float8 scales are divided by the global scale, to float32")
         return DecodedWeight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
         schemes(stored, frozenset(("mxfp6-pack-quantized",)))

@@ -263,7 +263,11 @@ def _divisor(name: str, scale: Tensor) -> tuple[np.float32, tuple[Loss, ...]]:
         raise Unsupported(f"has the second-level scale {seen}, whose reciprocal is no float32", tensor=name)
     if np.array_equal(replace(every, quantization=nested).dequantize(np.float32), quotients):
         return divisor, ()
-    return divisor, (Loss(name, "rounded", f"its scales are divided by {divisor}, and rounded otherwise by that"),)
+    return divisor, (
+        Loss(
+            name, "rounded", f"its scales are divided by {divisor} instead of multiplied, so values round differently"
+        ),
+    )
 
 
 def _quantization(weight: Tensor) -> Quantization:

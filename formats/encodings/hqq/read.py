@@ -132,7 +132,7 @@ def decode(stored: WeightTensors) -> DecodedWeight:
 
 def _expanded(name: str, shape: tuple[int, ...], matrix: tuple[int, int], axis: int) -> Loss:
     groups = f"groups along axis {axis} of a matrix {matrix}"
-    return Loss(name, "expanded", f"{groups} are no blocks of shape {shape}: scales are held several times")
+    return Loss(name, "expanded", f"{groups} do not divide the shape {shape} into blocks, so scales are repeated")
 
 
 def _as(dtype: np.dtype[Any], name: str, parameter: Tensor) -> Tensor:

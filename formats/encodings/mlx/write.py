@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import bits_of
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, blocked
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked
 from nibblecast.formats.encodings.bytes.bit_fields import code_dtype
 from nibblecast.formats.encodings.checkpoint import Checkpoint, WeightTensors
 from nibblecast.formats.encodings.mlx.read import DEFAULTS, ModuleSettings, decode
@@ -254,7 +253,6 @@ def _losses(weight: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Loss,
         raise Unsupported(message, tensor=weight.name)
     if own != _FLOAT32:
         change = largest_change(weight, function, own)
-    kind: LossKind = "widened" if bits_of(after.compute_dtype) > bits_of(own) else "rounded"
     computed = "scale * code" if after.offset is None else "scale * code + bias"
-    detail = f"its values are {computed}, each rounded to {after.compute_dtype} as MLX does: as {own} they "
-    return (Loss(weight.name, kind, detail + (f"change by {change:.2g} at the most" if change else "stay")),)
+    detail = f"its values become {computed}, each step rounded to {after.compute_dtype} as MLX does: as {own} they "
+    return (Loss(weight.name, "rounded", detail + (f"change by at most {change:.2g}" if change else "stay")),)

@@ -40,7 +40,9 @@ _PLAIN = ".weight._data"
 _SCALE, _SHIFT = ".weight._scale", ".weight._shift"
 _ACTIVATIONS = (".input_scale", ".output_scale")
 _CODES: Mapping[int, np.dtype[Any]] = MappingProxyType({2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4)})
-_NO_SHAPE = "is taken for a matrix: its shape is not in the file, and a convolution's has more axes"
+_NO_SHAPE = (
+    "is read as a matrix, because its shape is not in the file: the weight of a convolution would have more axes"
+)
 _GROUP_SIZES = (128, 96, 64, 32)
 _TYPES = ("qint2", "qint4", "qint8", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2")
 #: The sizes of an architecture that say how many rows the layers of these names have (transformers' names).

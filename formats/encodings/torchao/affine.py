@@ -98,7 +98,7 @@ def cpu_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
         )
     parts.lose(
         "reinterpreted",
-        f"its bytes are in the order of the CPU that packed it, which is not recorded: {parts.cpu} is assumed",
+        f"its bytes are read in the order of {parts.cpu}, because the file does not say which CPU packed them",
     )
     return for_cpu(parts.name, packed, parts.shape, parts.cpu)
 
@@ -113,7 +113,10 @@ def tensor_core_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
             f"has packed weights of shape {packed.shape} of {packed.dtype}, where ({-(-height // 8)}, "
             f"{columns} / 32 / n, 32, n) of int32 are needed, or more"
         )
-    parts.lose("reinterpreted", "its words are in the order of NVIDIA's tensor cores, unless an AMD GPU packed it")
+    parts.lose(
+        "reinterpreted",
+        "its words are read in the order of NVIDIA's tensor cores: they are wrong if an AMD GPU packed it",
+    )
     return for_tensor_cores(parts.name, packed, parts.shape)
 
 

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import Loss, LossKind, Tensor, is_float, is_integer
+from nibblecast.converters.ir import Loss, Tensor, is_float, is_integer
+from nibblecast.converters.metadata import LossKind
 
 #: The instruction sets for which PyTorch packs int4 weights differently.
 Cpu = Literal["avx512", "avx2", "generic"]

@@ -245,7 +245,7 @@ def _nf4(parts: InnerTensors) -> Tensor:
     parts.fits("quantization_factor", factor, (blocks // scaler_block,))
     if mean.size != 1 or {factor.dtype, mean.dtype} - {dtype}:
         raise parts.corrupt(f"has factors of {factor.dtype} and a mean of {mean.dtype}: {dtype} is needed")
-    parts.lose("widened", f"its scales, int8 themselves, are decoded to {dtype.name}")
+    parts.lose("widened", f"its int8 scales are decoded to {dtype.name}")
 
     def scales(first: int, last: int) -> Any:
         width = grid_shape(shape, block_shape)[-1]
@@ -279,13 +279,13 @@ def _wrapper(parts: InnerTensors) -> Tensor:
 
 def _activation_scale(parts: InnerTensors) -> Tensor:
     """WeightTensorWithLinearActivationScaleMetadata: the activation is divided by a scale first."""
-    parts.lose("dropped", "the scale that its activation is divided by first is not part of the weight")
+    parts.lose("dropped", "the scale of its activation, which is divided by it first: a weight cannot hold it")
     return _wrapper(parts)
 
 
 def _note_activation_scale(parts: InnerTensors) -> None:
     if parts.get("act_pre_scale") is not None:
-        parts.lose("dropped", "act_pre_scale, which its activation is multiplied by first, is not part of the weight")
+        parts.lose("dropped", "act_pre_scale, which multiplies its activation first: a weight cannot hold it")
 
 
 def _float4_codes(parts: InnerTensors, stored: Tensor, *, high_first: bool) -> Tensor:

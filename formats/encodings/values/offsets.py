@@ -53,7 +53,7 @@ def offsets_as_zero_points(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     change = largest_change(weight, _with_zero_points, own)
     if not change:
         return changed, ()
-    detail = f"its offsets become zero points: as {own} values change by {change:.2g} at the most"
+    detail = f"its offsets become zero points: as {own} values change by at most {change:.2g}"
     return changed, (Loss(weight.name, "rounded", detail),)
 
 

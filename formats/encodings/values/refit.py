@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, LossKind, Quantization, Tensor, grid_shape, is_integer
+from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, is_integer
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.rows import by_rows
 from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOATS, value_dtype
@@ -292,7 +292,7 @@ def _scales_as(weight: Tensor, dtype: np.dtype[Any] | None) -> tuple[Tensor, tup
         with np.errstate(over="ignore"):
             exact = np.array_equal(values.astype(wanted).astype(values.dtype), values, equal_nan=True)
         if not exact:
-            losses.append(Loss(weight.name, "rounded", f"its {role} of {values.dtype} is rounded to {wanted}"))
+            losses.append(Loss(weight.name, "rounded", f"its {role} is rounded to {wanted} ({values.dtype} before)"))
     return replace(weight, quantization=replace(quantization, **changed)), tuple(losses)
 
 
@@ -322,8 +322,7 @@ def _given_as(
     before = own_dtype(quantization)
     if before == dtype:
         return given, ()
-    kind: LossKind = "rounded" if bits_of(dtype) < bits_of(before) else "widened"
-    return given, (Loss(weight.name, kind, f"its values are of {dtype}, {what}, and no longer of {before}"),)
+    return given, (Loss(weight.name, "rounded", f"its values become {dtype}, {what} ({before} before)"),)
 
 
 def powers_in_float32(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
@@ -346,7 +345,9 @@ def without_factor(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
         return parameter and elementwise(parameter, _FLOAT32, lambda stored: stored.astype(np.float32) * factor)
 
     folded = replace(quantization, scale=times(quantization.scale), offset=times(quantization.offset), factor=1.0)
-    loss = Loss(weight.name, "rounded", f"the factor {factor!s} of its values is multiplied into its scales")
+    loss = Loss(
+        weight.name, "rounded", f"its factor {factor!s} is multiplied into its scales, so values round differently"
+    )
     return replace(weight, quantization=folded), (loss,)
 
 

@@ -136,7 +136,7 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
     plan = _planned(changes, model, {}, target, options, [])
     taken = {place.tensor.name for place in made.places.values()}
     unused = [n for n, t in model.items() if n not in taken and t.parameter_of not in model and _is_weight(t)]
-    return replace(plan, losses=[Loss(n, "dropped", "no operator of the graph takes it") for n in unused])
+    return replace(plan, losses=[Loss(n, "dropped", "no operator of the graph uses it") for n in unused])
 
 
 def _is_weight(tensor: Tensor) -> bool:

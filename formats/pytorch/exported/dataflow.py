@@ -257,7 +257,7 @@ class _Follower:
             if value is None or weight is None:
                 continue
             if node.operator in _CASTING and value.view is not None and _looks_like_codes(value.view):
-                self.unresolved[value.stored] = "the program decodes it by arithmetic of its own (run_decompositions)"
+                self.unresolved[value.stored] = "the program decodes it by its own arithmetic (run_decompositions)"
             activation = result = None
             if position > 0 and node.outputs:
                 first = node.inputs[0][1]

@@ -79,7 +79,7 @@ def _read_storages(found: ProgramTensors, archive: Archive, folder: str, config:
             raise CorruptFile(f"has a tensor in the record {brief(path)}, which is no plain name", tensor=name)
         try:
             if meta.get("tensor_meta") is None:
-                detail = f"an object of TorchScript or Python ({brief(path)}), no tensor"
+                detail = f"it is an object of TorchScript or Python ({brief(path)}), not a tensor"
                 found.losses.append(Loss(name, "dropped", detail))
             elif meta.get("use_pickle"):
                 if path not in pickled:
@@ -126,4 +126,4 @@ def _read_pickles(found: ProgramTensors, archive: Archive, record: str, limits: 
         if is_tensor(value):
             found.tensors[name] = value
         else:
-            found.losses.append(Loss(name, "dropped", f"an object of {type(value).__name__}, no tensor"))
+            found.losses.append(Loss(name, "dropped", f"it is an object of {type(value).__name__}, not a tensor"))

@@ -98,7 +98,7 @@ def _graph(
 
 def _losses(flow: Flow) -> Iterator[Loss]:
     for name, reason in flow.unresolved.items():
-        yield Loss(name, "reinterpreted", f"{reason}: these are plain codes")
+        yield Loss(name, "reinterpreted", f"{reason}: it is taken as plain codes, without quantization")
 
 
 def _wrapped(payload: ProgramTensors, flow: Flow) -> Iterator[tuple[str, SubclassTensor]]:

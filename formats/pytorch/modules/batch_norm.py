@@ -39,7 +39,11 @@ def fold_batch_norms(
         if not isinstance(eps, float):
             eps = _DEFAULT_EPS
             losses.append(
-                Loss(weight_name, "reinterpreted", f"batch norm is folded with eps {eps}, which is not in the file")
+                Loss(
+                    weight_name,
+                    "reinterpreted",
+                    f"batch norm is folded with eps {eps}, PyTorch's default: the file does not say it",
+                )
             )
         mean, variance, gamma, beta = (
             _channels(tensors.get(prefix + role), default, weight, weight_name)

@@ -92,7 +92,7 @@ def quantize_weights(
         del result[name]
     if idle:
         losses.append(
-            Loss("", "dropped", f"{len(idle)} tensors that observers and fake quantizers need in training only")
+            Loss("", "dropped", f"{len(idle)} tensors of observers and fake quantizers, which only training needs")
         )
     return result, losses
 
@@ -125,9 +125,7 @@ def _as_trained(
     zero_point = tensors.get(f"{quantizer.name}.zero_point")
     block_shape = _block_shape(weight, scale, settings, losses, quantizer.weight)
     if block_shape is None or (zero_point is not None and zero_point.size != scale.size):
-        detail = (
-            f"its fake quantizer has scales of shape {brief(scale.shape)}, whose meaning is not known: left as floats"
-        )
+        detail = f"it stays float: the scales of its fake quantizer have an unknown layout {brief(scale.shape)}"
         return None, [Loss(quantizer.weight, "reinterpreted", detail)]
     allowed.take(scale.size * _FITTING_BYTES, quantizer.weight)
     limits, how = _range(quantizer, scale, zero_point, tensors, settings, bits)
@@ -170,7 +168,11 @@ def _block_shape(
     axes = [axis for axis, size in enumerate(shape) if size == scale.size]
     if len(axes) > 1:
         losses.append(
-            Loss(name, "reinterpreted", f"its {scale.size} scales fit the axes {axes}: taken along axis {axes[0]}")
+            Loss(
+                name,
+                "reinterpreted",
+                f"its {scale.size} scales are taken along axis {axes[0]}, though they fit each of the axes {axes}",
+            )
         )
     return per_axis(shape, axes[0]) if axes else None
 
@@ -197,19 +199,23 @@ def _range(
     if all(t is not None and t.size in (1, scales.size) for t in seen):
         low, high = (t.dequantize().reshape(-1).astype(np.float64) for t in seen if t is not None)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            return None, "its fake quantizer has seen no data: left as floats"
+            return None, "it stays float: its fake quantizer has seen no data"
         fitting = _fitting(scales, zeros, low, high, bits)
     if fitting and len({highest for _, highest in fitting}) == 1:
         # -8 to 7 and -7 to 7 fit the same scales where no channel reaches further down than up: then they are the same
         lowest, highest = min(fitting)
-        return (lowest, highest), f"codes from {lowest} to {highest}, which the file does not say, fit its scales"
+        return (
+            lowest,
+            highest,
+        ), f"it is taken as codes from {lowest} to {highest}: they fit its scales, but the file does not say"
     if bits is None and len(scale.shape) == 2:  # learned ranges are symmetric, and no observer has seen them
-        return (-8, 7), "taken for 4 bits, symmetric, which the file does not say: --opt bits= settles it"
+        return (-8, 7), "it is taken as symmetric with 4 bits, because the file does not say: --opt bits= sets this"
     if bits is None:
-        return None, "the range of its codes is not in the file, and its observer does not tell: --opt bits= settles it"
+        return None, "it stays float: the file does not say the range of its codes (set --opt bits=)"
     unsigned = bool((zeros > 0).any() and not (zeros < 0).any())
     limits = (0, (1 << bits) - 1) if unsigned else (-(1 << bits - 1), (1 << bits - 1) - 1)
-    return limits, f"{bits} bits as --opt bits= says, {'unsigned' if unsigned else 'signed'} after its zero points"
+    sign = "unsigned" if unsigned else "signed"
+    return limits, f"it is taken as {bits} bits (--opt bits=), {sign} by its zero points"
 
 
 def _fitting(

@@ -35,7 +35,7 @@ def unpack_parameters(found: StateDict, limits: Limits) -> None:
         parts = dict(_parts(name, leaf, found, cells, limits))
         leaves.update(parts)
         if not parts:
-            found.losses.append(Loss(name, "dropped", f"packed parameters of {_class_of(leaf)} are not known here"))
+            found.losses.append(Loss(name, "dropped", f"packed parameters of the unknown class {_class_of(leaf)}"))
     found.leaves = leaves
 
 
@@ -137,8 +137,8 @@ def _directions(module: str, found: StateDict, cells: dict[str, int], limits: Li
         found.losses.append(
             Loss(
                 f"{module}weight_ih_l1",
-                "renamed",
-                "may be the second direction's: the file does not say how many there are",
+                "reinterpreted",
+                "is named as the second layer's, but may be the second direction's: the file does not say",
             )
         )
     return 2 if same else 1

@@ -87,7 +87,7 @@ def _unwrapped(saved: Any, found: StateDict, limits: Limits) -> Any:
         for key, value in saved.items():
             if key != keys[0] and (count := _count_tensors(value, limits)):
                 of = described(key.text if isinstance(key, Key) else key)
-                found.losses.append(Loss("", "dropped", f"{of} of the checkpoint, with {count} tensors, is no weights"))
+                found.losses.append(Loss("", "dropped", f"{of} ({count} tensors) is not part of the model"))
         saved = saved[keys[0]]
     raise CorruptFile(f"nests its state dict more than {_MOST_DEPTH} deep")
 

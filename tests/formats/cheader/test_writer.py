@@ -215,7 +215,7 @@ def test_losses(tmp_path):
     assert [(loss.tensor, loss.kind) for loss in plan.losses] == [
         ("half", "widened"),
         ("double", "rounded"),
-        (long.name, "renamed"),
+        (long.name, "dropped"),
     ]
 
 

@@ -38,7 +38,9 @@ def losses(arrays: dict[str, Any]) -> list[str]:
 )
 def test_codes_with_a_scale_beside_them_are_said(arrays: dict[str, Any]) -> None:
     (loss,) = losses(arrays)
-    assert loss.startswith(f"the model: reinterpreted: '{next(iter(arrays))}': codes by their looks")
+    assert loss.startswith(
+        f"changed: the model: '{next(iter(arrays))}' look like codes with scales of an unknown encoding"
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,4 +63,4 @@ def test_many_are_one_loss() -> None:
     for number in range(3):
         arrays |= {f"m{number}.weight": np.ones((4, 8), FLOAT8), f"m{number}.scale_weight": SCALES}
     (loss,) = losses(arrays)
-    assert "'m0.weight' and 2 more: codes" in loss
+    assert "'m0.weight' and 2 more look like codes" in loss

@@ -41,7 +41,7 @@ def test_any_file_of_them_and_their_folder_are_the_whole_model(first_is_empty: b
     for path in (*files, tmp_path):
         model = nibblecast.load(path)
         assert list(model) == list(ARRAYS)
-        assert [loss.detail for loss in model.losses] == ["1 key-values of its metadata (llama.context_length)"]
+        assert [loss.detail for loss in model.losses] == ["1 key-values of the metadata (llama.context_length)"]
 
 
 @pytest.mark.peers

@@ -237,8 +237,8 @@ def test_a_name_that_onnx_cannot_hold_is_a_loss(tmp_path):
     )
     plan = write(some, tmp_path / "w.onnx")
     assert [str(loss) for loss in plan.losses] == [
-        "the model: renamed: ONNX has no empty names, and none that are not Unicode: it is called 'unnamed_1'",
-        "\ud800: renamed: ONNX has no empty names, and none that are not Unicode: it is called '\\ud800'",
+        "note: the model: it is named 'unnamed_1', because names in ONNX must be Unicode and not empty",
+        "note: \\ud800: it is named '\\ud800', because names in ONNX must be Unicode and not empty",
     ]
     onnx.checker.check_model(str(tmp_path / "w.onnx"), full_check=True)
     assert list(OnnxReader().read(tmp_path / "w.onnx")) == ["unnamed_1", "unnamed", "\\ud800"]

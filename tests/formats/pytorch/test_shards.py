@@ -109,7 +109,7 @@ def test_what_an_index_leaves_out_is_said(tmp_path: Path) -> None:
     model = nibblecast.load(indexed(tmp_path, {"a": ONE}))
     assert list(model) == ["a"]
     (loss,) = model.losses
-    assert str(loss) == f"left: dropped: is in '{ONE}', but not in the index"
+    assert str(loss) == f"not kept: left: the index does not list it, though '{ONE}' has it"
 
 
 @pytest.mark.parametrize("names", [(ONE, TWO), ("consolidated.00.pth", "consolidated.01.pth")])
@@ -157,7 +157,7 @@ def test_a_damaged_shard_is_named(content: bytes, tmp_path: Path) -> None:
 def test_a_configuration_that_nothing_fits_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "strange"}}')
     (loss,) = nibblecast.load(two_shards(tmp_path)).losses
-    assert "nothing of quant_method 'strange' was recognised" in str(loss)
+    assert "no tensor is recognised as quantized by quant_method 'strange'" in str(loss)
 
 
 @pytest.mark.peers

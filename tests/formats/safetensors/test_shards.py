@@ -86,4 +86,4 @@ def test_a_folder_with_a_file_of_ours_is_read_as_that(tmp_path: Path) -> None:
 def test_an_encoding_that_is_not_known_is_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", TENSORS, config={"quantization_config": {"quant_method": "strange"}})
     (loss,) = nibblecast.load(folder).losses
-    assert "nothing of quant_method 'strange' was recognised" in str(loss)
+    assert "no tensor is recognised as quantized by quant_method 'strange'" in str(loss)

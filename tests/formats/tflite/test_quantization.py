@@ -288,7 +288,9 @@ def test_the_axis_of_a_1d_bias_is_taken_as_0_and_reported(load: Load, axis: int)
     loaded = load(model([constant("b", "INT32", (3,), codes.tobytes(), quantization=affine([1, 2, 4], axis=axis))]))
     assert loaded["b"].granularity == "per-axis 0"
     assert loaded["b"].dequantize().tolist() == [1, -4, 12]
-    assert loaded.losses == (Loss("b", "reinterpreted", f"quantized dimension {axis} of a 1-D tensor taken as 0"),)
+    assert loaded.losses == (
+        Loss("b", "reinterpreted", f"its quantized dimension {axis} is taken as 0, because it is 1-D"),
+    )
 
 
 def test_a_table_without_scales_is_no_quantization(load: Load) -> None:

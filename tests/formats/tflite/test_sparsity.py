@@ -121,7 +121,9 @@ def test_a_sparse_fixture_is_what_densify_makes_of_it(name: str, shape: tuple[in
     assert (weight.dtype, weight.nbytes) == (dtype, prod(shape) * np.dtype(dtype).itemsize)
     assert values.tobytes() == truth[f"values/{weight.name}"].tobytes()
     assert 0.8 < np.mean(values == 0) < 0.9
-    assert loaded.losses == (Loss(weight.name, "expanded", "its sparse values are written with the zeros between"),)
+    assert loaded.losses == (
+        Loss(weight.name, "expanded", "its sparse values are written out with the zeros between them"),
+    )
 
 
 def test_the_csr_example_of_the_schema() -> None:

@@ -64,7 +64,7 @@ def test_onnxruntime_computes_what_torch_does(name, tmp_path):
     # the reader of ONNX follows the arithmetic that a decomposed program decodes its weights by
     done = nibblecast.convert(path_of(name), target, verify=name != "torchao_decomposed")
     assert all(
-        loss.detail == "no operator of the graph takes it" or loss.kind == "reinterpreted" for loss in done.losses
+        loss.detail == "no operator of the graph uses it" or loss.kind == "reinterpreted" for loss in done.losses
     )
     for found, expected in zip(*outputs(target, name), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
