@@ -1,4 +1,4 @@
-"""What the reader of torchao's tensors refuses, each by its message: one sound tensor of a class, one attribute changed."""
+"""What the reader of torchao's tensors refuses, by its message: a sound tensor of a class, one attribute changed."""
 
 from __future__ import annotations
 
