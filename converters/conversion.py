@@ -14,7 +14,7 @@ from nibblecast.converters import pipeline, plugins
 from nibblecast.converters.compare.comparison import Comparison, compare
 from nibblecast.converters.errors import UsageError, VerificationFailed
 from nibblecast.converters.input.paths import AnyPath, input_path, output_path
-from nibblecast.converters.interfaces import OutputFile, Progress, Validating
+from nibblecast.converters.interfaces import OutputFile, Progress
 from nibblecast.converters.ir import Loss, Model
 from nibblecast.converters.option_routing import reader_and_writer_options, reader_options, writer_options
 
@@ -243,8 +243,6 @@ def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
 
 def _hints(output: pipeline.PlannedOutput, main: Path) -> Sequence[str]:
     """What the format's own checker says of it. Raises VerificationFailed."""
-    if not isinstance(output.plan, Validating):
-        return ()
     try:
         return output.plan.validate(main)
     except VerificationFailed as error:

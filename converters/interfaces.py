@@ -1,17 +1,25 @@
 """What a format plugin implements: a `Reader`, a `Writer`, or both. The types here are all that they share.
 
-A reader turns a path into a Model and reads headers only. A writer works in two passes: `plan` looks at names, shapes
-and dtypes, and says which files there will be and how large; the plan's `open` gives a sink, which gets the tensors one
-by one, in the model's order, and writes each payload as it comes. Files are temporary until the pipeline puts them in
-their place, all or none.
+A reader turns a path into a Model and reads headers only. A writer works in two passes. `plan` looks at names, shapes
+and dtypes, and gives the shards: the files that there will be, how large each is, which tensors it takes. Then the
+pipeline asks each shard to write itself. Files are temporary until the pipeline puts them in their place, all or none.
+
+Why pull. A file has its own order: safetensors has wide elements first, C has its declarations before the data. A
+pipeline that pushes tensors in the model's order makes such a writer seek, or hold what comes too early. A shard that
+fetches its tensors itself writes front to back, through whichever stream there is, and lets go of each tensor when it
+has written it.
+
+Why one protocol. A file is a folder of one shard: resuming, running on several machines, progress, verification and
+putting in place are the same for both, and no code asks which of them it has.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol, runtime_checkable
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,113 +110,70 @@ class Runner(Protocol):
         ...
 
 
-class Sink(Protocol):
-    """Receives a planned model's tensors, in order, each once."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard(ABC):
+    """A file that will be written: where, how large, and `tensors`, those that its payload is made of. They tell what
+    several outputs have in common, and how far writing has come."""
 
-    def write(self, tensor: Tensor) -> None:
-        """Writes one tensor. Takes its payload in pieces (`tensor.parts`), so that memory stays bounded."""
-        ...
-
-    def close(self) -> None:
-        """Writes what comes after the last tensor. The files themselves are closed by the pipeline."""
-        ...
-
-
-class Plan(Protocol):
-    """What a writer will do with a model, known from headers alone. The first of `files` is the one the user named."""
+    file: OutputFile
+    tensors: Sequence[Tensor]
 
     @property
-    def files(self) -> Sequence[OutputFile]: ...
-
-    @property
-    def losses(self) -> Sequence[Loss]: ...
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Hints and warnings about what will be written, a sentence each; nothing is lost by them."""
-        ...
-
-    @property
-    def report(self) -> Sequence[str]:
-        """Lines to show when all is written (sizes, say)."""
-        ...
-
-    def open(self, streams: Sequence[BinaryIO]) -> Sink:
-        """Starts writing: `streams` are seekable binary files in the order of `files`."""
-        ...
-
-
-class Shard(Protocol):
-    """A file of a folder that holds tensors, complete in itself."""
-
-    @property
-    def file(self) -> OutputFile:
-        """Where it will be, and its exact size."""
-        ...
+    def nbytes(self) -> int:
+        """How many bytes of payload `write` tells of in the end."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def digest(self) -> str:
-        """What tells two plans for it apart (a hash of its header, say)."""
-        ...
+        """What tells two plans for it apart beyond the source, the options and the file's size, e.g. a hash of its
+        header. A shard is kept when a run is resumed only where this is the same."""
+        return ""
 
+    @abstractmethod
     def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
-        """Writes the whole file to `stream`, in pieces, so that memory stays bounded; says how many bytes each has."""
-        ...
+        """Writes the whole file to `stream`, front to back: there is no seeking. Takes payloads in pieces
+        (`nibblecast.converters.output.streaming`, `Tensor.parts`), so that memory stays bounded, releases what it has
+        written, and tells `wrote` how many bytes of payload each step has done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A small file of a folder: what is in it, or the file that it is a copy of."""
+    """A small file beside the shards: what is in it, or the file that it is a copy of."""
 
     file: OutputFile
     content: bytes | Path
 
 
-@runtime_checkable
-class FolderPlan(Protocol):
-    """What a writer will do with a model that becomes a folder. It is complete or not there at all; shards are written
-    one after the other, and those that are complete are kept when a run breaks off and the next one resumes it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What a writer will do with a model, known from headers alone: `shards` in the order in which they are written, of
+    which the first is the file that the user named, and `companions`, which are written after them.
+
+    With a `folder` all of them lie in it. It is complete or not there at all, and a run that breaks off keeps its
+    complete shards for one that resumes it. `losses` are what the format does not keep; `notes` hints and warnings, a
+    sentence each, by which nothing is lost; `report` lines to show when all is written, e.g. sizes. `expected` is the
+    model that reading the files gives, where it is not the model that the writer got: tensors transposed, or under
+    other names. Its `losses` are those of reading and of the stages that still hold.
+    """
+
+    shards: Sequence[Shard]
+    losses: Sequence[Loss] = ()
+    notes: Sequence[str] = ()
+    report: Sequence[str] = ()
+    companions: Sequence[Companion] = ()
+    folder: Path | None = None
+    expected: Model | None = None
 
     @property
-    def folder(self) -> Path: ...
-
-    @property
-    def shards(self) -> Sequence[Shard]: ...
-
-    @property
-    def companions(self) -> Sequence[Companion]: ...
-
-    @property
-    def files(self) -> Sequence[OutputFile]: ...
-
-    @property
-    def losses(self) -> Sequence[Loss]: ...
-
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-    @property
-    def report(self) -> Sequence[str]: ...
-
-
-@runtime_checkable
-class Validating(Protocol):
-    """A plan whose format has a checker of its own, for `--verify`."""
+    def files(self) -> Sequence[OutputFile]:
+        """All files, the one that the user named first."""
+        return (*(shard.file for shard in self.shards), *(companion.file for companion in self.companions))
 
     def validate(self, main: Path) -> Sequence[str]:
-        """Has that look at the files that were written, of which `main` is the first, before they are put in their
-        place; returns hints, a sentence each. Raises VerificationFailed."""
-        ...
-
-
-@runtime_checkable
-class Rearranging(Protocol):
-    """A plan that writes tensors otherwise than it gets them: transposed, say, or under other names."""
-
-    @property
-    def expected(self) -> Model:
-        """What reading the files will give; its `losses` are those of reading and of the stages that still hold."""
-        ...
+        """Has the format's own checker, if there is one, look at the files that were written, of which `main` is the
+        first, before they are put in their place (`--verify`); returns hints, a sentence each. Raises
+        VerificationFailed."""
+        return ()
 
 
 class Writer(Protocol):
@@ -219,7 +184,7 @@ class Writer(Protocol):
 
     capabilities: ClassVar[Capabilities]
 
-    def plan(self, model: Model, target: Path, options: Any) -> Plan | FolderPlan:
+    def plan(self, model: Model, target: Path, options: Any) -> Plan:
         """What will be written for `model` to `target`; reads no payload. `options` is an instance of `options`.
         Raises Unsupported or RefusedLoss, naming the tensor and what to add to the command."""
         ...

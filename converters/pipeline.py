@@ -3,7 +3,8 @@
     model = select(read(path)) -> dequantize or quantize -> [fit to what each writer can hold -> plan] -> write
 
 A stage is Model -> Model and lazy. Planning touches no payload: it decides what each writer will write, how large it
-will be, and what will not be kept or will change. Running hands each tensor, once, to every writer's sink.
+will be, and what will not be kept or will change. Running asks each output's shards, one after the other, to write
+themselves; `converters.output.sharing` says what outputs have in common then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,29 +23,19 @@ import numpy as np
 from nibblecast.converters import plugins
 from nibblecast.converters.arithmetic import compiled
 from nibblecast.converters.errors import CorruptFile, Error, RefusedLoss, Unsupported, UsageError
-from nibblecast.converters.interfaces import (
-    Capabilities,
-    FolderPlan,
-    OutputFile,
-    Plan,
-    Progress,
-    Rearranging,
-    Shard,
-    Sink,
-)
+from nibblecast.converters.interfaces import Capabilities, OutputFile, Plan, Progress
 from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name
 from nibblecast.converters.options import parse
-from nibblecast.converters.output.atomic import atomic_outputs
 from nibblecast.converters.output.creation import refuse_special
-from nibblecast.converters.output.folders import atomic_folder, begin_folder, begun_folder, intent, write_folder
+from nibblecast.converters.output.folders import begin_folder, begun_folder, intent
 from nibblecast.converters.output.private_folder import remove_left_behind, temporary_folders
+from nibblecast.converters.output.sharing import shared, sharing
+from nibblecast.converters.output.writing import staging, write_plan, write_shard
 from nibblecast.converters.stages.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
-from nibblecast.converters.storage import FileRange, InMemory, MappedFile, files_of, truncated_file
+from nibblecast.converters.storage import MappedFile, files_of, truncated_file
 
 if TYPE_CHECKING:  # quantization is imported when it is asked for
     from nibblecast.converters.stages.scheme import Scheme
-
-_CACHED_BYTES = 1 << 26
 
 #: Told of each output, and where its main file (or its folder) lies, when all are complete and none is in its place.
 Check = Callable[["PlannedOutput", Path], None]
@@ -64,13 +56,13 @@ class PlannedOutput:
 
     target: Target
     model: Model
-    plan: Plan | FolderPlan
+    plan: Plan
     request: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def expected(self) -> Model:
         """What reading the files will give."""
-        return self.plan.expected if isinstance(self.plan, Rearranging) else self.model
+        return self.model if self.plan.expected is None else self.plan.expected
 
     @property
     def losses(self) -> tuple[Loss, ...]:
@@ -148,7 +140,7 @@ def plan(
         raise UsageError(
             f"dequantize and quantize exclude each other: '{quantize},requantize' quantizes what is quantized already"
         )
-    model = select(model, only, skip)
+    model = chosen = select(model, only, skip)
     if not model.tensors:
         nothing = Loss("", "dropped", "it has no constant weights, so the output holds no tensors")
         model = replace(model, losses=(*model.losses, nothing))
@@ -158,6 +150,8 @@ def plan(
         from nibblecast.converters.stages.quantize import quantize_model
 
         model = quantize_model(model, quantize)
+    if len(targets) > 1:
+        model = shared(model, chosen)
     request = {"dequantize": dequantize, "quantize": quantize, "only": list(only), "skip": list(skip)}
     planned = []
     for target in targets:
@@ -212,13 +206,13 @@ def run(
     try:
         for output in planned:
             # a batch, which always resumes, has cleared its whole target before, where there may be very many files
-            if not resume or isinstance(output.plan, FolderPlan):
+            if not resume or output.plan.folder is not None:
                 remove_left_behind(temporary_folders(output.target.path.parent, output.target.path.name))
         _run(planned, progress, resume, check)
     except OSError as error:
         refuse_truncated()
         paths = ", ".join(str(output.target.path) for output in planned)
-        folders = any(isinstance(output.plan, FolderPlan) for output in planned)
+        folders = any(output.plan.folder is not None for output in planned)
         again = "; complete shards are kept: go on with --resume" if folders else ""
         raise UsageError(f"cannot write {paths}: {error.strerror or error}{again}") from error
 
@@ -232,8 +226,7 @@ def refuse_truncated() -> None:
 
 
 def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bool, check: Check | None) -> None:
-    total = sum(tensor.nbytes for output in planned for tensor in _pushed(output).values())
-    total += sum(shard.file.nbytes or 0 for output in planned for shard in _folder_shards(output))
+    total = sum(shard.nbytes for output in planned for shard in output.plan.shards)
     compiled.expect(total)
     done = 0
 
@@ -244,81 +237,44 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
             progress(done, total)
 
     with ExitStack() as stack:
-        staged_files = {
-            index: stack.enter_context(atomic_outputs([file.path for file in output.plan.files]))
-            for index, output in enumerate(planned)
-            if not isinstance(output.plan, FolderPlan)
-        }
-        sinks = [
-            (output.plan.open(staged_files[index].streams), output.model)
-            for index, output in enumerate(planned)
-            if not isinstance(output.plan, FolderPlan)
+        stack.enter_context(sharing([output.plan for output in planned]))
+        staged = [
+            stack.enter_context(staging(output.plan, partial(_intended, output), resume=resume)) for output in planned
         ]
-        places: dict[int, Path] = {}
-        for index, output in enumerate(planned):
-            if isinstance(output.plan, FolderPlan):
-                staged = stack.enter_context(atomic_folder(output.plan, _intended(output, output.plan), resume=resume))
-                write_folder(output.plan, staged, wrote)
-                places[index] = staged.path
-        _push(sinks, wrote)
-        for sink, _ in sinks:
-            sink.close()
-        for index, files in staged_files.items():
-            files.complete()
-            places[index] = files.places[0]
-        for index, output in enumerate(planned):
+        for output, files in zip(planned, staged, strict=True):
+            write_plan(output.plan, files, wrote)
+        for output, files in zip(planned, staged, strict=True):
             for file in _mapped_files(output.model):
                 file.check_unchanged()
             if check is not None:
-                check(output, places[index])
+                check(output, files.main)
 
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
 def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
     """With `number` 0 begins the folders among the outputs; from 1 on writes that one of their shards, in a folder that
     was begun. `run` with `resume` goes on from there. How many shards there are. Raises UsageError as `run`."""
-    folders = [
-        (output.plan, _intended(output, output.plan)) for output in planned if isinstance(output.plan, FolderPlan)
-    ]
-    shards = [(plan, intended, shard) for plan, intended in folders for shard in plan.shards]
+    folders = [(output.plan.folder, output) for output in planned if output.plan.folder is not None]
+    shards = [(folder, output, shard) for folder, output in folders for shard in output.plan.shards]
     try:
         if number == 0:
-            for plan, intended in folders:
-                plan.folder.parent.mkdir(parents=True, exist_ok=True)
-                begin_folder(plan, intended)
+            for folder, output in folders:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                begin_folder(folder, output.plan, _intended(output))
         else:
-            plan, intended, shard = shards[number - 1]
-            compiled.expect(shard.file.nbytes or 0)
-            with begun_folder(plan, intended) as staged:
-                staged.write_shard(plan, shard, lambda _: None)
+            folder, output, shard = shards[number - 1]
+            compiled.expect(shard.nbytes)
+            with begun_folder(folder, output.plan, _intended(output)) as staged:
+                write_shard(shard, staged, lambda _: None)
     except OSError as error:
         refuse_truncated()
-        paths = ", ".join(str(plan.folder) for plan, _ in folders)
+        paths = ", ".join(str(folder) for folder, _ in folders)
         raise UsageError(f"cannot write {paths}: {error.strerror or error}") from error
     return len(shards)
 
 
-def _intended(output: PlannedOutput, plan: FolderPlan) -> str:
-    return intent(plan, {**output.request, "sources": _sources(output.model)})
-
-
-def _pushed(output: PlannedOutput) -> Mapping[str, Tensor]:
-    return {} if isinstance(output.plan, FolderPlan) else output.model
-
-
-def _folder_shards(output: PlannedOutput) -> Sequence[Shard]:
-    return output.plan.shards if isinstance(output.plan, FolderPlan) else ()
-
-
-def _push(sinks: Sequence[tuple[Sink, Model]], wrote: Callable[[int], None]) -> None:
-    names = dict.fromkeys(chain.from_iterable(model for _, model in sinks))
-    for name in names:
-        for sink, tensor in _shared(name, sinks):
-            sink.write(tensor)
-            wrote(tensor.nbytes)
-        for _, model in sinks:
-            if name in model:
-                model[name].release()
+def _intended(output: PlannedOutput) -> str:
+    return intent(output.plan, {**output.request, "sources": _sources(output.model)})
 
 
 def _sources(model: Model) -> list[list[Any]]:
@@ -345,23 +301,6 @@ def refuse_losses(planned: Sequence[PlannedOutput]) -> None:
                 f"refused by --fail-on-loss: {output.losses[0]}{more}; without the option this is only reported",
                 path=output.target.path,
             )
-
-
-def _shared(name: str, sinks: Sequence[tuple[Any, Model]]) -> Iterator[tuple[Any, Tensor]]:
-    """The sinks that want the tensor; a computed one that several of them want is computed once, unless it is large."""
-    wanted = [(sink, model[name]) for sink, model in sinks if name in model]
-    tensors = {id(tensor): tensor for _, tensor in wanted}
-    if len(tensors) < len(wanted):
-        for key, tensor in tensors.items():
-            tensors[key] = _in_memory(tensor)
-    for sink, tensor in wanted:
-        yield sink, tensors[id(tensor)]
-
-
-def _in_memory(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor.data, InMemory | FileRange) and tensor.nbytes <= _CACHED_BYTES:
-        return replace(tensor, data=InMemory(tensor.packed()))
-    return tensor
 
 
 def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | None:
@@ -399,8 +338,9 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
     inputs = _inputs(model)
     seen: dict[tuple[int, int] | Path, OutputFile] = {}
     for output in planned:
-        if isinstance(output.plan, FolderPlan) and _identity(output.plan.folder) in inputs:
-            raise UsageError("is the input as well as the output: name another folder", path=output.plan.folder)
+        folder = output.plan.folder
+        if folder is not None and _identity(folder) in inputs:
+            raise UsageError("is the input as well as the output: name another folder", path=folder)
     for file in output_files(planned):
         if file.folder is None:
             refuse_special(file.path)

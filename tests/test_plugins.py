@@ -19,7 +19,7 @@ PLUGIN = """
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from nibblecast.converters.interfaces import Capabilities, NoOptions, OutputFile
+from nibblecast.converters.interfaces import Capabilities, NoOptions, OutputFile, Plan, Shard
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.converters.metadata import Metadata
 from nibblecast.converters.plugins import Format, Magic
@@ -31,23 +31,18 @@ class Reader:
     def read(self, path):
         return Model({"array": Tensor.from_array("array", np.load(path))}, Metadata("npy", source=path))
 
-@dataclass
-class Plan:
-    files: list
-    losses = notes = report = ()
-    def open(self, streams):
-        self.stream = streams[0]
-        return self
-    def write(self, tensor):
-        np.save(self.stream, tensor.numpy())
-    def close(self):
-        pass
+@dataclass(frozen=True)
+class NpyFile(Shard):
+    def write(self, stream, wrote):
+        for tensor in self.tensors:
+            np.save(stream, tensor.numpy())
+            wrote(tensor.nbytes)
 
 class Writer:
     options = NoOptions
     capabilities = Capabilities(frozenset({np.dtype(np.float32)}))
     def plan(self, model, target, options):
-        return Plan([OutputFile(target, None)])
+        return Plan([NpyFile(OutputFile(target, None), list(model.values()))])
 """
 
 

@@ -6,11 +6,11 @@ limits must hold. `write` writes one; `assert_identical` says whether a reader g
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from zlib import crc32
 
 import ml_dtypes
@@ -322,15 +322,25 @@ def plain() -> Model:
     return model(tensors)
 
 
+class FrontToBack(io.FileIO):
+    """A file that can only be written front to back."""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        raise AssertionError(f"a writer seeks, to {offset} ({whence})")
+
+
 def write(writer: Writer, model: Model, path: Path, options: Any) -> Any:
-    """Writes a model as the pipeline does, and fails unless every file has the size that the plan gave. The plan."""
+    """Writes a model as the pipeline does, and fails unless every file has the size that the plan gave, every shard
+    tells of as many bytes as it has, and all is written front to back. The plan."""
     plan = writer.plan(model, path, options)
-    with ExitStack() as stack:
-        streams = [stack.enter_context(file.path.open("wb")) for file in plan.files]
-        sink = plan.open(streams)
-        for tensor in model.values():
-            sink.write(tensor)
-        sink.close()
+    for shard in plan.shards:
+        told: list[int] = []
+        with FrontToBack(shard.file.path, "w") as stream:
+            shard.write(cast("BinaryIO", stream), told.append)
+        assert sum(told) == shard.nbytes, shard.file.path
+    for companion in plan.companions:
+        assert isinstance(companion.content, bytes)
+        companion.file.path.write_bytes(companion.content)
     for file in plan.files:
         assert file.nbytes in (None, file.path.stat().st_size), file.path
     return plan

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nibblecast.converters.errors import UsageError
+from nibblecast.converters.interfaces import OutputFile
 from nibblecast.converters.output.creation import refuse_special
 from nibblecast.converters.output.large_files import new_file
 from nibblecast.converters.output.private_folder import PART, PrivateFolder, hidden_name, make_temporary
@@ -33,13 +34,27 @@ class StagedFiles:
     places: list[Path] = field(default_factory=list)
     _folders: dict[Path, PrivateFolder] = field(default_factory=dict)
 
+    @property
+    def main(self) -> Path:
+        """Where the main file lies."""
+        return self.places[0]
+
+    def has(self, file: OutputFile) -> bool:
+        """Whether a file is complete already: none is, these are made anew."""
+        return False
+
+    @contextmanager
+    def file(self, file: OutputFile) -> Iterator[BinaryIO]:
+        """A file to write, which is complete and on the disk when the block ends without an exception."""
+        stream = self.streams[self.paths.index(file.path)]
+        yield stream
+        _complete(stream)
+
     def complete(self) -> None:
         """Flushes all of them to the disk and closes them. Raises OSError, for a full disk e.g."""
         for stream in self.streams:
             if not stream.closed:
-                stream.flush()
-                os.fsync(stream.fileno())
-                stream.close()
+                _complete(stream)
 
     def make(self) -> None:
         """Makes the files. Raises UsageError."""
@@ -90,6 +105,12 @@ def atomic_outputs(paths: Sequence[Path]) -> Iterator[StagedFiles]:
         staged.put_in_place()
     finally:
         staged.discard()
+
+
+def _complete(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
 
 
 def _keep_mode(path: Path, staged: Path) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.interfaces import Companion, FolderPlan, Shard
+from nibblecast.converters.interfaces import Companion, OutputFile, Plan
 from nibblecast.converters.output.atomic import sync_folder
 from nibblecast.converters.output.large_files import new_file
 from nibblecast.converters.output.private_folder import MARK, PART, NotOurs, open_resumable
@@ -33,28 +33,29 @@ _INTENT = ".nibblecast-intent"
 _FORMER = ".nibblecast-former"
 _INCOMPLETE = ".incomplete"
 _INDEX = ".index.json"
-_COPIED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class StagedFolder:
-    """A folder that is being written, at `path`; `around` is the private folder that it lies in."""
+    """A folder that is being written and will be `target`, until then `main`; `around` is the private folder that it
+    lies in."""
 
-    path: Path
+    target: Path
+    main: Path
     around: Path
 
-    def has(self, name: str, nbytes: int | None) -> bool:
+    def has(self, file: OutputFile) -> bool:
         """Whether the file is there, complete, from a run before this one."""
         try:
-            status = (self.path / name).lstat()
+            status = self._place(file).lstat()
         except OSError:
             return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == nbytes
+        return stat.S_ISREG(status.st_mode) and status.st_size == file.nbytes
 
     @contextmanager
-    def file(self, name: str) -> Iterator[BinaryIO]:
+    def file(self, file: OutputFile) -> Iterator[BinaryIO]:
         """A file to write, which gets its name when the block ends without an exception."""
-        path = self.path / name
+        path = self._place(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + _INCOMPLETE)
         incomplete.unlink(missing_ok=True)  # of a run that was killed
@@ -64,48 +65,29 @@ class StagedFolder:
             os.fsync(stream.fileno())
         incomplete.replace(path)
 
-    def write_shard(self, plan: FolderPlan, shard: Shard, wrote: Callable[[int], None]) -> None:
-        """Writes a shard that is not there yet; `wrote` is told of its bytes."""
-        name = str(shard.file.path.relative_to(plan.folder))
-        if self.has(name, shard.file.nbytes):
-            wrote(shard.file.nbytes or 0)
-            return
-        with self.file(name) as stream:
-            shard.write(stream, wrote)
+    def _place(self, file: OutputFile) -> Path:
+        return self.main / file.path.relative_to(self.target)
 
     @property
     def is_begun(self) -> bool:
         """Whether any file is complete."""
-        return any(not entry.name.startswith(".") and entry.suffix != _INCOMPLETE for entry in self.path.iterdir())
+        return any(not entry.name.startswith(".") and entry.suffix != _INCOMPLETE for entry in self.main.iterdir())
 
 
-def write_folder(plan: FolderPlan, staged: StagedFolder, wrote: Callable[[int], None]) -> None:
-    """Writes what of the plan is not there yet; `wrote` is told of bytes of shards."""
-    for shard in plan.shards:
-        staged.write_shard(plan, shard, wrote)
-    for companion in plan.companions:
-        with staged.file(str(companion.file.path.relative_to(plan.folder))) as stream:
-            _write_companion(companion, stream)
-
-
-def _write_companion(companion: Companion, stream: BinaryIO) -> None:
-    if isinstance(companion.content, bytes):
-        stream.write(companion.content)
-        return
-    with open_regular(companion.content) as source:
-        shutil.copyfileobj(source, stream, _COPIED_BYTES)
-
-
-def intent(plan: FolderPlan, request: Mapping[str, Any]) -> str:
+def intent(plan: Plan, request: Mapping[str, Any]) -> str:
     """What a run is to write, as text: two runs of the same intent write the same bytes. `request` says what was asked
     for and of which files."""
     document = {
         "nibblecast": __version__,
         "request": dict(request),
-        "shards": [[str(s.file.path.relative_to(plan.folder)), s.file.nbytes, s.digest] for s in plan.shards],
-        "companions": [[str(c.file.path.relative_to(plan.folder)), _digest(c)] for c in plan.companions],
+        "shards": [[_name(s.file), s.file.nbytes, s.digest] for s in plan.shards],
+        "companions": [[_name(c.file), _digest(c)] for c in plan.companions],
     }
     return json.dumps(document, sort_keys=True, default=str)
+
+
+def _name(file: OutputFile) -> str:
+    return str(file.path if file.folder is None else file.path.relative_to(file.folder))
 
 
 def _digest(companion: Companion) -> str:
@@ -116,16 +98,16 @@ def _digest(companion: Companion) -> str:
 
 
 @contextmanager
-def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[StagedFolder]:
+def atomic_folder(folder: Path, plan: Plan, intended: str, *, resume: bool) -> Iterator[StagedFolder]:
     """A folder to write files to, which becomes the plan's when the block ends without an exception. After an
     interruption or an error of the system (a full disk) complete files are kept for `resume`; after any other exception
     nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
     around it is missing, and where another run is writing it."""
-    with _staging(plan) as staged:
+    with _staging(folder, plan) as staged:
         _begin(staged, intended, resume=resume)
         try:
             yield staged
-            _put_in_place(staged, plan.folder)
+            _put_in_place(staged)
         except (KeyboardInterrupt, SystemExit, OSError):
             if not staged.is_begun:
                 shutil.rmtree(staged.around, ignore_errors=True)
@@ -135,27 +117,26 @@ def atomic_folder(plan: FolderPlan, intended: str, *, resume: bool) -> Iterator[
             raise
 
 
-def begin_folder(plan: FolderPlan, intended: str) -> None:
+def begin_folder(folder: Path, plan: Plan, intended: str) -> None:
     """Makes what `begun_folder` and an `atomic_folder` that resumes go on with. Raises as `atomic_folder`."""
-    with _staging(plan) as staged:
+    with _staging(folder, plan) as staged:
         _begin(staged, intended, resume=True)
 
 
 @contextmanager
-def begun_folder(plan: FolderPlan, intended: str) -> Iterator[StagedFolder]:
+def begun_folder(folder: Path, plan: Plan, intended: str) -> Iterator[StagedFolder]:
     """A folder that was begun, for one of several processes that write shards of it. Raises UsageError where it was
     not, or for something else."""
-    with _staging(plan, shared=True) as staged:
+    with _staging(folder, plan, shared=True) as staged:
         if _text_of(staged.around / _INTENT) != intended:
-            raise UsageError("has been begun for another source, or with other options", path=plan.folder)
+            raise UsageError("has been begun for another source, or with other options", path=folder)
         yield staged
 
 
 @contextmanager
-def _staging(plan: FolderPlan, *, shared: bool = False) -> Iterator[StagedFolder]:
+def _staging(folder: Path, plan: Plan, *, shared: bool = False) -> Iterator[StagedFolder]:
     """The folder beside the target, locked: by one process alone, which may make it, or by several that share it."""
-    folder = plan.folder
-    _check_replaceable(plan)
+    _check_replaceable(folder, plan)
     path = folder.with_name(f".{folder.name}{PART}")
     try:
         held = open_resumable(path, shared=shared)
@@ -174,23 +155,22 @@ def _staging(plan: FolderPlan, *, shared: bool = False) -> Iterator[StagedFolder
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
     try:
-        yield StagedFolder(held.path / folder.name, held.path)
+        yield StagedFolder(folder, held.path / folder.name, held.path)
     finally:
         held.close()
 
 
 def _begin(staged: StagedFolder, intended: str, *, resume: bool) -> None:
     """Keeps what is there of a run with the same intent, where it is to be resumed; otherwise begins anew."""
-    if not (resume and staged.path.is_dir() and _text_of(staged.around / _INTENT) == intended):
+    if not (resume and staged.main.is_dir() and _text_of(staged.around / _INTENT) == intended):
         _empty(staged.around)
-        staged.path.mkdir()
+        staged.main.mkdir()
         with new_file(staged.around / _INTENT) as stream:
             stream.write(intended.encode("utf-8", "surrogatepass"))
 
 
-def _check_replaceable(plan: FolderPlan) -> None:
+def _check_replaceable(folder: Path, plan: Plan) -> None:
     """A folder is replaced where all that is in it is of the kind that is written to it."""
-    folder = plan.folder
     try:
         status = folder.lstat()
     except OSError:
@@ -229,22 +209,23 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _put_in_place(staged: StagedFolder, folder: Path) -> None:
+def _put_in_place(staged: StagedFolder) -> None:
     """Moves the staged folder to its place, and one that is there into the private folder, which is then removed."""
-    for entry in staged.path.iterdir():
+    folder = staged.target
+    for entry in staged.main.iterdir():
         if entry.is_dir():
             sync_folder(entry)
-    sync_folder(staged.path)
+    sync_folder(staged.main)
     if folder.exists():
-        staged.path.chmod(stat.S_IMODE(folder.stat().st_mode))
+        staged.main.chmod(stat.S_IMODE(folder.stat().st_mode))
         former = staged.around / _FORMER
         folder.rename(former)
         try:
-            staged.path.rename(folder)
+            staged.main.rename(folder)
         except OSError:
             former.rename(folder)
             raise
     else:
-        staged.path.rename(folder)
+        staged.main.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(staged.around, ignore_errors=True)

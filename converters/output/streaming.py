@@ -1,12 +1,12 @@
-"""Tensors' canonical bytes one piece after the other, as sinks write them: computed ahead by a few threads."""
+"""Tensors' canonical bytes one piece after the other, as shards write them: computed ahead by a few threads."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,27 @@ if TYPE_CHECKING:  # imported when there is something to compute
 _MOST_THREADS = 4
 
 
-def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
-    """The canonical bytes of `tensor.cut(nbytes)`, in order; do not write to them. The memory behind each is let go, or
-    used again, when the next one is asked for. Data that are computed are so in threads (NumPy works without holding
-    the interpreter), at most one piece ahead for each; no thread is left when the iterator is exhausted or closed."""
-    return (piece for _, piece in pieces_of([tensor], nbytes))
+def write_tensors(
+    stream: BinaryIO, tensors: Sequence[Tensor], nbytes: int, wrote: Callable[[int], None], *, release: bool = True
+) -> None:
+    """Writes the canonical bytes of tensors, one after the other, in pieces of about `nbytes`; tells `wrote` of each,
+    and releases each tensor when it is written, unless `release` is false."""
+    current = 0
+    for number, piece in pieces_of(tensors, nbytes):
+        if number != current and release:
+            tensors[current].release()
+        current = number
+        stream.write(piece.data)
+        wrote(piece.size)
+    if tensors and release:
+        tensors[-1].release()
 
 
 def pieces_of(tensors: Iterable[Tensor], nbytes: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """The pieces of one tensor after the other, each with the tensor's number, from 0 on: those of the next tensor are
-    computed ahead as well. Each tensor has one, be it empty."""
+    """The pieces `cut(nbytes)` of one tensor after the other, each with the tensor's number, from 0 on; do not write to
+    them. Each tensor has one, be it empty. The memory behind each is let go, or used again, when the next one is asked
+    for. Data that are computed are so in threads (NumPy works without holding the interpreter), at most one piece ahead
+    for each, those of the next tensor included; no thread is left when the iterator is exhausted or closed."""
     remaining = enumerate(tensors)
     for number, tensor in remaining:
         if tensor.nbytes <= nbytes or _is_here(tensor) or threads() < 2:

@@ -122,7 +122,10 @@ def accuracy(model: Model) -> tuple[Accuracy, ...]:
     """Of each tensor that `quantize_model` has quantized: what was measured whenever codes were read; what was never
     read is read for it now."""
     return tuple(
-        tensor.data.accuracy(name) for name, tensor in model.items() if isinstance(tensor.data, QuantizedCodes)
+        codes.accuracy(name)
+        for name, tensor in model.items()
+        for codes in (tensor.data, *getattr(tensor.data, "sources", ()))  # where several outputs share it
+        if isinstance(codes, QuantizedCodes)
     )
 
 

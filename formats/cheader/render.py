@@ -64,9 +64,14 @@ class Entry:
         return sum(array.nbytes for array in self.arrays)
 
     @property
+    def is_in_file(self) -> bool:
+        """Whether its data are in the .bin file."""
+        return self.arrays[0].style.in_file
+
+    @property
     def end(self) -> int:
         """Where its data end in the .bin file; 0 where they are not in it."""
-        return self.offset + self.arrays[0].nbytes if self.arrays[0].style.in_file else 0
+        return self.offset + self.arrays[0].nbytes if self.is_in_file else 0
 
     @property
     def aligned_nbytes(self) -> int:

@@ -5,13 +5,14 @@ What the C looks like is in templates/; the header that is written says how it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from nibblecast.converters.errors import RefusedLoss, UsageError, brief
-from nibblecast.converters.interfaces import Capabilities, OutputFile, Size
+from nibblecast.converters.interfaces import Capabilities, Companion, OutputFile, Plan, Shard, Size
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.formats.cheader.arrays import BYTES, Arrangement, Array, Style, check
 from nibblecast.formats.cheader.device import kernels
@@ -24,7 +25,6 @@ from nibblecast.formats.cheader.render import (
     PLACEHOLDER,
     Document,
     Entry,
-    arrays_with,
     entries_of,
     placed,
     runtime_header,
@@ -35,83 +35,46 @@ RUNTIME_HEADER = "nibblecast.h"
 _SLOW_TO_COMPILE = 1 << 20  # bytes of data; gcc takes 1.5 s and 145 MB for as many
 
 
-@dataclass(frozen=True, slots=True)
-class CHeaderPlan:
-    """The files that will be written, by role in the order of `files`, and what of the model they do not hold as it
-    is."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CFile(Shard):
+    """Text: what comes first, and the arrays with the table of tensors, where `has_arrays`. What comes first says where
+    the model is from, the source's SHA-256 included; so it is made when it is written."""
 
     document: Document
-    outputs: Mapping[str, OutputFile]
-    losses: Sequence[Loss]
-    notes: Sequence[str]
-    provenance: Provenance
-    dependencies: bytes = b""
+    opening: Callable[[], str]
+    has_arrays: bool
 
-    @property
-    def report(self) -> Sequence[str]:
-        """What the arrays cost on a device."""
-        return self.document.flash.lines()
-
-    @property
-    def files(self) -> Sequence[OutputFile]:
-        return tuple(self.outputs.values())
-
-    def open(self, streams: Sequence[BinaryIO]) -> CHeaderSink:
-        """Writes what comes before the arrays; reads the source file for its SHA-256."""
-        provenance = self.provenance.with_digest()
-        by_role = dict(zip(self.outputs, streams, strict=True))
-        _write(by_role["header"], self.document.header(provenance))
-        if "source" in by_role:
-            _write(by_role["source"], self.document.source_opening(self.outputs["source"].path.name, provenance))
-            _write(by_role["runtime"], runtime_header())
-        arrays = by_role.get("source", by_role["header"])
-        if "depfile" in by_role:
-            by_role["depfile"].write(self.dependencies)
-        return CHeaderSink(self.document, arrays, by_role.get("payload"))
-
-
-class CHeaderSink:
-    """Writes the arrays of each tensor as it comes, and the table of tensors at the end."""
-
-    def __init__(self, document: Document, stream: BinaryIO, payload: BinaryIO | None) -> None:
-        self._document = document
-        self._stream = stream
-        self._payload = payload
-        self._entries = {entry.tensor.name: entry for entry in document.entries}
-
-    def write(self, tensor: Tensor) -> None:
-        """Writes the tensor's arrays; nothing for one that is only a parameter of another."""
-        entry = self._entries.get(tensor.name)
-        if entry is None:
+    def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        """Writes the file; reads the source for its SHA-256."""
+        _write(stream, self.opening())
+        if not self.has_arrays:
             return
-        arrays = arrays_with(tensor, self._document.arrangement, fixed_point=entry.fixed_point)
-        self._write_arrays(entry, arrays)
+        for entry in self.document.everything:
+            for array in entry.arrays:
+                before, after = self.document.array_text(entry, array)
+                _write(stream, before)
+                _write_elements(stream, array)
+                _write(stream, after)
+            if not entry.is_in_file:
+                wrote(entry.tensor.nbytes)
+            entry.tensor.release()
+        _write(stream, self.document.table())
 
-    def close(self) -> None:
-        """Writes the source file, where it is wanted, and the table of tensors."""
-        if self._document.model is not None:
-            self._write_arrays(self._document.model, self._document.model.arrays)
-        _write(self._stream, self._document.table())
 
-    def _write_arrays(self, entry: Entry, arrays: Sequence[Array]) -> None:
-        for array in arrays:
-            before, after = self._document.array_text(entry, array)
-            _write(self._stream, before)
-            self._write_elements(entry, array)
-            _write(self._stream, after)
+@dataclass(frozen=True, slots=True, eq=False)
+class PayloadFile(Shard):
+    """The data that the compiler reads as they are."""
 
-    def _write_elements(self, entry: Entry, array: Array) -> None:
-        if not array.elements:
-            _write(self._stream, PLACEHOLDER)
-        elif array.style.in_file and self._payload is not None:
-            self._payload.write(bytes(entry.offset - self._payload.tell()))
-            for elements in array.chunks():
-                self._payload.write(elements.data)
-        else:
-            text = InitialiserText(self._stream, array.notation, array.elements)
-            for elements in array.chunks():
-                text.write(elements)
-            text.finish()
+    entries: Sequence[Entry]
+
+    def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        """Writes the data of each tensor, and zeros up to where they begin."""
+        for entry in self.entries:
+            stream.write(bytes(entry.offset - stream.tell()))
+            for elements in entry.arrays[0].chunks():
+                stream.write(elements.data)
+            wrote(entry.tensor.nbytes)
+            entry.tensor.release()
 
 
 class CHeaderWriter:
@@ -122,7 +85,7 @@ class CHeaderWriter:
         dtypes=frozenset(NOTATIONS), nested_scale=False, compute_dtype=False
     )
 
-    def plan(self, model: Model, target: Path, options: CHeaderOptions) -> CHeaderPlan:
+    def plan(self, model: Model, target: Path, options: CHeaderOptions) -> Plan:
         """Names every tensor and every file. Raises UsageError for a prefix or a file name that C has no use for,
         Unsupported for a tensor that C cannot hold, and RefusedLoss where one array takes more than `max_array`, or all
         more than the budget."""
@@ -140,17 +103,18 @@ class CHeaderWriter:
         _refuse_long_arrays(document, options.max_array)
         document.flash.refuse_above(options.budget)
         provenance = Provenance.of(model.metadata, options.described(prefix))
-        outputs, dependencies = _outputs(document, target, provenance), b""
+        shards = _shards(document, target, provenance)
+        runtime = runtime_header().encode("ascii")
+        companions = [] if static else [_companion(target.with_name(RUNTIME_HEADER), runtime, shared=True)]
         if options.depfile:
-            dependencies = _dependencies(model, outputs)
-            outputs["depfile"] = OutputFile(_depfile(options.depfile), len(dependencies))
-        return CHeaderPlan(
-            document,
-            outputs,
+            rule = _dependencies(model, [shard.file.path for shard in shards])
+            companions.append(_companion(_depfile(options.depfile), rule))
+        return Plan(
+            shards,
             () if only_file else tuple(_losses(model, document)),
             (*_kernel_notes(tensors, arrangement, options), *_style_notes(document)),
-            provenance,
-            dependencies,
+            document.flash.lines(),
+            companions,
         )
 
 
@@ -168,14 +132,13 @@ def _depfile(name: str) -> Path:
     return path
 
 
-def _dependencies(model: Model, outputs: Mapping[str, OutputFile]) -> bytes:
+def _dependencies(model: Model, outputs: Sequence[Path]) -> bytes:
     """The rule for all outputs but the one that other models share: ninja stops at an output that its build statement
     does not declare, and two statements cannot declare the same."""
     from nibblecast.formats.cheader.depfile import dependency_file
     from nibblecast.formats.cheader.sources import source_files
 
-    own = [file.path for file in outputs.values() if not file.shared]
-    return dependency_file(own, source_files(model))
+    return dependency_file(outputs, source_files(model))
 
 
 def _refuse_long_arrays(document: Document, longest: Size | None) -> None:
@@ -208,23 +171,37 @@ def _check_target(target: Path, static: bool, style: Style) -> None:
         )
 
 
-def _outputs(document: Document, target: Path, provenance: Provenance) -> dict[str, OutputFile]:
-    """The files by their roles, the one that the user named first."""
-    header = len(document.header(provenance))
+def _shards(document: Document, target: Path, provenance: Provenance) -> list[Shard]:
+    """The files that are the model's own, the one that the user named first."""
+    with_digest = cache(provenance.with_digest)  # which takes reading the source: once for both files
+
+    def header() -> str:
+        return document.header(with_digest())
+
+    def opening() -> str:
+        return document.source_opening(source.name, with_digest())
+
+    source = target.with_suffix(".c")
+    tensors = [entry.tensor for entry in document.everything if not entry.is_in_file]
     arrays = sum(_text_nbytes(document, entry) for entry in document.everything) + len(document.table())
+    nbytes = len(document.header(provenance))
     if document.static:
-        outputs = {"header": OutputFile(target, header + arrays)}
+        shards: list[Shard] = [CFile(OutputFile(target, nbytes + arrays), tensors, document, header, has_arrays=True)]
     else:
-        source = target.with_suffix(".c")
-        opening = len(document.source_opening(source.name, provenance))
-        outputs = {
-            "header": OutputFile(target, header),
-            "source": OutputFile(source, opening + arrays),
-            "runtime": OutputFile(target.with_name(RUNTIME_HEADER), len(runtime_header()), shared=True),
-        }
+        source_nbytes = len(document.source_opening(source.name, provenance)) + arrays
+        shards = [
+            CFile(OutputFile(target, nbytes), (), document, header, has_arrays=False),
+            CFile(OutputFile(source, source_nbytes), tensors, document, opening, has_arrays=True),
+        ]
     if document.arrangement.style.in_file:
-        outputs["payload"] = OutputFile(target.with_name(document.payload_file), document.payload_nbytes)
-    return outputs
+        entries = [entry for entry in document.everything if entry.is_in_file]
+        file = OutputFile(target.with_name(document.payload_file), document.payload_nbytes)
+        shards.append(PayloadFile(file, [entry.tensor for entry in entries], entries))
+    return shards
+
+
+def _companion(path: Path, content: bytes, *, shared: bool = False) -> Companion:
+    return Companion(OutputFile(path, len(content), shared=shared), content)
 
 
 def _text_nbytes(document: Document, entry: Entry) -> int:
@@ -271,6 +248,16 @@ def _losses(model: Model, document: Document) -> Iterator[Loss]:
                 yield Loss(name, "rounded" if stored == "float64" else "widened", detail)
         if not fits_string(name, document.longest_string):
             yield Loss(name, "dropped", "the end of its name in the table: C limits the length of strings")
+
+
+def _write_elements(stream: BinaryIO, array: Array) -> None:
+    if not array.elements:
+        _write(stream, PLACEHOLDER)
+    elif not array.style.in_file:
+        text = InitialiserText(stream, array.notation, array.elements)
+        for elements in array.chunks():
+            text.write(elements)
+        text.finish()
 
 
 def _write(stream: BinaryIO, text: str) -> None:

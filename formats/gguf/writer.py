@@ -6,7 +6,7 @@ their type, and no stage has changed it; else as the type that has exactly its v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.interfaces import Capabilities, OutputFile, option
+from nibblecast.converters.interfaces import Capabilities, OutputFile, Plan, Shard, option
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.storage import Data, release
 from nibblecast.formats.gguf.block_writer import encode
@@ -51,7 +51,7 @@ class GGUFWriter:
         frozenset({*_TYPE_IDS, *map(np.dtype, _CODES), *_OPAQUE}), group_index=False, compute_dtype=False
     )
 
-    def plan(self, model: Model, target: Path, options: GGUFOptions) -> GGUFPlan:
+    def plan(self, model: Model, target: Path, options: GGUFOptions) -> Plan:
         """Lays out the file. Reads the header of a GGUF source again, for its key-values, and those parameters of which
         it is not certain that ggml's types hold them. Raises Unsupported for what no type of ggml holds."""
         key_values = KeyValues.of(model)
@@ -68,22 +68,25 @@ class GGUFWriter:
         kept = key_values.losses
         expected = replace(
             model,
-            tensors={name: place.tensor for name, place in places.items()},
+            tensors={name: place.expected for name, place in places.items()},
             losses=tuple(loss for loss in model.losses if loss not in kept),
             graph=None,
         )
-        files = (OutputFile(target, data_offset + end),)
-        return GGUFPlan(files, losses, key_values.notes, header, key_values.alignment, places, expected)
+        file = OutputFile(target, data_offset + end)
+        entries = tuple(places.values())
+        shard = GGUFFile(file, [entry.tensor for entry in entries], header, key_values.alignment, entries)
+        return Plan([shard], losses, key_values.notes, expected=expected)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TensorEntry:
-    """A tensor's entry in the header and how many bytes it takes; `tensor` is what reading it will give. `blocks` are
-    those that are copied; `kind` is what those are which are made."""
+    """A tensor, its entry in the header and how many bytes it takes; `expected` is what reading it will give. `blocks`
+    are those that are copied; `kind` is what those are which are made."""
 
+    tensor: Tensor
     info: TensorInfo
     nbytes: int
-    tensor: Tensor
+    expected: Tensor
     blocks: Data | None = None
     kind: Kind | None = None
 
@@ -93,16 +96,18 @@ def _place(tensor: Tensor, offset: int) -> tuple[_TensorEntry, tuple[Loss, ...]]
     name, stored, quantization = tensor.name, stored_blocks(tensor), tensor.quantization
     if stored is not None:
         info = TensorInfo(name, stored.shape, stored.type_id, offset)
-        return _TensorEntry(info, stored.blocks.nbytes, tensor, blocks=stored.blocks), ()
+        return _TensorEntry(tensor, info, stored.blocks.nbytes, tensor, blocks=stored.blocks), ()
     if quantization is not None:
         kind, made, losses = arrange(tensor, quantization)
         nbytes = tensor.size // kind.elements * BLOCK_TYPES[kind.type_id].nbytes
-        return _TensorEntry(TensorInfo(name, tensor.shape, kind.type_id, offset), nbytes, made, kind=kind), losses
+        return _TensorEntry(
+            tensor, TensorInfo(name, tensor.shape, kind.type_id, offset), nbytes, made, kind=kind
+        ), losses
     type_id = _TYPE_IDS.get(tensor.dtype)
     if type_id is None:
         message = f"has plain {tensor.dtype} values, for which ggml has no type: leave it out with --skip"
         raise Unsupported(message, tensor=name)
-    return _TensorEntry(TensorInfo(name, tensor.shape, type_id, offset), tensor.nbytes, tensor), ()
+    return _TensorEntry(tensor, TensorInfo(name, tensor.shape, type_id, offset), tensor.nbytes, tensor), ()
 
 
 def _check_limits(tensor: Tensor) -> None:
@@ -122,62 +127,39 @@ def _check_limits(tensor: Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class GGUFPlan:
-    """The header in parts, and the tensors' places."""
+class GGUFFile(Shard):
+    """The header in parts, and the tensors' entries; all of them begin at multiples of the alignment."""
 
-    report: ClassVar[Sequence[str]] = ()
-
-    files: Sequence[OutputFile]
-    losses: Sequence[Loss]
-    notes: Sequence[str]
     header: Sequence[Data]
     alignment: int
-    places: dict[str, _TensorEntry]
-    expected: Model
+    entries: Sequence[_TensorEntry]
 
-    def open(self, streams: Sequence[BinaryIO]) -> GGUFSink:
-        """Writes the header."""
-        (stream,) = streams
-        sink = GGUFSink(stream, self.places, self.alignment)
+    def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
+        """Writes the header and each tensor's blocks or values."""
         for part in self.header:
-            sink.copy(part)
-        sink.pad()
-        return sink
+            _copy(part, stream)
+        self._pad(stream)
+        for entry in self.entries:
+            if entry.blocks is not None:
+                _copy(entry.blocks, stream)
+            else:
+                for made in _encoded(entry.tensor, entry.kind):
+                    stream.write(made)
+            self._pad(stream)
+            wrote(entry.tensor.nbytes)
+            entry.tensor.release()
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GGUFSink:
-    """Writes tensors as they come, which is the order of their places."""
-
-    stream: BinaryIO
-    places: dict[str, _TensorEntry]
-    alignment: int
-
-    def write(self, tensor: Tensor) -> None:
-        """Writes the tensor's blocks or values, and zeros up to where the next one begins."""
-        place = self.places.get(tensor.name)
-        if place is None:  # a parameter, which is in the blocks of its owner
-            return
-        if place.blocks is not None:
-            self.copy(place.blocks)
-        else:
-            for part in _encoded(tensor, place.kind):
-                self.stream.write(part)
-        self.pad()
-
-    def copy(self, data: Data) -> None:
-        """Writes data as they are."""
-        for start in range(0, data.nbytes, _PIECE_BYTES):
-            stop = min(data.nbytes, start + _PIECE_BYTES)
-            self.stream.write(data.read(start, stop).data)
-            release(data, start, stop)
-
-    def pad(self) -> None:
+    def _pad(self, stream: BinaryIO) -> None:
         """Writes zeros up to the next multiple of the alignment."""
-        self.stream.write(bytes(-self.stream.tell() % self.alignment))
+        stream.write(bytes(-stream.tell() % self.alignment))
 
-    def close(self) -> None:
-        """Everything is written already."""
+
+def _copy(data: Data, stream: BinaryIO) -> None:
+    """Writes data as they are."""
+    for start in range(0, data.nbytes, _PIECE_BYTES):
+        stop = min(data.nbytes, start + _PIECE_BYTES)
+        stream.write(data.read(start, stop).data)
+        release(data, start, stop)
 
 
 def _encoded(tensor: Tensor, kind: Kind | None) -> Iterator[Any]:

@@ -20,13 +20,13 @@ from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import TensorHeader
 from nibblecast.formats.onnx.file.parse import parse
 from nibblecast.formats.onnx.file.payload import PayloadTensors
+from nibblecast.formats.onnx.onnx_graph import OnnxGraph
 from nibblecast.formats.onnx.weights.block_operators import BlockWeight, block_weights
 from nibblecast.formats.onnx.weights.dataflow import Dataflow, call_scopes
 from nibblecast.formats.onnx.weights.parameters import quantization
 from nibblecast.formats.onnx.weights.patterns import InitializerCodes, Matcher, Pattern, Scope
 from nibblecast.formats.onnx.weights.rounding import rounded_codes
 from nibblecast.formats.onnx.weights.uses import uses_of
-from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
 
 
 class OnnxReader:

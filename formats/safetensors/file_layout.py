@@ -1,4 +1,4 @@
-"""Where the tensors of one safetensors file will lie: its header, and what is written at which offset."""
+"""Where the tensors of one safetensors file will lie: its header, and the tensors in their order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.interfaces import OutputFile
+from nibblecast.converters.interfaces import OutputFile, Shard
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.output.streaming import pieces_of
+from nibblecast.converters.output.streaming import write_tensors
 from nibblecast.formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
 
 #: The container's name of each dtype that it stores as it is.
@@ -24,13 +24,12 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FileLayout:
-    """A file: its beginning, which is the header with its length, and the tensors by key with the offsets of their
-    bytes."""
+class FileLayout(Shard):
+    """A file: its beginning, which is the header with its length, and the tensors with their keys, in the order in
+    which they lie in it."""
 
-    file: OutputFile
     beginning: bytes
-    placed: Mapping[str, tuple[Tensor, int]]
+    keys: Sequence[str]
 
     @property
     def digest(self) -> str:
@@ -38,10 +37,9 @@ class FileLayout:
         return sha256(self.beginning).hexdigest()
 
     def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
-        """Writes the whole file."""
+        """Writes the header and the tensors."""
         stream.write(self.beginning)
-        wrote(len(self.beginning))
-        write_at(stream, list(self.placed.values()), wrote)
+        write_tensors(stream, self.tensors, _PIECE_BYTES, wrote)
 
 
 def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path | None) -> FileLayout:
@@ -67,24 +65,8 @@ def laid_out(path: Path, stored: Mapping[str, Tensor], metadata: Mapping[str, st
             f"would need a header of {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}: "
             "write it in several files with --only"
         )
-    start = 8 + len(text)
-    placed = {key: (stored[key], start + first) for key, (first, _) in spans.items()}
-    return FileLayout(OutputFile(path, start + end, folder=folder), len(text).to_bytes(8, "little") + text, placed)
-
-
-def write_at(stream: BinaryIO, placed: Sequence[tuple[Tensor, int]], wrote: Callable[[int], None]) -> None:
-    """Writes tensors' bytes at their offsets, in pieces; says how many each has."""
-    current = -1
-    for number, piece in pieces_of([tensor for tensor, _ in placed], _PIECE_BYTES):
-        if number != current:
-            if number > 0:
-                placed[current][0].release()
-            current = number
-            stream.seek(placed[number][1])
-        stream.write(piece.data)
-        wrote(piece.size)
-    if placed:
-        placed[-1][0].release()
+    file = OutputFile(path, 8 + len(text) + end, folder=folder)
+    return FileLayout(file, [stored[key] for key in spans], len(text).to_bytes(8, "little") + text, list(spans))
 
 
 def _entry(tensor: Tensor, first: int, last: int) -> dict[str, Any]:

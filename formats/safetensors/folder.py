@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.interfaces import Companion, OutputFile
+from nibblecast.converters.interfaces import Companion, Plan
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.formats.encodings.configuration import CONFIG
 from nibblecast.formats.encodings.values.refit import computed_with_scales
@@ -27,31 +27,11 @@ from nibblecast.formats.encodings.writable import Configuration, Encoded, writab
 from nibblecast.formats.safetensors.companions import copied, json_companion, rewritten_config
 from nibblecast.formats.safetensors.file_layout import KINDS, FileLayout, laid_out
 from nibblecast.formats.safetensors.float_model import as_float_model, unheld_scales
-from nibblecast.formats.safetensors.packed_keys import PackedKeys
-from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, description_of
-
-if TYPE_CHECKING:
-    from nibblecast.formats.safetensors.writer import SafetensorsOptions
+from nibblecast.formats.safetensors.options import SafetensorsOptions
+from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, PackedKeys, description_of
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FolderLayout:
-    """The folder's files; `expected` is what reading them gives."""
-
-    report: ClassVar[Sequence[str]] = ()
-    folder: Path
-    shards: Sequence[FileLayout]
-    companions: Sequence[Companion]
-    expected: Model
-    losses: Sequence[Loss]
-    notes: Sequence[str]
-
-    @property
-    def files(self) -> Sequence[OutputFile]:
-        return (*(shard.file for shard in self.shards), *(companion.file for companion in self.companions))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +45,7 @@ class _Contents:
     losses: Sequence[Loss] = field(default_factory=tuple)
 
 
-def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> FolderLayout:
+def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> Plan:
     """The folder for a model. Raises Unsupported where the layout cannot hold it, with what to do about it."""
     model, losses = as_float_model(model)
     contents = _packed(model) if options.layout == "packed" else _encoded(model, options)
@@ -74,13 +54,13 @@ def planned_folder(model: Model, folder: Path, options: SafetensorsOptions) -> F
     companions = {companion.file.path: companion for companion in beside}
     for companion in _written(model, contents, shards, folder):
         companions[companion.file.path] = companion
-    return FolderLayout(
-        folder,
+    return Plan(
         shards,
-        tuple(companions.values()),
-        contents.expected,
-        (*losses, *contents.losses, *left_out),
-        contents.configuration.notes,
+        losses=(*losses, *contents.losses, *left_out),
+        notes=contents.configuration.notes,
+        companions=tuple(companions.values()),
+        folder=folder,
+        expected=contents.expected,
     )
 
 
@@ -194,8 +174,8 @@ def _cut(contents: _Contents, most: int) -> Iterator[tuple[dict[str, Tensor], di
 def _written(model: Model, contents: _Contents, shards: Sequence[FileLayout], folder: Path) -> Iterator[Companion]:
     """The files that are made: the index, the configuration, and what the layout has beside."""
     if len(shards) > 1:
-        weight_map = {key: shard.file.path.name for shard in shards for key in shard.placed}
-        total = sum(tensor.nbytes for shard in shards for tensor, _ in shard.placed.values())
+        weight_map = {key: shard.file.path.name for shard in shards for key in shard.keys}
+        total = sum(shard.nbytes for shard in shards)
         yield json_companion(folder, _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = rewritten_config(model, contents.configuration.entries, _dtype_of_values(contents.expected))
     if config:

@@ -222,8 +222,8 @@ def test_terminated_it_cleans_up_and_says_so_in_its_exit_code(tmp_path: Path) ->
     program = (
         "import os, signal, sys\n"
         "from nibblecast.converters.cli import main\n"
-        "from nibblecast.formats.safetensors import writer\n"
-        "writer._SafetensorsSink.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from nibblecast.formats.safetensors import file_layout\n"
+        "file_layout.FileLayout.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"sys.argv = ['nibblecast', 'convert', {INT4!r}, {str(tmp_path / 'a.safetensors')!r}]\n"
         "main()\n"
     )

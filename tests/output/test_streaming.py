@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -18,11 +18,15 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked
 from nibblecast.converters.machine import THREADS
-from nibblecast.converters.output.streaming import pieces
+from nibblecast.converters.output.streaming import pieces_of
 from nibblecast.converters.storage import Computed, InMemory
 
 _ROWS, _COLUMNS = 64, 32
 _BYTES = np.arange(_ROWS * _COLUMNS, dtype=np.uint16).view(np.uint8)[: _ROWS * _COLUMNS]
+
+
+def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
+    return (piece for _, piece in pieces_of([tensor], nbytes))
 
 
 class Source:

@@ -6,94 +6,23 @@ they are until they are written; external data of all files come to lie in one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from math import prod
-from typing import Any
 
-import numpy as np
-
-from nibblecast.converters.arithmetic.packing import bits_of, packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.parse import tensor_header
 from nibblecast.formats.onnx.file.payload import PayloadTensors
-from nibblecast.formats.onnx.file.serialize import aligned, encode_node, external_entries, tensor_head
+from nibblecast.formats.onnx.file.pieces import ExternalData, NewInitializer, Payload, Pieces
+from nibblecast.formats.onnx.file.serialize import encode_node
 from nibblecast.formats.onnx.file.wire import Range, bytes_head, decode, encode, raw_fields
 
 _PAYLOAD_FIELDS = frozenset(
     schema.TENSOR.fields[name].number
     for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "raw_data")
 ) | {schema.TENSOR.fields["external_data"].number, schema.TENSOR.fields["data_location"].number}
-
-
-def as_it_is(tensor: Tensor) -> Tensor:
-    """The tensor itself."""
-    return tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Payload:
-    """Bytes that are streamed when all else is written: those of `make(tensor)`. With an `owner`, `tensor` is the
-    model's of that name, and is streamed when that is."""
-
-    nbytes: int
-    tensor: Tensor
-    owner: str | None = None
-    make: Callable[[Tensor], Tensor] = as_it_is
-
-
-Piece = bytes | Range | Payload
-
-
-@dataclass(slots=True)
-class Pieces:
-    """A message, or some fields of one, in order."""
-
-    items: list[Piece] = field(default_factory=list)
-    nbytes: int = 0
-
-    def add(self, piece: Piece) -> None:
-        """Appends a piece; ranges that touch become one."""
-        size = len(piece) if isinstance(piece, bytes) else piece.nbytes
-        last = self.items[-1] if self.items else None
-        if isinstance(piece, Range) and isinstance(last, Range) and last.stop == piece.start:
-            self.items[-1] = Range(last.start, piece.stop)
-        elif size or isinstance(piece, Payload):
-            self.items.append(piece)
-        self.nbytes += size
-
-    def message(self, number: int, content: Pieces) -> None:
-        """Appends a field that is a message."""
-        self.add(bytes_head(number, content.nbytes))
-        for piece in content.items:
-            self.add(piece)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NewInitializer:
-    """An initializer that the file has not, and what its payload is made of, as in `Payload`."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    tensor: Tensor
-    owner: str | None = None
-    make: Callable[[Tensor], Tensor] = as_it_is
-    properties: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, owner: str | None = None) -> NewInitializer:
-        """The tensor as it is."""
-        return cls(name, tensor.shape, tensor.dtype, tensor, owner)
-
-    @property
-    def payload(self) -> Payload:
-        """What is to be streamed."""
-        return Payload(packed_size(prod(self.shape), bits_of(self.dtype)), self.tensor, self.owner, self.make)
 
 
 @dataclass(slots=True)
@@ -109,37 +38,6 @@ class GraphEdit:
     renamed: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class ExternalData:
-    """Where payloads go: into the file called `location`, if they were external before or have at least `threshold`
-    bytes, but not if they have less. With no threshold everything stays where it is, and new ones of a kilobyte and
-    more go there if `has_any`."""
-
-    location: str
-    threshold: int | None
-    has_any: bool
-    placed: list[tuple[int, Payload]] = field(default_factory=list)
-    nbytes: int = 0
-
-    def takes(self, nbytes: int, was_external: bool | None) -> bool:
-        """Whether a payload goes there; `was_external` is None for a new one."""
-        if not nbytes:
-            return False
-        if self.threshold is not None:
-            return nbytes >= self.threshold
-        return self.has_any and nbytes >= _NEW_FROM if was_external is None else was_external
-
-    def place(self, payload: Payload) -> bytes:
-        """Gives the payload a place; returns the fields of TensorProto that say where it is."""
-        offset = aligned(self.nbytes, payload.nbytes)
-        self.nbytes = offset + payload.nbytes
-        self.placed.append((offset, payload))
-        return external_entries(self.location, offset, payload.nbytes)
-
-
-_NEW_FROM = 1024
-
-
 @dataclass(frozen=True, slots=True)
 class Rewriting:
     """All that is needed to write the file anew."""
@@ -148,8 +46,8 @@ class Rewriting:
     payloads: PayloadTensors
     edits: Mapping[int, GraphEdit]
     external: ExternalData
-    owners: Mapping[int, tuple[str, Tensor]]
-    """By the identity of a header: the model's tensor that it is, whose payload is streamed with that one."""
+    weights: Set[int]
+    """The identities of the headers that are tensors of the model."""
     opsets: Mapping[str, int]
     """Operator sets that the file is to have, by domain; those that it has already stay otherwise."""
     ir_version: int
@@ -216,7 +114,7 @@ class Rewriting:
         if not begun:
             self._new_nodes(out, _GRAPH["node"], edit.first)
         for new in edit.added:
-            out.message(_GRAPH["initializer"], self._new_tensor(new))
+            out.message(_GRAPH["initializer"], self.external.tensor(new))
         return out
 
     def _function(self, where: Range, graph: ParsedGraph) -> Pieces:
@@ -254,7 +152,7 @@ class Rewriting:
 
     def _new_constants(self, out: Pieces, edit: GraphEdit) -> None:
         for new in edit.added:
-            tensor = self._new_tensor(new)
+            tensor = self.external.tensor(new)
             attribute = Pieces()
             attribute.add(encode(schema.ATTRIBUTE, name="value"))
             attribute.message(_ATTRIBUTE["t"], tensor)
@@ -330,28 +228,13 @@ class Rewriting:
         if not is_external and header.external is None:
             out.add(where)
             return out
-        owner, model_tensor = self.owners.get(id(header), (None, tensor))
-        if owner is None and was_external:
+        if id(header) not in self.weights and was_external:
             self.allowance.hold(tensor.nbytes, tensor=header.name)
-        payload = Payload(tensor.nbytes, model_tensor, owner)
         for number, start, content in raw_fields(self.view, where):
             if number not in _PAYLOAD_FIELDS:
                 out.add(Range(start, content.stop))
-        self._add_payload(out, payload, is_external)
+        self.external.add(out, Payload(tensor.nbytes, tensor), is_external)
         return out
-
-    def _new_tensor(self, new: NewInitializer) -> Pieces:
-        out = Pieces()
-        out.add(tensor_head(new.name, new.dtype, new.shape, new.properties))
-        self._add_payload(out, new.payload, self.external.takes(new.payload.nbytes, None))
-        return out
-
-    def _add_payload(self, out: Pieces, payload: Payload, is_external: bool) -> None:
-        if is_external:
-            out.add(self.external.place(payload))
-        else:
-            out.add(bytes_head(_RAW_DATA, payload.nbytes))
-            out.add(payload)
 
     def _refuse_external_sparse(self, where: Range) -> None:
         found = decode(self.view, where, schema.SPARSE_TENSOR)
@@ -405,4 +288,3 @@ def _numbers(message: str) -> Mapping[str, int]:
 
 _MODEL, _GRAPH, _NODE, _ATTRIBUTE = (_numbers(name) for name in ("MODEL", "GRAPH", "NODE", "ATTRIBUTE"))
 _FUNCTION, _TRAINING = _numbers("FUNCTION"), _numbers("TRAINING")
-_RAW_DATA = schema.TENSOR.fields["raw_data"].number

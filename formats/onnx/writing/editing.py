@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.onnx.file.graph import Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.file.rewrite import GraphEdit, NewInitializer
+from nibblecast.formats.onnx.file.pieces import NewInitializer
+from nibblecast.formats.onnx.file.rewrite import GraphEdit
 from nibblecast.formats.onnx.weights.dataflow import Dataflow, Taker, Value
 from nibblecast.formats.onnx.weights.patterns import Scope
 

@@ -20,7 +20,7 @@ from nibblecast.converters.storage import Computed, MappedFile
 from nibblecast.formats.onnx.file.graph import CARRIED
 from nibblecast.formats.onnx.file.parse import parse
 from nibblecast.formats.onnx.file.payload import PayloadTensors
-from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph
+from nibblecast.formats.onnx.onnx_graph import OnnxGraph
 from nibblecast.formats.onnx.writing.transposing import permuted
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ and what decodes them; the layout moves codes between DequantizeLinear and com.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,11 @@ from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Tensor, is_float
-from nibblecast.formats.onnx.file.graph import Node, ParsedModel, TensorHeader
-from nibblecast.formats.onnx.file.payload import PayloadTensors
-from nibblecast.formats.onnx.file.rewrite import NewInitializer, as_it_is
+from nibblecast.formats.onnx.file.graph import Node, TensorHeader
+from nibblecast.formats.onnx.file.pieces import NewInitializer, as_it_is
 from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES
+from nibblecast.formats.onnx.onnx_graph import OnnxGraph
+from nibblecast.formats.onnx.options import QuantizedLayout
 from nibblecast.formats.onnx.weights.block_operators import MICROSOFT
 from nibblecast.formats.onnx.weights.dataflow import Taker
 from nibblecast.formats.onnx.weights.patterns import Matcher, Scope
@@ -28,31 +29,9 @@ from nibblecast.formats.onnx.writing.editing import Editor
 from nibblecast.formats.onnx.writing.expansions import Fusion, Site, expansion, fusions
 from nibblecast.formats.onnx.writing.transposing import Blobs, narrowed, parameters_of, transposed
 
-if TYPE_CHECKING:
-    import onnx_ir
-
-QuantizedLayout = Literal["", "qdq", "matmulnbits"]
-
 Make = Callable[[Tensor], Tensor]
 
 _FLOAT32, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OnnxGraph:
-    """The file that a model was read from. `tensors` are the model's as they were read, `headers` the initializers
-    that they are, both by the tensors' names."""
-
-    parsed: ParsedModel
-    payloads: PayloadTensors
-    tensors: Mapping[str, Tensor]
-    headers: Mapping[str, TensorHeader]
-
-    def onnx_ir(self) -> onnx_ir.Model:
-        """The graph with onnx_ir's classes."""
-        import onnx_ir
-
-        return onnx_ir.load(self.payloads.file.path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +49,6 @@ class _Decoding:
 class Owner:
     """The model's tensor that a weight of the graph is made of, and how."""
 
-    name: str
     tensor: Tensor
     arrange: Make = as_it_is
 
@@ -113,7 +91,7 @@ class GraphChanges:
         scope = self._scopes[id(header)]
         is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
         decodings = self._decodings.get(id(header), [])
-        weight = _GraphWeight(self, name, tensor, header, scope, decodings, owner or Owner(name, tensor))
+        weight = _GraphWeight(self, name, tensor, header, scope, decodings, owner or Owner(tensor))
         if before.quantization is None and tensor.quantization is None:
             if is_changed:
                 weight.exchange()
@@ -170,7 +148,7 @@ class _GraphWeight:
     ) -> NewInitializer:
         """An initializer that is made of this weight."""
         owner = self.owner
-        return NewInitializer(name, shape, dtype, owner.tensor, owner.name, lambda stored: make(owner.arrange(stored)))
+        return NewInitializer(name, shape, dtype, owner.tensor, lambda stored: make(owner.arrange(stored)))
 
     @property
     def editor(self) -> Editor:

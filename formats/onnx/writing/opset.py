@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +14,13 @@ from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import CARRIED, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.file.parse import domain_of, parse
 from nibblecast.formats.onnx.file.payload import PayloadTensors
-from nibblecast.formats.onnx.file.rewrite import ExternalData, Payload, Rewriting
+from nibblecast.formats.onnx.file.pieces import ExternalData, Payload
+from nibblecast.formats.onnx.file.rewrite import Rewriting
 from nibblecast.formats.onnx.file.wire import Range
+from nibblecast.formats.onnx.onnx_graph import OnnxGraph
+from nibblecast.formats.onnx.options import QuantizedLayout
 from nibblecast.formats.onnx.weights.dataflow import Dataflow
 from nibblecast.formats.onnx.writing.transposing import Blobs, transposed
-
-if TYPE_CHECKING:
-    from nibblecast.formats.onnx.writing.graph_changes import OnnxGraph, QuantizedLayout
 
 _LEFT_INSIDE = 1024  # bytes; the converter looks into axes, shapes and the like
 
@@ -79,7 +78,7 @@ def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
     external = ExternalData(CARRIED, _LEFT_INSIDE, has_any=True)
     opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # onnxruntime does without
     allowance = graph.payloads.allowance.rest()
-    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, {}, opsets, graph.parsed.ir_version, allowance)
+    rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, set(), opsets, graph.parsed.ir_version, allowance)
     out = bytearray()
     for piece in rewriting.model().items:
         if isinstance(piece, Payload):

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.interfaces import Plan
 from nibblecast.converters.ir import Model, Tensor
 from nibblecast.converters.metadata import Metadata
-from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderPlan, CHeaderWriter
+from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderWriter
 from tests import zoo
 from tests.tools import need
 
@@ -40,7 +41,7 @@ def model_of(*tensors: Tensor, **metadata: Any) -> Model:
     return Model({tensor.name: tensor for tensor in tensors}, Metadata(**metadata))
 
 
-def plan_of(model: Model, target: Path, **options: Any) -> CHeaderPlan:
+def plan_of(model: Model, target: Path, **options: Any) -> Plan:
     return CHeaderWriter().plan(model, target, CHeaderOptions(**options))
 
 

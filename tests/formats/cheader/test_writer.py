@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
-from nibblecast.converters.interfaces import Plan, Sink, Writer
+from nibblecast.converters.interfaces import Plan, Writer
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, per_axis, per_tensor
 from nibblecast.converters.storage import Computed, MappedFile
 from nibblecast.formats.cheader.identifiers import MAX_IDENTIFIER
@@ -55,11 +55,10 @@ def test_it_is_a_writer(tmp_path):
     writer: Writer = CHeaderWriter()
     plan: Plan = writer.plan(model_of(int4()), tmp_path / "weights.h", writer.options())
     assert [file.path.name for file in plan.files] == ["weights.h", "weights.c", "nibblecast.h"]
-    streams = [io.BytesIO() for _ in plan.files]
-    sink: Sink = plan.open(streams)
-    sink.write(int4())
-    sink.close()
-    assert [len(stream.getvalue()) for stream in streams] == [file.nbytes for file in plan.files]
+    source, header = (io.BytesIO() for _ in plan.shards)
+    for shard, stream in reversed(list(zip(plan.shards, (header, source), strict=True))):  # none needs the other
+        shard.write(stream, lambda _: None)
+        assert len(stream.getvalue()) == shard.file.nbytes
 
 
 @pytest.mark.parametrize("layout", ["split", "header"])
@@ -194,7 +193,7 @@ def test_source_that_went_away(tmp_path):
     plan = plan_of(model_of(int4(), source=source), tmp_path / "weights.h", layout="header")
     source.unlink()
     with pytest.raises(CorruptFile, match="cannot be read"):
-        plan.open([io.BytesIO()])
+        plan.shards[0].write(io.BytesIO(), lambda _: None)
 
 
 def test_parameters_are_no_weights_of_their_own(tmp_path):

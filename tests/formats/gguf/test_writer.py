@@ -161,7 +161,7 @@ def test_values_are_those_that_were_given(case: str, tmp_path: Path) -> None:
     plan = write(zoo.model([tensor]), path)
     read = nibblecast.load(path)
     assert read["w"].dtype == dtype
-    assert plan.places["w"].kind.name == type_name
+    assert plan.shards[0].entries[0].kind.name == type_name
     np.testing.assert_array_equal(read["w"].dequantize(np.float32), tensor.dequantize(np.float32))
     zoo.assert_identical(read, plan.expected)
 

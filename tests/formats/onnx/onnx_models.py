@@ -10,8 +10,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nibblecast.converters.ir import Model
+from nibblecast.formats.onnx.options import OnnxOptions
 from nibblecast.formats.onnx.reader import OnnxReader
-from nibblecast.formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
+from nibblecast.formats.onnx.writer import OnnxWriter
+from nibblecast.formats.onnx.writing.files import OnnxPlan
 from tests import zoo
 
 INT4_CODES = np.arange(-8, 7, dtype=np.int8).reshape(3, 5).astype(ml_dtypes.int4)

@@ -18,7 +18,7 @@ from nibblecast.converters.interfaces import Size
 from nibblecast.converters.storage import FileRange
 from nibblecast.formats.onnx.file.schema import TENSOR
 from nibblecast.formats.onnx.file.wire import Range, decode, encode, read_varint, signed, varint
-from nibblecast.formats.onnx.writer import OnnxOptions
+from nibblecast.formats.onnx.options import OnnxOptions
 from tests import zoo
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save, write
 

@@ -19,8 +19,10 @@ from nibblecast.converters.errors import Unsupported, UsageError
 from nibblecast.converters.interfaces import Size
 from nibblecast.converters.ir import Model, Quantization, Tensor, grid_shape, per_axis, per_tensor
 from nibblecast.converters.storage import Computed
+from nibblecast.formats.onnx.options import OnnxOptions
 from nibblecast.formats.onnx.reader import OnnxReader
-from nibblecast.formats.onnx.writer import OnnxOptions, OnnxPlan, OnnxWriter
+from nibblecast.formats.onnx.writer import OnnxWriter
+from nibblecast.formats.onnx.writing.files import OnnxPlan
 from tests import zoo
 from tests.formats.onnx.onnx_models import write
 
@@ -242,21 +244,6 @@ def test_a_name_that_onnx_cannot_hold_is_a_loss(tmp_path):
     ]
     onnx.checker.check_model(str(tmp_path / "w.onnx"), full_check=True)
     assert list(OnnxReader().read(tmp_path / "w.onnx")) == ["unnamed_1", "unnamed", "\\ud800"]
-
-
-def test_tensors_in_another_order(tmp_path):
-    """Each has its place, whatever comes first: several writers fed from one read may see another order."""
-    some = zoo.shared_parameters()
-    for name, order in (("a", list(some)), ("b", list(some)[::-1])):
-        (tmp_path / name).mkdir()
-        plan = OnnxWriter().plan(some, tmp_path / name / "w.onnx", OnnxOptions(external_data=Size(10)))
-        with (tmp_path / name / "w.onnx").open("wb") as model, (tmp_path / name / "w.onnx.data").open("wb") as data:
-            sink = plan.open([model, data])
-            for one in order:
-                sink.write(some[one])
-            sink.close()
-    for file in ("w.onnx", "w.onnx.data"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 def test_shared_parameters_are_written_once(tmp_path):

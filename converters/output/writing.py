@@ -1,0 +1,63 @@
+"""Writes what a plan lists: shards first, in their order, then companions."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from nibblecast.converters.interfaces import OutputFile, Plan, Shard
+from nibblecast.converters.output.atomic import atomic_outputs
+from nibblecast.converters.output.folders import atomic_folder
+from nibblecast.converters.storage import open_regular
+
+_COPIED_BYTES = 1 << 22
+
+
+class Staged(Protocol):
+    """Files that are written before they are put in their place."""
+
+    @property
+    def main(self) -> Path:
+        """Where the file or the folder that the user named lies until then."""
+        ...
+
+    def has(self, file: OutputFile) -> bool:
+        """Whether a file is there, complete, from a run before this one."""
+        ...
+
+    def file(self, file: OutputFile) -> AbstractContextManager[BinaryIO]:
+        """A file to write, which is complete and on the disk when the block ends without an exception."""
+        ...
+
+
+def staging(plan: Plan, intended: Callable[[], str], *, resume: bool) -> AbstractContextManager[Staged]:
+    """A place for a plan's files, which are put in theirs when the block ends without an exception. `intended` says
+    what is to be written (`folders.intent`)."""
+    if plan.folder is None:
+        return atomic_outputs([file.path for file in plan.files])
+    return atomic_folder(plan.folder, plan, intended(), resume=resume)
+
+
+def write_plan(plan: Plan, staged: Staged, wrote: Callable[[int], None]) -> None:
+    """Writes what of the plan is not there yet; `wrote` is told of the bytes of payload."""
+    for shard in plan.shards:
+        write_shard(shard, staged, wrote)
+    for companion in plan.companions:
+        with staged.file(companion.file) as stream:
+            if isinstance(companion.content, bytes):
+                stream.write(companion.content)
+            else:
+                with open_regular(companion.content) as source:
+                    shutil.copyfileobj(source, stream, _COPIED_BYTES)
+
+
+def write_shard(shard: Shard, staged: Staged, wrote: Callable[[int], None]) -> None:
+    """Writes a shard, unless it is there already."""
+    if staged.has(shard.file):
+        wrote(shard.nbytes)
+        return
+    with staged.file(shard.file) as stream:
+        shard.write(stream, wrote)
