@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,35 +16,10 @@ from nibblecast.converters import plugins
 from nibblecast.converters.errors import CorruptFile, MissingDependency, UsageError
 from nibblecast.converters.plugins import Format, Magic
 
-PLUGIN = """
-from dataclasses import dataclass
-from pathlib import Path
-import numpy as np
-from nibblecast.converters.interfaces import Capabilities, NoOptions, OutputFile, Plan, Shard
-from nibblecast.converters.ir import Model, Tensor
-from nibblecast.converters.metadata import Metadata
-from nibblecast.converters.plugins import Format, Magic
-
-FORMAT = Format("npy", "NumPy arrays", (".npy",), (Magic(0, b"\\x93NUMPY"),),
-                "nibblecast_npy:Reader", "nibblecast_npy:Writer")
-
-class Reader:
-    def read(self, path):
-        return Model({"array": Tensor.from_array("array", np.load(path))}, Metadata("npy", source=path))
-
-@dataclass(frozen=True)
-class NpyFile(Shard):
-    def write(self, stream, wrote):
-        for tensor in self.tensors:
-            np.save(stream, tensor.numpy())
-            wrote(tensor.nbytes)
-
-class Writer:
-    options = NoOptions
-    capabilities = Capabilities(frozenset({np.dtype(np.float32)}))
-    def plan(self, model, target, options):
-        return Plan([NpyFile(OutputFile(target, None), list(model.values()))])
-"""
+#: The plugin of docs/plugins.md.
+PLUGIN = "\n".join(
+    re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs" / "plugins.md").read_text(), re.DOTALL)
+)
 
 
 @pytest.fixture
