@@ -13,7 +13,7 @@ import io
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:  # the latter imported when a file is large
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    from _typeshed import ReadableBuffer, WriteableBuffer
+    from _typeshed import ReadableBuffer
 
+_SMALL_PIECE = 1 << 13
 _MOST_AT_ONCE = 1 << 16
 _ON_ITS_WAY = 1 << 26
 
@@ -36,41 +37,61 @@ _LARGE_FILE = 1 << 26
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file to write and to seek in, made anew. Raises FileExistsError where there is anything of that name, a link
-    included."""
-    return io.BufferedRandom(_LargeFile(path))
+    """A file to write from its beginning to its end, made anew: it cannot be read, and nothing can seek in it. Raises
+    FileExistsError where there is anything of that name, a link included."""
+    return cast("BinaryIO", _LargeFile(path))
 
 
-class _LargeFile(io.FileIO):
-    """Holds what goes to the disk directly until it is a block, and has a thread write that. Everything that is not a
-    write at its end settles both first, `fileno` as well: who has the handle finds all bytes that were written."""
+class _LargeFile(io.BufferedIOBase):
+    """Collects what is small. Holds what goes to the disk directly until it is a block, and has a thread write that.
+    `fileno` settles both first: who has the handle finds all bytes that were written."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, "x+")
+        self._file = io.FileIO(path, "x")
         self._path = path
-        self._handle = super().fileno()
+        self._handle = self._file.fileno()
         self._direct_handle: int | None = None
-        self._position = 0  # of the next write
-        self._written = self._since = 0
+        self._small = bytearray()
+        self._position = 0  # of the next byte after the small ones
+        self._since = 0
         self._can_be_direct = _DIRECT != 0
         self._held = 0  # bytes before the position, in the first block
         self._blocks: list[NDArray[np.uint8]] = []  # the second is the one that is on its way
         self._pool: ThreadPoolExecutor | None = None
         self._on_its_way: Future[None] | None = None
 
+    def writable(self) -> bool:
+        return True
+
     def write(self, data: ReadableBuffer) -> int:
-        """Writes the beginning of `data`, as raw files may; buffered ones come again with the rest."""
         with memoryview(data).cast("B") as view:
-            is_direct = len(view) >= _LARGE_PIECE and self._written >= _LARGE_FILE and self._can_be_direct
+            if len(view) < _SMALL_PIECE:
+                self._small += view
+            if len(view) >= _SMALL_PIECE or len(self._small) >= _SMALL_PIECE:
+                self.flush()
+            if len(view) >= _SMALL_PIECE:
+                self._write_all(view)
+            return len(view)
+
+    def flush(self) -> None:
+        """Hands on what is small."""
+        small, self._small = self._small, bytearray()
+        with memoryview(small) as view:
+            self._write_all(view)
+
+    def _write_all(self, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            rest = data[done:]
+            is_direct = len(rest) >= _LARGE_PIECE and self._position >= _LARGE_FILE and self._can_be_direct
             begun = self._position % _SECTOR
             if self._held or (is_direct and not begun):
-                count = self._hold(view)
+                count = self._hold(rest)
             else:
                 self._wait()
-                count = self._write_through_cache(view[: _SECTOR - begun] if is_direct else view, self._position)
-        self._written += count
-        self._position += count
-        return count
+                count = self._write_through_cache(rest[: _SECTOR - begun] if is_direct else rest, self._position)
+            self._position += count
+            done += count
 
     def _hold(self, data: memoryview) -> int:
         if not self._blocks:
@@ -136,40 +157,25 @@ class _LargeFile(io.FileIO):
         return count
 
     def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_SET and offset == self._position:
-            return offset
-        self._settle()
-        os.lseek(self._handle, self._position, os.SEEK_SET)
-        self._position = super().seek(offset, whence)
-        return self._position
-
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
-        self._settle()
-        os.lseek(self._handle, self._position, os.SEEK_SET)
-        count = super().readinto(buffer)
-        self._position += count or 0
-        return count
-
-    def truncate(self, size: int | None = None) -> int:
-        self._settle()
-        return super().truncate(self._position if size is None else size)
+        return self._position + len(self._small)
 
     def fileno(self) -> int:
+        self.flush()
         self._settle()
         return self._handle
 
     def close(self) -> None:
+        if self.closed:
+            return
         try:
-            if not self.closed:
-                self._settle()
+            self.flush()
+            self._settle()
         finally:
             super().close()
             if self._pool is not None:
                 self._pool.shutdown()
             self._blocks.clear()
+            self._file.close()
             if self._direct_handle is not None:
                 os.close(self._direct_handle)
                 self._direct_handle = None
