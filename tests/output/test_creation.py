@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_at_the_last_flush_leaves_nothing(tmp_path: Path) ->
     with suppress(OSError), atomic_outputs([tmp_path / "a", tmp_path / "b"]) as staged:
         for stream in staged.streams:
             stream.write(b"x")
-            stream.raw.write = _full
+            stream._write_all = _full  # type: ignore[attr-defined]
     assert listing(tmp_path) == []
 
 

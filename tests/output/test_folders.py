@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import signal
 import subprocess
@@ -309,9 +310,9 @@ def test_what_fails_verification_is_not_put_in_place(
     write = FileLayout.write
 
     def damaged(self: FileLayout, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
-        write(self, stream, wrote)
-        stream.seek(-4, 2)
-        stream.write(b"\1\2\3\4")
+        whole = io.BytesIO()
+        write(self, whole, wrote)
+        stream.write(whole.getvalue()[:-4] + b"\1\2\3\4")
 
     monkeypatch.setattr(FileLayout, "write", damaged)
     with pytest.raises(nibblecast.Error, match="out: is not written, for it would not hold"):
