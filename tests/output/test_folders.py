@@ -120,7 +120,9 @@ def test_a_killed_run_is_resumed_from_the_last_whole_shard(
 @pytest.mark.parametrize("change", ["nothing but --resume", "options", "source"])
 def test_what_another_run_left_is_not_mixed_in(change: str, source: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", KILLED, str(source), str(target), "4"], check=False)
+    process = subprocess.run([sys.executable, "-c", KILLED, str(source), str(target), "4"], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert len(listing(tmp_path)) > len(["source"])  # what it has left
     if change == "source":
         shard = next(source.glob("*.safetensors"))
         changed = {name: array + 1 for name, array in TENSORS.items()}

@@ -71,6 +71,7 @@ def test_codes_are_counted(source: str) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_scales_and_zero_points_are_measured(source: str) -> None:
     model = nibblecast.load(FIXTURES / source)
+    assert measure(model).quantized
     for found in measure(model).quantized:
         quantization = model[found.name].quantization
         assert quantization is not None

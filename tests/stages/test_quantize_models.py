@@ -188,6 +188,7 @@ class TestConversions:
     def test_the_error_is_reported_for_each_tensor(self, tmp_path: Path) -> None:
         done = nibblecast.convert(FLOATS[0], tmp_path / "w.safetensors", quantize="int4,mse")
         floats, written = nibblecast.load(FLOATS[0]), nibblecast.load(tmp_path / "w.safetensors")
+        assert done.quantized
         for each in done.quantized:
             values = floats[each.tensor].dequantize().astype(np.float64)
             errors = written[each.tensor].dequantize() - values

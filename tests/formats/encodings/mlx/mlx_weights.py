@@ -21,6 +21,21 @@ SOURCES = [
     *sorted(FIXTURES.parent.glob("torchao/*.safetensors")),
     FIXTURES.parent / "gguf" / "types.gguf",
 ]
+#: Those of which nothing can be held: codebooks, other sizes of groups, scales that are no powers of two.
+OF_NONE = frozenset(
+    (
+        "bitsandbytes_fp4_bf16",
+        "bitsandbytes_int8",
+        "bitsandbytes_nf4",
+        "bitsandbytes_nf4_double",
+        "bitsandbytes_nf4_storage",
+        "float8.safetensors",
+        "int4_tile_packed.safetensors",
+        "int8.safetensors",
+        "intx.safetensors",
+        "quanto_qfloat8",
+    )
+)
 
 
 def quantized(shape, dtype, block_shape=None, *, scale=np.float32, zero_point=None, offset=None, seed=0, **more):

@@ -22,25 +22,10 @@ from tests.formats.encodings.mlx.mlx_weights import (
     FLOAT32,
     FLOAT_MODES,
     FLOATS,
+    OF_NONE,
     SOURCES,
     fixture_weights,
     quantized,
-)
-
-#: Those of which nothing can be held: codebooks, other sizes of groups, scales that are no powers of two.
-OF_NONE = frozenset(
-    (
-        "bitsandbytes_fp4_bf16",
-        "bitsandbytes_int8",
-        "bitsandbytes_nf4",
-        "bitsandbytes_nf4_double",
-        "bitsandbytes_nf4_storage",
-        "float8.safetensors",
-        "int4_tile_packed.safetensors",
-        "int8.safetensors",
-        "intx.safetensors",
-        "quanto_qfloat8",
-    )
 )
 
 
