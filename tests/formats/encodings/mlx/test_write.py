@@ -77,7 +77,7 @@ def is_faithful(source, encoded):
     if "they stay" in loss.detail:
         assert difference == 0
     else:
-        told = float(loss.detail.partition("change by ")[2].split()[0])
+        told = float(loss.detail.partition("at most ")[2].split()[0])
         assert difference <= told * 1.05  # two digits are told
         assert told > 0
 
