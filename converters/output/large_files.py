@@ -75,9 +75,10 @@ class _LargeFile(io.BufferedIOBase):
 
     def flush(self) -> None:
         """Hands on what is small."""
-        small, self._small = self._small, bytearray()
-        with memoryview(small) as view:
-            self._write_all(view)
+        if self._small:
+            small, self._small = self._small, bytearray()
+            with memoryview(small) as view:
+                self._write_all(view)
 
     def _write_all(self, data: memoryview) -> None:
         done = 0
@@ -171,11 +172,11 @@ class _LargeFile(io.BufferedIOBase):
             self.flush()
             self._settle()
         finally:
-            super().close()
             if self._pool is not None:
                 self._pool.shutdown()
             self._blocks.clear()
-            self._file.close()
             if self._direct_handle is not None:
                 os.close(self._direct_handle)
                 self._direct_handle = None
+            self._file.close()
+            super().close()
