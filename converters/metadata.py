@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +67,12 @@ class Use:
     """An operator that consumes a tensor: its name in the source's vocabulary, the position among its inputs, and the
     axis of the tensor along which the operator's output channels run (None where the operator has no such axis).
 
+    `sum_axes` are the tensor's axes that the operator sums products over, the inputs' channels first, where the tensor
+    is a weight that may as well be quantized; () where rows of it are looked up and nothing is summed, or where the
+    axes are not known; None for all that is no such weight: biases, other data, weights of operators that take codes.
+    The reader says so, because only a format knows its operators: whatever has sum axes can be quantized, an operator
+    of a third party's format too.
+
     `activation` and `result` are the operator's first input and its first output where the tensor is one of its weights
     and these are quantized: what fixed-point kernels compute their multipliers from.
     """
@@ -76,6 +82,27 @@ class Use:
     channel_axis: int | None = None
     activation: Activation | None = None
     result: Activation | None = None
+    sum_axes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorInput:
+    """What an operator does with one of its inputs, as a format's table of operators says: `Use`'s axes, where negative
+    ones count from the end, and those that a tensor does not have are left out."""
+
+    channel_axis: int | None = None
+    sum_axes: tuple[int, ...] | None = None
+
+    def use(self, operator: str, position: int, axes: Sequence[int] | None) -> Use:
+        """The use of a tensor whose `axes`, in this order, are those that the operator sees (None: not known)."""
+        seen = axes or ()
+
+        def own(wanted: Iterable[int]) -> tuple[int, ...]:
+            return tuple(dict.fromkeys(seen[axis] for axis in wanted if -len(seen) <= axis < len(seen)))
+
+        channels = own(() if self.channel_axis is None else (self.channel_axis,))
+        sums = None if self.sum_axes is None else own(self.sum_axes)
+        return Use(operator, position, channels[0] if channels else None, sum_axes=sums)
 
 
 @dataclass(frozen=True, slots=True)

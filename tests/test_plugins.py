@@ -41,6 +41,27 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]
     sys.modules.pop("nibblecast_npy", None)
 
 
+def test_the_weight_of_an_operator_that_only_a_plugin_knows_is_quantized(install, tmp_path: Path) -> None:
+    """Its reader says along which axis the operator's sum runs; a bias beside it, with no sum axes, stays."""
+    use = "Use('npy.mix', 1, 1, sum_axes=(0,))"
+    tensors = "'array': Tensor.from_array('array', np.load(path)), 'table': Tensor.from_array('table', np.load(path))"
+    made = f"{{n: replace(t, uses=({use} if n == 'array' else Use('npy.mix', 2),)) for n, t in {{{tensors}}}.items()}}"
+    plugin = PLUGIN.replace('{"array": Tensor.from_array("array", np.load(path))}', made)
+    plugin = plugin.replace("import Metadata", "import Metadata, Use").replace(
+        "import dataclass", "import dataclass, replace"
+    )
+    install("nibblecast-npy", "npy = nibblecast_npy:FORMAT", plugin)
+    floats = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+    np.save(tmp_path / "floats.npy", floats)
+    done = nibblecast.convert(tmp_path / "floats.npy", tmp_path / "w.safetensors", quantize="int4,block=4", verify=True)
+    assert [accuracy.tensor for accuracy in done.quantized] == ["array"]
+    written = nibblecast.load(tmp_path / "w.safetensors")
+    assert written["array"].quantization is not None
+    assert written["array"].quantization.block_shape == (4, 1)
+    assert written["array"].uses[0].sum_axes == (0,)
+    np.testing.assert_array_equal(written["table"].numpy(), floats)
+
+
 def test_a_plugin_of_another_distribution_reads_and_writes(install, tmp_path: Path) -> None:
     install("nibblecast-npy", "npy = nibblecast_npy:FORMAT", PLUGIN)
     array = np.arange(6, dtype=np.float32).reshape(2, 3)

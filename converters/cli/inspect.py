@@ -160,6 +160,8 @@ def _tensor_document(tensor: Tensor) -> dict[str, Any]:
 
 def _use_document(use: Use) -> dict[str, Any]:
     document: dict[str, Any] = {"operator": use.operator, "input": use.input, "channel_axis": use.channel_axis}
+    if use.sum_axes is not None:
+        document["sum_axes"] = list(use.sum_axes)
     for name, activation in (("activation", use.activation), ("result", use.result)):
         if activation is not None:
             shape, zero_point = list(activation.shape), activation.zero_point

@@ -11,13 +11,12 @@ asked for in which order.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from threading import Lock
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -41,27 +40,6 @@ _FLOATS = frozenset(np.dtype(name) for name in ("float16", "float32", "float64",
 _HELD_ELEMENTS = 1 << 21  # of a group of several boxes: up to 8 MiB of float32 are not read again for each pass
 _MOST_THREADS = 8
 
-#: Where operators take weights, by operator and input: the axis that their sum runs over (the next but one to last of
-#: MatMul's, say), along which blocks lie. None: the one of the last two along which the output channels do not run.
-_WEIGHTS: Mapping[tuple[str, int], int | None] = MappingProxyType(
-    {
-        ("Conv", 1): 1,  # ONNX: [O, I, H, W]
-        ("ConvTranspose", 1): 0,  # [I, O, H, W]
-        ("Gather", 0): -1,  # [rows, D]
-        ("Gemm", 1): None,  # [K, N], or [N, K]
-        ("MatMul", 1): -2,  # [K, N]
-        ("BATCH_MATMUL", 1): None,  # TFLite: [K, N], or [N, K]
-        ("CONV_2D", 1): -1,  # [O, H, W, I]
-        ("CONV_3D", 1): 3,  # [D, H, W, I, O]
-        ("DEPTHWISE_CONV_2D", 1): 2,  # [1, H, W, C]
-        ("EMBEDDING_LOOKUP", 1): -1,  # [rows, D]
-        ("FULLY_CONNECTED", 1): -1,  # [O, I]
-        ("GATHER", 0): -1,  # [rows, D]
-        ("TRANSPOSE_CONV", 1): -1,  # [O, H, W, I]
-        **{("UNIDIRECTIONAL_SEQUENCE_LSTM", i): -1 for i in (*range(1, 9), 16)},  # [cells, inputs]
-    }
-)
-
 
 def quantize_model(model: Model, scheme: Scheme) -> Model:
     """The model with its float weights quantized: tensors of the same names, shapes and uses.
@@ -83,9 +61,7 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
         if tensor.quantization is not None:
             losses.append(Loss(name, "requantized", _requantized(tensor, tensors[name])))
     if not changed:
-        which = "float weight" if scheme.requantize else "float weight that is not quantized already"
-        more = "" if scheme.requantize else "; add ',requantize' to take those that are"
-        raise UsageError(f"quantize '{scheme}': there is no {which}{more}", path=model.metadata.source)
+        raise UsageError(f"quantize '{scheme}': {_why_nothing(model, scheme, known)}", path=model.metadata.source)
     kept = {name: tensor for name, tensor in tensors.items() if tensor.parameter_of not in changed}
     return replace(model, tensors=kept, losses=tuple(losses))
 
@@ -145,7 +121,20 @@ def _is_weight(tensor: Tensor, scheme: Scheme, uses_are_known: bool) -> bool:
 
 def _weight_use(tensor: Tensor) -> Use | None:
     """The first use of the tensor as a weight."""
-    return next((use for use in tensor.uses if (use.operator, use.input) in _WEIGHTS), None)
+    return next((use for use in tensor.uses if use.sum_axes is not None), None)
+
+
+def _why_nothing(model: Model, scheme: Scheme, uses_are_known: bool) -> str:
+    """Why there is nothing to quantize, and what would help."""
+    every = replace(scheme, requantize=True)
+    weights = [tensor for tensor in model.values() if _is_weight(tensor, every, uses_are_known)]
+    floats = [tensor for tensor in weights if tensor.quantization is None]
+    if any(scheme.takes(tensor.name) for tensor in weights):
+        return "there is no float weight that is not quantized already; add ',requantize' to take those that are"
+    if floats or (weights and scheme.requantize):
+        return f"there is no float weight of these names; without only= and except= there are {len(floats or weights)}"
+    known = " that an operator is known to take as its weight" if uses_are_known else ""
+    return f"there is no float weight, a tensor of floats with two axes or more{known}"
 
 
 def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:
@@ -156,7 +145,7 @@ def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:
     channels = use.channel_axis if use is not None and use.channel_axis is not None else 0
     axis = granularity.axis
     if axis is None:
-        axis = _input_axis(use, len(shape), channels) if isinstance(granularity, Blocked) else channels
+        axis = _input_axis(use, len(shape)) if isinstance(granularity, Blocked) else channels
     if not -len(shape) <= axis < len(shape):
         raise UsageError(f"quantize '{scheme}': shape {shape} has no axis {axis}", tensor=tensor.name)
     axis %= len(shape)
@@ -165,11 +154,9 @@ def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:
     return per_axis(shape, axis)
 
 
-def _input_axis(use: Use | None, rank: int, channels: int) -> int:
-    """The axis that the operator sums over; the last one where that is not known."""
-    axis = -1 if use is None else _WEIGHTS[use.operator, use.input]
-    if axis is None:
-        axis = -2 if channels == rank - 1 else -1
+def _input_axis(use: Use | None, rank: int) -> int:
+    """The axis that the operator sums over, the inputs' channels; the last one where that is not known."""
+    axis = use.sum_axes[0] if use is not None and use.sum_axes else -1
     return axis if -rank <= axis < rank else -1
 
 

@@ -43,6 +43,7 @@ DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
 _DEEPEST = 8
 _LONGEST_REASON = 200
 _MOST_INPUTS = 1 << 31
+_USE_ITEMS = 6
 _PARAMETERS = ("scale", "zero_point", "offset", "codebook")
 
 #: Chooses the key under which a tensor's bytes are stored, given the tensor and the key it should preferably have.
@@ -198,17 +199,24 @@ def _built(
 
 def _described_use(use: Use) -> list[Any]:
     described: list[Any] = [use.operator, use.input, use.channel_axis]
-    if use.activation is not None or use.result is not None:
+    if use.activation is not None or use.result is not None or use.sum_axes is not None:
         described += [_described_activation(use.activation), _described_activation(use.result)]
-    return described
+    return described if use.sum_axes is None else [*described, list(use.sum_axes)]
 
 
 def _built_use(described: list[Any]) -> Use:
-    operator, position, axis, *activations = described
-    activation, result = activations or (None, None)
-    if not isinstance(operator, str) or not (axis is None or type(axis) is int) or _count(position) >= _MOST_INPUTS:
+    operator, position, axis, *more = described
+    activation, result, sums = [*more, None, None, None][:3]
+    axes = (axis, *(sums or ()))
+    if (
+        not isinstance(operator, str)
+        or not all(each is None or type(each) is int for each in axes)
+        or _count(position) >= _MOST_INPUTS
+        or len(described) > _USE_ITEMS
+    ):
         raise ValueError(f"{brief(described)} is no use of a tensor")
-    return Use(operator, position, axis, _built_activation(activation), _built_activation(result))
+    sum_axes = None if sums is None else tuple(sums)
+    return Use(operator, position, axis, _built_activation(activation), _built_activation(result), sum_axes)
 
 
 def _described_activation(activation: Activation | None) -> list[Any] | None:

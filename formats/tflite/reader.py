@@ -20,12 +20,13 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, is_integer
-from nibblecast.converters.metadata import Activation, Metadata, Port, Use
+from nibblecast.converters.metadata import Activation, Metadata, OperatorInput, Port, Use
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, FileRange, InMemory, MappedFile
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.containers import Section, sections
 from nibblecast.formats.tflite.graph import TFLiteGraph
+from nibblecast.formats.tflite.operators import OPERATORS, STORAGE_OPERATORS, TRANSPOSED_BATCH_MATMUL, UNKNOWN
 from nibblecast.formats.tflite.quantization import quantization_of
 from nibblecast.formats.tflite.sparsity import SparseData, sparse_layout
 
@@ -207,16 +208,11 @@ class _ModelFile:
 
     def _plain(self, constant: _Constant) -> Tensor:
         """The tensor without quantization."""
-        data, rank = constant.data, len(constant.shape)
+        data = constant.data
         if constant.table.sparsity is not None:
             data = _expanded(constant, constant.table.sparsity, self.section.data.file.path)
-        uses = []
-        for use in self.uses.get(constant.key, []):
-            axis = use.channel_axis
-            if axis is not None:  # negative ones count from the end
-                axis = axis % rank if -rank <= axis < rank else None
-            uses.append(replace(use, channel_axis=axis))
-        return Tensor(constant.name, constant.shape, constant.dtype, data, uses=tuple(uses))
+        uses = tuple(self.uses.get(constant.key, ()))
+        return Tensor(constant.name, constant.shape, constant.dtype, data, uses=uses)
 
     def _data(self, key: Key, tensor: schema.Tensor) -> Data | None:
         """Where the tensor's bytes are; None when it has none (an activation, a variable)."""
@@ -339,12 +335,12 @@ def _uses(graphs: list[list[_Operator]], tensors: list[list[schema.Tensor]]) -> 
     for operators in graphs:
         for operator in reversed(operators):
             passed: list[Use] = []
-            if operator.name in schema.STORAGE_OPERATORS and operator.outputs:
+            if operator.name in STORAGE_OPERATORS and operator.outputs:
                 # taken away, not copied: damaged files can make one tensor the output of many operators
                 passed = uses.pop(operator.outputs[0], [])
             for position, key in reversed(list(enumerate(operator.inputs))):
                 if key is not None:
-                    found, passed = passed or [_use(operator, position, tensors)], []
+                    found, passed = passed or [_use(operator, position, key, tensors)], []
                     if key in uses:
                         uses[key] += found
                     else:
@@ -354,23 +350,18 @@ def _uses(graphs: list[list[_Operator]], tensors: list[list[schema.Tensor]]) -> 
     return uses
 
 
-def _use(operator: _Operator, position: int, tensors: list[list[schema.Tensor]]) -> Use:
-    if operator.name == "BATCH_MATMUL" and position == 1:
-        # [.., K, N], or [.., N, K] with adj_y; counted from the end, as only the tensor knows its rank
-        return Use(operator.name, position, -2 if operator.transposed else -1)
-    weight_input, axis = schema.WEIGHT_INPUTS.get(operator.name, (None, None))
-    if weight_input is None or position not in (weight_input, schema.BIAS_INPUT):
-        return Use(operator.name, position)
-    data_input = schema.DATA_INPUTS.get(operator.name, 0)
-    data = operator.inputs[data_input] if data_input < len(operator.inputs) else None
+def _use(operator: _Operator, position: int, key: Key, tensors: list[list[schema.Tensor]]) -> Use:
+    known = OPERATORS.get(operator.name, UNKNOWN)
+    weight = known.weights.get(position)
+    if weight is not None and operator.transposed:
+        weight = TRANSPOSED_BATCH_MATMUL
+    shape = tensors[key[0]][key[1]].shape
+    use = (weight or OperatorInput()).use(operator.name, position, range(0 if shape is None else len(shape)))
+    if known.data is None or (weight is None and position != known.bias):
+        return use
+    data = operator.inputs[known.data] if known.data < len(operator.inputs) else None
     result = operator.outputs[0] if operator.outputs else None
-    return Use(
-        operator.name,
-        position,
-        axis if position == weight_input else None,
-        _activation(data, tensors),
-        _activation(result, tensors),
-    )
+    return replace(use, activation=_activation(data, tensors), result=_activation(result, tensors))
 
 
 def _activation(key: Key | None, tensors: list[list[schema.Tensor]]) -> Activation | None:

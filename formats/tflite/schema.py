@@ -68,26 +68,6 @@ BUILTIN_OPERATORS = """
     STABLEHLO_RNG_BIT_GENERATOR REDUCE_WINDOW STABLEHLO_COMPOSITE STABLEHLO_SHIFT_LEFT STABLEHLO_CBRT STABLEHLO_CASE
 """.split()
 
-#: Where an operator takes weights: (position among its inputs, axis of its output channels).
-WEIGHT_INPUTS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "CONV_2D": (1, 0),  # [O, H, W, I]
-        "CONV_3D": (1, 4),  # [D, H, W, I, O]
-        "DEPTHWISE_CONV_2D": (1, 3),  # [1, H, W, C * multiplier]
-        "EMBEDDING_LOOKUP": (1, 0),  # [rows, D]
-        "FULLY_CONNECTED": (1, 0),  # [O, I]
-        "GATHER": (0, 0),  # [rows, D]
-        "TRANSPOSE_CONV": (1, 0),  # [O, H, W, I]
-    }
-)
-
-#: Where those operators take their data, unless it is their first input; and their biases.
-DATA_INPUTS: Mapping[str, int] = MappingProxyType({"GATHER": 1, "EMBEDDING_LOOKUP": 0, "TRANSPOSE_CONV": 2})
-BIAS_INPUT = 2
-
-#: Operators that only change how a tensor is stored: whoever takes their output takes the tensor.
-STORAGE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})
-
 
 class BlockwiseQuantization(Table):
     """Blocks along the last dimension. `scales` and `zero_points` are indices of tensors of the same subgraph."""

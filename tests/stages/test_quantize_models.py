@@ -61,14 +61,14 @@ def onnx_model(path: Path, **arrays: NDArray[Any]) -> Path:
 
 class TestWhichTensors:
     def test_weights_where_uses_are_known(self) -> None:
-        use = Use("FULLY_CONNECTED", 1, 0)
+        use = Use("any product", 1, 0, sum_axes=(1,))
         model = zoo.model(
             [
                 plain("weight", (4, 8), uses=(use,)),
                 plain("half", (4, 8), np.float16, uses=(Use("ADD", 0), use)),
                 plain("wide", (4, 8), np.float64, uses=(use,)),
                 plain("brain", (4, 8), ml_dtypes.bfloat16, uses=(use,)),
-                plain("bias", (4,), uses=(Use("FULLY_CONNECTED", 2),)),
+                plain("bias", (4,), uses=(Use("any product", 2),)),
                 plain("constant", (4, 8), uses=(Use("ADD", 1),)),
                 plain("unused", (4, 8)),
                 plain("indices", (4, 8), np.int32, uses=(use,)),
@@ -102,7 +102,7 @@ class TestWhichTensors:
     def test_requantizing_a_weight_of_integer_kernels_says_that_its_bias_does_not_fit(self) -> None:
         activation = Activation(np.dtype(np.int8), (1, 8), 0.5, 0)
         weight = zoo.quantized("q", (4, 8), (1, 8))
-        model = zoo.model([replace(weight, uses=(Use("FULLY_CONNECTED", 1, 0, activation, activation),))])
+        model = zoo.model([replace(weight, uses=(Use("FULLY_CONNECTED", 1, 0, activation, activation, (1,)),))])
         (loss,) = quantize_model(model, parse_scheme("int4,mse,requantize")).losses
         assert "bias keeps its scale" in loss.detail
 
@@ -121,20 +121,34 @@ class TestWhichTensors:
             quantize_model(zoo.model([plain("b", (8,))]), parse_scheme(text))
 
     @pytest.mark.parametrize(
+        ("tensors", "text", "message"),
+        [
+            ([plain("b", (8,))], "int4", "with two axes or more$"),
+            ([plain("b", (8,))], "int4,requantize", "with two axes or more$"),
+            ([plain("c", (4, 8), uses=(Use("sum", 1),))], "int4", "an operator is known to take as its weight$"),
+            ([zoo.quantized("q", (4, 8), (1, 8))], "int4", "already; add ',requantize' to take those that are$"),
+            ([plain("w", (4, 8)), plain("v", (4, 8))], "int4,only=x", "names; without .* there are 2$"),
+            (
+                [zoo.quantized("q", (4, 8), (1, 8))],
+                "int4,requantize,except=q",
+                "names; without .* there are 1$",
+            ),
+        ],
+    )
+    def test_the_error_says_what_would_help(self, tensors: list[Tensor], text: str, message: str) -> None:
+        with pytest.raises(UsageError, match=f"quantize '.*': there is no float weight.*{message}"):
+            quantize_model(zoo.model(tensors), parse_scheme(text))
+
+    @pytest.mark.parametrize(
         ("use", "shape", "channels", "blocks"),
         [
-            (Use("MatMul", 1, 1), (64, 96), (64, 1), (32, 1)),
-            (Use("MatMul", 1, 2), (3, 64, 96), (3, 64, 1), (1, 32, 1)),
-            (Use("Gemm", 1, 1), (64, 96), (64, 1), (32, 1)),
-            (Use("Gemm", 1, 0), (64, 96), (1, 96), (1, 32)),
-            (Use("Conv", 1, 0), (8, 64, 3, 3), (1, 64, 3, 3), (1, 32, 1, 1)),
-            (Use("ConvTranspose", 1, 1), (64, 8, 3, 3), (64, 1, 3, 3), (32, 1, 1, 1)),
-            (Use("Gather", 0), (64, 96), (1, 96), (1, 32)),
-            (Use("FULLY_CONNECTED", 1, 0), (64, 96), (1, 96), (1, 32)),
-            (Use("BATCH_MATMUL", 1, 1), (64, 96), (64, 1), (32, 1)),
-            (Use("BATCH_MATMUL", 1, 1), (2, 64, 96), (2, 1, 96), (1, 1, 32)),
-            (Use("CONV_2D", 1, 0), (8, 3, 3, 64), (1, 3, 3, 64), (1, 1, 1, 32)),
-            (Use("DEPTHWISE_CONV_2D", 1, 3), (1, 3, 64, 8), (1, 3, 64, 1), (1, 1, 32, 1)),
+            (Use("lookup", 0, sum_axes=()), (64, 96), (1, 96), (1, 32)),
+            (Use("product", 1, 0, sum_axes=(1,)), (64, 96), (1, 96), (1, 32)),
+            (Use("product", 1, 1, sum_axes=(0,)), (64, 96), (64, 1), (32, 1)),
+            (Use("product", 1, 2, sum_axes=(1,)), (3, 64, 96), (3, 64, 1), (1, 32, 1)),
+            (Use("convolution", 1, 0, sum_axes=(1, 2, 3)), (8, 64, 3, 3), (1, 64, 3, 3), (1, 32, 1, 1)),
+            (Use("convolution", 1, 0, sum_axes=(3, 1, 2)), (8, 3, 3, 64), (1, 3, 3, 64), (1, 1, 1, 32)),
+            (Use("convolution", 1, 3, sum_axes=(2, 1)), (1, 3, 64, 8), (1, 3, 64, 1), (1, 1, 32, 1)),
         ],
         ids=str,
     )
@@ -146,7 +160,7 @@ class TestWhichTensors:
         assert block_shape(quantize_model(model, parse_scheme("int4,block=32"))["w"]) == blocks
 
     def test_axes_as_given(self) -> None:
-        model = zoo.model([plain("w", (64, 96), uses=(Use("MatMul", 1, 1),))])
+        model = zoo.model([plain("w", (64, 96), uses=(Use("MatMul", 1, 1, sum_axes=(0,)),))])
         assert block_shape(quantize_model(model, parse_scheme("int4,axis=0"))["w"]) == (1, 96)
         assert block_shape(quantize_model(model, parse_scheme("int4,block=32,axis=-1"))["w"]) == (1, 32)
         assert block_shape(quantize_model(model, parse_scheme("int4,block=1000,axis=1"))["w"]) == (1, 96)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +15,7 @@ from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, TensorHeader
 from nibblecast.formats.onnx.file.payload import PayloadTensors
 from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES, TABLE_DTYPE
+from nibblecast.formats.onnx.weights.operators import CODES_OPERATORS, INTEGER_PRODUCTS
 from nibblecast.formats.onnx.writing.decode_nodes import fits, is_wide
 
 _FLOAT32 = ELEMENT_TYPES[np.dtype(np.float32)].number
@@ -31,28 +31,6 @@ _FLOATS = frozenset(
     ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
 _ROUNDED_TO = _NARROW_INTEGERS | {ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.int16, np.uint16)}
-#: Operators that take weights' codes: for each weight the positions of codes, scale and zero point, and the axis that
-#: several scales are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21; onnxruntime 1.32, ContribOperators.md).
-CODES_OPERATORS: Mapping[tuple[str, str], tuple[tuple[int, int, int, int], ...]] = MappingProxyType(
-    {
-        ("", "QLinearConv"): ((3, 4, 5, 0),),
-        ("", "QLinearMatMul"): ((3, 4, 5, -1), (0, 1, 2, -2)),
-        ("com.microsoft", "DynamicQuantizeLSTM"): ((1, 8, 9, 0), (2, 10, 11, 0)),
-        ("com.microsoft", "DynamicQuantizeMatMul"): ((1, 2, 3, -1),),
-        ("com.microsoft", "MatMulIntegerToFloat"): ((1, 3, 5, -1),),
-        ("com.microsoft", "QAttention"): ((1, 4, 7, -1),),
-        ("com.microsoft", "QEmbedLayerNormalization"): tuple((2 + n, 8 + n, 13 + n, -1) for n in range(5)),
-        ("com.microsoft", "QGemm"): ((3, 4, 5, -1),),
-        ("com.microsoft", "QLinearAdd"): ((3, 4, 5, -1), (0, 1, 2, -1)),
-        ("com.microsoft", "QLinearConv"): ((3, 4, 5, 0),),
-        ("com.microsoft", "QLinearMul"): ((3, 4, 5, -1), (0, 1, 2, -1)),
-    }
-)
-#: Operators that multiply codes and leave the scales to the nodes that follow: the positions of the codes of the weight
-#: and of its zero point, and the axis of its output channels.
-INTEGER_PRODUCTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
-    {"ConvInteger": (1, 3, 0), "MatMulInteger": (1, 3, -1)}
-)
 #: Operators that only move elements of their first input, so that one scale for all of them can follow as well.
 _MOVES = frozenset({"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 _MOST_MOVES = 8

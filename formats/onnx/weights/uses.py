@@ -7,31 +7,16 @@ from collections.abc import Iterator
 from nibblecast.converters.metadata import Use
 from nibblecast.formats.onnx.file.graph import Node
 from nibblecast.formats.onnx.weights.dataflow import Dataflow
+from nibblecast.formats.onnx.weights.operators import input_of
 from nibblecast.formats.onnx.weights.patterns import Scope
 
-#: The axis of an operator's weight along which its output channels run, by operator and input (ONNX operators, and
-#: onnxruntime's ContribOperators.md).
-_CHANNEL_AXES = {
-    ("Conv", 1): 0,
-    ("ConvInteger", 1): 0,
-    ("ConvTranspose", 1): 1,
-    ("DynamicQuantizeMatMul", 1): -1,
-    ("MatMul", 1): -1,
-    ("MatMulInteger", 1): -1,
-    ("MatMulIntegerToFloat", 1): -1,
-    ("QAttention", 1): -1,
-    ("QLinearConv", 3): 0,
-    ("QLinearMatMul", 3): -1,
-}
-#: Operators whose weight may be transposed: the position of the weight.
-_GEMMS = {("Gemm", 1), ("QGemm", 3)}
 _PASSING = frozenset({"Cast", "Identity", "Transpose"})
 _LONGEST_CHAIN = 8
 
 
 def uses_of(flow: Dataflow, scope: Scope, name: str, rank: int) -> tuple[Use, ...]:
     """The uses of the value that a name stands for in a graph, a tensor of so many axes. Transpose, Cast and Identity
-    are seen through, where their results are used; channel axes are those of the tensor itself."""
+    are seen through, where their results are used; axes are those of the tensor itself."""
     return tuple(_uses(flow, scope, name, tuple(range(rank)), 0))
 
 
@@ -41,7 +26,7 @@ def _uses(flow: Dataflow, scope: Scope, name: str, axes: tuple[int, ...], length
         node = taker.node
         following = _followed(node, axes) if length < _LONGEST_CHAIN else None
         found = [] if following is None else list(_uses(flow, taker.scope, node.outputs[0], following, length + 1))
-        yield from found or [Use(node.op_type, taker.position, _channel_axis(node, taker.position, axes))]
+        yield from found or [input_of(node, taker.position).use(node.op_type, taker.position, axes)]
 
 
 def _followed(node: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -52,12 +37,3 @@ def _followed(node: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
         return axes
     order = node.lists.get("perm", tuple(reversed(range(len(axes)))))
     return tuple(axes[axis] for axis in order) if sorted(order) == list(range(len(axes))) else None
-
-
-def _channel_axis(node: Node, position: int, axes: tuple[int, ...]) -> int | None:
-    axis = _CHANNEL_AXES.get((node.op_type, position))
-    if (node.op_type, position) in _GEMMS:
-        axis = 0 if node.integers.get("transB", 0) else 1
-    if axis is None:
-        return None
-    return axes[axis] if -len(axes) <= axis < len(axes) else None

@@ -17,6 +17,7 @@ from nibblecast.converters.errors import Error
 from nibblecast.converters.ir import Tensor, is_float, is_integer
 from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.encodings.bytes.widths import dtype_for
+from nibblecast.formats.pytorch.exported.operators import PARAMETER_NAMES, input_of
 from nibblecast.formats.pytorch.exported.program import Program, ProgramNode, Ref
 from nibblecast.formats.pytorch.exported.quantize_operators import (
     DEQUANTIZE,
@@ -46,26 +47,6 @@ _RESHAPING = frozenset(
     {"aten.view", "aten._unsafe_view", "aten.reshape", "aten.flatten", "aten.unsqueeze", "aten.squeeze"}
 )
 _INNER = "export.access_subclass_inner_tensor"
-
-#: The axis of a weight along which output channels run, by operator and input.
-_CHANNEL_AXES: Mapping[tuple[str, str], int] = {
-    **{(f"aten.conv{n}d", name): 0 for n in (1, 2, 3) for name in ("weight", "bias")},
-    **{(f"aten.conv_transpose{n}d", name): axis for n in (1, 2, 3) for name, axis in (("weight", 1), ("bias", 0))},
-    ("aten.convolution", "weight"): 0,
-    ("aten.linear", "weight"): 0,
-    ("aten.linear", "bias"): 0,
-    ("aten.addmm", "mat2"): -1,
-    ("aten.mm", "mat2"): -1,
-    ("aten.matmul", "other"): -1,
-    ("aten.bmm", "mat2"): -1,
-}
-#: What a module calls the inputs of operators that have other names for them.
-_PARAMETER_NAMES = {
-    ("aten.addmm", "mat2"): "weight",
-    ("aten.addmm", "self"): "bias",
-    ("aten.mm", "mat2"): "weight",
-    ("aten.matmul", "other"): "weight",
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -263,8 +244,9 @@ class _Follower:
                 first = node.inputs[0][1]
                 activation = self.activations.get(first.name) if isinstance(first, Ref) else None
                 result = self.results.get(node.outputs[0])
-            weight.uses.append(Use(node.operator, position, _channel_axis(node, name, value), activation, result))
-            parameter = _PARAMETER_NAMES.get((node.operator, name), name)
+            use = input_of(node, name).use(node.operator, position, value.axes)
+            weight.uses.append(replace(use, activation=activation, result=result))
+            parameter = PARAMETER_NAMES.get((node.operator, name), name)
             if parameter in ("weight", "bias"):
                 weight.users.append(f"{node.module}.{parameter}" if node.module else parameter)
 
@@ -319,15 +301,6 @@ def _reordered(node: ProgramNode, source: _Value) -> _Value | None:
 
 def _row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-def _channel_axis(node: ProgramNode, name: str, value: _Value) -> int | None:
-    axis = _CHANNEL_AXES.get((node.operator, name))
-    if node.operator == "aten.convolution" and node.argument("transposed") is True:
-        axis = 1
-    if axis is None or value.axes is None or not -len(value.axes) <= axis < len(value.axes):
-        return None
-    return value.axes[axis]
 
 
 def _activation(program: Program, node: ProgramNode) -> Activation | None:

@@ -136,8 +136,8 @@ def test_uses_and_operators(tmp_path):
     ]
     initializers = [raw("q", INT4_CODES), raw("s", np.float32(1).reshape(())), raw("v", np.ones((4, 5), np.float32))]
     model = read(save(tmp_path / "m.onnx", nodes, initializers, inputs=["x"]))
-    assert model["q"].uses == (Use("MatMul", 1, 1),)
-    assert model["v"].uses == (Use("Gemm", 1, 0),)
+    assert model["q"].uses == (Use("MatMul", 1, 1, sum_axes=(0,)),)
+    assert model["v"].uses == (Use("Gemm", 1, 0, sum_axes=(1,)),)
     assert model.metadata.operators == {"DequantizeLinear": 1, "MatMul": 1, "Gemm": 1}
     assert model.metadata.producer == "test"
 

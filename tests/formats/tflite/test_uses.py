@@ -27,11 +27,19 @@ from tests.formats.tflite.models import (
 @pytest.mark.parametrize(
     ("fixture", "tensor", "use"),
     [
-        ("cnn_int4_per_channel", "cnn_1/conv_1/convolution", Use("CONV_2D", 1, 0)),  # behind DEQUANTIZE
-        ("cnn_int4_per_channel", "cnn_1/depthwise_1/depthwise", Use("DEPTHWISE_CONV_2D", 1, 3)),
-        ("cnn_int4_per_channel", "cnn_1/dense_1/MatMul", Use("FULLY_CONNECTED", 1, 0)),
+        (
+            "cnn_int4_per_channel",
+            "cnn_1/conv_1/convolution",
+            Use("CONV_2D", 1, 0, sum_axes=(3, 1, 2)),
+        ),  # behind DEQUANTIZE
+        ("cnn_int4_per_channel", "cnn_1/depthwise_1/depthwise", Use("DEPTHWISE_CONV_2D", 1, 3, sum_axes=(2, 1))),
+        ("cnn_int4_per_channel", "cnn_1/dense_1/MatMul", Use("FULLY_CONNECTED", 1, 0, sum_axes=(1,))),
         ("cnn_int4_per_channel", "cnn_1/dense_1/BiasAdd", Use("FULLY_CONNECTED", 2, None)),
-        ("sparse_float16", "mlp_1/dense_1_1/MatMul1", Use("FULLY_CONNECTED", 1, 0)),  # DENSIFY and DEQUANTIZE
+        (
+            "sparse_float16",
+            "mlp_1/dense_1_1/MatMul1",
+            Use("FULLY_CONNECTED", 1, 0, sum_axes=(1,)),
+        ),  # DENSIFY and DEQUANTIZE
     ],
 )
 def test_uses_are_the_operators_behind_the_storage(fixture: str, tensor: str, use: Use) -> None:
@@ -43,7 +51,7 @@ def test_quantized_activations_are_kept_with_the_weights_and_biases_that_they_me
     int8 = np.dtype(np.int8)
     activation = Activation(int8, (1, 16), 0.011228088289499283, 4)
     result = Activation(int8, (1, 24), 0.010302474722266197, -128)
-    assert model["mlp_1/dense_1_1/MatMul"].uses == (Use("FULLY_CONNECTED", 1, 0, activation, result),)
+    assert model["mlp_1/dense_1_1/MatMul"].uses == (Use("FULLY_CONNECTED", 1, 0, activation, result, (1,)),)
     (bias,) = [t for t in model.values() if t.uses and t.uses[0].input == 2 and t.shape == (24,)]
     assert bias.uses == (Use("FULLY_CONNECTED", 2, None, activation, result),)
     # the bias' own scale is the product of the weights' and the activation's
@@ -66,13 +74,13 @@ def test_blockwise_scales_have_no_use_of_their_own() -> None:
 
 def used(load: Load, operators: Sequence[Fields], codes: Sequence[str], shape: Sequence[int] = (4,)) -> Sequence[Use]:
     weight = constant("w", "INT8", shape, bytes(int(np.prod(shape))))
-    return load(model([weight, *[tensor(f"t{i}", "FLOAT32", (4,)) for i in range(1, 5)]], operators, codes))["w"].uses
+    return load(model([weight, *[tensor(f"t{i}", "FLOAT32", shape) for i in range(1, 5)]], operators, codes))["w"].uses
 
 
 def test_uses_come_in_the_order_of_execution(load: Load) -> None:
     operators = [operator(0, [0], [1]), operator(1, [2, 1], [3]), operator(2, [1, 0], [4])]
     assert used(load, operators, ["DEQUANTIZE", "FULLY_CONNECTED", "MUL"], (2, 2)) == (
-        Use("FULLY_CONNECTED", 1, 0),
+        Use("FULLY_CONNECTED", 1, 0, sum_axes=(1,)),
         Use("MUL", 0),
         Use("MUL", 1),
     )
@@ -88,17 +96,23 @@ def test_the_channels_of_a_batch_matmul_depend_on_its_transposition(load: Load, 
     matmul = operator(
         0, [1, 0], [2], builtin_options_type=np.uint8(schema.BatchMatMulOptions.TYPE), batch_matmul_options=options
     )
-    assert used(load, [matmul], ["BATCH_MATMUL"], (1, 2, 3)) == (Use("BATCH_MATMUL", 1, axis),)
-    assert used(load, [operator(0, [1, 0], [2])], ["BATCH_MATMUL"], (2, 2)) == (Use("BATCH_MATMUL", 1, 1),)
+    assert used(load, [matmul], ["BATCH_MATMUL"], (1, 2, 3)) == (Use("BATCH_MATMUL", 1, axis, sum_axes=(3 - axis,)),)
+    assert used(load, [operator(0, [1, 0], [2])], ["BATCH_MATMUL"], (2, 2)) == (
+        Use("BATCH_MATMUL", 1, 1, sum_axes=(0,)),
+    )
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2)])
 def test_a_tensor_of_too_few_dimensions_has_no_channel_axis(load: Load, shape: tuple[int, ...]) -> None:
-    assert used(load, [operator(0, [1, 0], [2])], ["DEPTHWISE_CONV_2D"], shape) == (Use("DEPTHWISE_CONV_2D", 1, None),)
+    (use,) = used(load, [operator(0, [1, 0], [2])], ["DEPTHWISE_CONV_2D"], shape)
+    assert use.channel_axis is None
+    assert use.sum_axes == ((1,) if len(shape) > 1 else ())
 
 
 def test_absent_inputs_are_skipped(load: Load) -> None:
-    assert used(load, [operator(0, [1, 0, -1], [2])], ["FULLY_CONNECTED"], (2, 2)) == (Use("FULLY_CONNECTED", 1, 0),)
+    assert used(load, [operator(0, [1, 0, -1], [2])], ["FULLY_CONNECTED"], (2, 2)) == (
+        Use("FULLY_CONNECTED", 1, 0, sum_axes=(1,)),
+    )
 
 
 def test_custom_operators_are_known_by_name(load: Load) -> None:

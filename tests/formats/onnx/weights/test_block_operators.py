@@ -412,7 +412,7 @@ def test_codes_that_are_gathered_first(tmp_path):
     arrays = [("q", integers(5, 3)), ("s", np.float32(0.5)), ("z", np.int8(3))]
     model = read(save(tmp_path / "m.onnx", nodes, [raw(n, np.asarray(a)) for n, a in arrays], inputs=["x"]))
     assert model["q"].granularity == "per-tensor"
-    assert model["q"].uses == (Use("Gather", 0),)
+    assert model["q"].uses == (Use("Gather", 0, sum_axes=()),)
     several = [("q", integers(5, 3)), ("s", np.ones(3, np.float32)), ("z", np.zeros(3, np.int8))]
     model = read(save(tmp_path / "m.onnx", nodes, [raw(*each) for each in several], inputs=["x"]))
     assert model["q"].quantization is None  # scales of what is gathered: which codes they are for, is open

@@ -113,7 +113,7 @@ def test_uses_and_activations():
     assert use.activation.dtype == np.int8
     assert use.activation.shape == (2, 2, 4, 4)
     assert use.result.shape == (2, 4, 4, 4)
-    assert opened("transposed_int2").tensors["up.weight"].uses == (Use("aten.conv_transpose2d", 1, 1),)
+    assert opened("transposed_int2").tensors["up.weight"].uses == (Use("aten.conv_transpose2d", 1, 1, sum_axes=(0,)),)
     (use,) = opened("reordered").tensors["weight"].uses
     assert (use.operator, use.channel_axis) == ("aten.linear", 1)
 
