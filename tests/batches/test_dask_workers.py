@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nibblecast.converters.batches.records import REPORT, read_report
+from tests.waiting import until
 
 pytestmark = pytest.mark.peers
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
@@ -25,9 +25,9 @@ MODELS = [path for path in sorted(FIXTURES.glob("*.tflite")) if not path.name.st
 SLOW = """
 import os, signal, time
 from pathlib import Path
-from nibblecast.converters.batches import jobs
+from nibblecast.converters.batches import run_job
 
-convert = jobs._converted
+convert = run_job._converted
 
 def converted(job, *, dry_run):
     Path(os.environ["BEGUN"], f"{Path(job.name).stem}-{os.getpid()}").touch()
@@ -36,7 +36,7 @@ def converted(job, *, dry_run):
         os.kill(os.getpid(), signal.SIGKILL)
     return convert(job, dry_run=dry_run)
 
-jobs._converted = converted
+run_job._converted = converted
 """
 
 
@@ -112,13 +112,6 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "nibblecast", "batch", *map(str, arguments), "--to", "safetensors"]
 
 
-def until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def outputs_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
@@ -130,7 +123,7 @@ def test_a_killed_worker_costs_a_repeated_job(cluster: Cluster, models: Path, tm
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as batch:
         until(lambda: len(list(cluster.begun.iterdir())) >= 3)
         cluster.workers[0].kill()
-        _, errors = batch.communicate(timeout=60)
+        _, errors = batch.communicate(timeout=300)
     assert batch.returncode == 0, errors
     assert len(list(cluster.begun.iterdir())) > len(MODELS)
     lines = (out / REPORT).read_text().splitlines()
@@ -161,7 +154,7 @@ def test_an_interruption_ends_what_runs_on_the_cluster(cluster: Cluster, models:
         children = [int(mark.name.rpartition("-")[2]) for mark in cluster.begun.iterdir()]
         assert all(Path(f"/proc/{child}").exists() for child in children)
         batch.send_signal(signal.SIGINT)
-        _, errors = batch.communicate(timeout=60)
+        _, errors = batch.communicate(timeout=300)
     assert batch.returncode == 128 + signal.SIGINT
     assert "Traceback" not in errors
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
@@ -185,7 +178,7 @@ def test_a_scheduler_that_is_lost_ends_the_batch(cluster: Cluster, models: Path,
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as batch:
         until(lambda: len(read_report(out / REPORT)) > 0)
         cluster.scheduler.kill()
-        _, errors = batch.communicate(timeout=60)
+        _, errors = batch.communicate(timeout=300)
     assert batch.returncode in (2, 7)
     assert "Traceback" not in errors
     resumed = subprocess.run(command(models, out, "--resume"), capture_output=True, text=True, check=False)

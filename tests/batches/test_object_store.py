@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from nibblecast import BatchSettings
 from nibblecast.converters.batches.records import REPORT, record_of
 from nibblecast.converters.errors import UsageError
 from tests.batches.places import GOOD, NO_MODELS, objects_of, outputs_of, write_models
+from tests.waiting import until
 
 pytestmark = pytest.mark.peers
 BUCKET = "s3://models"
@@ -52,14 +52,14 @@ def server() -> Iterator[dict[str, str]]:
 
 
 def answers(url: str) -> None:
-    end = time.monotonic() + 60
-    while True:
+    def answered() -> bool:
         try:
             with urllib.request.urlopen(f"{url}/moto-api/"):
-                return
+                return True
         except OSError:
-            assert time.monotonic() < end
-            time.sleep(0.1)
+            return False
+
+    until(answered)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import nibblecast
 from nibblecast.converters.batches.records import REPORT, read_report
 from tests.batches.places import outputs_of
 from tests.formats.encodings.checkpoints import write_folder
+from tests.waiting import until
 
 SHARDS = 6
 TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range(SHARDS)}
@@ -24,10 +24,10 @@ TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range
 NOTED = """
 import os, signal, time
 from pathlib import Path
-from nibblecast.converters.batches import parts
+from nibblecast.converters.batches import shares
 from nibblecast.formats.safetensors import file_layout
 
-parts._LARGE_BYTES = 0
+shares._LARGE_BYTES = 0
 write = file_layout.FileLayout.write
 
 def noted(self, stream, wrote):
@@ -35,6 +35,10 @@ def noted(self, stream, wrote):
     Path(os.environ["NOTES"], f"{number}-{os.getpid()}-{time.monotonic_ns()}").touch()
     if os.environ.get("DIES") == str(number) and len(list(Path(os.environ["NOTES"]).glob(f"{number}-*"))) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    while len({path.name.split("-")[1] for path in Path(os.environ["NOTES"]).iterdir()}) < 2:
+        time.sleep(0.01)  # until the other worker has begun
+    while os.environ.get("HOLDS") == str(number):
+        time.sleep(0.01)
     time.sleep(0.2)
     write(self, stream, wrote)
 
@@ -98,10 +102,9 @@ def test_a_shard_whose_process_dies_is_written_in_the_end(
 def test_a_killed_batch_keeps_the_shards_that_are_complete(
     environment: dict[str, str], expected, tmp_path: Path
 ) -> None:
-    with subprocess.Popen(command(tmp_path), env=environment, start_new_session=True) as process:
-        until = time.monotonic() + 60
-        while len(notes(tmp_path)) < 4 and time.monotonic() < until:
-            time.sleep(0.02)
+    holding = {**environment, "HOLDS": "5"}
+    with subprocess.Popen(command(tmp_path), env=holding, start_new_session=True) as process:
+        until(lambda: any(shard == 5 for shard, _ in notes(tmp_path)))
         os.killpg(process.pid, signal.SIGKILL)
     begun = len(notes(tmp_path))
     subprocess.run(command(tmp_path, "--resume"), env=environment, check=True, capture_output=True)

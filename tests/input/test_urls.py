@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 
 import pytest
 
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.input.urls import without_credentials, without_secrets
+from tests.growth import assert_linear
 
 
 @pytest.mark.parametrize(
@@ -72,14 +73,11 @@ def test_what_has_no_secret_stays(text: str) -> None:
     ],
 )
 def test_it_takes_time_in_proportion_to_the_text(before: str, repeated: str, after: str) -> None:
-    """What is quadratic takes a hundred times as long for ten times as much; in proportion is ten times, with room."""
-    times = []
-    for count in (20_000, 200_000):
+    def make(count: int) -> Callable[[], object]:
         text = before + repeated * count + after
-        began = time.process_time()
-        without_secrets(text)
-        times.append(time.process_time() - began)
-    assert times[1] < 40 * times[0] + 0.1
+        return lambda: without_secrets(text)
+
+    assert_linear(make, 50_000)
 
 
 @pytest.mark.parametrize(

@@ -368,7 +368,7 @@ def test_places_are_counted_before_they_are_made(load: Load, shape: tuple[int, .
     """A dense tree of millions of leaves for one stored value: the numbers alone tell."""
     weight = load(sparse_weight(Encoded(list(range(len(shape))), [], list(shape), [1]), shape, "INT8"))["w"]
     seconds, most_bytes = cost_of(weight)
-    assert seconds < 0.5
+    assert seconds < 5  # millions of places would take minutes
     assert most_bytes < 1 << 20
 
 

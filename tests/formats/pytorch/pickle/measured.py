@@ -87,7 +87,7 @@ def main() -> None:
     path = Path(folder) / "model.pt"
     path.write_bytes(honest())
     examine(path)  # so that all that it imports is there in the processes that follow
-    made = getattr(import_module(f"tests.formats.pytorch.{module}"), function)()
+    made = getattr(import_module(f"tests.formats.pytorch.pickle.{module}"), function)()
     for _, group in groupby(chain([("honest: a megabyte", honest())], made), lambda file: file[0].partition(": ")[0]):
         for result in measured(group, path):
             print(json.dumps(result), flush=True)
