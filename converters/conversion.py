@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from nibblecast.converters import pipeline, plugins
 from nibblecast.converters.compare.comparison import Comparison, compare
-from nibblecast.converters.errors import UsageError, VerificationFailed
+from nibblecast.converters.errors import UsageError, VerificationFailed, located
 from nibblecast.converters.input.paths import AnyPath, input_path, output_path
 from nibblecast.converters.interfaces import OutputFile, Progress
 from nibblecast.converters.ir import Loss, Model
@@ -243,8 +243,5 @@ def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
 
 def _hints(output: pipeline.PlannedOutput, main: Path) -> Sequence[str]:
     """What the format's own checker says of it. Raises VerificationFailed."""
-    try:
+    with located(path=output.target.path):
         return output.plan.validate(main)
-    except VerificationFailed as error:
-        error.path = output.target.path
-        raise

@@ -99,6 +99,24 @@ class Error(Exception):
         return ": ".join([*where, line(self.message, MOST_OF_MESSAGE)])
 
 
+class located:  # noqa: N801  (used like a function; a class because a generator would cost more and hide returns from mypy)
+    """Has every `Error` that leaves the block say where it was, unless it says so already. `over`: also where it names
+    a tensor, for errors that name a weight's parameter and are to name the weight."""
+
+    __slots__ = ("_over", "_path", "_tensor")
+
+    def __init__(self, *, path: Path | None = None, tensor: str | None = None, over: bool = False) -> None:
+        self._path, self._tensor, self._over = path, tensor, over
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Error):
+            error.path = error.path or self._path
+            error.tensor = self._tensor if self._over else error.tensor or self._tensor
+
+
 class Notice(UserWarning):
     """A warning that is meant for a person: the command line shows these, and no others."""
 

@@ -14,66 +14,47 @@ from dataclasses import dataclass, field, replace
 from math import gcd, lcm, prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nibblecast.converters.arithmetic import decoding
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    FLOAT_DTYPES,
+    SUB_BYTE,
+    UINT2,
+    UINT4,
+    UINT8,
+    bits_of,
+    dtype_name,
+    is_float,
+    is_integer,
+)
 from nibblecast.converters.arithmetic.grids import blocked as blocked
 from nibblecast.converters.arithmetic.grids import grid_shape as grid_shape
 from nibblecast.converters.arithmetic.grids import per_axis as per_axis
 from nibblecast.converters.arithmetic.grids import per_tensor as per_tensor
 from nibblecast.converters.arithmetic.grids import with_size
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError, brief
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
+from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError, brief, located
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS as MOST_DIMENSIONS
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.metadata import Loss as Loss
 from nibblecast.converters.metadata import Metadata, Use
-from nibblecast.converters.storage import Computed, Data, DataSlice, InMemory, release
+from nibblecast.converters.storage import Computed, Data, DataSlice, InMemory
 
 if TYPE_CHECKING:
     import onnx_ir
 
-#: The floating-point dtypes narrower than float32 that NumPy lacks.
-SMALL_FLOATS = frozenset(
-    np.dtype(t)
-    for t in (
-        ml_dtypes.bfloat16,
-        ml_dtypes.float8_e4m3fn,
-        ml_dtypes.float8_e4m3fnuz,
-        ml_dtypes.float8_e5m2,
-        ml_dtypes.float8_e5m2fnuz,
-        ml_dtypes.float8_e8m0fnu,
-        ml_dtypes.float6_e2m3fn,
-        ml_dtypes.float6_e3m2fn,
-        ml_dtypes.float4_e2m1fn,
-    )
-)
-
-_FLOAT32 = np.dtype(np.float32)
 _NOTHING = np.empty(0, np.uint8)
 _PART_ELEMENTS = 1 << 22  # at a time: what they are read from is let go of then
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 #: What a library may round its values to when it has computed them.
-VALUE_DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))
-_COMPUTE_DTYPES = (*VALUE_DTYPES, _FLOAT32, np.dtype(np.float64))
-
-
-def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether `dtype` is a real floating-point type, ml_dtypes' included."""
-    return dtype.kind == "f" or dtype in SMALL_FLOATS
-
-
-def is_integer(dtype: np.dtype[Any]) -> bool:
-    """Whether `dtype` is an integer type, int2/uint2/int4/uint4 included, bool not."""
-    return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype not in SMALL_FLOATS)
-
-
-def dtype_name(dtype: np.dtype[Any]) -> str:
-    """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
-    field is called as their type."""
-    return dtype.names[0] if dtype.names else dtype.name
+VALUE_DTYPES = (FLOAT16, BFLOAT16)
+_COMPUTE_DTYPES = (*VALUE_DTYPES, FLOAT32, FLOAT64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +88,7 @@ class Quantization:
     offset: Tensor | None = None
     codebook: Tensor | None = None
     group_index: GroupIndex | None = None
-    compute_dtype: np.dtype[Any] = _FLOAT32
+    compute_dtype: np.dtype[Any] = FLOAT32
     factor: float = 1.0
     value_dtype: np.dtype[Any] | None = None
 
@@ -249,11 +230,8 @@ class Tensor:
                 tensor=self.name,
             )
         if self.quantization is not None:
-            try:
+            with located(tensor=self.name):
                 self.quantization.check(self.shape, self.dtype)
-            except CorruptFile as error:
-                error.tensor = self.name
-                raise
 
     @classmethod
     def from_array(cls, name: str, array: NDArray[Any], quantization: Quantization | None = None) -> Tensor:
@@ -410,7 +388,7 @@ class Tensor:
 
     def release(self) -> None:
         """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
-        release(self.data, 0, self.nbytes)
+        self.data.release(0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
 
@@ -455,13 +433,13 @@ class Model(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-_CODEBOOK_INDICES = frozenset(np.dtype(t) for t in (ml_dtypes.uint2, ml_dtypes.uint4, np.uint8))
+_CODEBOOK_INDICES = frozenset((UINT2, UINT4, UINT8))
 
 
 def _decodable(tensor: Tensor, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """`dtype`, if the tensor's values can be had in it. Raises UsageError or Unsupported."""
-    if dtype not in decoding.FLOAT_DTYPES.values():
-        raise UsageError(f"dtype {dtype}: values come as {', '.join(decoding.FLOAT_DTYPES)}", tensor=tensor.name)
+    if dtype not in FLOAT_DTYPES.values():
+        raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
     if tensor.dtype.kind == "c" or tensor.dtype.names:
         name = dtype_name(tensor.dtype)
         raise Unsupported(f"{name} values have no float form: leave it out with --skip", tensor=tensor.name)

@@ -22,9 +22,10 @@ import numpy as np
 
 from nibblecast.converters import plugins
 from nibblecast.converters.arithmetic import compiled
+from nibblecast.converters.arithmetic.dtypes import dtype_name
 from nibblecast.converters.errors import CorruptFile, Error, RefusedLoss, Unsupported, UsageError
 from nibblecast.converters.interfaces import Capabilities, OutputFile, Plan, Progress
-from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name
+from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.options import parse
 from nibblecast.converters.output.creation import refuse_special
 from nibblecast.converters.output.folders import begin_folder, begun_folder, intent
@@ -32,7 +33,7 @@ from nibblecast.converters.output.private_folder import remove_left_behind, temp
 from nibblecast.converters.output.sharing import shared, sharing
 from nibblecast.converters.output.writing import staging, write_plan, write_shard
 from nibblecast.converters.stages.dequantize import compute_in_float32, dequantize_model, flatten_scales, fold_factors
-from nibblecast.converters.storage import MappedFile, files_of, truncated_file
+from nibblecast.converters.storage import MappedFile, truncated_file
 
 if TYPE_CHECKING:  # quantization is imported when it is asked for
     from nibblecast.converters.stages.scheme import Scheme
@@ -364,7 +365,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 def _mapped_files(model: Model) -> Iterator[MappedFile]:
     """The files that the tensors' data lie in (external data lies beside the source)."""
     seen: set[int] = set()
-    for file in chain.from_iterable(files_of(data) for tensor in model.values() for data in tensor.stored()):
+    for file in chain.from_iterable(data.files() for tensor in model.values() for data in tensor.stored()):
         if id(file) not in seen:
             seen.add(id(file))
             yield file

@@ -1,6 +1,6 @@
 """Where a tensor's canonical bytes come from: memory, a mapped file, or a computation. All of them are lazy.
 
-One small interface, `Data`: how many bytes there are, and any range of them as a uint8 array.
+One small base class, `Data`: how many bytes there are, and any range of them as a uint8 array.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import errno
 import mmap
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import numpy as np
@@ -22,37 +23,47 @@ from numpy.typing import NDArray
 from nibblecast.converters.errors import ChangedFile, CorruptFile, MissingFile
 
 
-@runtime_checkable
-class Data(Protocol):
-    """The canonical bytes of one tensor (`converters.arithmetic.packing` gives the order)."""
+class Data(ABC):
+    """The canonical bytes of one tensor (`converters.arithmetic.packing` gives the order).
 
-    @property
-    def nbytes(self) -> int:
-        """How many bytes there are."""
-        ...
+    Only `nbytes` and `read` must be there. A base class and not a protocol: the defaults are written once, and nobody
+    has to ask what another class of data can do.
+    """
 
+    __slots__ = ()
+
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field of that name
+
+        @property
+        @abstractmethod
+        def nbytes(self) -> int:
+            """How many bytes there are."""
+
+    @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop), contiguous, shape (stop - start,); they may be a read-only view, never to be changed."""
-        ...
 
+    def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Bytes [start, stop): in the first bytes of `out` if the data supports it, else in new memory. Reusing `out`
+        matters: allocating costs as much as decoding."""
+        return self.read(start, stop)
 
-def read_into(data: Data, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Bytes [start, stop), in the first bytes of `out` where the data can be computed there, and elsewhere otherwise:
-    new memory costs as much as the work."""
-    into = getattr(data, "read_into", None)
-    return data.read(start, stop) if into is None else into(start, stop, out)
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of the memory that bytes [start, stop) take; a later `read` brings them back."""
+        return
 
+    def made_of(self) -> tuple[Data, ...]:
+        """The data that it is computed from."""
+        return ()
 
-def release(data: Data, start: int, stop: int) -> None:
-    """Lets go of the memory that bytes [start, stop) of `data` take, where these have a `release` of their own; a later
-    `read` brings them back."""
-    let_go = getattr(data, "release", None)
-    if let_go is not None:
-        let_go(start, stop)
+    def files(self) -> Iterator[MappedFile]:
+        """The files that it is read from, be it through computations."""
+        for data in self.made_of():
+            yield from data.files()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class InMemory:
+class InMemory(Data):
     """Bytes that are already here: `array` is uint8 of shape (nbytes,)."""
 
     array: NDArray[np.uint8]
@@ -71,7 +82,7 @@ class InMemory:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Computed:
+class Computed(Data):
     """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
     are the data that it reads: `in_order` says that a share of the bytes is made of about the same share of each of
     them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only.
@@ -86,12 +97,13 @@ class Computed:
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return np.ascontiguousarray(self.compute(start, stop))  # a column of an array may be a view that is not
 
+    def made_of(self) -> tuple[Data, ...]:
+        return self.sources
+
     def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Like `read`, perhaps in `out`."""
         return self.read(start, stop) if self.compute_into is None else self.compute_into(start, stop, out)
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of what of the sources bytes [start, stop) were made of."""
         is_end = stop >= self.nbytes
         if not self.in_order:
             start, stop = 0, self.nbytes if is_end else 0
@@ -99,11 +111,11 @@ class Computed:
             return
         for source in self.sources:
             first, last = start * source.nbytes // self.nbytes, -(-stop * source.nbytes // self.nbytes)
-            release(source, first, source.nbytes if is_end else last)
+            source.release(first, source.nbytes if is_end else last)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Joined:
+class Joined(Data):
     """Data one after the other."""
 
     sources: tuple[Data, ...]
@@ -112,14 +124,16 @@ class Joined:
     def nbytes(self) -> int:
         return sum(data.nbytes for data in self.sources)
 
+    def made_of(self) -> tuple[Data, ...]:
+        return self.sources
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         pieces = [data.read(first, last) for data, first, last in self._within(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint8), *pieces])
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of what these bytes take."""
         for data, first, last in self._within(start, stop):
-            release(data, first, last)
+            data.release(first, last)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Data, int, int]]:
         """The data that bytes [start, stop) lie in, with the range of each."""
@@ -132,26 +146,24 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DataSlice:
+class DataSlice(Data):
     """A range of other data."""
 
     data: Data
     start: int
     nbytes: int
 
-    @property
-    def sources(self) -> tuple[Data, ...]:
-        """What it is a range of."""
+    def made_of(self) -> tuple[Data, ...]:
         return (self.data,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.data.read(self.start + start, self.start + min(stop, self.nbytes))
 
     def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return read_into(self.data, self.start + start, self.start + min(stop, self.nbytes), out)
+        return self.data.read_into(self.start + start, self.start + min(stop, self.nbytes), out)
 
     def release(self, start: int, stop: int) -> None:
-        release(self.data, self.start + start, self.start + stop)
+        self.data.release(self.start + start, self.start + stop)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -242,18 +254,21 @@ def _identity(status: os.stat_result) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FileRange:
+class FileRange(Data):
     """A range of a mapped file; `read` copies nothing."""
 
     file: MappedFile
     offset: int
     nbytes: int
 
+    def files(self) -> Iterator[MappedFile]:
+        yield self.file
+
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         return self.file.view[self.offset + start : self.offset + min(stop, self.nbytes)]
 
     def release(self, start: int, stop: int) -> None:
-        """Lets the system drop the pages of bytes [start, stop) from this process; a later `read` brings them back."""
+        """Lets the system drop the pages of bytes [start, stop) from this process."""
         if self.file.mapping is not None and stop > start:
             first = (self.offset + start) // mmap.PAGESIZE * mmap.PAGESIZE
             self.file.mapping.madvise(mmap.MADV_DONTNEED, first, self.offset + stop - first)
@@ -265,12 +280,3 @@ def truncated_file() -> MappedFile | None:
         if file.mapping is not None and file.mapping.size() < file.view.size:
             return file
     return None
-
-
-def files_of(data: Data) -> Iterator[MappedFile]:
-    """The files that data are read from, be it through computations."""
-    file = getattr(data, "file", None)
-    if isinstance(file, MappedFile):
-        yield file
-    for source in getattr(data, "sources", ()):
-        yield from files_of(source)

@@ -26,6 +26,7 @@ FOR_FORMATS = {
     "nibblecast.converters.errors",
     "nibblecast.converters.interfaces",
     "nibblecast.converters.ir",
+    "nibblecast.converters.input.json_object",
     "nibblecast.converters.input.shapes",
     "nibblecast.converters.storage",
     "nibblecast.converters.output.streaming",

@@ -16,19 +16,10 @@ from zlib import crc32
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of, is_float
+from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.interfaces import Writer
-from nibblecast.converters.ir import (
-    GroupIndex,
-    Model,
-    Quantization,
-    Tensor,
-    blocked,
-    grid_shape,
-    is_float,
-    per_axis,
-    per_tensor,
-)
+from nibblecast.converters.ir import GroupIndex, Model, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 SMALL_CODES = (ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2, ml_dtypes.uint2, np.int8, np.uint8)

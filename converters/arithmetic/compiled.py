@@ -16,11 +16,10 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT4, INT8, SUB_BYTE, UINT4, UINT8
 from nibblecast.converters.errors import Notice, UsageError
 
 if TYPE_CHECKING:  # imported when there is much to decode
@@ -32,19 +31,16 @@ _WORTH = os.environ.get("NIBBLECAST_COMPILE_AFTER", str(1 << 27))
 _SHORTEST_BLOCK = 8
 _EXACT = 1 << 23
 
-_UINT4, _INT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.int4)
 _KINDS: Mapping[np.dtype[Any], str] = MappingProxyType(
-    {_UINT4: "UNSIGNED4", _INT4: "SIGNED4", np.dtype(np.uint8): "UNSIGNED8", np.dtype(np.int8): "SIGNED8"}
+    {UINT4: "UNSIGNED4", INT4: "SIGNED4", UINT8: "UNSIGNED8", INT8: "SIGNED8"}
 )
 _OPERATIONS: Mapping[np.ufunc, str] = MappingProxyType(
     {np.subtract: "SUBTRACT", np.multiply: "MULTIPLY", np.add: "ADD"}
 )
 _ROUNDED: Mapping[np.dtype[Any] | None, str] = MappingProxyType(
-    {None: "KEPT", np.dtype(np.float16): "FLOAT16", np.dtype(ml_dtypes.bfloat16): "BFLOAT16"}
+    {None: "KEPT", FLOAT16: "FLOAT16", BFLOAT16: "BFLOAT16"}
 )
-_GIVEN: Mapping[np.dtype[Any], str] = MappingProxyType(
-    {np.dtype(np.float32): "KEPT", np.dtype(np.float16): "FLOAT16", np.dtype(ml_dtypes.bfloat16): "BFLOAT16"}
-)
+_GIVEN: Mapping[np.dtype[Any], str] = MappingProxyType({FLOAT32: "KEPT", FLOAT16: "FLOAT16", BFLOAT16: "BFLOAT16"})
 _decoded = _expected = 0  # elements
 
 #: An operation, its parameter, which broadcasts to the view, and what its result is rounded to.

@@ -24,19 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.arithmetic import compiled
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT32, FLOAT64, SUB_BYTE, bits_of, is_integer
 from nibblecast.converters.arithmetic.float16 import Float16
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, Workspace, bits_of, byte_table, packed_size, unpack
+from nibblecast.converters.arithmetic.packing import Workspace, byte_table, packed_size, unpack
 
-#: What values can be decoded to, by name.
-FLOAT_DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-
-_FLOAT32 = np.dtype(np.float32)
-_FLOAT64 = np.dtype(np.float64)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 _PIECE_ELEMENTS = 1 << 17  # 512 KiB of float32: inside a common second-level cache
 
 _EXACT_IN_INT8 = 112  # less 4-bit codes, that is: -128 <= code - zero_point <= 127
@@ -59,7 +50,7 @@ class Parameters:
     offset: NDArray[Any] | None = None
     codebook: NDArray[np.float32] | None = None
     group_index: tuple[int, NDArray[Any]] | None = None
-    compute_dtype: np.dtype[Any] = _FLOAT32
+    compute_dtype: np.dtype[Any] = FLOAT32
     factor: float = 1.0
     value_dtype: np.dtype[Any] | None = None
 
@@ -148,10 +139,10 @@ def decode(
     steps = [] if parameters is None else _steps(parameters, dtype, shape, table, out.dtype)
     if steps and steps[-1].rounded_to == out.dtype:  # as `out` does by itself
         steps[-1] = replace(steps[-1], rounded_to=None)
-    is_double = parameters is not None and parameters.compute_dtype == _FLOAT64
-    computed = _FLOAT64 if is_double else _FLOAT32
+    is_double = parameters is not None and parameters.compute_dtype == FLOAT64
+    computed = FLOAT64 if is_double else FLOAT32
     view_shape = (out.size,) if parameters is None else _view_shape(shape, parameters)
-    if computed == _FLOAT32 and steps:
+    if computed == FLOAT32 and steps:
         operations = [(step.operation, step.parameter, step.rounded_to) for step in steps]
         if compiled.decode(packed, dtype, table, operations, view_shape, out):
             return
@@ -213,7 +204,7 @@ def _steps(
     wanted: np.dtype[Any],
 ) -> list[_Step]:
     """The operations that follow the look-up, in order, for values that are wanted as that dtype."""
-    rounded_to = None if parameters.compute_dtype in (_FLOAT32, _FLOAT64) else parameters.compute_dtype
+    rounded_to = None if parameters.compute_dtype in (FLOAT32, FLOAT64) else parameters.compute_dtype
 
     def step(operation: np.ufunc, parameter: NDArray[Any]) -> _Step:
         spread = _spread(parameter, shape, parameters)
@@ -235,7 +226,7 @@ def _steps(
     if parameters.factor != 1:
         factor = np.full((1,) * len(_view_shape(shape, parameters)), parameters.factor, np.float32)
         steps.append(_Step(np.multiply, factor, rounded_to))
-    if parameters.value_dtype is not None and wanted != _FLOAT32:
+    if parameters.value_dtype is not None and wanted != FLOAT32:
         steps[-1] = replace(steps[-1], rounded_to=parameters.value_dtype)
     return steps
 
@@ -244,7 +235,7 @@ def _zero_point(zero_point: NDArray[Any], codes: np.dtype[Any] | None) -> NDArra
     """The zero points in the type that they are subtracted in: int8 for sub-byte codes, which is fastest; float32 where
     the difference is exact in it; int64 for wide codes or zero points; float32 for any that are no integers. `codes` is
     the dtype of the codes, None where these are looked up."""
-    if codes is None or not _is_integer(codes) or zero_point.dtype.kind == "f":
+    if codes is None or not is_integer(codes) or zero_point.dtype.kind == "f":
         return zero_point.astype(np.float32, copy=False)
     stored = zero_point.astype(np.int64)
     largest = max(int(stored.max(initial=0)), -int(stored.min(initial=0)))
@@ -253,17 +244,13 @@ def _zero_point(zero_point: NDArray[Any], codes: np.dtype[Any] | None) -> NDArra
     return stored.astype(np.int8 if codes in SUB_BYTE and largest <= _EXACT_IN_INT8 else np.float32)
 
 
-def _is_integer(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "iu" or (dtype in SUB_BYTE and dtype != _FLOAT4)
-
-
 def _table(dtype: np.dtype[Any], parameters: Parameters | None) -> NDArray[np.float32] | None:
     """The float32 elements of each of the 256 bytes, shape (256, elements of a byte), where codes are not numbers
     themselves: they are looked up in a codebook, or are the patterns of a small float."""
     if parameters is not None and parameters.codebook is not None:
         entries = parameters.codebook
         return entries[byte_table(dtype)] if dtype in SUB_BYTE else entries.reshape(256, 1)
-    return byte_table(dtype).view(dtype).astype(np.float32) if dtype == _FLOAT4 else None
+    return byte_table(dtype).view(dtype).astype(np.float32) if dtype == FLOAT4 else None
 
 
 def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray[Any]) -> None:

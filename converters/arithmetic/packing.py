@@ -12,20 +12,10 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-#: The dtypes narrower than a byte: bits of one element, and the NumPy dtype that `unpack` gives for it.
-SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
-    {
-        np.dtype(ml_dtypes.int2): (2, np.dtype(np.int8)),
-        np.dtype(ml_dtypes.uint2): (2, np.dtype(np.uint8)),
-        np.dtype(ml_dtypes.int4): (4, np.dtype(np.int8)),
-        np.dtype(ml_dtypes.uint4): (4, np.dtype(np.uint8)),
-        np.dtype(ml_dtypes.float4_e2m1fn): (4, np.dtype(np.uint8)),
-    }
-)
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
 
 #: How the elements of a byte are spread over the bytes of a wider word: (shift left and merge, then mask), in turn.
 _SPREAD = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
@@ -34,11 +24,6 @@ _SPREAD = {4: ((4, 0x0F0F),), 2: ((12, 0x000F000F), (6, 0x03030303))}
 _WORDS: Mapping[int, np.dtype[Any]] = MappingProxyType({4: np.dtype("<u2"), 2: np.dtype("<u4")})
 _CODES = {bits: shifts[-1][1] for bits, shifts in _SPREAD.items()}
 _PIECE = 1 << 16
-
-
-def bits_of(dtype: np.dtype[Any]) -> int:
-    """Bits that one element takes in canonical bytes: 2 or 4 for the sub-byte dtypes, else 8 times the item size."""
-    return SUB_BYTE[dtype][0] if dtype in SUB_BYTE else 8 * dtype.itemsize
 
 
 def packed_size(count: int, bits: int) -> int:

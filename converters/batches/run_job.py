@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nibblecast.converters import conversion
-from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
+from nibblecast.converters.arithmetic.dtypes import FLOAT_DTYPES
 from nibblecast.converters.batches.job import DIGEST, Job
 from nibblecast.converters.batches.records import Failure, Output, Record
 from nibblecast.converters.batches.sources import bytes_of, digest_of

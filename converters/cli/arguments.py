@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
+from nibblecast.converters.arithmetic.dtypes import FLOAT_DTYPES
 from nibblecast.converters.errors import MOST_OF_MESSAGE, MOST_OF_NAME, UsageError, line
 from nibblecast.converters.interfaces import Progress
 from nibblecast.converters.ir import Loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nibblecast.converters.arithmetic.dtypes import dtype_name
 from nibblecast.converters.cli.arguments import (
     Json,
     ReaderOptions,
@@ -18,7 +19,7 @@ from nibblecast.converters.cli.arguments import (
 )
 from nibblecast.converters.conversion import load
 from nibblecast.converters.errors import line
-from nibblecast.converters.ir import Model, Quantization, Tensor, dtype_name
+from nibblecast.converters.ir import Model, Quantization, Tensor
 from nibblecast.converters.metadata import Metadata, Port, Use
 from nibblecast.converters.sizes import bits_per_quantized_weight, bits_per_weight, model_bytes, stored_bytes
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, FLOAT_DTYPES, is_float, is_integer
 from nibblecast.converters.interfaces import Progress
-from nibblecast.converters.ir import Model, Quantization, Tensor, is_float, is_integer
+from nibblecast.converters.ir import Model, Quantization, Tensor
 from nibblecast.converters.sizes import weights_of
 
 _PIECE_ELEMENTS = 1 << 20
@@ -118,7 +118,7 @@ def _plain_view(a: Tensor, b: Tensor) -> View:
             return Tensor.codes
         return _values
     plain = a if a.quantization is None else b
-    dtype = plain.dtype if plain.dtype in FLOAT_DTYPES.values() else np.dtype(np.float32)
+    dtype = plain.dtype if plain.dtype in FLOAT_DTYPES.values() else FLOAT32
     return lambda tensor: tensor.dequantize(dtype)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.interfaces import Plan
 from nibblecast.converters.ir import Model, Tensor
-from nibblecast.converters.storage import Computed, Data, FileRange, InMemory, read_into, release
+from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
 
 _MOST_OF_ONE = 1 << 26
 _MOST_IN_ALL = 1 << 28
@@ -52,7 +52,7 @@ class _Once:
                 self._arrays += [data.read(0, data.nbytes) for data in self.made_from]
                 self.room.free -= nbytes
                 for data in self.made_from:
-                    release(data, 0, data.nbytes)
+                    data.release(0, data.nbytes)
             return self._arrays[number] if self._arrays else None
 
     def forget(self) -> None:
@@ -63,7 +63,7 @@ class _Once:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedData:
+class SharedData(Data):
     """Computed data that are kept while there are outputs that will read them again."""
 
     data: Data
@@ -74,9 +74,7 @@ class SharedData:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    @property
-    def sources(self) -> tuple[Data, ...]:
-        """What they are."""
+    def made_of(self) -> tuple[Data, ...]:
         return (self.data,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
@@ -84,13 +82,11 @@ class SharedData:
         return self.data.read(start, stop) if kept is None else kept[start:stop]
 
     def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Like `read`, perhaps in `out`."""
         kept = self.once.array(self.number)
-        return read_into(self.data, start, stop, out) if kept is None else kept[start:stop]
+        return self.data.read_into(start, stop, out) if kept is None else kept[start:stop]
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of what they are computed from."""
-        release(self.data, start, stop)
+        self.data.release(start, stop)
 
 
 def shared(model: Model, read: Model) -> Model:
@@ -153,4 +149,4 @@ def _within(many: Iterable[Data]) -> Iterator[_Once]:
     for data in many:
         if isinstance(data, SharedData):
             yield data.once
-        yield from _within(getattr(data, "sources", ()))
+        yield from _within(data.made_of())

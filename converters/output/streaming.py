@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.machine import threads
-from nibblecast.converters.storage import FileRange, InMemory, read_into
+from nibblecast.converters.storage import FileRange, InMemory
 
 if TYPE_CHECKING:  # imported when there is something to compute
     from concurrent.futures import Future
@@ -69,7 +69,7 @@ def _computed_ahead(tensors: Iterable[tuple[int, Tensor]], nbytes: int) -> Itera
                 at = turn % len(memory)
                 if memory[at].size < part.nbytes and not _is_here(part):
                     memory[at] = np.empty(part.nbytes, np.uint8)
-                ahead.append((number, part, pool.submit(read_into, part.data, 0, part.nbytes, memory[at])))
+                ahead.append((number, part, pool.submit(part.data.read_into, 0, part.nbytes, memory[at])))
                 if len(ahead) > count:
                     yield from _first(ahead)
             while ahead:

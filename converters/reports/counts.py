@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, byte_table, unpack
-from nibblecast.converters.ir import Tensor, is_float
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of, is_float
+from nibblecast.converters.arithmetic.packing import byte_table, unpack
+from nibblecast.converters.ir import Tensor
 
 _float_information: Callable[[np.dtype[Any]], Any] = ml_dtypes.finfo
 _PIECE_BYTES = 1 << 20

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nibblecast.converters.arithmetic.accuracy import Accuracy, errors
+from nibblecast.converters.arithmetic.dtypes import dtype_name, is_integer
 from nibblecast.converters.compare.comparison import common_rows
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.interfaces import Progress
-from nibblecast.converters.ir import Loss, Model, Tensor, dtype_name, is_integer
+from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.reports.counts import CodeCounts, Spread, codes_of, spread_of
 from nibblecast.converters.sizes import bits_per_weight, stored_bytes, weights_of
 

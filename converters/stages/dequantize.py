@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, FLOAT64
 from nibblecast.converters.ir import Loss, Model, Tensor
-
-_FLOAT32 = np.dtype(np.float32)
-_FLOAT64 = np.dtype(np.float64)
 
 
 def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
@@ -68,7 +66,7 @@ def fold_factors(model: Model) -> Model:
 
 
 def _flattened(parameter: Tensor) -> Tensor:
-    return parameter if parameter.quantization is None else parameter.dequantized(_FLOAT32)
+    return parameter if parameter.quantization is None else parameter.dequantized(FLOAT32)
 
 
 def compute_in_float32(model: Model) -> Model:
@@ -78,13 +76,13 @@ def compute_in_float32(model: Model) -> Model:
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
-        if quantization is None or (quantization.compute_dtype == _FLOAT32 and quantization.value_dtype is None):
+        if quantization is None or (quantization.compute_dtype == FLOAT32 and quantization.value_dtype is None):
             continue
         scale, offset = (_as_float32(t) for t in (quantization.scale, quantization.offset))
-        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=_FLOAT32, value_dtype=None)
+        changed = replace(quantization, scale=scale, offset=offset, compute_dtype=FLOAT32, value_dtype=None)
         tensors[name] = replace(tensor, quantization=changed)
         rounded = quantization.value_dtype or quantization.compute_dtype
-        if rounded != _FLOAT64:
+        if rounded != FLOAT64:
             detail = f"its values are computed in float32 and not rounded to {rounded}, as its producer rounds them"
             losses.append(Loss(name, "rounded", detail))
         elif offset is not None or not _equal(scale, quantization.scale):
@@ -93,7 +91,7 @@ def compute_in_float32(model: Model) -> Model:
 
 
 def _as_float32(parameter: Tensor | None) -> Any:
-    if parameter is None or parameter.dtype != _FLOAT64:
+    if parameter is None or parameter.dtype != FLOAT64:
         return parameter
     return Tensor.from_array(parameter.name, parameter.dequantize(np.float32))
 

@@ -25,14 +25,15 @@ from numpy.typing import NDArray
 from nibblecast.converters.arithmetic import rounding
 from nibblecast.converters.arithmetic.accuracy import Accuracy, errors
 from nibblecast.converters.arithmetic.blocks import BlockGrid, Box, Group, side_by_side
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.packing import pack, packed_size
 from nibblecast.converters.arithmetic.rounding import BlockParameters, Floats
-from nibblecast.converters.errors import Error, UsageError
+from nibblecast.converters.errors import UsageError, located
 from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.converters.machine import threads
 from nibblecast.converters.metadata import Use
 from nibblecast.converters.stages.scheme import Blocked, PerTensor, Scheme, parse_scheme
-from nibblecast.converters.storage import Computed, release
+from nibblecast.converters.storage import Computed, Data
 
 __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]
 
@@ -160,13 +161,11 @@ def _input_axis(use: Use | None, rank: int) -> int:
     return axis if -rank <= axis < rank else -1
 
 
-class QuantizedCodes:
+class QuantizedCodes(Data):
     """The packed codes of a tensor of floats, as `Data`. Its parameters are kept from when they are first needed until
-    everything is released, what was measured of the errors for ever. `sources` are the data that it is made of."""
+    everything is released, what was measured of the errors for ever."""
 
     def __init__(self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None) -> None:
-        self.nbytes = packed_size(floats.size, bits_of(scheme.dtype))
-        self.sources = tuple(floats.stored())
         self._floats = floats
         self._scheme = scheme
         self._block_shape = block_shape
@@ -174,6 +173,13 @@ class QuantizedCodes:
         self._fitted: dict[int, BlockParameters] = {}
         self._errors: dict[int, tuple[float, float, float]] = {}
         self._lock = Lock()  # two readers at a time would compute the same parameters; each has all threads anyway
+
+    @property
+    def nbytes(self) -> int:
+        return packed_size(self._floats.size, bits_of(self._scheme.dtype))
+
+    def made_of(self) -> tuple[Data, ...]:
+        return tuple(self._floats.stored())
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop) of the packed codes."""
@@ -273,11 +279,8 @@ class QuantizedCodes:
                     if not held:
                         self._release_floats(box.start, box.stop)
 
-            try:
+            with located(tensor=self._floats.name, path=self._source):
                 self._fitted[number] = rounding.fit(self._scheme.codes, pieces, group.blocks.stop - group.blocks.start)
-            except Error as error:
-                error.tensor, error.path = self._floats.name, self._source
-                raise
             if not loaded:
                 self._release_floats(group.start, group.stop)
         return self._fitted[number]
@@ -318,7 +321,7 @@ class QuantizedCodes:
 
     def _release_floats(self, start: int, stop: int) -> None:
         itemsize = self._floats.dtype.itemsize
-        release(self._floats.data, start * itemsize, min(stop, self._floats.size) * itemsize)
+        self._floats.data.release(start * itemsize, min(stop, self._floats.size) * itemsize)
 
 
 def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None:

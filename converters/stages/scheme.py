@@ -11,22 +11,27 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT32,
+    FLOAT_DTYPES,
+    INT2,
+    INT4,
+    INT8,
+    UINT2,
+    UINT4,
+    UINT8,
+    bits_of,
+    is_signed,
+)
 from nibblecast.converters.arithmetic.rounding import Codes
 from nibblecast.converters.errors import UsageError
 
 #: What floats can become, by name.
 CODE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {
-        np.dtype(t).name: np.dtype(t)
-        for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
-    }
+    {dtype.name: dtype for dtype in (INT2, UINT2, INT4, UINT4, INT8, UINT8)}
 )
-_SIGNED = frozenset(dtype for name, dtype in CODE_DTYPES.items() if name.startswith("int"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ class Scheme:
     symmetric: bool = True
     narrow: bool = False
     scales: Literal["minmax", "mse"] = "minmax"
-    scale_dtype: np.dtype[Any] = FLOAT_DTYPES["float32"]
+    scale_dtype: np.dtype[Any] = FLOAT32
     requantize: bool = False
     only: tuple[str, ...] = ()
     excepted: tuple[str, ...] = ()
@@ -124,12 +129,12 @@ class Scheme:
     @property
     def storage(self) -> np.dtype[Any]:
         """The dtype of a byte for each code."""
-        return np.dtype(np.int8 if self.dtype in _SIGNED else np.uint8)
+        return INT8 if is_signed(self.dtype) else UINT8
 
     @property
     def middle(self) -> int:
         """The code of zero in symmetric schemes: 0 of signed codes, 8 of uint4."""
-        return 0 if self.dtype in _SIGNED else 1 << (bits_of(self.dtype) - 1)
+        return 0 if is_signed(self.dtype) else 1 << (bits_of(self.dtype) - 1)
 
     @property
     def lowest(self) -> int:
@@ -178,7 +183,7 @@ def parse_scheme(text: str) -> Scheme:
     if len(dtypes) != 1:
         raise _refused(text, f"one of {', '.join(CODE_DTYPES)} is needed")
     dtype = CODE_DTYPES[dtypes[0]]
-    scheme = Scheme(dtype, symmetric=dtype in _SIGNED)
+    scheme = Scheme(dtype, symmetric=is_signed(dtype))
     for word in words:
         scheme = _WORDS.get(word, _unchanged)(scheme)
     scheme = replace(scheme, only=_patterns(words, "only"), excepted=_patterns(words, "except"))

@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.ir import Tensor
 from nibblecast.formats.cheader.literals import notation
 from nibblecast.formats.cheader.literals.notation import NOTATIONS, Notation
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.ir import Tensor
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Model, Tensor
-from nibblecast.converters.storage import MappedFile, files_of
+from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.cheader.arrays import Arrangement, Array
 
 
@@ -29,6 +29,6 @@ def source_files(model: Model) -> list[Path]:
     """The file that was read, and those beside it that hold its data."""
     source = [] if model.metadata.source is None else [model.metadata.source]
     stored = (data for tensor in model.values() for data in tensor.stored())
-    mapped = (file.path for data in stored for file in files_of(data))
+    mapped = (file.path for data in stored for file in data.files())
     distinct = {path.resolve(): path for path in (*mapped, *source)}  # the source last: as the user spelled it
     return [*source, *(path for path in distinct.values() if path not in source)]

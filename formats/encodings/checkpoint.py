@@ -17,7 +17,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
-from nibblecast.converters.errors import CorruptFile, Error, brief
+from nibblecast.converters.errors import CorruptFile, brief, located
 from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.formats.encodings.unread import unread_codes
 
@@ -189,14 +189,11 @@ def _weight(stored: WeightTensors, names: tuple[str, ...]) -> DecodedWeight | No
     method = stored.checkpoint.method
     for name in names:
         encoding = cast("_Encoding", import_module(f"nibblecast.formats.encodings.{name}"))
-        try:
+        with located(tensor=stored.name):
             if not encoding.claims(stored):
                 continue
             if method and method not in encoding.METHODS:
                 library = name.partition(".")[0]
                 raise CorruptFile(f"its tensors are {library}'s, but its configuration says quant_method '{method}'")
             return encoding.decode(stored)
-        except Error as error:
-            error.tensor = error.tensor or stored.name
-            raise
     return None

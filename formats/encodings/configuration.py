@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nibblecast.converters.errors import CorruptFile
+from nibblecast.converters.errors import CorruptFile, located
 from nibblecast.converters.input.containment import refuse_outside
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.storage import open_regular
 
 CONFIG = "config.json"
@@ -31,14 +31,10 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
             content = stream.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise CorruptFile(f"has more than {_MOST_BYTES} bytes, too many for a configuration", path=path)
-        document = json.loads(content)
     except OSError as error:
         raise CorruptFile(f"cannot be read: {error.strerror or error}", path=path) from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"is no JSON: {error}", path=path) from None
-    if not isinstance(document, dict):
-        raise CorruptFile("is no JSON object", path=path)
-    return document
+    with located(path=path):
+        return json_object(content, "its text")
 
 
 def quantization_config(folder: Path) -> dict[str, Any]:

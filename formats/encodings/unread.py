@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nibblecast.converters.ir import SMALL_FLOATS, Tensor, is_integer
+from nibblecast.converters.arithmetic.dtypes import SMALL_FLOATS, is_integer
+from nibblecast.converters.ir import Tensor
 
 #: What follows a weight's or a module's name in the names of its scales, and of its codes (the name itself is one).
 _SCALES = (

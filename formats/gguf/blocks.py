@@ -22,10 +22,27 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E8M0,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT2,
+    INT4,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    UINT2,
+    UINT4,
+    UINT8,
+)
 from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Quantization, Tensor, blocked
@@ -36,13 +53,6 @@ from nibblecast.formats.gguf.fields import fields, paired_halves
 _Bytes = NDArray[np.uint8]
 _Take = Callable[[_Bytes], NDArray[Any]]
 
-_INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)
-_INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
-_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_EXPONENT8 = np.dtype(ml_dtypes.float8_e8m0fnu)
-_FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _UE4M3_ZERO = 0x7F
@@ -125,14 +135,14 @@ def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
 
 
 def _q4_0(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_INT4, lambda b: paired_halves(b, 2, 16) ^ np.uint8(0x88), scale)
+    scale = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(INT4, lambda b: paired_halves(b, 2, 16) ^ np.uint8(0x88), scale)
 
 
 def _q4_1(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
-    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 4, 16), scale, offset=offset)
+    scale = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    offset = blocks.part("offset", FLOAT16, 1, _field(2, 4))
+    return blocks.quantized(UINT4, lambda b: paired_halves(b, 4, 16), scale, offset=offset)
 
 
 def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
@@ -142,40 +152,40 @@ def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
 
 
 def _q5_0(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_INT8, lambda b: _signed(16, _five_bits(b, 2)), scale)
+    scale = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(INT8, lambda b: _signed(16, _five_bits(b, 2)), scale)
 
 
 def _q5_1(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    offset = blocks.part("offset", _FLOAT16, 1, _field(2, 4))
-    return blocks.quantized(_UINT8, lambda b: _five_bits(b, 4), scale, offset=offset)
+    scale = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    offset = blocks.part("offset", FLOAT16, 1, _field(2, 4))
+    return blocks.quantized(UINT8, lambda b: _five_bits(b, 4), scale, offset=offset)
 
 
 def _q8_0(blocks: BlockData) -> Tensor:
-    return blocks.quantized(_INT8, _field(2, 34), blocks.part("scale", _FLOAT16, 1, _field(0, 2)))
+    return blocks.quantized(INT8, _field(2, 34), blocks.part("scale", FLOAT16, 1, _field(0, 2)))
 
 
 def _q8_k(blocks: BlockData) -> Tensor:
     """The sums of 16 codes each that follow are for dot products only."""
-    return blocks.quantized(_INT8, _field(4, 260), blocks.part("scale", _FLOAT32, 1, _field(0, 4)))
+    return blocks.quantized(INT8, _field(4, 260), blocks.part("scale", FLOAT32, 1, _field(0, 4)))
 
 
 def _with_minima(
     blocks: BlockData, dtype: np.dtype[Any], codes: _Take, at: int, count: int, scales: _Take, minima: _Take
 ) -> Tensor:
     """`count` scales and minima of a block, whose own scales d and dmin lie at byte `at`."""
-    d = blocks.part("scale", _FLOAT16, 1, _field(at, at + 2))
-    minus_dmin = blocks.part("scale", _FLOAT16, 1, _negated(at + 2))
-    scale = blocks.nested("scale", _UINT8, count, scales, d)
-    offset = blocks.nested("offset", _UINT8, count, minima, minus_dmin)
+    d = blocks.part("scale", FLOAT16, 1, _field(at, at + 2))
+    minus_dmin = blocks.part("scale", FLOAT16, 1, _negated(at + 2))
+    scale = blocks.nested("scale", UINT8, count, scales, d)
+    offset = blocks.nested("offset", UINT8, count, minima, minus_dmin)
     return blocks.quantized(dtype, codes, scale, offset=offset)
 
 
 def _q2_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
-        _UINT2,
+        UINT2,
         lambda b: pack(fields(b, 16, 80, 32, 2), 2),
         80,
         16,
@@ -201,7 +211,7 @@ def _six_bits(blocks: _Bytes, low: int, nibble: int) -> _Bytes:
 def _q4_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
-        _UINT4,
+        UINT4,
         lambda b: paired_halves(b, 16, 32),
         0,
         8,
@@ -213,7 +223,7 @@ def _q4_k(blocks: BlockData) -> Tensor:
 def _q5_k(blocks: BlockData) -> Tensor:
     return _with_minima(
         blocks,
-        _UINT8,
+        UINT8,
         lambda b: _added(fields(b, 48, 176, 32, 4), fields(b, 16, 48, 32, 1, 4)),
         0,
         8,
@@ -232,16 +242,16 @@ def _q3_k(blocks: BlockData) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
         return _signed(32, _added(fields(stored, 96, 104, 8, 4), fields(stored, 104, 108, 4, 2, 4)))
 
-    d = blocks.part("scale", _FLOAT16, 1, _field(108, 110))
-    return blocks.quantized(_INT4, codes, blocks.nested("scale", _INT8, 16, scales, d))
+    d = blocks.part("scale", FLOAT16, 1, _field(108, 110))
+    return blocks.quantized(INT4, codes, blocks.nested("scale", INT8, 16, scales, d))
 
 
 def _q6_k(blocks: BlockData) -> Tensor:
     def codes(stored: _Bytes) -> NDArray[np.int8]:
         return _signed(32, _added(fields(stored, 0, 128, 64, 4), fields(stored, 128, 192, 32, 2, 4)))
 
-    d = blocks.part("scale", _FLOAT16, 1, _field(208, 210))
-    return blocks.quantized(_INT8, codes, blocks.nested("scale", _INT8, 16, _field(192, 208), d))
+    d = blocks.part("scale", FLOAT16, 1, _field(208, 210))
+    return blocks.quantized(INT8, codes, blocks.nested("scale", INT8, 16, _field(192, 208), d))
 
 
 def iq4_codebook() -> Tensor:
@@ -250,17 +260,17 @@ def iq4_codebook() -> Tensor:
 
 
 def _iq4_nl(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 2, 16), scale, codebook=iq4_codebook())
+    scale = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    return blocks.quantized(UINT4, lambda b: paired_halves(b, 2, 16), scale, codebook=iq4_codebook())
 
 
 def _iq4_xs(blocks: BlockData) -> Tensor:
     def scales(stored: _Bytes) -> NDArray[np.int8]:
         return _signed(32, _added(fields(stored, 4, 8, 1, 4), fields(stored, 2, 4, 1, 2, 4)))
 
-    d = blocks.part("scale", _FLOAT16, 1, _field(0, 2))
-    scale = blocks.nested("scale", _INT8, 8, scales, d)
-    return blocks.quantized(_UINT4, lambda b: paired_halves(b, 8, 16), scale, codebook=iq4_codebook())
+    d = blocks.part("scale", FLOAT16, 1, _field(0, 2))
+    scale = blocks.nested("scale", INT8, 8, scales, d)
+    return blocks.quantized(UINT4, lambda b: paired_halves(b, 8, 16), scale, codebook=iq4_codebook())
 
 
 def _tq1_0(blocks: BlockData) -> Tensor:
@@ -274,19 +284,19 @@ def _tq1_0(blocks: BlockData) -> Tensor:
         parts = (digits(stored[:, :32], 5), digits(stored[:, 32:48], 5), digits(stored[:, 48:52], 4))
         return pack(_signed(1, np.concatenate(parts, axis=1).astype(np.uint8)), 2)
 
-    return blocks.quantized(_INT2, codes, blocks.part("scale", _FLOAT16, 1, _field(52, 54)))
+    return blocks.quantized(INT2, codes, blocks.part("scale", FLOAT16, 1, _field(52, 54)))
 
 
 def _tq2_0(blocks: BlockData) -> Tensor:
     """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
-    scale = blocks.part("scale", _FLOAT16, 1, _field(64, 66))
-    zero_point = blocks.part("zero_point", _UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
-    return blocks.quantized(_UINT2, lambda b: pack(fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
+    scale = blocks.part("scale", FLOAT16, 1, _field(64, 66))
+    zero_point = blocks.part("zero_point", UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
+    return blocks.quantized(UINT2, lambda b: pack(fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
 
 
 def _mxfp4(blocks: BlockData) -> Tensor:
-    scale = blocks.part("scale", _EXPONENT8, 1, _field(0, 1))
-    return blocks.quantized(_FLOAT4, lambda b: paired_halves(b, 1, 16), scale)
+    scale = blocks.part("scale", FLOAT8_E8M0, 1, _field(0, 1))
+    return blocks.quantized(FLOAT4, lambda b: paired_halves(b, 1, 16), scale)
 
 
 def _nvfp4(blocks: BlockData) -> Tensor:
@@ -298,7 +308,7 @@ def _nvfp4(blocks: BlockData) -> Tensor:
             raise CorruptFile("has the scale 0xFF, which is no unsigned E4M3 number", tensor=blocks.name)
         return np.where(scale == _UE4M3_ZERO, np.uint8(0), scale & np.uint8(0x7F))
 
-    return blocks.quantized(_FLOAT4, lambda b: paired_halves(b, 4, 8), blocks.part("scale", _FLOAT8, 4, scales))
+    return blocks.quantized(FLOAT4, lambda b: paired_halves(b, 4, 8), blocks.part("scale", FLOAT8_E4M3, 4, scales))
 
 
 #: The types that are read, by their number (ggml.h, enum ggml_type).
@@ -326,14 +336,14 @@ BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
 
 PLAIN_TYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     {
-        0: _FLOAT32,
-        1: _FLOAT16,
-        24: _INT8,
-        25: np.dtype(np.int16),
-        26: np.dtype(np.int32),
-        27: np.dtype(np.int64),
-        28: np.dtype(np.float64),
-        30: np.dtype(ml_dtypes.bfloat16),
+        0: FLOAT32,
+        1: FLOAT16,
+        24: INT8,
+        25: INT16,
+        26: INT32,
+        27: INT64,
+        28: FLOAT64,
+        30: BFLOAT16,
     }
 )
 

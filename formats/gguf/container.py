@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief, located
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.storage import FileRange, MappedFile
 
@@ -86,11 +86,8 @@ class GGUFHeader:
                 f"has its data at offset {tensor.offset}, which is no multiple of the alignment {self.alignment}",
                 tensor=tensor.name,
             )
-        try:
+        with located(tensor=tensor.name):
             return self.file.range(self.data_offset + tensor.offset, nbytes)
-        except CorruptFile as error:
-            error.tensor = tensor.name
-            raise
 
 
 def open_container(file: MappedFile) -> GGUFHeader:

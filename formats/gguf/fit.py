@@ -17,25 +17,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E8M0,
+    FLOAT16,
+    INT2,
+    INT4,
+    INT8,
+    SUB_BYTE,
+    UINT2,
+    UINT4,
+    UINT8,
+    bits_of,
+    code_range,
+    is_float,
+)
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, is_float
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.rows import by_rows
 from nibblecast.formats.gguf.blocks import iq4_codebook
 
-_INT4, _UINT4 = np.dtype(ml_dtypes.int4), np.dtype(ml_dtypes.uint4)
-_INT2, _UINT2 = np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.uint2)
-_INT8, _UINT8 = np.dtype(np.int8), np.dtype(np.uint8)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-_FLOAT16, _FLOAT32, _FLOAT64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
-
 #: The lowest and the highest code of each dtype that can be arranged.
-_CODES = {_INT2: (-2, 1), _UINT2: (0, 3), _INT4: (-8, 7), _UINT4: (0, 15), _INT8: (-128, 127), _UINT8: (0, 255)}
+_CODES = frozenset((INT2, UINT2, INT4, UINT4, INT8, UINT8))
 _PIECE_BLOCKS = 1 << 16
 #: Zero points beyond it are far from any code, and differences with these are exact in float32 up to it.
 _LARGEST_ZERO_POINT = 1 << 16
@@ -55,12 +64,12 @@ class Kind:
     scale_dtype: np.dtype[Any]
 
 
-Q4_0 = Kind(2, "Q4_0", 32, 32, _INT4, _FLOAT16)
-Q4_1 = Kind(3, "Q4_1", 32, 32, _UINT4, _FLOAT16)
-Q8_0 = Kind(8, "Q8_0", 32, 32, _INT8, _FLOAT16)
-IQ4_NL = Kind(20, "IQ4_NL", 32, 32, _UINT4, _FLOAT16)
-MXFP4 = Kind(39, "MXFP4", 32, 32, _FLOAT4, np.dtype(ml_dtypes.float8_e8m0fnu))
-NVFP4 = Kind(40, "NVFP4", 64, 16, _FLOAT4, np.dtype(ml_dtypes.float8_e4m3fn))
+Q4_0 = Kind(2, "Q4_0", 32, 32, INT4, FLOAT16)
+Q4_1 = Kind(3, "Q4_1", 32, 32, UINT4, FLOAT16)
+Q8_0 = Kind(8, "Q8_0", 32, 32, INT8, FLOAT16)
+IQ4_NL = Kind(20, "IQ4_NL", 32, 32, UINT4, FLOAT16)
+MXFP4 = Kind(39, "MXFP4", 32, 32, FLOAT4, FLOAT8_E8M0)
+NVFP4 = Kind(40, "NVFP4", 64, 16, FLOAT4, FLOAT8_E4M3)
 
 
 def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, tuple[Loss, ...]]:
@@ -73,7 +82,7 @@ def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, t
     if kind is Q4_1:
         _check_minima(source)
     losses = []
-    if tensor.dtype in (_INT2, _UINT2):
+    if tensor.dtype in (INT2, UINT2):
         losses.append(
             Loss(tensor.name, "widened", f"its {tensor.dtype} codes become 4 bits wide, as {kind.name} has them")
         )
@@ -94,7 +103,7 @@ def arranged(tensor: Tensor, quantization: Quantization, kind: Kind) -> Tensor:
 def _kind(source: _Source) -> Kind:
     """The type whose codes these can be, in blocks that fit."""
     tensor, q = source.tensor, source.quantization
-    if tensor.dtype == _FLOAT4:
+    if tensor.dtype == FLOAT4:
         kind = _float_kind(source)
     elif tensor.dtype not in _CODES:
         raise source.refusal(f"has codes of {tensor.dtype}, which no type of ggml has")
@@ -134,7 +143,7 @@ def _check_scales(source: _Source, kind: Kind) -> None:
 
 def _check_minima(source: _Source) -> None:
     """Raises Unsupported unless d * q + m, in float32, is the value of every code."""
-    lowest, highest = _CODES[source.tensor.dtype]
+    lowest, highest = code_range(source.tensor.dtype)
     codes = np.arange(lowest, highest + 1, dtype=np.float32)[:, None]
     for first, last in source.pieces():
         scale, minimum = source.scale(first, last), source.minimum(first, last)
@@ -158,7 +167,7 @@ def _fits(scale: _Floats, kind: Kind) -> NDArray[np.bool_]:
     """Which of the scales are exactly numbers of the kind's dtype; ggml's E8M0 has no NaN, its E4M3 no sign."""
     with np.errstate(over="ignore", invalid="ignore"):
         exact = _equal(scale.astype(kind.scale_dtype).astype(np.float32), scale)
-    if kind.scale_dtype == _FLOAT16:
+    if kind.scale_dtype == FLOAT16:
         return exact
     positive: NDArray[np.bool_] = exact & (scale >= 0) & ~np.signbit(scale)
     return positive
@@ -198,7 +207,7 @@ class _Source:
 
     def minimum(self, first: int, last: int) -> _Floats:
         """The value of the lowest code."""
-        lowest = _CODES[self.tensor.dtype][0]
+        lowest = code_range(self.tensor.dtype)[0]
         with np.errstate(over="ignore", invalid="ignore"):
             steps = self.scale(first, last).astype(np.float64) * (lowest - self.zero_point(first, last))
             minimum: _Floats = (steps + self.offset(first, last)).astype(np.float32) + np.float32(0)
@@ -232,7 +241,7 @@ class _Source:
     def scale_is_doubtful(self, kind: Kind) -> bool:
         """Whether scales must be read to know that the kind holds them."""
         scale = self.quantization.scale
-        return scale.dtype != _FLOAT16 or kind.scale_dtype != _FLOAT16 or scale.quantization is not None
+        return scale.dtype != FLOAT16 or kind.scale_dtype != FLOAT16 or scale.quantization is not None
 
     def scales_fit(self, kind: Kind) -> bool:
         """Whether the kind holds all scales."""
@@ -240,10 +249,10 @@ class _Source:
 
     def less_zero_point_fits(self, kind: Kind) -> bool:
         """Whether code - zero point is a code of the kind, whatever the code."""
-        if self.quantization.zero_point is None and self.tensor.dtype not in (_UINT4, _UINT8):
+        if self.quantization.zero_point is None and self.tensor.dtype not in (UINT4, UINT8):
             return True
-        lowest, highest = _CODES[self.tensor.dtype]
-        least, most = _CODES[kind.dtype]
+        lowest, highest = code_range(self.tensor.dtype)
+        least, most = code_range(kind.dtype)
         for piece in self.pieces():
             zero_point = self.zero_point(*piece)
             is_within = (zero_point >= highest - most) & (zero_point <= lowest - least)
@@ -254,7 +263,7 @@ class _Source:
     def is_iq4(self) -> bool:
         """Whether the codebook is IQ4_NL's, and nothing is subtracted or added."""
         q = self.quantization
-        if q.codebook is None or self.tensor.dtype != _UINT4 or q.zero_point is not None or q.offset is not None:
+        if q.codebook is None or self.tensor.dtype != UINT4 or q.zero_point is not None or q.offset is not None:
             return False
         return bool(np.array_equal(q.codebook.dequantize(np.float32), iq4_codebook().numpy()))
 
@@ -291,7 +300,7 @@ class _Source:
             if is_less_zero_point:
                 stored = stored - self._spread(self.zero_point, kind, first, last).astype(np.int8)[:, None]
             elif kind is Q4_1:
-                stored = stored - np.int8(_CODES[tensor.dtype][0])
+                stored = stored - np.int8(code_range(tensor.dtype)[0])
             return pack(stored.astype(np.int8), 4)
 
         return by_rows((tensor.size // kind.shared, kind.shared), kind.dtype, rows, *tensor.stored())

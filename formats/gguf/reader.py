@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.errors import CorruptFile, Unsupported, located
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.metadata import Metadata
@@ -30,11 +30,8 @@ class GGUFReader:
         containers = open_files(path)
         tensors: dict[str, Tensor] = {}
         for container in containers:
-            try:
+            with located(path=container.file.path):
                 tensors |= _tensors(container)
-            except Error as error:
-                error.path = error.path or container.file.path
-                raise
         Allowance(sum(container.file.view.size for container in containers)).hold_all(tensors)
         quantized_by = containers[0].metadata.get("general.quantized_by")
         producer = quantized_by.value if quantized_by and quantized_by.kind == "string" else ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
+from nibblecast.converters.errors import CorruptFile, UsageError, brief, located
 from nibblecast.converters.input.containment import refuse_outside
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.gguf.container import GGUFHeader, open_container
@@ -67,11 +67,8 @@ def _first_of_folder(folder: Path) -> Path:
 
 
 def _opened(path: Path) -> GGUFHeader:
-    try:
+    with located(path=path):
         return open_container(MappedFile.open(path))
-    except Error as error:
-        error.path = error.path or path
-        raise
 
 
 def _other(path: Path, number: int, count: int) -> GGUFHeader:

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Quantization, Tensor
-from nibblecast.converters.storage import Data, release
+from nibblecast.converters.storage import Data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StoredBlocks:
+class StoredBlocks(Data):
     """The canonical bytes of the codes of a tensor, `codes`, and the `blocks` of the type `type_id` that they are read
     from; `shape` is that of the tensor in elements. `quantization` is what makes values of the codes."""
 
@@ -29,9 +29,7 @@ class StoredBlocks:
     def nbytes(self) -> int:
         return self.codes.nbytes
 
-    @property
-    def sources(self) -> tuple[Data, ...]:
-        """What the codes are read from."""
+    def made_of(self) -> tuple[Data, ...]:
         return (self.blocks,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
@@ -40,7 +38,7 @@ class StoredBlocks:
     def release(self, start: int, stop: int) -> None:
         """Lets go of the blocks that bytes [start, stop) of the codes are in."""
         first, last = start * self.blocks.nbytes // self.nbytes, -(-stop * self.blocks.nbytes // self.nbytes)
-        release(self.blocks, first, last)
+        self.blocks.release(first, last)
 
 
 def stored_blocks(tensor: Tensor) -> StoredBlocks | None:

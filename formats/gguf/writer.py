@@ -18,7 +18,7 @@ import numpy as np
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import Capabilities, OutputFile, Plan, Shard, option
 from nibblecast.converters.ir import Loss, Model, Tensor
-from nibblecast.converters.storage import Data, release
+from nibblecast.converters.storage import Data
 from nibblecast.formats.gguf.block_writer import encode
 from nibblecast.formats.gguf.blocks import BLOCK_TYPES, OPAQUE_TYPES, PLAIN_TYPES
 from nibblecast.formats.gguf.container import TensorInfo
@@ -159,7 +159,7 @@ def _copy(data: Data, stream: BinaryIO) -> None:
     for start in range(0, data.nbytes, _PIECE_BYTES):
         stop = min(data.nbytes, start + _PIECE_BYTES)
         stream.write(data.read(start, stop).data)
-        release(data, start, stop)
+        data.release(start, stop)
 
 
 def _encoded(tensor: Tensor, kind: Kind | None) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nibblecast.converters.errors import CorruptFile, Error
+from nibblecast.converters.errors import CorruptFile, located
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.metadata import Metadata, Use
@@ -37,11 +37,8 @@ class OnnxReader:
         a file that OnnxWriter wrote, as its outputs. Raises CorruptFile for what contradicts the format, Unsupported
         for element types that are not known, both naming the file."""
         file = MappedFile.open(path)
-        try:
+        with located(path=path):
             return _Reading(path, file).model()
-        except Error as error:
-            error.path = error.path or path
-            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +100,8 @@ class _Reading:
             return self._quantized(one, one.pattern, known)
         if one.block is None:
             return known[id(one.stored.header)]
-        try:
+        with located(tensor=one.name):
             return replace(one.block.build(self.payloads), name=one.name, uses=one.uses)
-        except Error as error:
-            error.tensor = error.tensor or one.name
-            raise
 
     def _ours(self, scope: Scope) -> Iterator[_Found]:
         """What our own writer wrote: each output is a tensor."""
@@ -168,12 +162,9 @@ class _Reading:
         """The pattern, if it is one and decodes blocks. Raises CorruptFile, naming the tensor, if it is wrong."""
         if pattern is None or pattern.codes.header.data_type == schema.STRING:
             return None
-        try:
+        with located(tensor=name, over=True):
             pattern.codes.tensor(self.payloads)  # so that there is as much of it as its parameters are read for
             return pattern if quantization(pattern, self.payloads, {}) else None
-        except Error as error:
-            error.tensor = name
-            raise
 
     def _plain(self, one: _Found) -> Tensor:
         owner = self.owners.get(id(one.stored.header))

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT32, FLOAT64
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import RunPort
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _DTYPES = {
-    "float": np.dtype(np.float32),
-    "double": np.dtype(np.float64),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float": FLOAT32,
+    "double": FLOAT64,
+    "bfloat16": BFLOAT16,
 } | {np.dtype(t).name: np.dtype(t) for t in ("f2", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "?")}
 
 

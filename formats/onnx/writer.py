@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, is_integer
 from nibblecast.converters.errors import Unsupported, UsageError, printable
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.interfaces import Capabilities
-from nibblecast.converters.ir import Loss, Model, Tensor, is_integer
+from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.pieces import ExternalData, NewInitializer, Pieces
@@ -34,8 +35,6 @@ from nibblecast.formats.onnx.writing.decode_nodes import DecodeNodes, carrier, w
 from nibblecast.formats.onnx.writing.files import EXTERNAL_FROM, LARGEST_IN_ONE_FILE, OnnxPlan, onnx_plan
 from nibblecast.formats.onnx.writing.from_onnx_ir import Lowerable, Missing
 from nibblecast.formats.onnx.writing.graph_writer import plan_kept, plan_made
-
-_FLOAT32 = np.dtype(np.float32)
 
 
 class OnnxWriter:
@@ -81,7 +80,7 @@ def _weights_only(model: Model, target: Path, options: OnnxOptions) -> OnnxPlan:
                 made = partial(widened, dtype=one.dtype)
                 new = NewInitializer(one.name, one.dims, one.dtype, parts[one.role], made, one.properties)
                 initializers.append(new)
-            outputs.append(encode_output(names[name], _FLOAT32, tensor.shape))
+            outputs.append(encode_output(names[name], FLOAT32, tensor.shape))
     constants = [encode_constant(one.name, one.values, one.properties) for one in lowering.constants.values()]
     graph = encode_graph([encode_node(node) for node in lowering.nodes], constants, outputs)
     external_from: int | None = options.external_data

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from nibblecast.converters.errors import CorruptFile, Error
+from nibblecast.converters.errors import CorruptFile, located
 from nibblecast.converters.interfaces import option
 from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.metadata import Metadata
@@ -58,11 +58,8 @@ class PyTorchReader:
         limits = Limits(sum(map(_size, files.files)))
         if files.index is not None or len(files.files) > 1:
             return _model(together(files, limits), "", path, options, limits)
-        try:
+        with located(path=files.files[0]):
             return _of_file(files.files[0], path, options, limits)
-        except Error as error:
-            error.path = error.path or files.files[0]
-            raise
 
 
 def _size(file: Path) -> int:
@@ -134,7 +131,7 @@ def _model(found: StateDict, producer: str, path: Path, options: PyTorchOptions,
 
 
 def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> tuple[Tensor, Sequence[Loss]]:
-    try:
+    with located(tensor=name):
         if isinstance(leaf, SubclassTensor):
             from nibblecast.formats.encodings.torchao.read import decoded  # only files that have such tensors need it
             from nibblecast.formats.pytorch.modules.tensor_subclasses import wrapped
@@ -145,7 +142,4 @@ def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> t
         if isinstance(leaf, np.ndarray):
             elements = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)  # the pickle's own, where they lie so
             return Tensor(name, leaf.shape, leaf.dtype, InMemory(elements)), ()
-    except Error as error:
-        error.tensor = error.tensor or name
-        raise
     raise CorruptFile(f"is no tensor but {type(leaf).__name__}", tensor=name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nibblecast.converters.errors import Error, Unsupported
+from nibblecast.converters.errors import Unsupported, located
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.shards import Shards, owners, shards_of
 from nibblecast.formats.pytorch.modules.state_dict import StateDict, as_saved, strip_wrappers
@@ -53,7 +53,7 @@ def together(shards: Shards, limits: Limits) -> StateDict:
 
 
 def _opened(path: Path, limits: Limits) -> StateDict:
-    try:
+    with located(path=path):
         file = MappedFile.open(path)
         if file.view[: len(ZIP_MAGIC)].tobytes() != ZIP_MAGIC:
             return as_saved(legacy_value(file, limits), limits)
@@ -61,6 +61,3 @@ def _opened(path: Path, limits: Limits) -> StateDict:
         if archive.is_exported or CONSTANTS in archive:
             raise Unsupported("is a program, and one of several files here: name it")
         return as_saved(saved_value(archive, limits), limits)
-    except Error as error:
-        error.path = error.path or path
-        raise

@@ -6,18 +6,39 @@ refusals are ours too: holes, overlaps, trailing bytes, sizes that do not match)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
-import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    BOOL,
+    COMPLEX64,
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E4M3FNUZ,
+    FLOAT8_E5M2,
+    FLOAT8_E5M2FNUZ,
+    FLOAT8_E8M0,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    UINT8,
+    UINT16,
+    UINT32,
+    UINT64,
+    bits_of,
+)
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.storage import Data, MappedFile
 from nibblecast.formats.encodings.bytes import float6
@@ -28,26 +49,26 @@ METADATA_KEY = "__metadata__"
 #: The container's dtypes whose bytes are those of a NumPy (or ml_dtypes) equivalent: all 22 but float6.
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
-        "BOOL": np.dtype(np.bool_),
-        "U8": np.dtype(np.uint8),
-        "I8": np.dtype(np.int8),
-        "U16": np.dtype(np.uint16),
-        "I16": np.dtype(np.int16),
-        "U32": np.dtype(np.uint32),
-        "I32": np.dtype(np.int32),
-        "U64": np.dtype(np.uint64),
-        "I64": np.dtype(np.int64),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "F32": np.dtype(np.float32),
-        "F64": np.dtype(np.float64),
-        "C64": np.dtype(np.complex64),
-        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
-        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
-        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-        "F4": np.dtype(ml_dtypes.float4_e2m1fn),
+        "BOOL": BOOL,
+        "U8": UINT8,
+        "I8": INT8,
+        "U16": UINT16,
+        "I16": INT16,
+        "U32": UINT32,
+        "I32": INT32,
+        "U64": UINT64,
+        "I64": INT64,
+        "F16": FLOAT16,
+        "BF16": BFLOAT16,
+        "F32": FLOAT32,
+        "F64": FLOAT64,
+        "C64": COMPLEX64,
+        "F8_E4M3": FLOAT8_E4M3,
+        "F8_E5M2": FLOAT8_E5M2,
+        "F8_E4M3FNUZ": FLOAT8_E4M3FNUZ,
+        "F8_E5M2FNUZ": FLOAT8_E5M2FNUZ,
+        "F8_E8M0": FLOAT8_E8M0,
+        "F4": FLOAT4,
     }
 )
 
@@ -111,22 +132,7 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
             f"claims a header of {length} bytes; the file has {file.view.size - 8} after the length, "
             f"and {MAX_HEADER_BYTES} are the most"
         )
-    try:
-        header = json.loads(file.view[8 : 8 + length].tobytes(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"its header is no JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CorruptFile("its header is no JSON object")
-    return header, 8 + length
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"the key {brief(name)} is there twice")
-        values[name] = value
-    return values
+    return json_object(file.view[8 : 8 + length].tobytes(), "its header", unique=True), 8 + length
 
 
 def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, int, int, StoredTensor]:

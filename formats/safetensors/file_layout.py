@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import OutputFile, Shard
 from nibblecast.converters.ir import Tensor

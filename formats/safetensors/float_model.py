@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.ir import Loss, Model, Tensor, is_float
+from nibblecast.converters.arithmetic.dtypes import is_float
+from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.converters.storage import Computed, Joined
 from nibblecast.formats.encodings.bytes.column_blocks import ColumnBlocks
 from nibblecast.formats.encodings.modelopt import read as modelopt

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import Companion, Plan
 from nibblecast.converters.ir import Loss, Model, Tensor
@@ -31,7 +31,7 @@ from nibblecast.formats.safetensors.options import SafetensorsOptions
 from nibblecast.formats.safetensors.packed_layout import METADATA_NAME, PackedKeys, description_of
 
 _INDEX = "model.safetensors.index.json"
-_FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
+_FLOATS = frozenset((FLOAT16, BFLOAT16, FLOAT32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,8 +132,8 @@ def _dequantized_instead(tensor: Tensor, error: Unsupported, options: Safetensor
             tensor=tensor.name,
         ) from error
     quantization = tensor.quantization
-    dtype = np.dtype(np.float32) if quantization is None else quantization.compute_dtype
-    return tensor.dequantized(dtype if dtype in _FLOATS else np.dtype(np.float32))
+    dtype = FLOAT32 if quantization is None else quantization.compute_dtype
+    return tensor.dequantized(dtype if dtype in _FLOATS else FLOAT32)
 
 
 def _refuse_twice(units: Iterable[Mapping[str, Tensor]]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import COMPLEX128, SUB_BYTE, in_range
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import GroupIndex, Model, Quantization, Tensor
@@ -37,7 +37,7 @@ VERSION = 1
 
 #: What the layout holds: the container's dtypes, and others whose canonical bytes are stored as U8.
 DTYPES_BY_NAME: Mapping[str, np.dtype[Any]] = {
-    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, *float6.BY_NAME.values(), np.dtype(np.complex128))
+    dtype.name: dtype for dtype in (*DTYPES.values(), *SUB_BYTE, *float6.BY_NAME.values(), COMPLEX128)
 }
 #: Scales are quantized once more in some formats, and their scales in none.
 _DEEPEST = 8
@@ -230,13 +230,9 @@ def _built_activation(described: list[Any] | None) -> Activation | None:
         return None
     name, shape, scale, zero_point = described
     dtype = DTYPES_BY_NAME[name]
-    if dtype.kind not in "iu" or type(zero_point) is not int or not _holds(dtype, zero_point):
+    if dtype.kind not in "iu" or type(zero_point) is not int or not in_range(zero_point, dtype):
         raise ValueError(f"{brief(zero_point)} is no zero point of {dtype}")
     return Activation(dtype, checked_shape([_count(size) for size in shape]), float(scale), zero_point)
-
-
-def _holds(dtype: np.dtype[Any], value: int) -> bool:
-    return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
 
 
 def _built_quantization(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from nibblecast.converters.errors import Error, Unsupported
+from nibblecast.converters.errors import Unsupported, located
 from nibblecast.converters.ir import Loss
 from nibblecast.converters.storage import MappedFile
 from nibblecast.formats.encodings.shards import owners, shards_of
@@ -40,8 +40,5 @@ def open_checkpoint(path: Path) -> tuple[SafetensorsHeader, Sequence[Loss]]:
 
 
 def _opened(path: Path) -> SafetensorsHeader:
-    try:
+    with located(path=path):
         return open_container(MappedFile.open(path))
-    except Error as error:
-        error.path = error.path or path
-        raise

@@ -21,6 +21,7 @@ from typing import Any, Generic, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import UINT8
 from nibblecast.converters.errors import CorruptFile, Unsupported
 
 #: Bytes that may be read into objects: so many times the flatbuffer's size, and some for small ones.
@@ -159,7 +160,7 @@ def string(slot: int) -> Field[str | None]:
     """A string; bytes that are not UTF-8, which some producers write, appear as backslash escapes."""
 
     def decode(buffer: FlatBuffer, position: int) -> str | None:
-        characters = buffer.array(buffer.follow(position), np.dtype(np.uint8))
+        characters = buffer.array(buffer.follow(position), UINT8)
         buffer.spend(characters.size)
         return characters.tobytes().decode("utf-8", "backslashreplace")
 
@@ -182,7 +183,7 @@ def payload(slot: int) -> Field[NDArray[np.uint8] | None]:
     """A vector of bytes that are only pointed at, shape (length,); None when it is absent."""
 
     def decode(buffer: FlatBuffer, position: int) -> NDArray[np.uint8] | None:
-        return buffer.array(buffer.follow(position), np.dtype(np.uint8))
+        return buffer.array(buffer.follow(position), UINT8)
 
     return Field(slot, decode, None)
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, INT8, INT16, bits_of, in_range, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS
-from nibblecast.converters.ir import Tensor, WeightPlace, is_integer
+from nibblecast.converters.ir import Tensor, WeightPlace
 from nibblecast.formats.tflite import schema
 from nibblecast.formats.tflite.options import OPTIONS, Options
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from nibblecast.formats.tflite.to_onnx.builder import OperatorCall, TensorInfo
     from nibblecast.formats.tflite.to_onnx.graph import Subgraph
 
-_FLOAT32 = np.dtype(np.float32)
 _LARGEST_METADATA = 1 << 16
 #: A tensor by subgraph and index.
 Key = tuple[int, int]
@@ -57,7 +56,7 @@ class TFLiteGraph:
             if table.quantization is not None and table.quantization.scale is not None
             if (at, index) not in self.constants
         }
-        return 20 if np.dtype(np.int8) in codes and np.dtype(np.int16) not in codes else 21
+        return 20 if INT8 in codes and INT16 not in codes else 21
 
     def onnx_ir(self) -> ir.Model:
         """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
@@ -134,7 +133,7 @@ class TFLiteGraph:
         names: set[str] = set()
         tensors = [self._tensor((index, at), table, names) for at, table in enumerate(graph.tensors)]
         if only_floats:
-            tensors = [replace(t, dtype=_FLOAT32, scale=None) if t.is_quantized else t for t in tensors]
+            tensors = [replace(t, dtype=FLOAT32, scale=None) if t.is_quantized else t for t in tensors]
         operators = [self._operator(operator) for operator in graph.operators]
         inputs, outputs = (
             tuple(int(at) for at in ([] if found is None else found)) for found in (graph.inputs, graph.outputs)
@@ -194,14 +193,9 @@ def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:
         return None, 0
     first = 0 if zero_point is None or not zero_point.size else int(zero_point[0])
     dtype = _dtype(table)
-    if is_integer(dtype) and dtype.itemsize * 8 == bits_of(dtype) and not _holds(dtype, first):
+    if is_integer(dtype) and dtype.itemsize * 8 == bits_of(dtype) and not in_range(first, dtype):
         raise CorruptFile(f"has zero point {first}, which {dtype} does not hold", tensor=table.name)
     return float(scale[0]), first
-
-
-def _holds(dtype: np.dtype[Any], value: int) -> bool:
-    limits = np.iinfo(dtype)
-    return limits.min <= value <= limits.max
 
 
 def _dtype(table: schema.Tensor) -> np.dtype[Any]:

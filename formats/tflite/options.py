@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import UINT8
 from nibblecast.formats.tflite.flatbuffer import Table
 
 
@@ -151,7 +152,7 @@ class Options:
         if self.table is None or position is None:
             return ""
         buffer = self.table.flatbuffer
-        characters = buffer.array(buffer.follow(position), np.dtype(np.uint8))
+        characters = buffer.array(buffer.follow(position), UINT8)
         buffer.spend(characters.size)
         return characters.tobytes().decode("utf-8", "backslashreplace")
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from math import prod
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_axis, per_tensor
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.tflite.schema import BlockwiseQuantization, MultiAxisQuantization, QuantizationParameters
 
-_SCALE_DTYPES = frozenset(np.dtype(t) for t in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16))
+_SCALE_DTYPES = frozenset((FLOAT16, FLOAT32, FLOAT64, BFLOAT16))
 
 
 class ParameterSource(Protocol):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
-from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, is_integer
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief, located
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, is_integer
+from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
 from nibblecast.converters.metadata import Activation, Metadata, OperatorInput, Port, Use
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Data, FileRange, InMemory, MappedFile
@@ -155,15 +155,12 @@ class _ModelFile:
             for index, table in enumerate(tensors):
                 key = (subgraph, index)
                 name = self.prefix + (table.name or f"subgraph{subgraph}/tensor{index}")
-                try:
+                with located(tensor=name):
                     kind, data = _type_name(table), self._data(key, table)
                     if data is not None and kind in schema.DTYPES:
                         found.append(_Constant(key, name, table, _shape(table), schema.DTYPES[kind], data))
                     elif data is not None and data.nbytes:
                         losses.append(Loss(name, "dropped", f"its {kind} elements, which are not numbers"))
-                except Error as error:
-                    error.tensor = error.tensor or name
-                    raise
         return found, losses
 
     def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
@@ -181,15 +178,12 @@ class _ModelFile:
         there, and says so in `parameter_of`."""
         plain: dict[Key, Tensor] = {}
         for constant in constants:
-            try:
+            with located(tensor=constant.name):
                 plain[constant.key] = self._plain(constant)
-            except Error as error:
-                error.tensor = error.tensor or constant.name
-                raise
         results: list[tuple[Key, Tensor, list[Loss]]] = []
         for constant in constants:
             key, name = constant.key, constant.name
-            try:
+            with located(tensor=name):
                 quantization: Quantization | None = None
                 losses: list[Loss] = []
                 if is_integer(constant.dtype):
@@ -200,9 +194,6 @@ class _ModelFile:
                         Loss(name, "expanded", "its sparse values are written out with the zeros between them")
                     )
                 results.append((key, replace(plain[key], quantization=quantization), losses))
-            except Error as error:
-                error.tensor = error.tensor or name
-                raise
         for key, made, losses in results:
             yield made if plain[key].parameter_of is None else plain[key], losses
 
@@ -372,11 +363,8 @@ def _activation(key: Key | None, tensors: list[list[schema.Tensor]]) -> Activati
     parameters = table.quantization
     if parameters is None or parameters.details_type:
         return None
-    try:
+    with located(tensor=table.name):
         dtype, shape = schema.DTYPES.get(_type_name(table)), _shape(table)
-    except Error as error:
-        error.tensor = table.name
-        raise
     if dtype is None or not is_integer(dtype):
         return None
     scale, zero_point = parameters.scale, parameters.zero_point

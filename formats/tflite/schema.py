@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, BOOL, FLOAT8_E4M3, FLOAT8_E5M2, INT2, INT4, UINT4
 from nibblecast.formats.tflite.flatbuffer import Table, payload, scalar, string, table, tables, vector
 
 IDENTIFIER = b"TFL3"
@@ -28,13 +28,13 @@ TENSOR_TYPES = (
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {name: np.dtype(name.lower()) for name in TENSOR_TYPES if hasattr(np, name.lower())}
     | {
-        "BOOL": np.dtype(np.bool_),
-        "INT4": np.dtype(ml_dtypes.int4),
-        "INT2": np.dtype(ml_dtypes.int2),
-        "UINT4": np.dtype(ml_dtypes.uint4),
-        "BFLOAT16": np.dtype(ml_dtypes.bfloat16),
-        "FLOAT8_E4M3FN": np.dtype(ml_dtypes.float8_e4m3fn),
-        "FLOAT8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "BOOL": BOOL,
+        "INT4": INT4,
+        "INT2": INT2,
+        "UINT4": UINT4,
+        "BFLOAT16": BFLOAT16,
+        "FLOAT8_E4M3FN": FLOAT8_E4M3,
+        "FLOAT8_E5M2": FLOAT8_E5M2,
     }
 )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.errors import CorruptFile, Unsupported, located
 from nibblecast.converters.storage import Data
 from nibblecast.formats.tflite.schema import (
     DimensionMetadata,
@@ -87,7 +87,7 @@ class SparseLayout:
 
 
 @dataclass(slots=True, eq=False)
-class SparseData:
+class SparseData(Data):
     """The dense bytes of a sparse tensor, expanded when they are asked for. Between the first and the last part of them
     the expansion is kept, as each one takes the whole."""
 
@@ -105,11 +105,8 @@ class SparseData:
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         expanded = self._expanded
         if expanded is None:
-            try:
+            with located(path=self.path, tensor=self.name):
                 dense = self.layout.expand(self.stored.read(0, self.stored.nbytes).view(self.dtype))
-            except CorruptFile as error:
-                error.path, error.tensor = self.path, self.name
-                raise
             expanded = dense.reshape(-1).view(np.uint8)
         self._expanded = expanded if stop < self.nbytes else None
         return expanded[start:stop]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, byte_table, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.packing import byte_table, pack, packed_size, unpack
 
 INTEGERS = [ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4]
 

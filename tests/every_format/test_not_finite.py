@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import nibblecast
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
-from nibblecast.converters.ir import Model, Tensor, is_float
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, is_float
+from nibblecast.converters.ir import Model, Tensor
 from tests import zoo
 
 VALUES = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 65504.0, 65520.0, 1e308, -1e308, 1e-320]

@@ -10,7 +10,8 @@ from zlib import crc32
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.ir import Model, Quantization, Tensor, is_integer, per_axis
+from nibblecast.converters.arithmetic.dtypes import is_integer
+from nibblecast.converters.ir import Model, Quantization, Tensor, per_axis
 from nibblecast.formats.cheader.writer import CHeaderOptions, CHeaderWriter
 from nibblecast.formats.tflite.reader import TFLiteReader
 from tests import zoo

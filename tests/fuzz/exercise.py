@@ -20,7 +20,7 @@ import numpy as np
 
 import nibblecast
 from nibblecast.converters import pipeline, plugins
-from nibblecast.converters.arithmetic.decoding import FLOAT_DTYPES
+from nibblecast.converters.arithmetic.dtypes import FLOAT_DTYPES
 from nibblecast.converters.batches.records import read_report
 from nibblecast.converters.cli.inspect import _document
 from nibblecast.converters.errors import VerificationFailed

@@ -19,7 +19,7 @@ from nibblecast.converters.errors import CorruptFile
 from nibblecast.converters.ir import Model, Quantization, Tensor, blocked
 from nibblecast.converters.machine import THREADS
 from nibblecast.converters.output.streaming import pieces_of
-from nibblecast.converters.storage import Computed, InMemory
+from nibblecast.converters.storage import Computed, Data, InMemory
 
 _ROWS, _COLUMNS = 64, 32
 _BYTES = np.arange(_ROWS * _COLUMNS, dtype=np.uint16).view(np.uint8)[: _ROWS * _COLUMNS]
@@ -29,7 +29,7 @@ def pieces(tensor: Tensor, nbytes: int) -> Iterator[NDArray[np.uint8]]:
     return (piece for _, piece in pieces_of([tensor], nbytes))
 
 
-class Source:
+class Source(Data):
     """Bytes that remember what of them was let go."""
 
     nbytes = _BYTES.size

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.arithmetic.accuracy import Accuracy
+from nibblecast.converters.arithmetic.dtypes import is_float
 from nibblecast.converters.errors import UsageError
-from nibblecast.converters.ir import Model, Quantization, Tensor, is_float, per_axis, per_tensor
+from nibblecast.converters.ir import Model, Quantization, Tensor, per_axis, per_tensor
 from nibblecast.converters.reports import counts
 from nibblecast.converters.reports.counts import codes_of, spread_of
 from nibblecast.converters.reports.documents import model_document

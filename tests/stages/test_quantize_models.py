@@ -25,7 +25,7 @@ from nibblecast.converters.ir import Loss, Model, Quantization, Tensor
 from nibblecast.converters.metadata import Activation, Use
 from nibblecast.converters.stages.quantize import quantize_model, quantized
 from nibblecast.converters.stages.scheme import Scheme, parse_scheme
-from nibblecast.converters.storage import Computed
+from nibblecast.converters.storage import Computed, Data
 from tests import zoo
 from tests.formats.cheader.c_harness import assert_same_values, walked
 
@@ -279,7 +279,7 @@ class TestCommandLine:
         assert len(done.stderr.splitlines()) == 1
 
 
-class Source:
+class Source(Data):
     """Floats that are made when they are read; how many are read at a time, and how many are not released."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:

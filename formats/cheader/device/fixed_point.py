@@ -27,8 +27,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.ir import Tensor
 from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.cheader.arrays import Array
 from nibblecast.formats.cheader.device.kernels import named

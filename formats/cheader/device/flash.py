@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import is_float
 from nibblecast.converters.errors import RefusedLoss
 from nibblecast.converters.interfaces import Size
-from nibblecast.converters.ir import Tensor, is_float
+from nibblecast.converters.ir import Tensor
 from nibblecast.formats.cheader.device.kernels import advice
 from nibblecast.formats.cheader.packings import DENSE, Packing
 

@@ -15,7 +15,8 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.ir import Tensor, is_integer
+from nibblecast.converters.arithmetic.dtypes import is_integer
+from nibblecast.converters.ir import Tensor
 from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.cheader.packings import DENSE, Packing, packing_for
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
 from nibblecast.formats.cheader.literals import digits, doubles, floats
 
 _MANY = 1 << 16

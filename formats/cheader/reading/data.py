@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, Error
-from nibblecast.converters.storage import MappedFile
+from nibblecast.converters.storage import Data, MappedFile
 from nibblecast.formats.cheader.packings import Packing, in_other_order, row_of
 from nibblecast.formats.cheader.reading.elements import Elements, Lines, all_elements, regular_elements
 from nibblecast.formats.cheader.reading.payload import StoredData
@@ -34,7 +36,7 @@ class CachedArrays:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ElementData:
+class ElementData(Data):
     """The first `nbytes` bytes of an array's elements, read from its text when they are asked for; each must be below
     `limit`, where there is one, taken as `dtype`, however wide the words are that hold it. Words have their low byte
     first."""
@@ -52,6 +54,9 @@ class ElementData:
     def file(self) -> MappedFile:
         """The file that the text is in."""
         return self.array.file
+
+    def files(self) -> Iterator[MappedFile]:
+        yield self.file
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop). Raises CorruptFile when the text holds no such elements."""
@@ -114,7 +119,7 @@ class ElementData:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedData:
+class PackedData(Data):
     """The canonical bytes of codes of `dtype`, narrower than a byte, and `shape`, which `stored` has in another
     packing."""
 
@@ -128,10 +133,8 @@ class PackedData:
         """How many bytes there are."""
         return packed_size(prod(self.shape), self._bits)
 
-    @property
-    def file(self) -> MappedFile:
-        """The file that the text is in."""
-        return self.stored.file
+    def made_of(self) -> tuple[Data, ...]:
+        return (self.stored,)
 
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
         """Bytes [start, stop). Raises CorruptFile when the text holds no such elements."""
@@ -173,4 +176,4 @@ class PackedData:
         return codes[is_code]
 
     def _corrupt(self, message: str) -> CorruptFile:
-        return CorruptFile(f"{self.stored.array.name} {message}", path=self.file.path, tensor=self.stored.tensor)
+        return CorruptFile(f"{self.stored.array.name} {message}", path=self.stored.file.path, tensor=self.stored.tensor)

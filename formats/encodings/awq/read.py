@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import UINT4
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.formats.encodings.bytes.rows import columns_in_words, transposed
@@ -24,7 +24,6 @@ from nibblecast.formats.encodings.values.parameters import float_scales, group_s
 
 METHODS = frozenset(("awq", "auto-round", "intel/auto-round"))
 
-_UINT4 = np.dtype(ml_dtypes.uint4)
 #: How many codes a word has.
 PER_WORD = 8
 #: Where in a word each of its outputs is.
@@ -70,10 +69,10 @@ def decode(stored: WeightTensors) -> DecodedWeight:
     quantization = Quantization(
         transposed("scale", scales, (outputs, groups)),
         (1, size),
-        columns_in_words("zero_point", qzeros, outputs, _UINT4, fields=PLACES),
+        columns_in_words("zero_point", qzeros, outputs, UINT4, fields=PLACES),
         value_dtype=value_dtype(scales.dtype),
     )
-    codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, _UINT4, fields=PLACES)
+    codes = columns_in_words(f"{stored.prefix}.weight", qweight, outputs, UINT4, fields=PLACES)
     return DecodedWeight(replace(codes, quantization=quantization), _PARTS)
 
 

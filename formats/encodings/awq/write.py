@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import INT32, UINT4
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.encodings.awq.read import PER_WORD, PLACES
@@ -24,8 +24,6 @@ from nibblecast.formats.encodings.values.refit import computed, integer_quantiza
 from nibblecast.formats.encodings.values.row_groups import GroupSizes, common_size, notes_on, row_groups
 from nibblecast.formats.encodings.writable import Configuration, Encoded
 
-_INT32 = np.dtype(np.int32)
-_UINT4 = np.dtype(ml_dtypes.uint4)
 #: The sizes that gptqmodel's kernels take (nn_modules/qlinear/torch_awq.py).
 _KERNEL_SIZES = frozenset((-1, 16, 32, 64, 128))
 
@@ -43,7 +41,7 @@ def encode(weight: Tensor) -> Encoded:
     rows = row_groups(weight)
     quantization, (outputs, inputs) = rows.quantization, rows.weight.shape
     size = quantization.block_shape[1]
-    if rows.weight.dtype != _UINT4:
+    if rows.weight.dtype != UINT4:
         raise Unsupported(f"has codes of {weight.dtype}: AWQ's GEMM layout is of 4 bits", tensor=weight.name)
     if quantization.group_index is not None:
         raise Unsupported("has a group index, which AWQ has not", tensor=weight.name)
@@ -52,7 +50,7 @@ def encode(weight: Tensor) -> Encoded:
         raise Unsupported(message, tensor=weight.name)
     scale = quantization.scale
     stored = (
-        Tensor(f"{module}.qweight", (inputs, outputs // PER_WORD), _INT32, _columns(rows.weight)),
+        Tensor(f"{module}.qweight", (inputs, outputs // PER_WORD), INT32, _columns(rows.weight)),
         _qzeros(f"{module}.qzeros", rows.zero_point),
         computed(f"{module}.scales", scale.shape[::-1], scale.dtype, lambda: scale.numpy().T, scale.data),
     )
@@ -93,4 +91,4 @@ def _columns(weight: Tensor) -> ColumnBlocks:
 def _qzeros(key: str, zero_point: Tensor) -> Tensor:
     outputs, groups = zero_point.shape
     make = lambda: _words(zero_point.codes())  # noqa: E731
-    return computed(key, (groups, outputs // PER_WORD), _INT32, make, zero_point.data)
+    return computed(key, (groups, outputs // PER_WORD), INT32, make, zero_point.data)

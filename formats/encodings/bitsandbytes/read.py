@@ -15,18 +15,18 @@ what it gives is not what was quantized, and not what CUDA gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, UINT4
 from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Quantization, Tensor
 from nibblecast.formats.encodings.bytes.flat_blocks import FlatBlocks, flat_blocks
@@ -42,12 +42,11 @@ _NESTED = (".nested_absmax", ".nested_quant_map")
 _PARTS = ("", ".absmax", ".quant_map", *_NESTED, *(_STATE + type_ for type_ in _TYPES))
 _DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
-        "float16": np.dtype(np.float16),
-        "bfloat16": np.dtype(ml_dtypes.bfloat16),
-        "float32": np.dtype(np.float32),
+        "float16": FLOAT16,
+        "bfloat16": BFLOAT16,
+        "float32": FLOAT32,
     }
 )
-_UINT4 = np.dtype(ml_dtypes.uint4)
 _MOST_STATE_BYTES = 1 << 16
 _MOST = 1 << 48
 
@@ -86,7 +85,7 @@ def decode(stored: WeightTensors) -> DecodedWeight:
         codebook=codebook,
         value_dtype=value_dtype(state.dtype),
     )
-    tensor = Tensor(stored.name, state.shape, _UINT4, swapped_nibbles(packed.data, count), quantization)
+    tensor = Tensor(stored.name, state.shape, UINT4, swapped_nibbles(packed.data, count), quantization)
     return DecodedWeight(tensor, _PARTS, _losses(stored.name, state, blocks))
 
 
@@ -142,13 +141,9 @@ def _state(stored: WeightTensors) -> _State:
     type_, tensor = states[0]
     if tensor.dtype.itemsize != 1 or tensor.size > _MOST_STATE_BYTES:
         raise CorruptFile(f"has a quant_state of {tensor.size} {tensor.dtype}: bytes of JSON are needed")
-    try:
-        document = json.loads(tensor.packed().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"has a quant_state that is no JSON: {error}") from None
-    told = document.get("quant_type") if isinstance(document, dict) else document
-    if not isinstance(document, dict) or told != type_:
-        raise CorruptFile(f"has a quant_state of {type_} that says otherwise: {brief(told)}")
+    document = json_object(tensor.packed().tobytes(), "its quant_state")
+    if document.get("quant_type") != type_:
+        raise CorruptFile(f"has a quant_state of {type_} that says otherwise: {brief(document.get('quant_type'))}")
     return _of_document(type_, document)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import bits_of, pack
+from nibblecast.converters.arithmetic.dtypes import INT32, bits_of, integer_range
+from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.rows import by_rows, made_by_rows, turned
@@ -21,7 +22,6 @@ from nibblecast.formats.encodings.bytes.widths import dtype_for
 from nibblecast.formats.encodings.values.refit import computed
 
 _WORD_BITS = 32
-_INT32 = np.dtype(np.int32)
 
 
 def words_for(count: int, bits: int, *, dense: bool) -> int:
@@ -31,7 +31,7 @@ def words_for(count: int, bits: int, *, dense: bool) -> int:
 
 def code_dtype(bits: int, *, signed: bool) -> np.dtype[Any]:
     """The narrowest dtype of codes of so many bits."""
-    return dtype_for(-(1 << bits - 1), (1 << bits - 1) - 1) if signed else dtype_for(0, (1 << bits) - 1)
+    return dtype_for(*integer_range(bits, signed))
 
 
 def along_rows(
@@ -81,7 +81,7 @@ def in_words(name: str, codes: Tensor) -> Tensor:
     words, plain = words_for(columns, codes.bits, dense=True), replace(codes, quantization=None)
     shape = (rows, words)
     if columns * codes.bits == words * _WORD_BITS:
-        return Tensor(name, shape, _INT32, codes.data)
+        return Tensor(name, shape, INT32, codes.data)
 
     def packed(first: int, last: int) -> NDArray[Any]:
         part = plain if last - first == rows else plain.rows(first, last)
@@ -89,7 +89,7 @@ def in_words(name: str, codes: Tensor) -> Tensor:
         fields[:, :columns] = part.codes()
         return pack(fields, codes.bits) if codes.bits < 8 else fields
 
-    return Tensor(name, shape, _INT32, by_rows(shape, _INT32, packed, codes.data, step=plain.row_step))
+    return Tensor(name, shape, INT32, by_rows(shape, INT32, packed, codes.data, step=plain.row_step))
 
 
 def in_words_across(name: str, parameter: Tensor, bits: int) -> Tensor:
@@ -104,7 +104,7 @@ def in_words_across(name: str, parameter: Tensor, bits: int) -> Tensor:
         whole = pack(fields, bits) if bits < 8 else fields
         return whole.view("<i4").reshape(columns, words).T
 
-    return computed(name, (words, columns), _INT32, packed, parameter.data)
+    return computed(name, (words, columns), INT32, packed, parameter.data)
 
 
 def _whole_bytes(stored: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any], signed: bool) -> Data:

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
 from nibblecast.converters.ir import Tensor
-from nibblecast.converters.storage import release
+from nibblecast.converters.storage import Data
 
 _BLOCK_BYTES = 1 << 26
 _PART_BYTES = 1 << 22
 
 
-class ColumnBlocks:
+class ColumnBlocks(Data):
     """Data in rows of `row_bytes`, one for each `step` columns of a matrix of codes, shape (R, C).
 
     `take` makes rows of columns: it gets codes of shape (R, k * step), of dtypes narrower than a byte one in each
@@ -30,8 +30,6 @@ class ColumnBlocks:
     """
 
     def __init__(self, codes: Tensor, step: int, row_bytes: int, take: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-        self.nbytes = codes.shape[1] // step * row_bytes
-        self.sources = (codes.data,)
         self._codes, self._step, self._row_bytes, self._take = replace(codes, quantization=None), step, row_bytes, take
         self._rows = max(1, _BLOCK_BYTES // max(1, codes.shape[0] * step * codes.dtype.itemsize))
         self._lock = Lock()
@@ -54,8 +52,14 @@ class ColumnBlocks:
             return
         with self._lock:
             self._number, self._block = -1, np.zeros(0, np.uint8)
-        data = self._codes.data
-        release(data, 0, data.nbytes)
+        self._codes.data.release(0, self._codes.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.shape[1] // self._step * self._row_bytes
+
+    def made_of(self) -> tuple[Data, ...]:
+        return (self._codes.data,)
 
     def _block_of(self, number: int) -> NDArray[np.uint8]:
         with self._lock:

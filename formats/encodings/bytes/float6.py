@@ -12,18 +12,16 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT6_E2M3, FLOAT6_E3M2
 from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.bit_fields import dense_fields
 
 BITS = 6
-FLOAT6_E2M3 = np.dtype(ml_dtypes.float6_e2m3fn)
-FLOAT6_E3M2 = np.dtype(ml_dtypes.float6_e3m2fn)
 #: The dtypes by what safetensors calls them.
 BY_NAME: Mapping[str, np.dtype[Any]] = MappingProxyType({"F6_E2M3": FLOAT6_E2M3, "F6_E3M2": FLOAT6_E3M2})
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.packing import pack, packed_size
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import Computed, Data, InMemory
 

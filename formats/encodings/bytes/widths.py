@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import (
+    INT2,
+    INT4,
+    INT8,
+    INT16,
+    INT32,
+    SUB_BYTE,
+    UINT2,
+    UINT4,
+    UINT8,
+    UINT16,
+    bits_of,
+    code_range,
+)
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import Computed, Data
 
-#: The range of codes that each dtype holds, narrowest first.
-_RANGES: Mapping[np.dtype[Any], tuple[int, int]] = MappingProxyType(
-    {
-        np.dtype(ml_dtypes.int2): (-2, 1),
-        np.dtype(ml_dtypes.uint2): (0, 3),
-        np.dtype(ml_dtypes.int4): (-8, 7),
-        np.dtype(ml_dtypes.uint4): (0, 15),
-        np.dtype(np.int8): (-128, 127),
-        np.dtype(np.uint8): (0, 255),
-        np.dtype(np.int16): (-(1 << 15), (1 << 15) - 1),
-        np.dtype(np.uint16): (0, (1 << 16) - 1),
-        np.dtype(np.int32): (-(1 << 31), (1 << 31) - 1),
-    }
-)
+#: What codes can be, narrowest first.
+_CODES = (INT2, UINT2, INT4, UINT4, INT8, UINT8, INT16, UINT16, INT32)
 
 
 def dtype_for(lowest: int, highest: int) -> np.dtype[Any]:
     """The narrowest dtype for codes from `lowest` to `highest` (quant_min and quant_max): int4 for -7 to 7, uint4 for 0
     to 15. Raises CorruptFile for a range that is none, or that no dtype holds."""
-    for dtype, (low, high) in _RANGES.items():
+    for dtype in _CODES:
+        low, high = code_range(dtype)
         if low <= lowest <= highest <= high and (low == 0) == (lowest >= 0):
             return dtype
     raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, which is no range that can be held")
@@ -45,7 +45,7 @@ def narrowed(codes: Tensor, dtype: np.dtype[Any]) -> Data:
     raises CorruptFile for a code that does not fit."""
     if codes.dtype == dtype:
         return codes.data
-    low, high = _RANGES[dtype]
+    low, high = code_range(dtype)
     bits, itemsize = bits_of(dtype), codes.dtype.itemsize
 
     def read(start: int, stop: int) -> NDArray[np.uint8]:

@@ -22,21 +22,31 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    FLOAT4,
+    FLOAT6_E2M3,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    FLOAT32,
+    INT8,
+    INT16,
+    INT32,
+    integer_range,
+    is_integer,
+)
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, is_integer, per_tensor
+from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_tensor
 from nibblecast.formats.encodings.bytes.bit_fields import across_rows, along_rows, words_for
-from nibblecast.formats.encodings.bytes.float6 import FLOAT6_E2M3, float6
+from nibblecast.formats.encodings.bytes.float6 import float6
 from nibblecast.formats.encodings.bytes.rows import made_by_rows
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.compressed_tensors.config_group import UNREAD, ConfigGroup, layout_names, schemes
 from nibblecast.formats.encodings.values.parameters import (
-    FLOAT4,
-    FLOAT8_E4M3,
     FLOATS,
     exponents,
     float_scales,
@@ -49,9 +59,8 @@ from nibblecast.formats.encodings.values.parameters import (
 #: `fp8` and `fbgemm_fp8` have the tensors of float-quantized, and are read as that.
 METHODS = frozenset(("compressed-tensors", "sparseml", "fp8", "fbgemm_fp8"))
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_INTEGERS = frozenset(np.dtype(t) for t in (np.int8, np.int16, np.int32))
-_FLOATS8 = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
+_INTEGERS = frozenset((INT8, INT16, INT32))
+_FLOATS8 = frozenset((FLOAT8_E4M3, FLOAT8_E5M2))
 #: int8 like the codes; float8 weights once had zeros of float8.
 _ZERO_POINTS = _INTEGERS | _FLOATS8 | FLOATS
 _PARTS = tuple(
@@ -175,7 +184,7 @@ def _one_in_an_element(stored: WeightTensors, weight: Tensor, scale: Tensor) -> 
     fitting = [scheme for scheme in candidates if scheme.kind == "int" and scheme.bits <= limit]
     _some(candidates, fitting, weight)
     bits = max((scheme.bits for scheme in fitting), default=limit)
-    dtype = dtype_for(-(1 << bits - 1), (1 << bits - 1) - 1)
+    dtype = dtype_for(*integer_range(bits, signed=True))
     codes = Tensor(name, weight.shape, dtype, narrowed(replace(weight, name=name), dtype))
     return _affine(stored, codes, float_scales(scale), fitting, None)
 
@@ -249,7 +258,7 @@ def _packed_floats(stored: WeightTensors, packed: Tensor, scale: Tensor) -> Deco
         schemes(stored, frozenset(("nvfp4-pack-quantized",)))
         scales = divided(scale, stored[".weight_global_scale"])
         loss = Loss(name, "widened", "its float8 scales are divided by the global scale, to float32")
-        return DecodedWeight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, _BFLOAT16), _PARTS, (loss,))
+        return DecodedWeight(small_floats(name, FLOAT4, packed, scales, NVFP4_BLOCK, BFLOAT16), _PARTS, (loss,))
     if scale.shape and packed.shape[-1] == scale.shape[-1] * _MXFP6_BYTES:
         schemes(stored, frozenset(("mxfp6-pack-quantized",)))
         shape = (*packed.shape[:-1], scale.shape[-1] * MX_BLOCK)
@@ -273,4 +282,4 @@ def divided(scale: Tensor, divisor: Tensor) -> Tensor:
             quotients: NDArray[np.float32] = stored / divisor.numpy().reshape(())
         return quotients
 
-    return made_by_rows("scale", scale.shape, np.dtype(np.float32), rows, scale.data, divisor.data)
+    return made_by_rows("scale", scale.shape, FLOAT32, rows, scale.data, divisor.data)

@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, INT8, UINT8
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor
 from nibblecast.converters.storage import InMemory
@@ -25,7 +25,6 @@ from nibblecast.formats.encodings.bytes.bit_fields import code_dtype, in_words, 
 from nibblecast.formats.encodings.compressed_tensors.config_group import SCALE_DTYPES, ConfigGroup, WeightScheme
 from nibblecast.formats.encodings.compressed_tensors.read import MX_BLOCK, NVFP4_BLOCK, divided
 from nibblecast.formats.encodings.values.offsets import offsets_as_zero_points
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
 from nibblecast.formats.encodings.values.refit import (
     elementwise,
     extent,
@@ -40,9 +39,6 @@ from nibblecast.formats.encodings.values.refit import (
 from nibblecast.formats.encodings.writable import Configuration, Encoded
 
 _VERSION = "0.20.0"
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
-_INT8 = np.dtype(np.int8)
 #: How many numbers of float8_e4m3fn there are from 0 to 448.
 _FLOAT8S = 127
 #: The strategies whose zero points are packed.
@@ -125,7 +121,7 @@ def _notes(weights: Mapping[str, Encoded]) -> tuple[str, ...]:
 def _decoded_to(encoded: Encoded) -> np.dtype[Any]:
     """The dtype of the values that the library gives: those of small floats are bfloat16."""
     is_small_float = encoded.setting.scheme.layout in SCALE_DTYPES
-    return _BFLOAT16 if is_small_float else _quantization(encoded.weight).scale.dtype
+    return BFLOAT16 if is_small_float else _quantization(encoded.weight).scale.dtype
 
 
 def _has_packed_zero_points(written: WeightScheme) -> bool:
@@ -173,10 +169,10 @@ def _zero_points(key: str, zero_point: Tensor, written: WeightScheme, shape: tup
     """Those of signed codes as they are read, and as they are stored: in the bits of codes, or as int8 of `shape`."""
     bits = written.scheme.bits
     if not _has_packed_zero_points(written):
-        kept = elementwise(zero_point, _INT8, lambda values: values)
+        kept = elementwise(zero_point, INT8, lambda values: values)
         return replace(kept, name="zero_point"), replace(kept, name=key, shape=shape)
     kept = elementwise(zero_point, code_dtype(bits, signed=True), lambda values: values)
-    shifted = elementwise(zero_point, np.dtype(np.uint8), lambda values: values + (1 << bits - 1))
+    shifted = elementwise(zero_point, UINT8, lambda values: values + (1 << bits - 1))
     return replace(kept, name="zero_point"), in_words_across(key, shifted, bits)
 
 
@@ -199,7 +195,7 @@ def _float4(weight: Tensor, quantization: Quantization) -> Encoded:
     if quantization.zero_point is not None:
         raise Unsupported("has float4 codes with zero points, which the library leaves out", tensor=weight.name)
     key = f"{_module(weight.name)}.weight_packed"
-    codes = {key: Tensor(key, (weight.shape[0], weight.shape[1] // 2), np.dtype(np.uint8), weight.data)}
+    codes = {key: Tensor(key, (weight.shape[0], weight.shape[1] // 2), UINT8, weight.data)}
     if _has_exponents(quantization, weight):
         return _in_mx_blocks(weight, codes, ConfigGroup(4, "float", "group", MX_BLOCK, (0, 0), "mxfp4-pack-quantized"))
     if quantization.factor != 1:
@@ -225,7 +221,7 @@ def _is_in_blocks(weight: Tensor, quantization: Quantization, size: int) -> bool
 
 def _in_mx_blocks(weight: Tensor, codes: Mapping[str, Tensor], scheme: ConfigGroup) -> Encoded:
     quantization, key = _quantization(weight), f"{_module(weight.name)}.weight_scale"
-    exponents = replace(quantization.scale, name=key, dtype=np.dtype(np.uint8))
+    exponents = replace(quantization.scale, name=key, dtype=UINT8)
     weight, losses = powers_in_float32(weight)
     return _encoded(weight, {**codes, key: exponents}, WeightScheme(scheme), losses)
 
@@ -236,7 +232,7 @@ def _nvfp4(weight: Tensor, quantization: Quantization, codes: Mapping[str, Tenso
     key = f"{module}.weight_global_scale"
     stored_divisor = Tensor.from_array(key, np.array([divisor], np.float32))
     scale = replace(outer, name=f"{module}.weight_scale", quantization=None)
-    weight, rounded = rounded_to(weight, _BFLOAT16, "to which the library rounds them")
+    weight, rounded = rounded_to(weight, BFLOAT16, "to which the library rounds them")
     quotients = replace(divided(scale, stored_divisor), name="scale")
     weight = replace(weight, quantization=replace(_quantization(weight), scale=quotients))
     scheme = ConfigGroup(4, "float", "tensor_group", NVFP4_BLOCK, (0, 0), "nvfp4-pack-quantized")

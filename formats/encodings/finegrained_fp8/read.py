@@ -16,28 +16,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import ml_dtypes
-import numpy as np
-
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT8_E8M0, INT8, UINT8
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_tensor
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors, is_size
-from nibblecast.formats.encodings.values.parameters import (
-    FLOAT4,
-    FLOAT8_E4M3,
-    FLOAT8_E8M0,
-    FLOATS,
-    exponents,
-    float_scales,
-    value_dtype,
-)
+from nibblecast.formats.encodings.values.parameters import FLOATS, exponents, float_scales, value_dtype
 
 #: ModelOpt's checkpoints keep weights of DeepSeek's that it did not quantize as they were.
 METHODS = frozenset(("fp8", "modelopt", "modelopt_fp4", "modelopt_mixed"))
 
-_FLOATS8 = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
-_BYTES = frozenset((np.dtype(np.uint8), np.dtype(np.int8)))
-_EXPONENTS = frozenset((np.dtype(np.uint8), FLOAT8_E8M0))
+_FLOATS8 = frozenset((FLOAT8_E4M3, FLOAT8_E5M2))
+_BYTES = frozenset((UINT8, INT8))
+_EXPONENTS = frozenset((UINT8, FLOAT8_E8M0))
 _MX_BLOCK = (1, 32)
 
 #: What follows the prefix in the names of codes and scales.

@@ -16,20 +16,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import UNSIGNED, is_float
 from nibblecast.converters.errors import CorruptFile, Unsupported
-from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_float
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
 from nibblecast.formats.encodings.bytes.rows import by_rows, columns_in_words, transposed, turned
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.values.parameters import group_index, value_dtype
 
 METHODS = frozenset(("gptq", "auto-round", "intel/auto-round"))
 
-#: The dtype of codes of so many bits.
-CODES = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 #: A one in every field of a word: what version 1 has subtracted from words of zeros.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 _OTHER_LAYOUTS = ("marlin", "bitblas", "exl2", "exllamav2")
@@ -58,7 +56,7 @@ def decode(stored: WeightTensors) -> DecodedWeight:
     groups, outputs = scales.shape
     bits = _bits(stored, qzeros, groups, outputs)
     inputs = qweight.shape[0] * 32 // bits
-    dtype = CODES[bits]
+    dtype = UNSIGNED[bits]
 
     def codes(first: int, last: int) -> NDArray[Any]:
         return turned(qweight.numpy()[:, first:last])
@@ -82,7 +80,7 @@ def _bits(stored: WeightTensors, qzeros: Tensor, groups: int, outputs: int) -> i
     told = stored.setting("bits", int, bits)
     if bits != told:
         raise CorruptFile(f"has zeros of shape {qzeros.shape} for {outputs} outputs: {bits} bits, not {told}")
-    if bits not in CODES or words * 32 != bits * outputs:
+    if bits not in UNSIGNED or words * 32 != bits * outputs:
         raise Unsupported(f"has codes of {bits} bits: 2, 4 and 8 are read")
     return bits
 

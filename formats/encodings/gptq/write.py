@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import INT32, UINT32
 from nibblecast.converters.arithmetic.packing import pack
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
@@ -28,8 +29,6 @@ from nibblecast.formats.encodings.values.refit import computed, elementwise, int
 from nibblecast.formats.encodings.values.row_groups import GroupSizes, common_size, notes_on, row_groups, sizes_for
 from nibblecast.formats.encodings.writable import Configuration, Encoded
 
-_INT32 = np.dtype(np.int32)
-_UINT32 = np.dtype(np.uint32)
 #: The sizes that gptqmodel's kernels take (nn_modules/qlinear/torch.py).
 _KERNEL_SIZES = frozenset((-1, 16, 32, 64, 128, 256, 512, 1024))
 
@@ -122,15 +121,15 @@ def _grouped(name: str, inputs: int, quantization: Quantization) -> tuple[GroupS
     if size and -(-inputs // size) == groups and np.array_equal(places, np.arange(inputs) // size):
         in_order = replace(quantization, block_shape=(1, size), group_index=None)
         return sizes if sizes.is_row else GroupSizes(size, size), in_order
-    kept = GroupIndex(1, elementwise(replace(index.index, name="group_index"), _INT32, lambda stored: stored))
+    kept = GroupIndex(1, elementwise(replace(index.index, name="group_index"), INT32, lambda stored: stored))
     return sizes, replace(quantization, block_shape=(1, sizes.smallest), group_index=kept)
 
 
 def _qweight(key: str, weight: Tensor) -> Tensor:
     """The rows' words as columns."""
     outputs, words = weight.shape[0], weight.shape[1] * weight.bits // 32
-    data = ColumnBlocks(Tensor(weight.name, (outputs, words), _UINT32, weight.data), 1, outputs * 4, turned)
-    return Tensor(key, (words, outputs), _INT32, data)
+    data = ColumnBlocks(Tensor(weight.name, (outputs, words), UINT32, weight.data), 1, outputs * 4, turned)
+    return Tensor(key, (words, outputs), INT32, data)
 
 
 def _qzeros(key: str, zero_point: Tensor, subtracted: int) -> Tensor:
@@ -140,9 +139,9 @@ def _qzeros(key: str, zero_point: Tensor, subtracted: int) -> Tensor:
     def make() -> NDArray[Any]:
         zeros = np.ascontiguousarray(zero_point.codes().T)
         packed = zeros.reshape(-1) if bits == 8 else pack(zeros, bits)
-        return (packed.view(_UINT32) - np.uint32(subtracted)).view(_INT32)
+        return (packed.view(UINT32) - np.uint32(subtracted)).view(INT32)
 
-    return computed(key, (groups, outputs * bits // 32), _INT32, make, zero_point.data)
+    return computed(key, (groups, outputs * bits // 32), INT32, make, zero_point.data)
 
 
 def _scales(key: str, scale: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ def _g_idx(key: str, inputs: int, quantization: Quantization) -> Tensor:
     index, size = quantization.group_index, quantization.block_shape[1]
     if index is not None:
         return replace(index.index, name=key)
-    return computed(key, (inputs,), _INT32, lambda: np.arange(inputs) // size)
+    return computed(key, (inputs,), INT32, lambda: np.arange(inputs) // size)
 
 
 def _zeros_of_version_2(weights: Mapping[str, Encoded]) -> Iterator[Tensor]:

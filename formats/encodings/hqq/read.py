@@ -19,12 +19,12 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, UINT2, UINT4, UINT8, UINT32, is_float
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
-from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float
+from nibblecast.converters.ir import Loss, Quantization, Tensor
 from nibblecast.formats.encodings.bytes.flat_blocks import Cycle, FlatBlocks, cycle, flat_blocks
 from nibblecast.formats.encodings.bytes.rows import fields
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
@@ -54,9 +54,9 @@ _PARTS = (".W_q", *(f"{meta}.{name}" for meta in ("", ".meta") for name in ("sca
 _NESTED = ("zero_q", "scale_q", "meta_zero.nbits", "meta_scale.nbits")
 _DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {
-        "torch.float16": np.dtype(np.float16),
-        "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
-        "torch.float32": np.dtype(np.float32),
+        "torch.float16": FLOAT16,
+        "torch.bfloat16": BFLOAT16,
+        "torch.float32": FLOAT32,
     }
 )
 _MOST_TEXT = 64
@@ -75,14 +75,13 @@ class _Packing:
         return self.word.itemsize * 8 // self.bits
 
 
-_UINT4 = np.dtype(ml_dtypes.uint4)
 _PACKINGS: Mapping[str, _Packing] = MappingProxyType(
     {
-        "8bit_u8": _Packing(np.dtype(np.uint8), 8, np.dtype(np.uint8)),
-        "4bit_u8": _Packing(np.dtype(np.uint8), 4, _UINT4),
-        "3bit_32": _Packing(np.dtype(np.uint32), 3, _UINT4),
-        "2bit_u8": _Packing(np.dtype(np.uint8), 2, np.dtype(ml_dtypes.uint2)),
-        "1bit_u8": _Packing(np.dtype(np.uint8), 1, np.dtype(ml_dtypes.uint2)),
+        "8bit_u8": _Packing(UINT8, 8, UINT8),
+        "4bit_u8": _Packing(UINT8, 4, UINT4),
+        "3bit_32": _Packing(UINT32, 3, UINT4),
+        "2bit_u8": _Packing(UINT8, 2, UINT2),
+        "1bit_u8": _Packing(UINT8, 1, UINT2),
     }
 )
 

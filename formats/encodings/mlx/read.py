@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, blocked
 from nibblecast.formats.encodings.bytes.bit_fields import along_rows
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors, is_size
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, exponents, float_scales, small_floats
+from nibblecast.formats.encodings.values.parameters import exponents, float_scales, small_floats
 
 METHODS = frozenset(("mlx",))
 

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOAT32, UINT8, UINT32
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked
 from nibblecast.formats.encodings.bytes.bit_fields import code_dtype
 from nibblecast.formats.encodings.checkpoint import Checkpoint, WeightTensors
 from nibblecast.formats.encodings.mlx.read import DEFAULTS, ModuleSettings, decode
 from nibblecast.formats.encodings.values.exactness import largest_change
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
+from nibblecast.formats.encodings.values.parameters import FLOATS
 from nibblecast.formats.encodings.values.refit import (
     flat,
     from_elements,
@@ -41,7 +42,6 @@ _FLOAT_MODES = {
     "nvfp4": (FLOAT4, FLOAT8_E4M3),
 }
 _FLOAT_CODES = frozenset((FLOAT4, FLOAT8_E4M3))
-_FLOAT32 = np.dtype(np.float32)
 _WORD_BITS = 32
 _METADATA = {"format": "mlx"}
 
@@ -56,13 +56,13 @@ def encode(weight: Tensor) -> Encoded:
     quantization = _quantization(refined(formed.weight, blocks))
     words = (*weight.shape[:-1], weight.shape[-1] * setting.bits // _WORD_BITS)
     stored = {
-        f"{module}.weight": Tensor(f"{module}.weight", words, np.dtype(np.uint32), formed.weight.data),
+        f"{module}.weight": Tensor(f"{module}.weight", words, UINT32, formed.weight.data),
         f"{module}.scales": replace(quantization.scale, name=f"{module}.scales"),
     }
     if quantization.offset is not None:
         stored[f"{module}.biases"] = replace(quantization.offset, name=f"{module}.biases")
     else:  # safetensors has these dtypes of scales, but MLX takes their bytes
-        stored[f"{module}.scales"] = replace(stored[f"{module}.scales"], dtype=np.dtype(np.uint8))
+        stored[f"{module}.scales"] = replace(stored[f"{module}.scales"], dtype=UINT8)
     read = decode(WeightTensors(module, Checkpoint(stored, setting.entries())))
     return Encoded(read.tensor, stored, setting, formed.losses)
 
@@ -82,7 +82,7 @@ def configuration(weights: Mapping[str, Encoded], plain: Collection[str]) -> Con
         if module in quantization:
             raise Unsupported("has the name of a setting of all of MLX's modules", tensor=f"{module}.weight")
         quantization[module] = setting.entries()
-    in_float32 = sum(any(part.dtype == _FLOAT32 for part in each.stored.values()) for each in weights.values())
+    in_float32 = sum(any(part.dtype == FLOAT32 for part in each.stored.values()) for each in weights.values())
     note = f"{in_float32} of {len(weights)} weights have scales of float32, in which MLX computes with these then"
     notes = (note,) if in_float32 else ()
     return Configuration({"quantization": quantization, "quantization_config": quantization}, {}, _METADATA, notes)
@@ -220,7 +220,7 @@ def _with_biases(weight: Tensor) -> Tensor:
 def _value_dtype(quantization: Quantization) -> np.dtype[Any]:
     """The dtype that values are rounded to at last: float16, bfloat16 or float32."""
     dtype = quantization.value_dtype or quantization.compute_dtype
-    return dtype if dtype in FLOATS else _FLOAT32
+    return dtype if dtype in FLOATS else FLOAT32
 
 
 def _is_plain(parameter: Tensor, dtype: np.dtype[Any]) -> bool:
@@ -236,7 +236,7 @@ def _is_kept(quantization: Quantization) -> bool:
         and quantization.factor == 1
         and quantization.value_dtype is None
         and dtype in FLOATS
-        and (dtypes == {dtype} or (dtype == _FLOAT32 and np.float64 not in dtypes))
+        and (dtypes == {dtype} or (dtype == FLOAT32 and np.float64 not in dtypes))
     )
 
 
@@ -244,14 +244,14 @@ def _losses(weight: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Loss,
     """The loss where `function`, which makes MLX's parameters, changes a value. Raises Unsupported where values get
     lost."""
     quantization = _quantization(weight)
-    change = 0.0 if _is_kept(quantization) else largest_change(weight, function, _FLOAT32)
+    change = 0.0 if _is_kept(quantization) else largest_change(weight, function, FLOAT32)
     if not change:
         return ()
     after, own = _quantization(function(weight)), _value_dtype(quantization)
     if change == np.inf:
         message = f"has parameters beyond what {after.compute_dtype} holds as scale * code + bias"
         raise Unsupported(message, tensor=weight.name)
-    if own != _FLOAT32:
+    if own != FLOAT32:
         change = largest_change(weight, function, own)
     computed = "scale * code" if after.offset is None else "scale * code + bias"
     detail = f"its values become {computed}, each step rounded to {after.compute_dtype} as MLX does: as {own} they "

@@ -17,20 +17,18 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-import numpy as np
-
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3, UINT8
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import paired_rows
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.modelopt.read import METHODS, MX_BLOCK, NVFP4_BLOCK, agree, nested
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOATS, exponents, small_floats
+from nibblecast.formats.encodings.values.parameters import FLOATS, exponents, small_floats
 
 __all__ = ["METHODS", "claims", "decode"]
 
 _SCALE, _OUTER = "_weight_scale", "_weight_scale_2"
 _PARTS = ("", _SCALE, _OUTER)
-_UINT8 = np.dtype(np.uint8)
 
 
 def claims(stored: WeightTensors) -> bool:
@@ -38,9 +36,9 @@ def claims(stored: WeightTensors) -> bool:
     codes, scale = stored.get(""), stored.get(_SCALE)
     if codes is None or scale is None or len(codes.shape) != 3:
         return False
-    if codes.dtype == _UINT8:
-        return scale.dtype in (FLOAT8_E4M3, _UINT8)
-    return codes.dtype == FLOAT8_E4M3 and (scale.dtype in FLOATS or scale.dtype == _UINT8)
+    if codes.dtype == UINT8:
+        return scale.dtype in (FLOAT8_E4M3, UINT8)
+    return codes.dtype == FLOAT8_E4M3 and (scale.dtype in FLOATS or scale.dtype == UINT8)
 
 
 def decode(stored: WeightTensors) -> DecodedWeight:
@@ -53,9 +51,9 @@ def decode(stored: WeightTensors) -> DecodedWeight:
     if scale.dtype == FLOAT8_E4M3:
         agree(stored, "nvfp4", NVFP4_BLOCK)
         return DecodedWeight(_nvfp4(name, codes, scale, stored[_OUTER]), _PARTS)
-    if scale.dtype == _UINT8:
-        agree(stored, "mxfp4" if codes.dtype == _UINT8 else "mxfp8", MX_BLOCK)
-        dtype = FLOAT4 if codes.dtype == _UINT8 else codes.dtype
+    if scale.dtype == UINT8:
+        agree(stored, "mxfp4" if codes.dtype == UINT8 else "mxfp8", MX_BLOCK)
+        dtype = FLOAT4 if codes.dtype == UINT8 else codes.dtype
         return DecodedWeight(small_floats(name, dtype, codes, exponents(scale), MX_BLOCK), _PARTS)
     agree(stored, "fp8", None)
     blocks = _blocks(codes.shape, scale.shape)

@@ -18,25 +18,17 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3, INT4
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import paired_rows
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
-from nibblecast.formats.encodings.values.parameters import (
-    FLOAT4,
-    FLOAT8_E4M3,
-    exponents,
-    float_scales,
-    group_size,
-    small_floats,
-)
+from nibblecast.formats.encodings.values.parameters import exponents, float_scales, group_size, small_floats
 
 METHODS = frozenset(("modelopt", "modelopt_fp4", "modelopt_mixed"))
 
-_INT4 = np.dtype(ml_dtypes.int4)
 NVFP4_BLOCK = 16
 MX_BLOCK = 32
 _PARTS = (".weight", ".weight_scale", ".weight_scale_2")
@@ -127,7 +119,7 @@ def _int4(stored: WeightTensors, name: str, weight: Tensor, scale: Tensor) -> Te
             f"has weight of shape {weight.shape} and weight_scale of {scale.shape}: (O / 2, I) and (O, G)"
         )
     size = group_size(stored.setting("group_size", int, 0), shape[-1], scale.shape[-1])
-    codes = paired_rows(name, weight, _INT4)
+    codes = paired_rows(name, weight, INT4)
     quantization = Quantization(replace(scale, name="scale"), blocked(shape, len(shape) - 1, size))
     return replace(codes, quantization=quantization)
 

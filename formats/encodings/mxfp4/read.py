@@ -13,9 +13,10 @@ from math import prod
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4
 from nibblecast.converters.errors import CorruptFile
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
-from nibblecast.formats.encodings.values.parameters import FLOAT4, exponents, small_floats
+from nibblecast.formats.encodings.values.parameters import exponents, small_floats
 
 METHODS = frozenset(("mxfp4",))
 

@@ -22,12 +22,12 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import UINT2, UINT4, is_float, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, is_float, is_integer, per_axis, per_tensor
+from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, per_axis, per_tensor
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.encodings.bytes.flat_blocks import flat_blocks
 from nibblecast.formats.encodings.bytes.rows import fields
@@ -39,7 +39,7 @@ _PACKED = ".weight._data._data"
 _PLAIN = ".weight._data"
 _SCALE, _SHIFT = ".weight._scale", ".weight._shift"
 _ACTIVATIONS = (".input_scale", ".output_scale")
-_CODES: Mapping[int, np.dtype[Any]] = MappingProxyType({2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4)})
+_CODES: Mapping[int, np.dtype[Any]] = MappingProxyType({2: UINT2, 4: UINT4})
 _NO_SHAPE = (
     "is read as a matrix, because its shape is not in the file: the weight of a convolution would have more axes"
 )

@@ -16,27 +16,32 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT8_E4M3,
+    FLOAT8_E4M3FNUZ,
+    FLOAT8_E5M2,
+    FLOAT8_E5M2FNUZ,
+    INT4,
+    INT8,
+    INT32,
+    SUB_BYTE,
+    UINT4,
+    UINT8,
+    code_range,
+    is_float,
+    is_integer,
+)
 from nibblecast.converters.errors import CorruptFile, brief
-from nibblecast.converters.ir import Quantization, Tensor, grid_shape, is_float, is_integer, per_tensor
+from nibblecast.converters.ir import Quantization, Tensor, grid_shape, per_tensor
 from nibblecast.formats.encodings.bytes.rows import made_by_rows, transposed
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
 from nibblecast.formats.encodings.torchao.inner_tensors import InnerTensors, WrappedTensor
 from nibblecast.formats.encodings.torchao.layouts import SHARDS, as_dtype, for_cpu, for_tensor_cores, in_shards
 
-_INT4 = np.dtype(ml_dtypes.int4)
-_UINT4 = np.dtype(ml_dtypes.uint4)
-_UINT8 = np.dtype(np.uint8)
-_INT8 = np.dtype(np.int8)
-_INT32 = np.dtype(np.int32)
-_FLOAT8S = frozenset(
-    np.dtype(t)
-    for t in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)
-)
+_FLOAT8S = frozenset((FLOAT8_E4M3, FLOAT8_E4M3FNUZ, FLOAT8_E5M2, FLOAT8_E5M2FNUZ))
 
 #: quant_primitives.py, ZeroPointDomain: a pickle has the value, JSON the name.
 _DOMAINS: Mapping[Any, str] = MappingProxyType(
@@ -91,7 +96,7 @@ def cpu_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
     """The uint4 codes that PyTorch packs for its CPU kernels. Which instruction set they are packed for is not said:
     that is a loss."""
     height, columns = _matrix(parts)
-    if packed.dtype != _UINT8 or height % 2 or packed.nbytes * 2 != height * columns:
+    if packed.dtype != UINT8 or height % 2 or packed.nbytes * 2 != height * columns:
         raise parts.corrupt(
             f"has packed weights of shape {packed.shape} of {packed.dtype}, where {height} rows (an even number) of "
             f"{columns / 2:g} bytes are needed"
@@ -107,7 +112,7 @@ def tensor_core_codes(parts: InnerTensors, packed: Tensor) -> Tensor:
     """The uint4 codes that PyTorch packs for tensor cores of NVIDIA's; for AMD's they lie otherwise in the same shape,
     which is a loss."""
     height, columns = _matrix(parts)
-    fits = packed.dtype == _INT32 and len(packed.shape) == 4 and packed.shape[2] == 32
+    fits = packed.dtype == INT32 and len(packed.shape) == 4 and packed.shape[2] == 32
     if not fits or packed.shape[0] * 8 < height or packed.shape[1] * packed.shape[3] * 32 < columns:
         raise parts.corrupt(
             f"has packed weights of shape {packed.shape} of {packed.dtype}, where ({-(-height // 8)}, "
@@ -143,7 +148,7 @@ def group_blocks(parts: InnerTensors) -> tuple[int, ...]:
 def bytes_of_pairs(parts: InnerTensors, packed: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """Codes two in a byte, or eight in an int32, the first one in the low nibble, along the last axis."""
     per_element = 2 * packed.dtype.itemsize
-    if packed.dtype not in (_INT8, _UINT8, _INT32) or not parts.shape:
+    if packed.dtype not in (INT8, UINT8, INT32) or not parts.shape:
         raise parts.corrupt(f"has packed codes of {packed.dtype}")
     if packed.shape != (*parts.shape[:-1], parts.shape[-1] // per_element) or parts.shape[-1] % per_element:
         raise parts.corrupt(
@@ -195,7 +200,7 @@ def shards(parts: InnerTensors, stored: InnerTensors) -> Tensor:
     planes = []
     for width in SHARDS[bits]:
         plane = stored.tensor(f"int{width}_shard")
-        if plane.dtype != _UINT8 or shape[-1] % 8 or plane.shape != (*shape[:-1], shape[-1] * width // 8):
+        if plane.dtype != UINT8 or shape[-1] % 8 or plane.shape != (*shape[:-1], shape[-1] * width // 8):
             raise parts.corrupt(
                 f"has planes of shape {plane.shape} of {plane.dtype} for {width} of the bits of codes of shape {shape}"
             )
@@ -227,7 +232,7 @@ def _int4_xpu(parts: InnerTensors, impl: InnerTensors) -> Tensor:
             f"packed for Intel GPUs as torchao did before it had zero points there: {_OTHER_LAYOUT}"
         )
     block_shape = group_blocks(parts)
-    codes = bytes_of_pairs(parts, impl.tensor("packed_weight"), _UINT4)
+    codes = bytes_of_pairs(parts, impl.tensor("packed_weight"), UINT4)
     return affine(parts, codes, block_shape, *integer_zero_points(parts, impl, block_shape, "zero"))
 
 
@@ -246,7 +251,7 @@ def integer_zero_points(
 
 def _cutlass_int4(parts: InnerTensors, impl: InnerTensors) -> Tensor:
     """Int4PackedTensorImpl: symmetric, two codes in a byte."""
-    codes = bytes_of_pairs(parts, impl.tensor("int_data"), _INT4)
+    codes = bytes_of_pairs(parts, impl.tensor("int_data"), INT4)
     return affine(parts, codes, parts.block_shape(parts.shape), impl.tensor("scale"), None)
 
 
@@ -260,9 +265,8 @@ def _float8(parts: InnerTensors, impl: InnerTensors) -> Tensor:
 def _range(parts: InnerTensors, codes: Tensor) -> tuple[int, int]:
     """quant_min and quant_max; what the dtype of the codes holds where they are not given."""
     low, high = (_integral(parts, role) for role in ("quant_min", "quant_max"))
-    bits, signed = bits_of(codes.dtype), codes.dtype.kind == "i" or codes.dtype == _INT4
-    whole = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-    low, high = whole[0] if low is None else low, whole[1] if high is None else high
+    lowest, highest = code_range(codes.dtype)
+    low, high = lowest if low is None else low, highest if high is None else high
     try:
         dtype_for(low, high)
     except CorruptFile as error:

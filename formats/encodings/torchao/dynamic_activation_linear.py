@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nibblecast.converters.ir import is_float
+from nibblecast.converters.arithmetic.dtypes import is_float
 from nibblecast.formats.encodings.checkpoint import DecodedWeight, WeightTensors
 from nibblecast.formats.encodings.torchao.read import dynamic_activation_linear
 

@@ -12,19 +12,18 @@ from math import prod
 from types import MappingProxyType
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, is_float, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import Loss, Tensor, is_float, is_integer
+from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.metadata import LossKind
 
 #: The instruction sets for which PyTorch packs int4 weights differently.
 Cpu = Literal["avx512", "avx2", "generic"]
 
 _COMPUTE_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
-    {name: np.dtype(t) for name, t in (("float32", np.float32), ("float16", np.float16))}
-    | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+    {name: np.dtype(t) for name, t in (("float32", np.float32), ("float16", np.float16))} | {"bfloat16": BFLOAT16}
 )
 
 

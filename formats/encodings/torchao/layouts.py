@@ -15,15 +15,13 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import UINT4
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.encodings.bytes.rows import made_by_rows
 from nibblecast.formats.encodings.torchao.inner_tensors import Cpu
-
-_UINT4 = np.dtype(ml_dtypes.uint4)
 
 #: Rows in a block of for_cpu: four vectors of float32. Blocks of "generic" are those of 32-byte vectors without AVX2.
 _CPU_BLOCKS: Mapping[Cpu, int] = MappingProxyType({"avx512": 64, "avx2": 32, "generic": 32})
@@ -75,7 +73,7 @@ def for_cpu(name: str, stored: Tensor, shape: tuple[int, ...], cpu: Cpu) -> Tens
             return np.concatenate(nibbles, axis=1).T
         return np.stack(nibbles, axis=2).reshape(columns, count).T
 
-    return made_by_rows(name, shape, _UINT4, rows, stored.data)
+    return made_by_rows(name, shape, UINT4, rows, stored.data)
 
 
 def for_tensor_cores(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -92,7 +90,7 @@ def for_tensor_cores(name: str, stored: Tensor, shape: tuple[int, ...]) -> Tenso
         whole = nibbles.transpose(0, 2, 1, 4, 6, 3, 5).reshape(-1, outer * inner * 32)
         return whole[first - start * 8 : last - start * 8, :columns]
 
-    return made_by_rows(name, shape, _UINT4, rows, stored.data)
+    return made_by_rows(name, shape, UINT4, rows, stored.data)
 
 
 def in_shards(name: str, stored: tuple[Tensor, ...], shape: tuple[int, ...], bits: int, dtype: np.dtype[Any]) -> Tensor:

@@ -14,10 +14,23 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT4,
+    FLOAT6_E2M3,
+    FLOAT6_E3M2,
+    FLOAT8_E4M3,
+    FLOAT8_E8M0,
+    FLOAT32,
+    FLOAT64,
+    INT4,
+    INT8,
+    UINT4,
+    UINT8,
+    integer_range,
+)
+from nibblecast.converters.errors import brief, located
 from nibblecast.converters.ir import Loss, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.rows import made_by_rows, swapped_nibbles, transposed
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
@@ -40,19 +53,8 @@ from nibblecast.formats.encodings.values.parameters import value_dtype
 
 __all__ = ["Cpu", "WrappedTensor", "decoded", "dynamic_activation_linear"]
 
-_INT4 = np.dtype(ml_dtypes.int4)
-_UINT4 = np.dtype(ml_dtypes.uint4)
-_UINT8 = np.dtype(np.uint8)
-_INT8 = np.dtype(np.int8)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-_FLOAT6S = {"fp6_e2m3": np.dtype(ml_dtypes.float6_e2m3fn), "fp6_e3m2": np.dtype(ml_dtypes.float6_e3m2fn)}
-_FLOAT8_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-_FLOAT8_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-_FLOAT32 = np.dtype(np.float32)
-_FLOAT64 = np.dtype(np.float64)
-_INTX_DTYPES = MappingProxyType(
-    {f"int{bits}": dtype_for(-(1 << bits - 1), (1 << bits - 1) - 1) for bits in range(1, 9)}
-)
+_FLOAT6S = {"fp6_e2m3": FLOAT6_E2M3, "fp6_e3m2": FLOAT6_E3M2}
+_INTX_DTYPES = MappingProxyType({f"int{bits}": dtype_for(*integer_range(bits, signed=True)) for bits in range(1, 9)})
 
 
 def decoded(name: str, wrapped: WrappedTensor, cpu: Cpu = "avx512") -> tuple[Tensor, tuple[Loss, ...]]:
@@ -67,11 +69,8 @@ def decoded(name: str, wrapped: WrappedTensor, cpu: Cpu = "avx512") -> tuple[Ten
     if decode is None:
         reason = _UNREADABLE.get(wrapped.class_name, "which is not known here")
         raise parts.unsupported(f"{reason}: {_DEQUANTIZE}")
-    try:
+    with located(tensor=name, over=True):
         return decode(parts), tuple(parts.losses)
-    except CorruptFile as error:
-        error.tensor = error.tensor if error.tensor == name else name
-        raise
 
 
 def dynamic_activation_linear(name: str, weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -82,10 +81,10 @@ def dynamic_activation_linear(name: str, weight: Tensor, scales: Tensor, zeros: 
     parts = InnerTensors(
         name, WrappedTensor("Int8DynActInt4WeightLinear", weight.shape, "float32", attributes), "avx512", []
     )
-    if weight.dtype != _INT8 or len(weight.shape) != 2 or len(scales.shape) != 2:
+    if weight.dtype != INT8 or len(weight.shape) != 2 or len(scales.shape) != 2:
         raise parts.corrupt(f"has weights of {weight.dtype} and shape {weight.shape}: a matrix of int8 is needed")
     group = _even_split(parts, weight.shape[1], scales.shape[1])
-    codes = Tensor(name, weight.shape, _INT4, narrowed(replace(weight, name=name), _INT4))
+    codes = Tensor(name, weight.shape, INT4, narrowed(replace(weight, name=name), INT4))
     return affine(parts, codes, blocked(weight.shape, 1, group), parts.tensor("scales"), parts.tensor("zeros"))
 
 
@@ -93,7 +92,7 @@ def _intx_unpacked(parts: InnerTensors) -> Tensor:
     """IntxUnpackedToInt8Tensor: codes of 1 to 8 bits, one in a byte; zero points are integers or floats."""
     stored = parts.fits("qdata", parts.tensor("qdata"), parts.shape)
     target = parts.get("target_dtype")
-    if stored.dtype != _INT8 or not isinstance(target, str) or target not in _INTX_DTYPES:
+    if stored.dtype != INT8 or not isinstance(target, str) or target not in _INTX_DTYPES:
         raise parts.corrupt(f"has codes of {stored.dtype} for {brief(target)}: int8 for int1 to int8 is needed")
     dtype = _INTX_DTYPES[target]
     codes = Tensor(parts.name, parts.shape, dtype, narrowed(replace(stored, name=parts.name), dtype))
@@ -103,10 +102,10 @@ def _intx_unpacked(parts: InnerTensors) -> Tensor:
 def _int8(parts: InnerTensors) -> Tensor:
     """Int8Tensor: symmetric ones have zero points too, all of them 0."""
     stored = parts.fits("qdata", parts.tensor("qdata"), parts.shape)
-    if stored.dtype != _INT8:
+    if stored.dtype != INT8:
         raise parts.corrupt(f"has codes of {stored.dtype}, where int8 is needed")
     _note_activation_scale(parts)
-    codes = Tensor(parts.name, parts.shape, _INT8, stored.data)
+    codes = Tensor(parts.name, parts.shape, INT8, stored.data)
     block_shape = parts.block_shape(parts.shape)
     return affine(parts, codes, block_shape, parts.tensor("scale"), parts.optional("zero_point"))
 
@@ -114,7 +113,7 @@ def _int8(parts: InnerTensors) -> Tensor:
 def _int4(parts: InnerTensors) -> Tensor:
     """Int4Tensor, once FbgemmInt4Tensor: signed codes, two in a byte, scales and zero points transposed; these are in
     the domain of values."""
-    codes = bytes_of_pairs(parts, parts.tensor("qdata", "packed_weight"), _INT4)
+    codes = bytes_of_pairs(parts, parts.tensor("qdata", "packed_weight"), INT4)
     if parts.get("group_size") is not None:
         block_shape = blocked(parts.shape, len(parts.shape) - 1, parts.count("group_size"))
     else:
@@ -127,7 +126,7 @@ def _int4(parts: InnerTensors) -> Tensor:
     offset = parts.fits("zero_point", parts.tensor("zero_point"), stored)
     _note_activation_scale(parts)
     return tinygemm(
-        codes, block_shape, transposed("scale", scale, grid), transposed("offset", offset, grid), 0, _FLOAT32
+        codes, block_shape, transposed("scale", scale, grid), transposed("offset", offset, grid), 0, FLOAT32
     )
 
 
@@ -138,7 +137,7 @@ def _int4_plain_int32(parts: InnerTensors) -> Tensor:
     if len(parts.shape) != 2:
         raise parts.corrupt(f"has the shape {parts.shape}, where a matrix is needed")
     scale, zero_point = integer_zero_points(parts, parts, block_shape, "zero_point")
-    codes = bytes_of_pairs(parts, parts.tensor("qdata"), _UINT4)
+    codes = bytes_of_pairs(parts, parts.tensor("qdata"), UINT4)
     _note_activation_scale(parts)
     return affine(parts, codes, block_shape, scale, zero_point)
 
@@ -152,7 +151,7 @@ def _int4_opaque(parts: InnerTensors) -> Tensor:
     scale, offset = scale_and_zero(parts, parts.tensor("scale_and_zero"), block_shape, filled=False)
     _note_activation_scale(parts)
     # AVX512 and AVX2 multiply and add with one rounding to float32; products of narrower scales are exact in that
-    compute_dtype = _FLOAT64 if scale.dtype == _FLOAT32 and parts.cpu != "generic" else _FLOAT32
+    compute_dtype = FLOAT64 if scale.dtype == FLOAT32 and parts.cpu != "generic" else FLOAT32
     return tinygemm(codes, block_shape, scale, offset, 8, compute_dtype)
 
 
@@ -162,7 +161,7 @@ def _int4_tile_packed(parts: InnerTensors) -> Tensor:
     codes = tensor_core_codes(parts, parts.tensor("qdata"))
     scale, offset = scale_and_zero(parts, parts.tensor("scale_and_zero"), block_shape, filled=True)
     _note_activation_scale(parts)
-    return tinygemm(codes, block_shape, scale, offset, 8, _FLOAT32)
+    return tinygemm(codes, block_shape, scale, offset, 8, FLOAT32)
 
 
 def _mx(parts: InnerTensors) -> Tensor:
@@ -191,7 +190,7 @@ def _nvfp4(parts: InnerTensors) -> Tensor:
     codes = _float4_codes(parts, parts.tensor("qdata", "_data"), high_first=is_old)
     block_shape = _last_axis_blocks(parts)
     scale = parts.tensor("scale", "_scale_e4m3")
-    if scale.dtype != _FLOAT8_E4M3:
+    if scale.dtype != FLOAT8_E4M3:
         raise parts.corrupt(f"has scales of {scale.dtype}, where float8_e4m3fn is needed")
     scale = _block_scale(parts, scale, block_shape)
     outer = parts.optional("per_tensor_scale", "_per_tensor_scale")
@@ -199,11 +198,11 @@ def _nvfp4(parts: InnerTensors) -> Tensor:
         experts = len(outer.shape) == 3
         blocks = per_axis(scale.shape, 0) if experts else per_tensor(scale.shape)
         outer = parts.parameter("per_tensor_scale", outer, grid_shape(scale.shape, blocks))
-        dtype = parts.compute_dtype if is_old else _FLOAT32
+        dtype = parts.compute_dtype if is_old else FLOAT32
         outer = as_dtype(outer, dtype) if outer.dtype != dtype else outer
         scale = replace(scale, quantization=Quantization(replace(outer, name="scale"), blocks, compute_dtype=dtype))
     quantization = Quantization(scale, block_shape, value_dtype=value_dtype(parts.compute_dtype))
-    return Tensor(parts.name, parts.shape, _FLOAT4, codes.data, quantization)
+    return Tensor(parts.name, parts.shape, FLOAT4, codes.data, quantization)
 
 
 def _float8(parts: InnerTensors) -> Tensor:
@@ -226,7 +225,7 @@ def _nf4(parts: InnerTensors) -> Tensor:
     codes, dtype = parts.tensor("quantized_data"), parts.compute_dtype
     block, scaler_block = parts.count("block_size"), parts.count("scaler_block_size")
     shape, count = parts.shape, prod(parts.shape)
-    if codes.dtype != _UINT8 or codes.nbytes * 2 != count:
+    if codes.dtype != UINT8 or codes.nbytes * 2 != count:
         raise parts.corrupt(f"has {codes.nbytes} bytes of {codes.dtype} for shape {shape} of 4 bits")
     table = parts.fits("nf4", parts.tensor("nf4"), (16,))
     columns = shape[-1]
@@ -240,7 +239,7 @@ def _nf4(parts: InnerTensors) -> Tensor:
     blocks = prod(grid_shape(shape, block_shape))
     scalers, factor = parts.tensor("quantized_scalers"), parts.tensor("quantization_factor")
     mean = parts.tensor("scaler_mean")
-    if scalers.dtype != _INT8 or scalers.shape != (blocks,) or blocks % scaler_block:
+    if scalers.dtype != INT8 or scalers.shape != (blocks,) or blocks % scaler_block:
         raise parts.corrupt(f"has scales of shape {scalers.shape} of {scalers.dtype} for {blocks} blocks")
     parts.fits("quantization_factor", factor, (blocks // scaler_block,))
     if mean.size != 1 or {factor.dtype, mean.dtype} - {dtype}:
@@ -257,7 +256,7 @@ def _nf4(parts: InnerTensors) -> Tensor:
     grid = grid_shape(shape, block_shape)
     scale = made_by_rows("scale", grid, dtype, scales, scalers.data, factor.data, mean.data)
     quantization = Quantization(scale, block_shape, codebook=replace(table, name="codebook"), compute_dtype=dtype)
-    return Tensor(parts.name, shape, _UINT4, swapped_nibbles(codes.data, prod(parts.shape)), quantization)
+    return Tensor(parts.name, shape, UINT4, swapped_nibbles(codes.data, prod(parts.shape)), quantization)
 
 
 def _uintx(parts: InnerTensors) -> Tensor:
@@ -290,13 +289,13 @@ def _note_activation_scale(parts: InnerTensors) -> None:
 
 def _float4_codes(parts: InnerTensors, stored: Tensor, *, high_first: bool) -> Tensor:
     """Float4 codes, two in a byte of uint8, or of the dtype itself."""
-    if stored.dtype == _FLOAT4:
+    if stored.dtype == FLOAT4:
         return parts.fits("qdata", stored, parts.shape)
-    if stored.dtype == _UINT8 and len(parts.shape) >= 2:
+    if stored.dtype == UINT8 and len(parts.shape) >= 2:
         *outer, height, width = parts.shape
         if height != width and stored.shape == (*outer, height // 2, width):
             raise parts.unsupported("saved transposed: save it as it is quantized")
-    codes = bytes_of_pairs(parts, stored, _FLOAT4)
+    codes = bytes_of_pairs(parts, stored, FLOAT4)
     return replace(codes, data=swapped_nibbles(codes.data, codes.size)) if high_first else codes
 
 
@@ -323,9 +322,9 @@ def _block_scale(parts: InnerTensors, stored: Tensor, block_shape: tuple[int, ..
 
 def _as_e8m0(parts: InnerTensors, stored: Tensor) -> Tensor:
     """Scales that are exponents; up to torchao 0.7 they were saved as bytes."""
-    if stored.dtype == _UINT8:
-        return replace(stored, dtype=_FLOAT8_E8M0)
-    if stored.dtype != _FLOAT8_E8M0:
+    if stored.dtype == UINT8:
+        return replace(stored, dtype=FLOAT8_E8M0)
+    if stored.dtype != FLOAT8_E8M0:
         raise parts.corrupt(f"has scales of {stored.dtype}, where float8_e8m0fnu is needed")
     return stored
 

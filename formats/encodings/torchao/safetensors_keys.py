@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from nibblecast.converters.errors import CorruptFile, brief
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.formats.encodings.torchao.read import Cpu, WrappedTensor, decoded
@@ -110,11 +111,8 @@ def _names(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _entry(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        entry = json.loads(metadata[name])
-    except (KeyError, ValueError, RecursionError):
-        entry = None
-    if not isinstance(entry, dict) or not isinstance(entry.get("_type"), str):
+    entry = json_object(metadata.get(name, ""), "its metadata", tensor=name)
+    if not isinstance(entry.get("_type"), str):
         raise CorruptFile("has metadata that are no JSON object with a _type: they are damaged", tensor=name)
     return entry
 

@@ -16,16 +16,27 @@ from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    FLOAT8_E8M0,
+    FLOAT32,
+    INT8,
+    SUB_BYTE,
+    UINT8,
+    integer_range,
+    is_integer,
+)
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, Quantization, Tensor, is_integer, per_axis, per_tensor
+from nibblecast.converters.ir import Loss, Quantization, Tensor, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.widths import dtype_for, widened
 from nibblecast.formats.encodings.torchao.safetensors_keys import NAMES
 from nibblecast.formats.encodings.values.offsets import offsets_as_zero_points
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, FLOATS
+from nibblecast.formats.encodings.values.parameters import FLOATS
 from nibblecast.formats.encodings.values.refit import (
     computed_in,
     computed_with_scales,
@@ -42,10 +53,7 @@ from nibblecast.formats.encodings.values.refit import (
 )
 from nibblecast.formats.encodings.writable import Configuration, Encoded
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
-_INT8 = np.dtype(np.int8)
-_FLOAT8S = frozenset((FLOAT8_E4M3, np.dtype(ml_dtypes.float8_e5m2)))
+_FLOAT8S = frozenset((FLOAT8_E4M3, FLOAT8_E5M2))
 _MX_BLOCK = 32
 _NVFP4_BLOCK = 16
 #: Blocks are made smaller to divide a shape, down to this many codes: parameters of less take more room than these.
@@ -134,10 +142,10 @@ def _integers(weight: Tensor) -> Encoded:
     weight, of_scales = _with_its_scales(_in_whole_blocks(weight))
     codes, target = _signed(weight)
     quantization = _quantization(codes)
-    zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, _INT8)
+    zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, INT8)
     scale = replace(quantization.scale, name="scale")
     quantization = replace(quantization, scale=scale, zero_point=replace(zero_point, name="zero_point"))
-    qdata = Tensor("qdata", weight.shape, _INT8, widened(codes, _INT8))
+    qdata = Tensor("qdata", weight.shape, INT8, widened(codes, INT8))
     parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point}
     attributes = {
         "target_dtype": _dtype(target),
@@ -198,14 +206,14 @@ def _signed(weight: Tensor) -> tuple[Tensor, str]:
             if lowest < -128 or highest > 127:
                 seen = f"zero points from {lowest} to {highest} for signed codes"
                 raise Unsupported(f"has {seen}: int8 is needed", tensor=weight.name)
-            narrow = elementwise(quantization.zero_point, _INT8, lambda values: values)
+            narrow = elementwise(quantization.zero_point, INT8, lambda values: values)
             codes = replace(codes, quantization=replace(quantization, zero_point=narrow))
         return codes, f"int{codes.bits}"
     return _with_float_zero_points(weight, zero_point)
 
 
 def _with_float_zero_points(weight: Tensor, zero_point: Tensor) -> tuple[Tensor, str]:
-    bits = weight.bits + (dtype_for(-(1 << weight.bits - 1), (1 << weight.bits - 1) - 1) != weight.dtype)
+    bits = weight.bits + (dtype_for(*integer_range(weight.bits, signed=True)) != weight.dtype)
     if bits > 8:
         raise Unsupported("has uint8 codes with zero points that are no integers", tensor=weight.name)
     quantization = _quantization(weight)
@@ -214,7 +222,7 @@ def _with_float_zero_points(weight: Tensor, zero_point: Tensor) -> tuple[Tensor,
     if not np.array_equal(rounded.numpy().astype(np.float32), values, equal_nan=True):
         kept = quantization.compute_dtype
         raise Unsupported(f"has zero points of {zero_point.dtype} that are no numbers of {kept}", tensor=weight.name)
-    dtype = dtype_for(-(1 << bits - 1), (1 << bits - 1) - 1)
+    dtype = dtype_for(*integer_range(bits, signed=True))
     quantization = replace(quantization, zero_point=rounded)
     return replace(weight, dtype=dtype, data=widened(weight, dtype), quantization=quantization), f"int{bits}"
 
@@ -227,7 +235,7 @@ def _are_integers(zero_point: Tensor) -> bool:
 def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     """torchao's own way to MXTensors of float4 is from bfloat16, which has all their values."""
     scale = replace(quantization.scale, name="scale")
-    shown = _BFLOAT16 if weight.dtype == FLOAT4 else _shown(quantization)
+    shown = BFLOAT16 if weight.dtype == FLOAT4 else _shown(quantization)
     parts = {"qdata": _bytes(weight), "scale": scale}
     element = _dtype("float4_e2m1fn_x2" if weight.dtype == FLOAT4 else weight.dtype.name)
     float8, emulated = _dtype(FLOAT8_E4M3.name), _object("KernelPreference", "EMULATED")
@@ -256,7 +264,7 @@ def _mx(weight: Tensor, quantization: Quantization) -> Encoded:
     written = WeightMetadata(
         _entry("MXTensor", attributes, parts), _object("MXDynamicActivationMXWeightConfig", made_by, version=1)
     )
-    is_exact = weight.dtype == FLOAT4 and own_dtype(quantization) == _FLOAT32
+    is_exact = weight.dtype == FLOAT4 and own_dtype(quantization) == FLOAT32
     encoded = _small_floats(weight, scale, parts, written, shown)
     return replace(encoded, losses=()) if is_exact else encoded
 
@@ -288,11 +296,11 @@ def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tu
     """The second-level scale as it is stored, one number or one for each expert, and the blocks of scales that it is
     for."""
     outer, size = nested.scale, nested.scale.size
-    is_float32 = outer.dtype in FLOATS and nested.compute_dtype == _FLOAT32 and nested.factor == 1
+    is_float32 = outer.dtype in FLOATS and nested.compute_dtype == FLOAT32 and nested.factor == 1
     is_whole = size == 1 or (len(scale.shape) == 3 and outer.shape == (scale.shape[0], 1, 1))
     if not is_float32 or not is_whole or [role for role, _ in nested.parameters()] != ["scale"]:
         raise Unsupported("has scales that are more than float8 by one number for all of them", tensor=weight.name)
-    stored = elementwise(outer, _FLOAT32, lambda values: values)
+    stored = elementwise(outer, FLOAT32, lambda values: values)
     shape = () if size == 1 else outer.shape
     blocks = per_tensor(scale.shape) if size == 1 else per_axis(scale.shape, 0)
     return replace(stored, name="per_tensor_scale", shape=shape), blocks
@@ -301,7 +309,7 @@ def _per_tensor_scale(weight: Tensor, scale: Tensor, nested: Quantization) -> tu
 def _shown(quantization: Quantization) -> np.dtype[Any]:
     """The dtype that a tensor shows, to which torchao rounds values that it computes in float32."""
     own = own_dtype(quantization)
-    return own if own in FLOATS else _FLOAT32
+    return own if own in FLOATS else FLOAT32
 
 
 def _small_floats(
@@ -316,7 +324,7 @@ def _bytes(weight: Tensor) -> Tensor:
     """Codes as they are stored: two of float4 in a byte."""
     if weight.dtype not in SUB_BYTE:
         return replace(weight, quantization=None)
-    return Tensor("qdata", (*weight.shape[:-1], weight.shape[-1] // 2), np.dtype(np.uint8), weight.data)
+    return Tensor("qdata", (*weight.shape[:-1], weight.shape[-1] // 2), UINT8, weight.data)
 
 
 def _quantization(weight: Tensor) -> Quantization:

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import bits_of, pack, packed_size
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, bits_of, is_float
+from nibblecast.converters.arithmetic.packing import pack, packed_size
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Quantization, Tensor, is_float
+from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.encodings.bytes.widths import dtype_for
 
-_FLOAT32 = np.dtype(np.float32)
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -36,7 +36,7 @@ def quantized(
     lowest: int,
     highest: int,
     *,
-    compute_dtype: np.dtype[Any] = _FLOAT32,
+    compute_dtype: np.dtype[Any] = FLOAT32,
     zero_point_first: bool = False,
 ) -> Tensor:
     """The codes of a plain float `weight`, from `lowest` to `highest` in the narrowest dtype that holds these, made

@@ -11,25 +11,24 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT16, is_integer
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, Tensor, is_integer
+from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.formats.encodings.values.exactness import largest_change
 from nibblecast.formats.encodings.values.refit import flat, from_elements, in_pieces
 
-_INT16 = np.dtype(np.int16)
 _MOST_MULTIPLE = 1 << 14
 #: Of a scale: bfloat16's last place is a whole step of 8-bit codes, which is no rounding any more.
 _MOST_STEP = 1 / 8
 _FRACTION_BITS: Mapping[np.dtype[Any], int] = MappingProxyType(
     {
-        np.dtype(np.float16): 10,
-        np.dtype(ml_dtypes.bfloat16): 7,
-        np.dtype(np.float32): 23,
-        np.dtype(np.float64): 52,
+        FLOAT16: 10,
+        BFLOAT16: 7,
+        FLOAT32: 23,
+        FLOAT64: 52,
     }
 )
 
@@ -49,7 +48,7 @@ def offsets_as_zero_points(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
         _check(weight.name, piece["scale"].astype(np.float64), piece["offset"])
     changed = _with_zero_points(weight)
     own = quantization.value_dtype or quantization.compute_dtype
-    own = own if own != np.float64 else np.dtype(np.float32)
+    own = own if own != np.float64 else FLOAT32
     change = largest_change(weight, _with_zero_points, own)
     if not change:
         return changed, ()
@@ -89,5 +88,5 @@ def _with_zero_points(weight: Tensor) -> Tensor:
         subtracted = -_multiples(scale.astype(np.float64), offset)
         return subtracted if zero_point is None else subtracted + zero_point
 
-    zero_point = from_elements("zero_point", dict(quantization.parameters()), _INT16, zero_points)
+    zero_point = from_elements("zero_point", dict(quantization.parameters()), INT16, zero_points)
     return replace(weight, quantization=replace(quantization, zero_point=zero_point, offset=None))

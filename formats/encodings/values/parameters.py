@@ -5,21 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT8_E8M0, FLOAT16, FLOAT32, bits_of, is_integer
 from nibblecast.converters.errors import CorruptFile
-from nibblecast.converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked, is_integer
+from nibblecast.converters.ir import VALUE_DTYPES, GroupIndex, Quantization, Tensor, blocked
 from nibblecast.converters.storage import InMemory
 
-FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-FLOAT8_E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-FLOAT8_E8M0 = np.dtype(ml_dtypes.float8_e8m0fnu)
-
 #: The dtypes of scales in which the libraries of checkpoints compute.
-FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
+FLOATS = frozenset((FLOAT16, BFLOAT16, FLOAT32))
 
 
 def float_scales(scale: Tensor) -> Tensor:

@@ -12,30 +12,35 @@ from math import prod
 from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import (
+    BFLOAT16,
+    FLOAT4,
+    FLOAT32,
+    INT2,
+    INT4,
+    INT8,
+    INT16,
+    SUB_BYTE,
+    UINT2,
+    UINT4,
+    UINT8,
+    bits_of,
+    is_integer,
+)
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.errors import Unsupported
-from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape, is_integer
+from nibblecast.converters.ir import Loss, Quantization, Tensor, grid_shape
 from nibblecast.converters.storage import Computed, Data
 from nibblecast.formats.encodings.bytes.rows import by_rows
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOATS, value_dtype
+from nibblecast.formats.encodings.values.parameters import FLOATS, value_dtype
 
-_UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType(
-    {
-        np.dtype(ml_dtypes.int2): np.dtype(ml_dtypes.uint2),
-        np.dtype(ml_dtypes.int4): np.dtype(ml_dtypes.uint4),
-        np.dtype(np.int8): np.dtype(np.uint8),
-    }
-)
+_UNSIGNED: Mapping[np.dtype[Any], np.dtype[Any]] = MappingProxyType({INT2: UINT2, INT4: UINT4, INT8: UINT8})
 _SIGNED = MappingProxyType({unsigned: signed for signed, unsigned in _UNSIGNED.items()})
 #: In every code of a byte the highest bit, by which signed and unsigned codes differ.
 _HIGHEST_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_FLOAT32 = np.dtype(np.float32)
-_INT16 = np.dtype(np.int16)
 #: So many elements of any dtype are whole bytes.
 _WHOLE_BYTES = 4
 _PIECE_ELEMENTS = 1 << 18
@@ -92,7 +97,7 @@ def _shifted(weight: Tensor, quantization: Quantization, dtypes: Mapping[np.dtyp
 def _shifted_zero_point(weight: Tensor, quantization: Quantization, added: int) -> Tensor:
     zero_point = quantization.zero_point
     if zero_point is None:
-        return constant("zero_point", added, quantization.scale.shape, _INT16)
+        return constant("zero_point", added, quantization.scale.shape, INT16)
     values = flat(zero_point).numpy()
     if not is_integer(zero_point.dtype) or zero_point.quantization is not None:
         values = values.astype(np.float32)
@@ -102,7 +107,7 @@ def _shifted_zero_point(weight: Tensor, quantization: Quantization, added: int) 
     wide = values.astype(np.int64) + added
     if wide.size and (wide.min() < -(1 << 15) or wide.max() >= 1 << 15):
         raise Unsupported(f"has zero points from {wide.min()} to {wide.max()}", tensor=weight.name)
-    return elementwise(zero_point, _INT16, lambda stored: stored.astype(np.int64) + added)
+    return elementwise(zero_point, INT16, lambda stored: stored.astype(np.int64) + added)
 
 
 def computed(
@@ -186,14 +191,14 @@ def flat(parameter: Tensor) -> Tensor:
         return parameter
     if not parameter.shape:
         make = lambda: parameter.dequantize(np.float32)  # noqa: E731
-        return computed(parameter.name, (), _FLOAT32, make, *parameter.stored())
+        return computed(parameter.name, (), FLOAT32, make, *parameter.stored())
     outer = next((axis for axis, size in enumerate(parameter.shape) if size != 1), 0)
 
     def rows(first: int, last: int) -> NDArray[Any]:
         return parameter.rows(first, last).dequantize(np.float32)
 
-    data = by_rows(parameter.shape[outer:], _FLOAT32, rows, *parameter.stored(), step=parameter.row_step)
-    return Tensor(parameter.name, parameter.shape, _FLOAT32, data)
+    data = by_rows(parameter.shape[outer:], FLOAT32, rows, *parameter.stored(), step=parameter.row_step)
+    return Tensor(parameter.name, parameter.shape, FLOAT32, data)
 
 
 def refined(weight: Tensor, block_shape: tuple[int, ...]) -> Tensor:
@@ -269,7 +274,7 @@ def rounded_with_scales(weight: Tensor, *, widened: bool) -> tuple[Tensor, tuple
     quantization = weight.quantization
     if quantization is None:
         return weight, ()
-    scaled, losses = _scales_as(weight, _FLOAT32 if widened and own_dtype(quantization) == _FLOAT32 else None)
+    scaled, losses = _scales_as(weight, FLOAT32 if widened and own_dtype(quantization) == FLOAT32 else None)
     scale = (scaled.quantization or quantization).scale
     rounded_so, changes = rounded_to(scaled, scale.dtype, "the dtype of its scales")
     return rounded_so, (*losses, *changes)
@@ -281,7 +286,7 @@ def _scales_as(weight: Tensor, dtype: np.dtype[Any] | None) -> tuple[Tensor, tup
     quantization = weight.quantization
     if quantization is None:
         return weight, ()
-    wanted = dtype or (quantization.scale.dtype if quantization.scale.dtype in FLOATS else _FLOAT32)
+    wanted = dtype or (quantization.scale.dtype if quantization.scale.dtype in FLOATS else FLOAT32)
     losses: list[Loss] = []
     changed: dict[str, Any] = {}
     for role, parameter in (("scale", quantization.scale), ("offset", quantization.offset)):
@@ -309,7 +314,7 @@ def computed_in(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor
 
 def rounded_to(weight: Tensor, dtype: np.dtype[Any], what: str) -> tuple[Tensor, tuple[Loss, ...]]:
     """Likewise of a library that computes in float32 and rounds values to `dtype` in the end."""
-    return _given_as(weight, dtype, what, _FLOAT32, value_dtype(dtype))
+    return _given_as(weight, dtype, what, FLOAT32, value_dtype(dtype))
 
 
 def _given_as(
@@ -329,8 +334,8 @@ def powers_in_float32(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     """A weight of small floats, scales of which are powers of two, computed in float32, which holds the products; so
     does bfloat16 those of float4, so that nothing is lost."""
     quantization = weight.quantization
-    exact, losses = rounded_to(weight, _FLOAT32, "which holds them exactly")
-    is_same = quantization is not None and weight.dtype == FLOAT4 and own_dtype(quantization) == _BFLOAT16
+    exact, losses = rounded_to(weight, FLOAT32, "which holds them exactly")
+    is_same = quantization is not None and weight.dtype == FLOAT4 and own_dtype(quantization) == BFLOAT16
     return exact, () if is_same else losses
 
 
@@ -342,7 +347,7 @@ def without_factor(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     factor = np.float32(quantization.factor)
 
     def times(parameter: Tensor | None) -> Any:
-        return parameter and elementwise(parameter, _FLOAT32, lambda stored: stored.astype(np.float32) * factor)
+        return parameter and elementwise(parameter, FLOAT32, lambda stored: stored.astype(np.float32) * factor)
 
     folded = replace(quantization, scale=times(quantization.scale), offset=times(quantization.offset), factor=1.0)
     loss = Loss(

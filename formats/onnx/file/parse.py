@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
-from nibblecast.converters.errors import CorruptFile, Unsupported, printable
+from nibblecast.converters.errors import CorruptFile, Unsupported, located, printable
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS, checked_shape
 from nibblecast.converters.metadata import Port
 from nibblecast.formats.onnx.file import schema
@@ -19,11 +19,8 @@ _LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold who
 
 def parse(view: memoryview, path: Path) -> ParsedModel:
     """The model in a whole file's bytes. Raises CorruptFile and Unsupported, naming `path`."""
-    try:
+    with located(path=path):
         return _model(view)
-    except (CorruptFile, Unsupported) as error:
-        error.path = error.path or path
-        raise
 
 
 def _model(view: memoryview) -> ParsedModel:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
-from nibblecast.converters.errors import CorruptFile, Unsupported
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.packing import packed_size
+from nibblecast.converters.errors import CorruptFile, Unsupported, located
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.containment import contained_file
 from nibblecast.converters.ir import Tensor
@@ -28,7 +29,7 @@ _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 
 @dataclass(slots=True, eq=False)
-class _Varints:
+class _Varints(Data):
     """Elements that lie in the file as protobuf's varints, decoded when they are first read."""
 
     view: memoryview
@@ -67,11 +68,8 @@ class PayloadTensors:
             what = "strings" if header.data_type == STRING else f"elements of ONNX type {header.data_type}"
             raise Unsupported(f"holds {what}, which cannot be read", tensor=header.name)
         if id(header) not in self._known:  # scales may be those of any number of weights, and take time to count
-            try:
+            with located(tensor=header.name):
                 data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
-            except (CorruptFile, Unsupported) as error:
-                error.tensor = header.name
-                raise
             self._known[id(header)] = (header, data)
         return Tensor(header.name, header.dims if shape is None else shape, dtype, self._known[id(header)][1])
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import bits_of, packed_size
+from nibblecast.converters.arithmetic.dtypes import bits_of
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.serialize import aligned, external_entries, tensor_head

@@ -12,13 +12,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from types import MappingProxyType
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT4,
+    FLOAT8_E4M3,
+    FLOAT8_E4M3FNUZ,
+    FLOAT8_E5M2,
+    FLOAT8_E5M2FNUZ,
+    INT4,
+    SUB_BYTE,
+    UINT4,
+    UINT8,
+    UNSIGNED,
+)
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.converters.storage import Computed, Data
@@ -29,14 +39,8 @@ from nibblecast.formats.onnx.file.payload import PayloadTensors
 
 MICROSOFT = "com.microsoft"
 
-_UINT8 = np.dtype(np.uint8)
-_CODES: Mapping[int, np.dtype[Any]] = MappingProxyType(
-    {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: _UINT8}
-)
-_INT4S = frozenset(np.dtype(t) for t in (ml_dtypes.int4, ml_dtypes.uint4))
-_FLOAT8S = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
-_FLOATS = frozenset(np.dtype(t) for t in (*_FLOAT8S, _FLOAT4))
+_INT4S = frozenset((INT4, UINT4))
+_FLOATS = frozenset((FLOAT8_E4M3, FLOAT8_E4M3FNUZ, FLOAT8_E5M2, FLOAT8_E5M2FNUZ, FLOAT4))
 _MOST = 1 << 40  # of a size that an attribute gives: beyond any file, and far from overflow
 
 #: bitsandbytes' tables of FP4 and NF4 (csrc/kernels.cu of 0.49; quant_type 0 and 1).
@@ -151,13 +155,13 @@ def _rows_of_blocks(
         group_index=_group_index(parts, payloads, columns, block, grid[-1]),
     )
     data = _without_padding(stored.data, rows, columns, bits, row_nbytes)
-    return Tensor(parts.codes.name, shape, _CODES[bits], data, quantization)
+    return Tensor(parts.codes.name, shape, UNSIGNED[bits], data, quantization)
 
 
 def _bytes(parts: _Inputs, payloads: PayloadTensors, rows: int, row_nbytes: int) -> Tensor:
     """The codes as bytes. Raises CorruptFile unless there are as many as the rows take."""
     stored = payloads.tensor(parts.codes)
-    if stored.dtype != _UINT8 or stored.nbytes != rows * row_nbytes:
+    if stored.dtype != UINT8 or stored.nbytes != rows * row_nbytes:
         raise CorruptFile(
             f"has dims {parts.codes.dims} of {stored.dtype}: {rows} rows of {row_nbytes} bytes of uint8 are needed",
             tensor=parts.codes.name,
@@ -186,7 +190,7 @@ def _unpacked(rows: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return rows
     flat = np.ascontiguousarray(rows).reshape(-1)
-    return unpack(flat, _CODES[bits], flat.size * 8 // bits).reshape(len(rows), rows.shape[1] * 8 // bits)
+    return unpack(flat, UNSIGNED[bits], flat.size * 8 // bits).reshape(len(rows), rows.shape[1] * 8 // bits)
 
 
 def _parameter(
@@ -202,9 +206,9 @@ def _zero_points(parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...]
     count = prod(grid)
     if parts.zero_points is None:
         half = np.uint8(1 << (bits - 1))
-        return Tensor("zero_points", grid, _UINT8, Computed(count, lambda start, stop: np.full(stop - start, half)))
+        return Tensor("zero_points", grid, UINT8, Computed(count, lambda start, stop: np.full(stop - start, half)))
     stored = payloads.tensor(parts.zero_points)
-    if stored.dtype != _UINT8:
+    if stored.dtype != UINT8:
         return _parameter(parts.zero_points, "zero points", parts, payloads, grid)
     rows, row_nbytes = count // max(1, columns), packed_size(columns, bits)
     if stored.nbytes != rows * row_nbytes:
@@ -220,7 +224,7 @@ def _zero_points(parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...]
         packed = stored.data.read(first * row_nbytes, last * row_nbytes).reshape(last - first, row_nbytes)
         return _unpacked(packed, bits)[:, :columns].reshape(-1)[start - first * columns : stop - first * columns]
 
-    return Tensor(parts.zero_points.name, grid, _UINT8, Computed(count, compute, (stored.data,)))
+    return Tensor(parts.zero_points.name, grid, UINT8, Computed(count, compute, (stored.data,)))
 
 
 def _group_index(parts: _Inputs, payloads: PayloadTensors, columns: int, block: int, groups: int) -> GroupIndex | None:
@@ -251,8 +255,8 @@ def _table(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
     stored, name = payloads.tensor(parts.codes), parts.codes.name
     shape, dtype = stored.shape, stored.dtype
     bits = 4 if dtype in SUB_BYTE else _bits(node.integers.get("bits", 4), parts)
-    if dtype == _UINT8:
-        shape, dtype = (*shape[:-1], shape[-1] * 8 // bits), _CODES[bits]
+    if dtype == UINT8:
+        shape, dtype = (*shape[:-1], shape[-1] * 8 // bits), UNSIGNED[bits]
     elif dtype not in _INT4S | _FLOATS:
         raise CorruptFile(f"has codes of {dtype}: int4, uint4, uint8 or a small float are needed", tensor=name)
     axis = node.integers.get("quantize_axis", 1)
@@ -269,7 +273,7 @@ def _table(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
         )
     grid = grid_shape(shape, block_shape)
     zero_point = None
-    if stored.dtype == _UINT8:
+    if stored.dtype == UINT8:
         zero_point = _zero_points(parts, payloads, grid, bits, grid[-1])
     elif parts.zero_points is not None:
         zero_point = _parameter(parts.zero_points, "zero points", parts, payloads, grid)
@@ -301,7 +305,7 @@ def _bnb4_weight(
     blocks = flat_blocks(shape, block)
     codebook = Tensor.from_array("codebook", np.array(table, np.float32))
     quantization = Quantization(blocks.spread(absmax), blocks.block_shape, codebook=codebook)
-    return Tensor(parts.codes.name, shape, _CODES[4], swapped_nibbles(stored.data, count), quantization)
+    return Tensor(parts.codes.name, shape, UNSIGNED[4], swapped_nibbles(stored.data, count), quantization)
 
 
 def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:
@@ -337,7 +341,7 @@ def _experts(node: Node, parts: _Inputs, payloads: PayloadTensors, bits: int) ->
     # of two axes, zero points are packed along the rows; of three, each is in a byte of its own
     is_flat = parts.zero_points is None or len(parts.zero_points.dims) != 3
     zero_point = _zero_points(parts, payloads, grid, bits, rows if is_flat else 1)
-    return Tensor(parts.codes.name, shape, _CODES[bits], stored.data, Quantization(scale, block_shape, zero_point))
+    return Tensor(parts.codes.name, shape, UNSIGNED[bits], stored.data, Quantization(scale, block_shape, zero_point))
 
 
 def _float8_experts(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
@@ -385,12 +389,12 @@ def _float4_rows(node: Node, parts: _Inputs, second: TensorHeader, payloads: Pay
     if scale.dtype.itemsize != 1:
         raise CorruptFile(f"has scales of {scale.dtype}: the bytes of float8 are needed", tensor=parts.codes.name)
     outer = Quantization(_parameter(second, "second scale", parts, payloads, (1, 1)), per_tensor(grid))
-    scale = replace(scale, dtype=np.dtype(ml_dtypes.float8_e4m3fn), quantization=outer)
-    return replace(stored, shape=shape, dtype=_FLOAT4, quantization=Quantization(scale, block_shape))
+    scale = replace(scale, dtype=FLOAT8_E4M3, quantization=outer)
+    return replace(stored, shape=shape, dtype=FLOAT4, quantization=Quantization(scale, block_shape))
 
 
 def _bits(bits: int, parts: _Inputs) -> int:
-    if bits not in _CODES:
+    if bits not in UNSIGNED:
         raise Unsupported(f"has codes of {bits} bits; 2, 4 and 8 are known", tensor=parts.codes.name)
     return bits
 

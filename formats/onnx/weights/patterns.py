@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT32, INT32, INT64, UINT8
 from nibblecast.converters.input.shapes import MOST_DIMENSIONS
 from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, TensorHeader
@@ -18,11 +19,10 @@ from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES, TABLE_DTY
 from nibblecast.formats.onnx.weights.operators import CODES_OPERATORS, INTEGER_PRODUCTS
 from nibblecast.formats.onnx.writing.decode_nodes import fits, is_wide
 
-_FLOAT32 = ELEMENT_TYPES[np.dtype(np.float32)].number
-_UINT8 = ELEMENT_TYPES[np.dtype(np.uint8)].number
-_INT32 = ELEMENT_TYPES[np.dtype(np.int32)].number
-_INT64 = ELEMENT_TYPES[np.dtype(np.int64)].number
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
+_FLOAT32 = ELEMENT_TYPES[FLOAT32].number
+_UINT8 = ELEMENT_TYPES[UINT8].number
+_INT32 = ELEMENT_TYPES[INT32].number
+_INT64 = ELEMENT_TYPES[INT64].number
 _NARROW_INTEGERS = frozenset(
     ELEMENT_TYPES[np.dtype(dtype)].number
     for dtype in (np.int8, np.uint8, ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.int2, ml_dtypes.uint2)
@@ -372,14 +372,14 @@ class Matcher:
             return InitializerCodes(header) if header else None
         gather = self.scope.producer(name, "Gather")
         table = self.scope.header(gather.input(0)) if gather else None
-        if gather is None or table is None or table.properties.get(TABLE_DTYPE) != _FLOAT4.name:
+        if gather is None or table is None or table.properties.get(TABLE_DTYPE) != FLOAT4.name:
             return None
         indices = self.scope.producer(gather.input(1), "Cast")
         header = self.scope.header(indices.input(0)) if indices else None
-        return InitializerCodes(header, _FLOAT4) if header and self._is_float4_table(table) else None
+        return InitializerCodes(header, FLOAT4) if header and self._is_float4_table(table) else None
 
     def _is_float4_table(self, table: TensorHeader) -> bool:
-        values = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
+        values = np.arange(16, dtype=np.uint8).view(FLOAT4).astype(np.float32)
         tensor = self.payloads.tensor(table)
         is_like = (tensor.dtype, tensor.nbytes) == (values.dtype, values.nbytes)
         return is_like and tensor.packed().tobytes() == values.tobytes()

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of, code_range
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.converters.storage import Computed, Data
 
@@ -19,8 +20,7 @@ def rounded_codes(floats: Tensor, quantization: Quantization, dtype: np.dtype[An
     """Codes of `dtype` for floats of the shape that the quantization is for: x / scale rounded half to even, plus the
     zero point, saturated (ONNX operators, QuantizeLinear 21). Computed in pieces when they are read."""
     bits = bits_of(dtype)
-    signed = (SUB_BYTE[dtype][1] if dtype in SUB_BYTE else dtype).kind == "i"
-    lowest = -(1 << (bits - 1)) if signed else 0
+    lowest, highest = code_range(dtype)
     scale, zero_point = quantization.scale, quantization.zero_point
 
     def codes(first: int, last: int) -> NDArray[np.int64]:
@@ -30,7 +30,7 @@ def rounded_codes(floats: Tensor, quantization: Quantization, dtype: np.dtype[An
             rounded = np.rint(_floats(floats, first, last) / _floats(scale, low, high)[at - low])
             if zero_point is not None:
                 rounded += _floats(zero_point, low, high)[at - low]
-            integers: NDArray[np.int64] = np.nan_to_num(np.clip(rounded, lowest, lowest + (1 << bits) - 1)).astype(int)
+            integers: NDArray[np.int64] = np.nan_to_num(np.clip(rounded, lowest, highest)).astype(int)
         return integers
 
     def compute(start: int, stop: int) -> NDArray[np.uint8]:

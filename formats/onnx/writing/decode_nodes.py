@@ -11,13 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size, unpack
+from nibblecast.converters.arithmetic.dtypes import (
+    FLOAT4,
+    FLOAT32,
+    INT2,
+    INT4,
+    INT32,
+    INT64,
+    SUB_BYTE,
+    UINT2,
+    UINT4,
+    bits_of,
+    code_range,
+    is_float,
+    is_integer,
+)
+from nibblecast.converters.arithmetic.packing import packed_size, unpack
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Quantization, Tensor, blocked, is_float, is_integer, per_axis, per_tensor
+from nibblecast.converters.ir import Quantization, Tensor, blocked, per_axis, per_tensor
 from nibblecast.converters.names import UniqueNames
 from nibblecast.converters.storage import Computed
 from nibblecast.formats.onnx.file.graph import Node
@@ -31,12 +45,10 @@ from nibblecast.formats.onnx.file.schema import (
 
 Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_index"]
 
-_FLOAT32, _INT32, _INT64 = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.int64)
-_UINT4, _FLOAT4 = np.dtype(ml_dtypes.uint4), np.dtype(ml_dtypes.float4_e2m1fn)
 _PIECE_BYTES = 1 << 20
 _LARGEST_ELEMENT = 8
 #: Codes whose differences float16 and bfloat16 hold exactly, so that DequantizeLinear may compute in these.
-_EXACT_CODES = frozenset(np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4))
+_EXACT_CODES = frozenset((INT2, UINT2, INT4, UINT4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +87,7 @@ class DecodeNodes:
     constants: dict[tuple[Any, ...], Constant] = field(default_factory=dict)
 
     def lower(
-        self, tensor: Tensor, quantization: Quantization, output: str, result: np.dtype[Any] = _FLOAT32
+        self, tensor: Tensor, quantization: Quantization, output: str, result: np.dtype[Any] = FLOAT32
     ) -> list[Initializer]:
         """Adds the nodes that make `output` of a quantized tensor, computed in float32 and rounded to `result`, and
         returns the initializers that they take; those which are tensors of the model themselves are not among them."""
@@ -149,12 +161,9 @@ def fits(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
     int32 codes only zeros, for float8 none. Reads them when their own dtype leaves that open."""
     if is_float(dtype) or not is_integer(zero_point.dtype):
         return False
-    if zero_point.dtype == dtype != _INT32:
+    if zero_point.dtype == dtype != INT32:
         return True
-    bits, storage = SUB_BYTE.get(dtype, (bits_of(dtype), dtype))
-    lowest, highest = (0, (1 << bits) - 1) if storage.kind == "u" else (-1 << (bits - 1), (1 << (bits - 1)) - 1)
-    if dtype == _INT32:
-        lowest = highest = 0
+    lowest, highest = (0, 0) if dtype == INT32 else code_range(dtype)
     for part in zero_point.parts(_PIECE_BYTES):
         codes = part.codes()
         if codes.size and (codes.min() < lowest or codes.max() > highest):
@@ -166,8 +175,8 @@ def carrier(dtype: np.dtype[Any], opset: int) -> np.dtype[Any]:
     """The dtype of the initializer that holds codes or parameters of `dtype`: its own, but uint4 for float4's bit
     patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4, and int8 or uint8 for integers
     of 2 and 4 bits in an operator set that has none."""
-    held = _UINT4 if dtype == _FLOAT4 else dtype
-    is_known = held not in SUB_BYTE or dtype == _FLOAT4 or ELEMENT_TYPES[held].opset <= opset
+    held = UINT4 if dtype == FLOAT4 else dtype
+    is_known = held not in SUB_BYTE or dtype == FLOAT4 or ELEMENT_TYPES[held].opset <= opset
     return held if is_known else SUB_BYTE[held][1]
 
 
@@ -193,7 +202,7 @@ def is_wide(*dtypes: np.dtype[Any]) -> bool:
 
 
 def _float4_values() -> NDArray[np.float32]:
-    values: NDArray[np.float32] = np.arange(16, dtype=np.uint8).view(_FLOAT4).astype(np.float32)
+    values: NDArray[np.float32] = np.arange(16, dtype=np.uint8).view(FLOAT4).astype(np.float32)
     return values
 
 
@@ -216,7 +225,7 @@ class _TensorLowering:
         inputs.append(self._initializer("scale", q.scale, dims) if is_direct else self._float32("scale", q.scale, dims))
         if q.zero_point is not None:
             inputs.append(self._cast(self._initializer("zero_point", q.zero_point, dims), self._codes_dtype))
-        if is_direct or self.result == _FLOAT32:
+        if is_direct or self.result == FLOAT32:
             self._node("DequantizeLinear", inputs, self.output, **attributes)
         else:
             values = self._node("DequantizeLinear", inputs, self._value("values"), **attributes)
@@ -231,9 +240,9 @@ class _TensorLowering:
         zero_point = q.zero_point
         steps: list[tuple[str, str]] = []
         if zero_point is not None and q.codebook is None and is_wide(dtype, zero_point.dtype):
-            codes = self._cast(self._initializer("codes", self.tensor), _INT64)
-            spread = self._spread(self._cast(self._initializer("zero_point", zero_point), _INT64), "zero_point")
-            values = self._cast(self._node("Sub", [codes, spread], self._value("difference")), _FLOAT32)
+            codes = self._cast(self._initializer("codes", self.tensor), INT64)
+            spread = self._spread(self._cast(self._initializer("zero_point", zero_point), INT64), "zero_point")
+            values = self._cast(self._node("Sub", [codes, spread], self._value("difference")), FLOAT32)
         else:
             values = self._values(q.codebook)
             if zero_point is not None:
@@ -242,9 +251,9 @@ class _TensorLowering:
         if q.offset is not None:
             steps.append(("Add", self._spread(self._float32("offset", q.offset), "offset")))
         for position, (operator, parameter) in enumerate(steps):
-            last = position == len(steps) - 1 and self.result == _FLOAT32
+            last = position == len(steps) - 1 and self.result == FLOAT32
             values = self._node(operator, [values, parameter], self.output if last else self._value(operator.lower()))
-        if self.result != _FLOAT32:
+        if self.result != FLOAT32:
             self._round(values)
 
     def _round(self, values: str) -> None:
@@ -259,14 +268,14 @@ class _TensorLowering:
 
     def _float32(self, role: Role, tensor: Tensor, dims: tuple[int, ...] | None = None) -> str:
         """The name of a tensor's stored elements as float32."""
-        if tensor.dtype != _FLOAT4:
-            return self._cast(self._initializer(role, tensor, dims), _FLOAT32)
-        properties = (TABLE_DTYPE, _FLOAT4.name)
-        table = self.lowering.constant((_FLOAT4,), f"{_FLOAT4.name}_values", 16, _float4_values, properties)
+        if tensor.dtype != FLOAT4:
+            return self._cast(self._initializer(role, tensor, dims), FLOAT32)
+        properties = (TABLE_DTYPE, FLOAT4.name)
+        table = self.lowering.constant((FLOAT4,), f"{FLOAT4.name}_values", 16, _float4_values, properties)
         return self._look_up(table, self._initializer(role, tensor, dims), f"{role}_values")
 
     def _look_up(self, table: str, indices: str, suffix: str) -> str:
-        return self._node("Gather", [table, self._cast(indices, _INT32)], self._value(suffix), axis=0)
+        return self._node("Gather", [table, self._cast(indices, INT32)], self._value(suffix), axis=0)
 
     def _spread(self, parameter: str, role: Role) -> str:
         """The name of a parameter's values in a shape that broadcasts against the tensor's."""
@@ -281,7 +290,7 @@ class _TensorLowering:
         group = self.quantization.group_index
         if group is not None and group.axis == axis:
             name = self._initializer("group_index", group.index, properties=((GROUP_SIZE, str(block)),))
-            return name if group.index.dtype in (_INT32, _INT64) else self._cast(name, _INT64)
+            return name if group.index.dtype in (INT32, INT64) else self._cast(name, INT64)
         if block == 1 or block >= size:
             return ""
         make = lambda: (np.arange(size, dtype=np.int64) // block).astype(np.int32)  # noqa: E731

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, UINT8, is_float
 from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
-from nibblecast.converters.ir import Tensor, is_float
+from nibblecast.converters.ir import Tensor
 from nibblecast.formats.onnx.file.graph import Node, TensorHeader
 from nibblecast.formats.onnx.file.pieces import NewInitializer, as_it_is
 from nibblecast.formats.onnx.file.schema import DTYPES, ELEMENT_TYPES
@@ -30,8 +31,6 @@ from nibblecast.formats.onnx.writing.expansions import Fusion, Site, expansion, 
 from nibblecast.formats.onnx.writing.transposing import Blobs, narrowed, parameters_of, transposed
 
 Make = Callable[[Tensor], Tensor]
-
-_FLOAT32, _UINT8 = np.dtype(np.float32), np.dtype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +108,7 @@ def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _De
     found = expansion(node)
     header = scope.header(node.input(found.weight)) if found and found.weight >= 0 else None
     if found is not None and header is not None:
-        dtype = _FLOAT32 if found.scale < 0 else _dtype_of(scope, node.input(found.scale))
+        dtype = FLOAT32 if found.scale < 0 else _dtype_of(scope, node.input(found.scale))
         yield header, _Decoding(scope, node, "", dtype)
         return
     for pattern in matcher.weights(node):
@@ -128,7 +127,7 @@ def _dtype_of(scope: Scope, *names: str) -> np.dtype[Any]:
         dtype = DTYPES.get(header.data_type if header else cast.integers.get("to", 0) if cast else 0)
         if dtype is not None and is_float(dtype):
             return dtype
-    return _FLOAT32
+    return FLOAT32
 
 
 @dataclass(slots=True)
@@ -403,7 +402,7 @@ class _FusionGroups:
         shape = blobs.shape if fusion.operator == "MatMulNBits" else (blobs.shape[0], blobs.shape[1] * blobs.shape[2])
         grid = blobs.shape[:2]
         initializers = [
-            weight.initializer(name, shape, _UINT8, lambda tensor: blobs_of(tensor).codes()),
+            weight.initializer(name, shape, UINT8, lambda tensor: blobs_of(tensor).codes()),
             weight.initializer(
                 names.fresh(f"{weight.name}_scales"), grid, dtype, lambda tensor: blobs_of(tensor).scales(dtype)
             ),
@@ -411,7 +410,7 @@ class _FusionGroups:
         if blobs.has_zero_points:
             packed = (grid[0], packed_size(grid[1], blobs.bits))
             zero_points = names.fresh(f"{weight.name}_zero_points")
-            made = weight.initializer(zero_points, packed, _UINT8, lambda tensor: blobs_of(tensor).zero_points())
+            made = weight.initializer(zero_points, packed, UINT8, lambda tensor: blobs_of(tensor).zero_points())
             initializers.append(made)
         weight.editor.add(weight.scope, initializers)
         return tuple(new.name for new in initializers)

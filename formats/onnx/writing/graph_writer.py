@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from nibblecast.converters.errors import CorruptFile, UsageError
-from nibblecast.converters.ir import Loss, Model, Tensor, is_float
+from nibblecast.converters.arithmetic.dtypes import is_float
+from nibblecast.converters.errors import UsageError, located
+from nibblecast.converters.ir import Loss, Model, Tensor
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.pieces import ExternalData, Pieces
 from nibblecast.formats.onnx.file.rewrite import Rewriting
@@ -99,11 +100,8 @@ def _laid_out(
         _ir_version(graph, changes, options),
         changes.allowance,
     )
-    try:
+    with located(path=graph.payloads.file.path):
         pieces = rewriting.model()
-    except CorruptFile as error:
-        error.path = graph.payloads.file.path
-        raise
     if pieces.nbytes > LARGEST_IN_ONE_FILE and options.external_data is None:
         rewriting = replace(rewriting, external=ExternalData(location, EXTERNAL_FROM, True))
         pieces = rewriting.model()

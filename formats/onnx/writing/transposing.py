@@ -10,20 +10,31 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, pack, packed_size, unpack
-from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, is_integer
+from nibblecast.converters.arithmetic.dtypes import (
+    INT2,
+    INT4,
+    INT8,
+    INT32,
+    INT64,
+    UINT2,
+    UINT4,
+    UINT8,
+    UNSIGNED,
+    code_range,
+    is_integer,
+    is_signed,
+)
+from nibblecast.converters.arithmetic.packing import pack, packed_size, unpack
+from nibblecast.converters.ir import GroupIndex, Quantization, Tensor
 from nibblecast.converters.storage import Computed
 
 _TILE = 256
 _PIECE_BYTES = 1 << 20
-_UNSIGNED = {2: np.dtype(ml_dtypes.uint2), 4: np.dtype(ml_dtypes.uint4), 8: np.dtype(np.uint8)}
 #: The sign bit of every code in a byte: flipping it makes two's complement offset binary.
 _SIGN_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
-_INT8, _UINT8, _INT64 = np.dtype(np.int8), np.dtype(np.uint8), np.dtype(np.int64)
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -89,7 +100,7 @@ def narrowed(tensor: Tensor) -> Tensor:
     """The tensor as DequantizeLinear takes it: its zero points in the dtype of its codes, where they are integers that
     these can be, or left out where codes are wide and all of them 0; codes of int64, as biases with int16 activations
     are, as int32 where all of them fit."""
-    if tensor.dtype == _INT64:
+    if tensor.dtype == INT64:
         tensor = _as_int32(tensor)
     q = tensor.quantization
     zero_point = None if q is None else q.zero_point
@@ -125,7 +136,7 @@ def _as_int32(tensor: Tensor) -> Tensor:
         codes = tensor.codes().reshape(-1)[start // 4 : -(-stop // 4)].astype(np.int32)
         return codes.view(np.uint8)[start % 4 : start % 4 + stop - start]
 
-    return replace(tensor, dtype=np.dtype(np.int32), data=Computed(4 * tensor.size, compute, (tensor.data,)))
+    return replace(tensor, dtype=INT32, data=Computed(4 * tensor.size, compute, (tensor.data,)))
 
 
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -235,16 +246,16 @@ class Blobs:
     @property
     def has_zero_points(self) -> bool:
         """Whether zero points are to be written: without any they are 2 ** (bits - 1)."""
-        return self.quantization.zero_point is not None or not _is_signed(self.weight.dtype)
+        return self.quantization.zero_point is not None or not is_signed(self.weight.dtype)
 
     def codes(self) -> Tensor:
         """The codes, unsigned, uint8 of `shape`, the last block of each row filled up with zeros."""
         weight, row_nbytes = self.weight, self.shape[1] * self.shape[2]
         columns = weight.shape[1]
-        flip = np.uint8(_SIGN_BITS[self.bits] if _is_signed(weight.dtype) else 0)
+        flip = np.uint8(_SIGN_BITS[self.bits] if is_signed(weight.dtype) else 0)
         is_whole = row_nbytes * 8 == columns * self.bits
         if is_whole and not flip:
-            return Tensor(weight.name, self.shape, _UINT8, weight.data)
+            return Tensor(weight.name, self.shape, UINT8, weight.data)
 
         def compute(start: int, stop: int) -> NDArray[np.uint8]:
             if is_whole:
@@ -253,7 +264,7 @@ class Blobs:
             packed = _padded_rows(weight, first, last, row_nbytes, flip)
             return packed.reshape(-1)[start - first * row_nbytes : stop - first * row_nbytes]
 
-        return Tensor(weight.name, self.shape, _UINT8, Computed(prod(self.shape), compute, (weight.data,)))
+        return Tensor(weight.name, self.shape, UINT8, Computed(prod(self.shape), compute, (weight.data,)))
 
     def scales(self, dtype: np.dtype[Any]) -> Tensor:
         """The scales, (rows, blocks) of `dtype`."""
@@ -264,7 +275,7 @@ class Blobs:
         whole bytes."""
         shift, zero_point = 1 << (self.bits - 1), self.quantization.zero_point
         grid = np.zeros(self.quantization.scale.shape, np.int64) if zero_point is None else zero_point.codes()
-        values = self._spread(grid.astype(np.int64)) + (shift if _is_signed(self.weight.dtype) else 0)
+        values = self._spread(grid.astype(np.int64)) + (shift if is_signed(self.weight.dtype) else 0)
         if self.bits == 8:
             return Tensor.from_array("zero_points", values.astype(np.uint8))
         per_byte = 8 // self.bits
@@ -291,7 +302,7 @@ def _padded_rows(weight: Tensor, first: int, last: int, row_nbytes: int, flip: n
     begin, end = first * columns * bits // 8, -(-last * columns * bits // 8)
     packed = weight.data.read(begin, end) ^ flip
     skipped = first * columns - begin * 8 // bits
-    codes = unpack(packed, _UNSIGNED[bits], packed.size * 8 // bits)[skipped : skipped + (last - first) * columns]
+    codes = unpack(packed, UNSIGNED[bits], packed.size * 8 // bits)[skipped : skipped + (last - first) * columns]
     per_byte = 8 // bits
     wide = np.zeros((last - first, row_nbytes * per_byte), np.uint8)
     wide[:, :columns] = codes.reshape(last - first, columns)
@@ -299,9 +310,7 @@ def _padded_rows(weight: Tensor, first: int, last: int, row_nbytes: int, flip: n
 
 
 _LEAST, _USUAL = 16, 128
-_CODES = frozenset(
-    np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
-)
+_CODES = frozenset((INT2, UINT2, INT4, UINT4, INT8, UINT8))
 
 
 def _are_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
@@ -310,11 +319,6 @@ def _are_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
         return True
     if zero_point.quantization is not None or not is_integer(zero_point.dtype):
         return False
-    bits = bits_of(dtype)
-    lowest = -(1 << (bits - 1)) if _is_signed(dtype) else 0
+    lowest, highest = code_range(dtype)
     values = zero_point.codes()
-    return bool(values.size == 0 or (values.min() >= lowest and values.max() < lowest + (1 << bits)))
-
-
-def _is_signed(dtype: np.dtype[Any]) -> bool:
-    return (SUB_BYTE[dtype][1] if dtype in SUB_BYTE else dtype) == _INT8
+    return bool(values.size == 0 or (values.min() >= lowest and values.max() <= highest))

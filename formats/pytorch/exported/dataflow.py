@@ -11,10 +11,9 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-import numpy as np
-
-from nibblecast.converters.errors import Error
-from nibblecast.converters.ir import Tensor, is_float, is_integer
+from nibblecast.converters.arithmetic.dtypes import in_range, is_float, is_integer
+from nibblecast.converters.errors import located
+from nibblecast.converters.ir import Tensor
 from nibblecast.converters.metadata import Activation, Use
 from nibblecast.formats.encodings.bytes.widths import dtype_for
 from nibblecast.formats.pytorch.exported.operators import PARAMETER_NAMES, input_of
@@ -181,14 +180,12 @@ class _Follower:
         if source is None or source.weight is not None:
             return False
         try:
-            made = self._made(node, source)
+            with located(tensor=source.stored):
+                made = self._made(node, source)
         except NotStored:
             if node.operator in DEQUANTIZE and source.view is not None and is_integer(source.view.dtype.numpy):
                 self.unresolved[source.stored] = f"{shortened(node.operator)} gets its scale when the program runs"
             return False
-        except Error as error:
-            error.tensor = source.stored
-            raise
         if made is None:
             return False
         self._set(node.outputs[0], made)
@@ -313,7 +310,7 @@ def _activation(program: Program, node: ProgramNode) -> Activation | None:
     if type(scale) is not float or any(type(v) is not int for v in (zero_point, *limits)) or limits[0] > limits[1]:
         return None
     held = node.argument("dtype").numpy
-    if held.kind not in "iu" or not np.iinfo(held).min <= limits[0] <= limits[1] <= np.iinfo(held).max:
+    if held.kind not in "iu" or not all(in_range(limit, held) for limit in limits):
         return None
     return Activation(dtype_for(*limits), shape, scale, zero_point)
 

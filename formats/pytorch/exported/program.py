@@ -7,7 +7,6 @@ counted and not followed.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.metadata import Port
 from nibblecast.formats.pytorch.pickle.dtypes import DTYPES
-from nibblecast.formats.pytorch.pickle.records import TorchDtype, reason_of, shortened
+from nibblecast.formats.pytorch.pickle.records import TorchDtype, shortened
 
 #: schema.ScalarType
 _SCALAR_TYPES: Mapping[int, str] = {
@@ -104,7 +104,7 @@ class Program:
 
 def program_of(text: bytes) -> Program:
     """The program of a JSON document. Raises CorruptFile where it is damaged."""
-    document = entries(parsed(text), "its program")
+    document = json_object(text, "its program")
     module = entries(document.get("graph_module"), "graph_module")
     graph = entries(module.get("graph"), "graph")
     types = {name: _type(value) for name, value in entries(graph.get("tensor_values"), "tensor_values").items()}
@@ -125,14 +125,6 @@ def program_of(text: bytes) -> Program:
         opsets,
         _ranges(document.get("range_constraints", {})),
     )
-
-
-def parsed(text: bytes) -> Any:
-    """The JSON document. Raises CorruptFile where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"has a record that is no JSON ({reason_of(error)}): it is damaged") from None
 
 
 def entries(value: Any, what: str) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nibblecast.converters.errors import CorruptFile, Error, Unsupported, brief
+from nibblecast.converters.errors import CorruptFile, Unsupported, brief, located
+from nibblecast.converters.input.json_object import json_object
 from nibblecast.converters.ir import Loss
-from nibblecast.formats.pytorch.exported.program import dtype_of, entries, fixed_size, fixed_sizes, parsed, text_of
+from nibblecast.formats.pytorch.exported.program import dtype_of, entries, fixed_size, fixed_sizes, text_of
 from nibblecast.formats.pytorch.pickle.archive import OLD_PROGRAM, Archive
 from nibblecast.formats.pytorch.pickle.files import ZIP_MAGIC, saved_value
 from nibblecast.formats.pytorch.pickle.globals import view_of
 from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
-from nibblecast.formats.pytorch.pickle.records import Storage, StridedTensor, SubclassTensor, is_tensor
+from nibblecast.formats.pytorch.pickle.records import Storage, StridedTensor, SubclassTensor, is_tensor, shortened
 
 _STRIDED = 7  # schema.Layout
 _MODELS, _JSON = "models/", ".json"
@@ -70,14 +71,14 @@ def payloads(archive: Archive, limits: Limits) -> Iterator[ProgramTensors]:
 def _read_storages(found: ProgramTensors, archive: Archive, folder: str, config: str, limits: Limits) -> None:
     text = archive.bytes_of(config)
     limits.read += len(text)
-    document = entries(parsed(text), config)
+    document = json_object(text, f"its record {shortened(config)}")
     pickled: dict[str, StridedTensor | SubclassTensor] = {}  # several tensors may be in one record
     for name, value in entries(document.get("config"), "config").items():
         meta = entries(value, name)
         path = text_of(meta.get("path_name"), "path_name")
         if "/" in path or ".." in path:
             raise CorruptFile(f"has a tensor in the record {brief(path)}, which is no plain name", tensor=name)
-        try:
+        with located(tensor=name):
             if meta.get("tensor_meta") is None:
                 detail = f"it is an object of TorchScript or Python ({brief(path)}), not a tensor"
                 found.losses.append(Loss(name, "dropped", detail))
@@ -87,9 +88,6 @@ def _read_storages(found: ProgramTensors, archive: Archive, folder: str, config:
                 found.tensors[name] = pickled[path]
             else:
                 found.tensors[name] = _strided(archive, folder + path, entries(meta["tensor_meta"], "tensor_meta"))
-        except Error as error:
-            error.tensor = error.tensor or name
-            raise
 
 
 def _strided(archive: Archive, record: str, meta: dict[str, Any]) -> StridedTensor:

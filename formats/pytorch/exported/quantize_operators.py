@@ -17,18 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, FLOAT64, INT32, bits_of, code_range, is_float, is_integer
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
-from nibblecast.converters.ir import (
-    Quantization,
-    Tensor,
-    blocked,
-    grid_shape,
-    is_float,
-    is_integer,
-    per_axis,
-    per_tensor,
-)
+from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from nibblecast.formats.encodings.bytes.widths import dtype_for, narrowed
 from nibblecast.formats.encodings.values.fake_quantize import quantized
 from nibblecast.formats.pytorch.exported.program import ProgramNode, Ref
@@ -36,7 +27,6 @@ from nibblecast.formats.pytorch.modules.tensors import row_major
 from nibblecast.formats.pytorch.pickle.limits import Limits
 from nibblecast.formats.pytorch.pickle.records import StridedTensor, TorchDtype, described, shortened
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _INT32 = np.iinfo(np.int32)
 _LARGEST_FLOAT = float(np.finfo(np.float64).max)
 
@@ -99,7 +89,7 @@ class Call:
         """An input that is a floating-point dtype: float32 where it is not given."""
         value = self.any(*names)
         if value is None:
-            return _FLOAT32
+            return FLOAT32
         if not isinstance(value, TorchDtype) or not is_float(value.numpy):
             raise CorruptFile(f"is taken by {self.name}, where {described(value)} is no float dtype for {names[0]}")
         return value.numpy
@@ -120,9 +110,9 @@ class Call:
             return Tensor(role, grid, view.dtype.numpy, row_major(role, view))
         dtype: np.dtype[Any]
         if role == "scale":
-            dtype, fits = _FLOAT64, type(value) in (int, float) and abs(value) <= _LARGEST_FLOAT
+            dtype, fits = FLOAT64, type(value) in (int, float) and abs(value) <= _LARGEST_FLOAT
         else:
-            dtype, fits = np.dtype(np.int32), type(value) is int and _INT32.min <= value <= _INT32.max
+            dtype, fits = INT32, type(value) is int and _INT32.min <= value <= _INT32.max
         if not fits:
             raise CorruptFile(f"has the {role} {described(value)} in {self.name}: a number is needed")
         self.limits.take(prod(grid) * dtype.itemsize, self.name)
@@ -152,9 +142,9 @@ def codes_of(call: Call, family: str, weight: Tensor) -> Tensor:
     found = _Parameters.of(call, family, weight.shape)
     # all but groups and rows of float16 and bfloat16 become float32 before
     if family == "tensor":
-        compute_dtype = _FLOAT32
+        compute_dtype = FLOAT32
     else:
-        compute_dtype = _promoted(_FLOAT32 if family == "channel" else weight.dtype, found.scale.dtype)
+        compute_dtype = _promoted(FLOAT32 if family == "channel" else weight.dtype, found.scale.dtype)
     if family == "affine" and found.zero_point is None:
         raise Unsupported(f"has no zero points in {call.name}, which torchao itself refuses")
     lowest, highest = _limits(call, None)
@@ -182,13 +172,13 @@ def decoded(call: Call, family: str, codes: Tensor) -> Tensor:
     scale = found.scale
     if family == "tensor":
         compute_dtype = result
-        if scale.dtype == _FLOAT64:  # numbers of Python are float32 beside a tensor of that
+        if scale.dtype == FLOAT64:  # numbers of Python are float32 beside a tensor of that
             scale = Tensor.from_array("scale", scale.dequantize(np.float32))
     elif family == "affine":  # codes and zero points become the result's dtype first
-        compute_dtype = _FLOAT64 if scale.dtype == _FLOAT64 else result
+        compute_dtype = FLOAT64 if scale.dtype == FLOAT64 else result
     else:
         _refuse_wrapping(call, found.zero_point, limits)
-        compute_dtype = result if scale.dtype == _FLOAT32 else scale.dtype
+        compute_dtype = result if scale.dtype == FLOAT32 else scale.dtype
     quantization = Quantization(scale, found.block_shape, found.zero_point, compute_dtype=compute_dtype)
     return replace(codes, quantization=quantization)
 
@@ -197,12 +187,12 @@ def rounded(call: Call, family: str, weight: Tensor) -> Tensor:
     """The codes that a node of fake quantization rounds `weight` to, and how it decodes them. Raises as `codes_of`."""
     found = _Parameters.of(call, family, weight.shape)
     scale = found.scale
-    if scale.dtype == _FLOAT64:  # its kernels take the number as float32
+    if scale.dtype == FLOAT64:  # its kernels take the number as float32
         scale = Tensor.from_array("scale", scale.dequantize(np.float32))
     lowest, highest = _limits(call, None)
-    compute_dtype = _FLOAT64 if weight.dtype == _FLOAT64 else _FLOAT32
+    compute_dtype = FLOAT64 if weight.dtype == FLOAT64 else FLOAT32
     codes = quantized(weight, scale, found.zero_point, found.block_shape, lowest, highest, compute_dtype=compute_dtype)
-    small = weight.dtype if weight.dtype.itemsize == 2 else _FLOAT32  # the result has the weight's dtype
+    small = weight.dtype if weight.dtype.itemsize == 2 else FLOAT32  # the result has the weight's dtype
     return replace(codes, quantization=Quantization(scale, found.block_shape, found.zero_point, compute_dtype=small))
 
 
@@ -244,7 +234,7 @@ def _limits(call: Call, stored: np.dtype[Any] | None) -> tuple[int, int]:
         dtype = stored if stored is not None else given.numpy if isinstance(given, TorchDtype) else None
         if dtype is None or dtype.kind not in "iu":
             raise CorruptFile(f"is taken by {call.name} without limits of its codes: it is damaged")
-        return int(np.iinfo(dtype).min), int(np.iinfo(dtype).max)
+        return code_range(dtype)
     return call.integer("quant_min"), call.integer("quant_max")
 
 
@@ -252,7 +242,7 @@ def _promoted(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     """torch.promote_types of two floats."""
     if a == b:
         return a
-    return _FLOAT64 if _FLOAT64 in (a, b) else _FLOAT32
+    return FLOAT64 if FLOAT64 in (a, b) else FLOAT32
 
 
 def _refuse_wrapping(call: Call, zero_point: Tensor | None, limits: tuple[int, int]) -> None:

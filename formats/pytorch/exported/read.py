@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 
-from nibblecast.converters.ir import Loss, Tensor, is_float
+from nibblecast.converters.arithmetic.dtypes import is_float
+from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.metadata import Port
 from nibblecast.formats.pytorch.exported.dataflow import Flow, ProgramWeight, flow_of
 from nibblecast.formats.pytorch.exported.graph import ExportedGraph, MissingGraph, is_torch_installed

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-import numpy as np
-
+from nibblecast.converters.arithmetic.dtypes import FLOAT32
 from nibblecast.converters.errors import CorruptFile, MissingDependency, Unsupported, brief
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.metadata import Port
@@ -173,7 +172,7 @@ class _FxBuilder:
         found = self.program.types.get(name)
         if self.tensors[name].quantization is None or found is None or found.dtype is None:
             return
-        if found.dtype.numpy != np.dtype(np.float32):
+        if found.dtype.numpy != FLOAT32:
             dtype = getattr(self.torch, found.dtype.name)
             self.values[name] = self.graph.call_function(self.torch.ops.aten.to.dtype, (self.values[name], dtype))
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT32
 from nibblecast.converters.errors import CorruptFile, brief
 from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.storage import Computed
@@ -92,4 +93,4 @@ def _scaled(weight: Tensor, factors: NDArray[np.float32]) -> Tensor:
         values *= factors[np.arange(first, last) // per_channel]
         return values.view(np.uint8)[start - first * 4 : stop - first * 4]
 
-    return replace(weight, dtype=np.dtype(np.float32), data=Computed(weight.size * 4, read, (weight.data,)))
+    return replace(weight, dtype=FLOAT32, data=Computed(weight.size * 4, read, (weight.data,)))

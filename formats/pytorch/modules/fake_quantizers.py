@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nibblecast.converters.errors import CorruptFile, Error, UsageError, brief
-from nibblecast.converters.ir import Loss, Quantization, Tensor, is_float, per_axis, per_tensor
+from nibblecast.converters.arithmetic.dtypes import integer_range, is_float
+from nibblecast.converters.errors import CorruptFile, UsageError, brief, located
+from nibblecast.converters.ir import Loss, Quantization, Tensor, per_axis, per_tensor
 from nibblecast.formats.encodings.values.fake_quantize import quantized
 from nibblecast.formats.pytorch.pickle.limits import LEAF, Limits
 
@@ -76,11 +77,8 @@ def quantize_weights(
     for quantizer in _fake_quantizers(tensors):
         limits.spend(_QUANTIZER)
         weight = tensors[quantizer.stored_weight]
-        try:
+        with located(tensor=quantizer.weight):
             made, found = _as_trained(quantizer, weight, tensors, settings.get(quantizer.name, {}), bits, limits)
-        except Error as error:
-            error.tensor = error.tensor or quantizer.weight
-            raise
         losses += found
         if made is not None:
             codes[quantizer.stored_weight] = made
@@ -213,7 +211,7 @@ def _range(
     if bits is None:
         return None, "it stays float: the file does not say the range of its codes (set --opt bits=)"
     unsigned = bool((zeros > 0).any() and not (zeros < 0).any())
-    limits = (0, (1 << bits) - 1) if unsigned else (-(1 << bits - 1), (1 << bits - 1) - 1)
+    limits = integer_range(bits, not unsigned)
     sign = "unsigned" if unsigned else "signed"
     return limits, f"it is taken as {bits} bits (--opt bits=), {sign} by its zero points"
 

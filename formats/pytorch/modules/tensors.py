@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT64, UINT4
 from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.ir import Quantization, Tensor, per_axis, per_tensor
@@ -26,9 +26,6 @@ from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
 from nibblecast.formats.pytorch.pickle.limits import STEP, Limits
 from nibblecast.formats.pytorch.pickle.records import Quantizer, StridedTensor, SubclassTensor, TorchDtype, described
 
-_FLOAT64 = np.dtype(np.float64)
-_UINT4 = np.dtype(ml_dtypes.uint4)
-_FLOAT4 = np.dtype(ml_dtypes.float4_e2m1fn)
 _DEEPEST = 8  # tensors in tensors that wrap others
 
 
@@ -44,7 +41,7 @@ def take(limits: Limits, name: str, value: Any, depth: int = 0) -> None:
                 limits.take(prod(parameter.shape) * parameter.dtype.numpy.itemsize, name)
             elif isinstance(parameter, list):
                 limits.spend(STEP * len(parameter))
-                limits.take(len(parameter) * _FLOAT64.itemsize, name)
+                limits.take(len(parameter) * FLOAT64.itemsize, name)
     elif isinstance(value, SubclassTensor) and depth <= _DEEPEST:
         limits.spend(STEP * len(value.attributes))
         for inner in value.attributes.values():
@@ -117,7 +114,7 @@ def _along(axis: int, shape: tuple[int, ...], role: str, values: Any, name: str)
     grid = tuple(size if position == axis else 1 for position, size in enumerate(shape))
     if isinstance(values, list) and all(isinstance(value, int | float) for value in values):
         try:
-            array = np.array(values, _FLOAT64 if role == "scale" else np.int64)
+            array = np.array(values, FLOAT64 if role == "scale" else np.int64)
         except (ValueError, OverflowError):
             raise CorruptFile(f"has a {role} that no dtype of PyTorch holds: it is damaged", tensor=name) from None
         values = None
@@ -141,11 +138,11 @@ def _nibbles(name: str, value: StridedTensor) -> Tensor:
         if not value.shape:
             raise CorruptFile(f"has no shape, but is of {value.dtype.name}", tensor=name)
         shape = (*value.shape[:-1], value.shape[-1] * 2)
-        return Tensor(name, shape, _FLOAT4, stored.file.range(stored.offset, count))
+        return Tensor(name, shape, FLOAT4, stored.file.range(stored.offset, count))
     data: Data = stored.file.range(stored.offset, packed_size(count, 4))
     if count % 2:  # its last nibble is whatever was there
         data = _without_last_nibble(data)
-    return Tensor(name, value.shape, _UINT4, data, quantization_of(name, value.shape, value.quantizer))
+    return Tensor(name, value.shape, UINT4, data, quantization_of(name, value.shape, value.quantizer))
 
 
 def _without_last_nibble(data: Data) -> Data:

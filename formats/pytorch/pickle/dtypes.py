@@ -79,9 +79,3 @@ STORAGES: Mapping[str, TorchDtype | None] = MappingProxyType(
         "QUInt4x2Storage": DTYPES["quint4x2"],
     }
 )
-
-#: The range of codes of dtypes that say only how many bits there are (torch.int4 is a shell of int8).
-CODE_RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {f"int{bits}": (-(1 << bits - 1), (1 << bits - 1) - 1) for bits in range(1, 9)}
-    | {f"uint{bits}": (0, (1 << bits) - 1) for bits in range(1, 9)}
-)

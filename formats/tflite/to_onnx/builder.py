@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, INT16, INT32, UINT8, code_range
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.shapes import checked_shape
@@ -29,8 +29,7 @@ from nibblecast.formats.tflite.options import Options
 TO_FIRST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
-_QUANTIZED = frozenset(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.int32))
-_INT32 = np.dtype(np.int32)
+_QUANTIZED = frozenset((INT8, UINT8, INT16, INT32))
 _INT16_SINCE = 21
 _DESCRIBED = "its graph needs constants or nodes that its sizes describe"
 #: What a node costs that is there because a subgraph is run once more, and an element of a list: all that is made of
@@ -302,7 +301,7 @@ class GraphBuilder:
         if key in root.shared:
             return root.shared[key]
         is_float = tensor.quantization is not None
-        dtype = np.dtype(np.float32) if is_float else tensor.dtype
+        dtype = FLOAT32 if is_float else tensor.dtype
         shape = tensor.shape if permutation is None else tuple(tensor.shape[axis] for axis in permutation)
         if tensor.name in root.copied:  # once more, with its axes in another order
             self.spend(prod(shape) * dtype.itemsize)
@@ -360,11 +359,10 @@ class GraphBuilder:
         """The codes of floats, by a tensor's scale and zero point."""
         if self._has_linear(info):
             return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
-        limits = np.iinfo(info.dtype)
         rounded = self.emit("Round", [self.emit("Div", [value, self._parameters(info)[0]])])
         shifted = self.emit("Add", [rounded, self.constant(np.float32(info.zero_point), name="zero_point")])
-        if info.dtype != _INT32:
-            ends = [self.constant(np.float32(limit), name="limit") for limit in (limits.min, limits.max)]
+        if info.dtype != INT32:
+            ends = [self.constant(np.float32(limit), name="limit") for limit in code_range(info.dtype)]
             shifted = self.emit("Clip", [shifted, *ends])
         return self.emit("Cast", [shifted], name=name, to=int(_type_of(info.dtype)))
 
@@ -380,7 +378,7 @@ class GraphBuilder:
     def _has_linear(self, info: TensorInfo) -> bool:
         """Whether QuantizeLinear and DequantizeLinear have the tensor's codes: int16 came late, int32 is none of
         QuantizeLinear's."""
-        return info.dtype != _INT32 and (info.dtype.itemsize == 1 or self.opset >= _INT16_SINCE)
+        return info.dtype != INT32 and (info.dtype.itemsize == 1 or self.opset >= _INT16_SINCE)
 
     def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:
         scale = self.constant(np.float32(info.scale), name="scale")
@@ -413,7 +411,7 @@ class GraphBuilder:
 
     def new_variable(self, info: TensorInfo) -> ir.Value:
         """An input of the graph that begins at zero."""
-        dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
+        dtype = FLOAT32 if info.is_quantized else info.dtype
         name = self.fresh(info.name or "state")
         self.spend(prod(checked_shape(info.shape, tensor=info.name)) * dtype.itemsize)
         zeros = ir.tensor(np.zeros(info.shape, dtype))
@@ -467,4 +465,4 @@ def _type_of(dtype: np.dtype[Any]) -> ir.DataType:
 
 
 #: The floats that weights are stored in where they are not quantized.
-HALF_FLOATS = frozenset(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16))
+HALF_FLOATS = frozenset((FLOAT16, BFLOAT16))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from nibblecast.converters.errors import CorruptFile, Error, Unsupported
+from nibblecast.converters.errors import CorruptFile, Unsupported, located
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.ir import WeightPlace
 from nibblecast.converters.names import UniqueNames
@@ -105,10 +105,8 @@ def _contradictions(what: str, tensor: str | None = None) -> Iterator[None]:
     """Has what the file contradicts itself in said of `what`: lowering looks up indices, ranks and options as if they
     were those that the operators' kernels accept."""
     try:
-        yield
-    except Error as error:
-        error.tensor = error.tensor or tensor
-        raise
+        with located(tensor=tensor):
+            yield
     except _CONTRADICTIONS as error:
         reason = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
         message = f"{what} has shapes, inputs or options that contradict each other ({reason}): the file is damaged"

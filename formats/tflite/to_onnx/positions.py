@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT32
 from nibblecast.converters.errors import Unsupported
 from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 from nibblecast.formats.tflite.to_onnx.shapes import long_list
@@ -24,7 +25,7 @@ def unsorted_segment(reduction: str) -> Callable[[GraphBuilder, OperatorCall], N
 
     def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rows, info = b.info(op.input(1)), b.info(op.input(0))
-        dtype = np.dtype(np.float32) if info.is_quantized else info.dtype
+        dtype = FLOAT32 if info.is_quantized else info.dtype
         count = b.emit("Reshape", [long_list(b, op.input(2)), b.ints([1])])
         ids = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
         ids = b.emit("Where", [b.emit("Less", [ids, b.ints([0])]), count, ids])  # one row more takes these

@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of, packed_size
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of, is_integer
+from nibblecast.converters.arithmetic.packing import packed_size
 from nibblecast.converters.ir import (
     GroupIndex,
     Model,
@@ -17,7 +18,6 @@ from nibblecast.converters.ir import (
     Tensor,
     blocked,
     grid_shape,
-    is_integer,
     per_axis,
     per_tensor,
 )

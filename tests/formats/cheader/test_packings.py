@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.arithmetic.packing import SUB_BYTE
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE
 from nibblecast.converters.errors import CorruptFile, Unsupported, UsageError
 from nibblecast.converters.ir import Tensor
 from nibblecast.converters.storage import MappedFile

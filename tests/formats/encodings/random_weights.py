@@ -10,9 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.random import Generator
 
+from nibblecast.converters.arithmetic.dtypes import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0
 from nibblecast.converters.ir import Quantization, Tensor, grid_shape
 from nibblecast.converters.storage import InMemory
-from nibblecast.formats.encodings.values.parameters import FLOAT4, FLOAT8_E4M3, FLOAT8_E8M0, value_dtype
+from nibblecast.formats.encodings.values.parameters import value_dtype
 
 CODES = tuple(
     np.dtype(t) for t in (ml_dtypes.int2, ml_dtypes.uint2, ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)

@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nibblecast.converters.arithmetic.packing import SUB_BYTE, bits_of
+from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, grid_shape
+from nibblecast.converters.storage import Data
 
 SIGNED = (np.dtype(ml_dtypes.int2), np.dtype(ml_dtypes.int4), np.dtype(np.int8))
 FLOATS = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32))
@@ -65,7 +66,7 @@ def changed(tensor: Tensor, **parameters: Any) -> Tensor:
     return replace(tensor, quantization=replace(tensor.quantization, **parameters))
 
 
-class Unread:
+class Unread(Data):
     """Data that must not be read yet."""
 
     def __init__(self, nbytes: int) -> None:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.storage import files_of
 from tests.formats.encodings.checkpoints import FIXTURES, library_values, write_file
 from tests.formats.pytorch.pickle.hostile_pickles import zipped
 
@@ -167,7 +166,7 @@ def test_opening_shards_reads_no_payload(tmp_path: Path) -> None:
     for name, key in ((ONE, "a"), (TWO, "b")):
         torch.save({key: torch.zeros(1000, 1000)}, tmp_path / name)
     model = nibblecast.load(indexed(tmp_path, {"a": ONE, "b": TWO}))
-    assert {key: [file.path.name for file in files_of(model[key].data)] for key in model} == {"a": [ONE], "b": [TWO]}
+    assert {key: [file.path.name for file in model[key].data.files()] for key in model} == {"a": [ONE], "b": [TWO]}
 
 
 @pytest.mark.peers

@@ -90,7 +90,7 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([], "says otherwise"),
+        ([], "no JSON object: it is"),
         ({**STATE, "quant_type": "fp4"}, "says otherwise"),
         ({**STATE, "blocksize": 0}, "blocksize 0"),
         ({**STATE, "blocksize": "64"}, "blocksize '64'"),

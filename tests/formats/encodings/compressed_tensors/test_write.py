@@ -13,11 +13,11 @@ import pytest
 from hypothesis import example, given, settings
 
 import nibblecast
+from nibblecast.converters.arithmetic.dtypes import FLOAT8_E4M3, FLOAT8_E8M0
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, grid_shape
 from nibblecast.converters.storage import Computed, InMemory
 from nibblecast.formats.encodings.compressed_tensors.write import configuration, encode
-from nibblecast.formats.encodings.values.parameters import FLOAT8_E4M3, FLOAT8_E8M0
 from nibblecast.formats.encodings.writable import Configuration
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, limits, matrices

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
-from nibblecast.converters.storage import files_of
 from tests.formats.encodings.checkpoints import write_folder
 from tests.formats.encodings.gptq.packer import configuration, random_layer, stored
 
@@ -101,7 +100,7 @@ def test_parameters_stay_in_the_file(tmp_path: Path) -> None:
     roles = dict(quantization.parameters())
     assert set(roles) == {"scale", "zero_point", "group_index"}
     for role, parameter in roles.items():
-        assert list(files_of(parameter.data)), f"the {role} is held in memory"
+        assert list(parameter.data.files()), f"the {role} is held in memory"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nibblecast
-from nibblecast.converters.arithmetic.packing import bits_of
+from nibblecast.converters.arithmetic.dtypes import bits_of
 from nibblecast.converters.errors import CorruptFile, Unsupported
 from nibblecast.converters.ir import Quantization, Tensor
 from nibblecast.formats.encodings.bytes import column_blocks

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error, Unsupported
 from nibblecast.converters.ir import Loss, Tensor
-from nibblecast.converters.storage import MappedFile
+from nibblecast.converters.storage import Data, MappedFile
 from nibblecast.formats.encodings.torchao import safetensors_keys
 from nibblecast.formats.encodings.torchao.read import Cpu, WrappedTensor, decoded, dynamic_activation_linear
 from nibblecast.formats.pytorch.modules.tensor_subclasses import wrapped
@@ -101,7 +101,7 @@ def test_any_range_of_bytes_is_part_of_the_whole(case: str) -> None:
 def test_nothing_is_read_until_it_is_asked_for() -> None:
     reads: list[tuple[int, int]] = []
 
-    class Recording:
+    class Recording(Data):
         def __init__(self, data: Any) -> None:
             self.data, self.nbytes = data, data.nbytes
 

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import example, given, settings
 
 import nibblecast
+from nibblecast.converters.arithmetic.dtypes import FLOAT8_E8M0
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.ir import GroupIndex, Quantization, Tensor, per_axis
 from nibblecast.converters.storage import Computed, InMemory
 from nibblecast.formats.encodings.bytes.widths import widened
 from nibblecast.formats.encodings.torchao.write import configuration, encode
-from nibblecast.formats.encodings.values.parameters import FLOAT8_E8M0
 from tests.formats.encodings import random_weights
 from tests.formats.encodings.random_weights import CODES, FLOATS, integers, matrices
 from tests.formats.encodings.tiny_llama import TinyLlama
