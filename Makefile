@@ -6,7 +6,7 @@ comma := ,
 EXTRAS := $(if $(PEERS),test$(comma)peers,test)
 SELECT := $(if $(PEERS),,-m "not peers")
 
-.PHONY: demo test lint types bench fuzz clean
+.PHONY: demo test check-fast lint types bench fuzz clean
 
 demo: .venv/.core
 	@mkdir -p $(DEMO)
@@ -18,6 +18,10 @@ demo: .venv/.core
 
 test: .venv/.$(subst $(comma),-,$(EXTRAS)) lint types
 	$(BIN)/python -m pytest $(SELECT)
+
+# The tests for the inner loop: under two minutes
+check-fast: .venv/.$(subst $(comma),-,$(EXTRAS))
+	$(BIN)/python -m pytest -m "not slow and not peers"
 
 lint: .venv/.$(subst $(comma),-,$(EXTRAS))
 	$(BIN)/ruff check .

@@ -19,6 +19,8 @@ from nibblecast.converters.errors import UsageError
 from nibblecast.converters.ir import Quantization, Tensor, blocked, grid_shape, per_axis, per_tensor
 from tests import zoo
 
+pytestmark = pytest.mark.slow
+
 FLOAT16, BFLOAT16, FLOAT32 = (np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32))
 FLOATS = (FLOAT16, BFLOAT16, FLOAT32)
 CODES = (ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8, ml_dtypes.uint2, ml_dtypes.float4_e2m1fn)

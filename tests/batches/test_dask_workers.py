@@ -17,7 +17,7 @@ import pytest
 from nibblecast.converters.batches.records import REPORT, read_report
 from tests.waiting import until
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.slow]
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 MODELS = [path for path in sorted(FIXTURES.glob("*.tflite")) if not path.name.startswith("external_")][:12]
 

@@ -14,6 +14,8 @@ import pytest
 
 from nibblecast.converters.batches.records import REPORT, Record, read_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "batch.md").read_text()
 NAMES = ("cnn_int4_per_channel.tflite", "mlp_float32.tflite")

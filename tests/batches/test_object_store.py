@@ -22,7 +22,7 @@ from nibblecast.converters.errors import UsageError
 from tests.batches.places import GOOD, NO_MODELS, objects_of, outputs_of, write_models
 from tests.waiting import until
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.slow]
 BUCKET = "s3://models"
 
 

@@ -18,6 +18,8 @@ from nibblecast.converters.batches.records import REPORT
 from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 MODEL = FIXTURES / "mlp_int4_blockwise.tflite"
 

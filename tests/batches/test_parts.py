@@ -17,6 +17,8 @@ from tests.batches.places import outputs_of
 from tests.formats.encodings.checkpoints import write_folder
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 6
 TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range(SHARDS)}
 

@@ -18,6 +18,8 @@ from nibblecast.converters.batches.scratch import scratch_folder
 from nibblecast.converters.errors import UsageError
 from tests.batches.places import EXTERNAL, FIXTURES, GOOD, NO_MODELS, objects_of, outputs_of, write_models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def models(tmp_path: Path) -> Path:

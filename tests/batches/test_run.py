@@ -25,6 +25,8 @@ from nibblecast.converters.errors import UsageError
 from nibblecast.converters.output.private_folder import hidden_name, make_temporary
 from tests.formats.encodings.checkpoints import write_folder
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOOD = [path for path in sorted((FIXTURES / "tflite").glob("*.tflite")) if not path.name.startswith("external_")]
 BROKEN = {

@@ -22,6 +22,8 @@ from nibblecast.converters.batches.job import Request
 from nibblecast.converters.batches.records import REPORT, Failure
 from nibblecast.converters.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 SECRETS = ("HUSHUSER", "HUSHPASS", "HUSHSIG", "HUSHTOKEN", "HUSHFRAG")

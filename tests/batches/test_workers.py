@@ -20,6 +20,8 @@ from nibblecast.converters.batches.records import REPORT, read_report
 from nibblecast.converters.batches.sources import find_sources
 from tests.waiting import until
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 GOOD = FIXTURES / "cnn_int4_per_channel.tflite"
 

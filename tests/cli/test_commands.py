@@ -76,6 +76,7 @@ def test_inspect_shows_a_graph() -> None:
     assert document["bits_per_quantized_weight"] == 8 * (240 + 20 * 5) / 480
 
 
+@pytest.mark.slow
 def test_inspect_of_every_fixture_succeeds() -> None:
     paths = [path for path in sorted(FIXTURES.glob("*.t*")) if path.suffix in (".tflite", ".task")]
     assert len(paths) >= 20

@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 
 from tests.batches.places import write_models
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 PYTHON = [sys.executable, "-m", "nibblecast"]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.every_format.digests import SOURCES, TABLE, TARGETS, digests, write
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +25,7 @@ def test_conversions_write_the_bytes_that_the_table_holds(tmp_path: Path) -> Non
     assert not changed, "are they meant to change? then run: python -m tests.every_format.digests"
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_same_in_another_process(tmp_path: Path) -> None:
     write(tmp_path)
     for seed, name in (("1", "first"), ("2", "second")):

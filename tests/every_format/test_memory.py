@@ -13,6 +13,8 @@ import pytest
 
 from tests.formats.gguf import gguf_files
 
+pytestmark = pytest.mark.slow
+
 _OUTPUTS, _INPUTS = 1024, 4096
 _SMALL, _LARGE = 8, 48  # matrices: 2 MiB of codes each
 _STATE = {

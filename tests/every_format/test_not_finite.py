@@ -18,6 +18,8 @@ from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, is_float
 from nibblecast.converters.ir import Model, Tensor
 from tests import zoo
 
+pytestmark = pytest.mark.slow
+
 VALUES = [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, 65504.0, 65520.0, 1e308, -1e308, 1e-320]
 SIGNALLING = {"float16": 0x7C01, "bfloat16": 0x7F81, "float32": 0x7F800001, "float64": 0x7FF0000000000001}
 SCALES = (np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e8m0fnu, ml_dtypes.float8_e4m3fn)

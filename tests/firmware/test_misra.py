@@ -15,7 +15,7 @@ from tests.firmware import models
 from tests.firmware.targets import HERE
 from tests.tools import need, unavailable
 
-pytestmark = pytest.mark.firmware
+pytestmark = [pytest.mark.firmware, pytest.mark.slow]
 
 #: Other versions know other rules.
 VERSION = "Cppcheck 2.10"

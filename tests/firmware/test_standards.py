@@ -12,7 +12,7 @@ from tests.firmware import models
 from tests.firmware.targets import HERE, call
 from tests.tools import need
 
-pytestmark = pytest.mark.firmware
+pytestmark = [pytest.mark.firmware, pytest.mark.slow]
 
 WARNINGS = (
     "-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wcast-qual -Wcast-align -Werror".split()

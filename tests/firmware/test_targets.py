@@ -15,7 +15,7 @@ import pytest
 from tests.firmware import models
 from tests.firmware.targets import HERE, HERE_TOO, Target, call, compiled, need_target, refusal, run
 
-pytestmark = pytest.mark.firmware
+pytestmark = [pytest.mark.firmware, pytest.mark.slow]
 
 by_name = {"ids": lambda value: value.name if isinstance(value, Target) else value}
 CASES = [(target, name) for target in HERE_TOO for name in (*models.SMALL, *(() if target.avr else models.LARGE))]

@@ -31,7 +31,7 @@ LIMITS = Limits(processor=1.0, clock=10.0, memory=64 << 20)
 #: What a fake reader stumbles over: in each of its seeds, and in most of what becomes of them.
 NEEDLE = b"\xbe\xef"
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"), pytest.mark.slow]
 
 
 def fake(exercise: Exercise) -> Reader:

@@ -16,6 +16,8 @@ from fixtures.hostile import make
 from tests.hostile.commands import ROOT, Ended, commands_for, more_commands_for, wrong_with
 from tests.hostile.runner import results_in
 
+pytestmark = pytest.mark.slow
+
 KINDS = sorted(path.name for path in make.HERE.iterdir() if path.is_dir() and path.name != "__pycache__")
 #: Kinds of which a batch converts all files.
 BATCHES = [kind for kind in KINDS if kind not in ("npz", "report")]

@@ -21,6 +21,8 @@ import nibblecast
 from nibblecast.converters.compare import running
 from nibblecast.converters.errors import Error, ExitCode
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 ONNX = ROOT / "fixtures" / "onnx" / "matmul_nbits_quantizer.onnx"

@@ -17,6 +17,8 @@ from nibblecast.converters.errors import ChangedFile
 from nibblecast.converters.storage import MappedFile, truncated_file
 from tests.formats.encodings.checkpoints import write_file
 
+pytestmark = pytest.mark.slow
+
 #: Cuts off the file that argument 1 names when the first piece of it has been read, then goes on as the command line.
 TRUNCATING = """
 import os, sys

@@ -28,6 +28,8 @@ from nibblecast.converters.storage import Computed
 from nibblecast.formats.safetensors.file_layout import FileLayout
 from tests.formats.encodings.checkpoints import write_folder
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 6
 TENSORS = {f"layers.{n}.weight": np.full((64, 64), n, np.float32) for n in range(SHARDS)}
 ONE_EACH = {"shard_size": "17K"}

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from nibblecast.converters.output import large_files
 from nibblecast.converters.output.large_files import new_file
 
+pytestmark = pytest.mark.slow
+
 _BLOCK = 1 << 14
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from tests.tools import unavailable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 SCRIPT = """

@@ -15,6 +15,8 @@ import nibblecast
 from tests import tools
 from tests.reports import samples
 
+pytestmark = pytest.mark.slow
+
 BROWSER, DRIVER = "chromium", "chromedriver"
 
 #: The WCAG's contrast of each text with what is behind it: [contrast, text], the least first.

@@ -23,6 +23,8 @@ from nibblecast.converters.stages import quantize
 from nibblecast.converters.stages.quantize import accuracy, quantize_model, quantized
 from nibblecast.converters.stages.scheme import CODE_DTYPES, Blocked, PerAxis, PerTensor, Scheme, parse_scheme
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 FLOAT32, FLOAT16, INT8 = (
     FIXTURES / "mlp_float32.tflite",

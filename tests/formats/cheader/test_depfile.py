@@ -19,6 +19,8 @@ from nibblecast.formats.cheader.depfile import dependency_file
 from tests.formats.cheader.c_harness import model_of, plan_of
 from tests.tools import need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "tflite"
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"

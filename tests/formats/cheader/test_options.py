@@ -42,6 +42,8 @@ from tests.formats.cheader.c_zoo import (
 )
 from tests.tools import need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 FIXTURES = ROOT / "fixtures" / "tflite"
 RNG = np.random.default_rng(0)

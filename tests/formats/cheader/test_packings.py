@@ -32,6 +32,8 @@ from tests.formats.cheader.c_harness import (
 )
 from tests.formats.cheader.c_zoo import ZOO, dtype_of, odd_shapes, random_codes, schemes
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 CHOICES = {
     "unpacked": {"packing": "unpacked"},

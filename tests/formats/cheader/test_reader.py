@@ -37,6 +37,8 @@ from tests.formats.cheader.c_files import (
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import HOSTILE_NAMES, ZOO, dtype_of, random_codes, schemes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Model]:

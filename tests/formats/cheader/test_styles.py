@@ -20,6 +20,8 @@ from tests.formats.cheader.c_harness import (
 )
 from tests.formats.cheader.c_zoo import ZOO, dtype_of, int8, odd_shapes, random_codes
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 TEXT_STYLES = ("words32", "words64", "string")
 MEGABYTE = 1 << 20

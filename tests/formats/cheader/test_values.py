@@ -7,6 +7,8 @@ import pytest
 from tests.formats.cheader.c_harness import MODES, assert_same_values, walked, write
 from tests.formats.cheader.c_zoo import ZOO
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("layout", ["split", "header"])
 @pytest.mark.parametrize("kind", ZOO)

@@ -39,6 +39,8 @@ from tests.formats.cheader.c_zoo import (
     schemes,
 )
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 
 

@@ -19,6 +19,8 @@ from nibblecast.formats.safetensors.shards import open_checkpoint
 from tests.formats.encodings.checkpoints_in_memory import FIXTURES, decoded
 from tests.growth import assert_linear
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.uint32, np.int64, np.float16, np.float32, np.float64, np.bool_]
 DTYPES += [np.complex64, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e8m0fnu]
 DTYPES += [ml_dtypes.float4_e2m1fn, ml_dtypes.float6_e2m3fn]

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from nibblecast.converters.arithmetic import compiled
 from nibblecast.formats.gguf.fields import fields, paired_halves
 
+pytestmark = pytest.mark.slow
+
 #: Of GGUF's types: bytes of a block, where the fields begin and end, bytes of a group, bits, how far they are moved.
 FIELDS = (
     (34, 2, 34, 32, 8, 0),

@@ -22,6 +22,8 @@ from nibblecast.formats.onnx.options import OnnxOptions
 from tests import zoo
 from tests.formats.onnx.onnx_models import INT4_CODES, linear, raw, read, save, write
 
+pytestmark = pytest.mark.slow
+
 # External data
 
 

@@ -20,6 +20,8 @@ from nibblecast.formats.onnx.file.rewrite import GraphEdit, _Renamed
 from tests.formats.onnx.onnx_models import linear, raw, save
 from tests.growth import assert_linear
 
+pytestmark = pytest.mark.slow
+
 WEIGHT = raw("w", np.arange(16, dtype=np.int8).reshape(4, 4))
 SCALE = raw("s", np.array(0.5, np.float32))
 

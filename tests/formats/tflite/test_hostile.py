@@ -32,6 +32,8 @@ from tests.formats.tflite.models import (
     whole,
 )
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 5.0  # of the processor, on a busy machine; what is not in proportion takes minutes
 MEMORY = 32 << 20  # small files: the fixtures have some thousand bytes, the bombs at most some hundred thousand
 

@@ -22,6 +22,8 @@ from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, TensorInfo
 from tests.formats.tflite.models import Fields, affine, ints, operator, table, tensor, whole
 from tests.growth import assert_linear
 
+pytestmark = pytest.mark.slow
+
 MOST_MEMORY = 16 << 20
 
 

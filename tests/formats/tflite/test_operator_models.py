@@ -11,6 +11,8 @@ from fixtures.tflite.operator_probe import problem, runs
 from nibblecast.formats.tflite.runner import LiteRTRunner
 from tests.formats.tflite.models import FIXTURES
 
+pytestmark = pytest.mark.slow
+
 MODELS = sorted((FIXTURES / "operators").glob("*/*.tflite"))
 
 

@@ -19,6 +19,8 @@ from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, wr
 from tests.formats.cheader.c_zoo import weight
 from tests.tools import need
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[4]
 PAGE = (ROOT / "docs" / "firmware.md").read_text("utf-8")
 MODEL = ROOT / "fixtures" / "tflite" / "cnn_int8_full.tflite"

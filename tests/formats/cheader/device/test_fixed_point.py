@@ -18,6 +18,8 @@ from nibblecast.converters.storage import Computed
 from nibblecast.formats.cheader.device.fixed_point import fixed_point, obstacle, quantize_multiplier
 from tests.formats.cheader.c_harness import MODES, compile_objects, model_of, plan_of, run, write
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[4] / "fixtures" / "tflite"
 INT8 = Activation(np.dtype(np.int8), (1, 4, 4, 6), 0.5, -3)
 RESULT = Activation(np.dtype(np.int8), (1, 4, 4, 4), 0.25, 7)

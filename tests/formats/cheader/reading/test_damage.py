@@ -17,6 +17,8 @@ from tests.formats.cheader.c_files import LAYOUTS, damaged, of_array, read, refu
 from tests.formats.cheader.c_harness import model_of, write
 from tests.formats.cheader.c_zoo import schemes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Path, Model]:

@@ -19,6 +19,8 @@ from tests.formats.cheader.c_files import FIXTURES, INT4, assert_read_back, dama
 from tests.formats.cheader.c_harness import model_of, plan_of, write
 from tests.formats.cheader.c_zoo import dtype_of, random_codes
 
+pytestmark = pytest.mark.slow
+
 STYLES = ("incbin", "embed")
 #: Styles and the layouts that they have, and the file of the text that says where elements lie.
 LAYOUTS = (("incbin", "split", "m.c"), ("embed", "split", "m.c"), ("embed", "header", "m.h"))

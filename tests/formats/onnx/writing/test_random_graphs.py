@@ -18,6 +18,8 @@ import nibblecast
 from tests.formats.onnx.onnx_models import linear, raw
 from tests.formats.onnx.writing.onnx_graphs import info, node, positive, random, run, save, x
 
+pytestmark = pytest.mark.slow
+
 CODES = (ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8)
 WAYS = (
     {},

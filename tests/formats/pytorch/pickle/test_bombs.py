@@ -17,6 +17,8 @@ import pytest
 from tests.formats.pytorch.pickle import measured
 from tests.formats.pytorch.pickle.bombs import PLACES
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[4]
 _TIMES_AS_LONG = 20
 _HARMLESS_SECONDS = 10.0

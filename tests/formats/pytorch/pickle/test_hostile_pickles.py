@@ -16,6 +16,8 @@ import nibblecast
 from nibblecast.converters.errors import CorruptFile, Error
 from tests.formats.pytorch.pickle.hostile_pickles import PROOF, legacy, pickles, zipped
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[4]
 FIXTURES = ROOT / "fixtures" / "pytorch"
 
