@@ -257,6 +257,12 @@ class Tensor:
         """Bytes of the canonical data, without the parameters."""
         return packed_size(self.size, self.bits)
 
+    def quantized(self) -> Quantization:
+        """The quantization of a quantized tensor. Raises Unsupported for one that is not."""
+        if self.quantization is None:
+            raise Unsupported("is not quantized", tensor=self.name)
+        return self.quantization
+
     @property
     def granularity(self) -> str:
         """How parameters are shared: "none" (not quantized), "per-tensor", "per-axis N", "blockwise (1, 32)"."""

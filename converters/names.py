@@ -24,3 +24,12 @@ class UniqueNames:
         self._numbers[wanted] = number
         self._taken.add(name)
         return name
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold it: it has no lone surrogates, which Python's JSON reads and no other library's."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -73,15 +73,6 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
 )
 
 
-def is_unicode(text: str) -> bool:
-    """Whether there are no lone surrogates in it, which Python's JSON reads and no other library's."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredTensor:
     """An entry of the header: logical shape, dtype, and its canonical bytes: a range of the file, or what is computed

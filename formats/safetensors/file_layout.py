@@ -13,8 +13,9 @@ from nibblecast.converters.arithmetic.dtypes import SUB_BYTE, bits_of
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.interfaces import OutputFile, Shard
 from nibblecast.converters.ir import Tensor
+from nibblecast.converters.names import is_unicode
 from nibblecast.converters.output.streaming import write_tensors
-from nibblecast.formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY, is_unicode
+from nibblecast.formats.safetensors.container import DTYPES, MAX_HEADER_BYTES, METADATA_KEY
 
 #: The container's name of each dtype that it stores as it is.
 KINDS: Mapping[Any, str] = {dtype: kind for kind, dtype in DTYPES.items() if dtype not in SUB_BYTE}

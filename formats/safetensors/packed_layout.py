@@ -27,9 +27,9 @@ from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 from nibblecast.converters.input.shapes import checked_shape
 from nibblecast.converters.ir import GroupIndex, Model, Quantization, Tensor
 from nibblecast.converters.metadata import Activation, Use
-from nibblecast.converters.names import UniqueNames
+from nibblecast.converters.names import UniqueNames, is_unicode
 from nibblecast.formats.encodings.bytes import float6
-from nibblecast.formats.safetensors.container import DTYPES, METADATA_KEY, StoredTensor, is_unicode
+from nibblecast.formats.safetensors.container import DTYPES, METADATA_KEY, StoredTensor
 from nibblecast.formats.safetensors.file_layout import KINDS
 
 METADATA_NAME = "nibblecast"

@@ -121,7 +121,7 @@ def _notes(weights: Mapping[str, Encoded]) -> tuple[str, ...]:
 def _decoded_to(encoded: Encoded) -> np.dtype[Any]:
     """The dtype of the values that the library gives: those of small floats are bfloat16."""
     is_small_float = encoded.setting.scheme.layout in SCALE_DTYPES
-    return BFLOAT16 if is_small_float else _quantization(encoded.weight).scale.dtype
+    return BFLOAT16 if is_small_float else encoded.weight.quantized().scale.dtype
 
 
 def _has_packed_zero_points(written: WeightScheme) -> bool:
@@ -142,7 +142,7 @@ def _integers(weight: Tensor) -> Encoded:
     scaled, of_factor = without_factor(scaled)
     scaled, of_scales = rounded_with_scales(scaled, widened=True)
     codes, bits = signed(scaled), weight.bits
-    quantization = _quantization(codes)
+    quantization = codes.quantized()
     zero_point = quantization.zero_point
     lowest, highest = extent(zero_point) if zero_point is not None else (0, 0)
     if lowest < -128 or highest > 127:
@@ -187,7 +187,7 @@ def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     weight, of_factor = without_factor(weight)
     weight, of_scales = rounded_with_scales(weight, widened=True)
     scheme = _scheme(weight, 8, "float", "float-quantized", grouped=True)
-    stored = {**codes, f"{module}.weight_scale": _scale(module, _quantization(weight).scale, scheme)}
+    stored = {**codes, f"{module}.weight_scale": _scale(module, weight.quantized().scale, scheme)}
     return _encoded(weight, stored, WeightScheme(scheme), of_factor + of_scales)
 
 
@@ -220,7 +220,7 @@ def _is_in_blocks(weight: Tensor, quantization: Quantization, size: int) -> bool
 
 
 def _in_mx_blocks(weight: Tensor, codes: Mapping[str, Tensor], scheme: ConfigGroup) -> Encoded:
-    quantization, key = _quantization(weight), f"{_module(weight.name)}.weight_scale"
+    quantization, key = weight.quantized(), f"{_module(weight.name)}.weight_scale"
     exponents = replace(quantization.scale, name=key, dtype=UINT8)
     weight, losses = powers_in_float32(weight)
     return _encoded(weight, {**codes, key: exponents}, WeightScheme(scheme), losses)
@@ -234,7 +234,7 @@ def _nvfp4(weight: Tensor, quantization: Quantization, codes: Mapping[str, Tenso
     scale = replace(outer, name=f"{module}.weight_scale", quantization=None)
     weight, rounded = rounded_to(weight, BFLOAT16, "to which the library rounds them")
     quotients = replace(divided(scale, stored_divisor), name="scale")
-    weight = replace(weight, quantization=replace(_quantization(weight), scale=quotients))
+    weight = replace(weight, quantization=replace(weight.quantized(), scale=quotients))
     scheme = ConfigGroup(4, "float", "tensor_group", NVFP4_BLOCK, (0, 0), "nvfp4-pack-quantized")
     stored = {**codes, scale.name: scale, key: stored_divisor}
     return _encoded(weight, stored, WeightScheme(scheme), (*losses, *rounded))
@@ -266,16 +266,9 @@ def _divisor(name: str, scale: Tensor) -> tuple[np.float32, tuple[Loss, ...]]:
     )
 
 
-def _quantization(weight: Tensor) -> Quantization:
-    """Of a weight that has one."""
-    if weight.quantization is None:
-        raise Unsupported("is not quantized", tensor=weight.name)
-    return weight.quantization
-
-
 def _scheme(weight: Tensor, bits: int, kind: str, layout: str, *, grouped: bool) -> ConfigGroup:
     """The scheme of a weight's blocks; `grouped`: these may be groups, and not only blocks."""
-    sizes = zip(_quantization(weight).block_shape, weight.shape, strict=True)
+    sizes = zip(weight.quantized().block_shape, weight.shape, strict=True)
     height, width = (min(block, size) for block, size in sizes)
     rows, columns = weight.shape
     if (height, width) == (rows, columns):
@@ -299,7 +292,7 @@ def _encoded(
     zero_point: Tensor | None = None,
 ) -> Encoded:
     """The weight as reading `stored` gives it: in blocks no larger than itself, with these zero points or none."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     blocks = tuple(min(block, size) for block, size in zip(quantization.block_shape, weight.shape, strict=True))
     scale = replace(quantization.scale, name="scale")
     quantization = replace(quantization, scale=scale, block_shape=blocks, zero_point=zero_point)

@@ -53,7 +53,7 @@ def encode(weight: Tensor) -> Encoded:
     formed = _small_float_form(weight) if weight.dtype in _FLOAT_CODES else _affine_form(weight)
     setting = formed.setting
     blocks = blocked(weight.shape, len(weight.shape) - 1, setting.size)
-    quantization = _quantization(refined(formed.weight, blocks))
+    quantization = refined(formed.weight, blocks).quantized()
     words = (*weight.shape[:-1], weight.shape[-1] * setting.bits // _WORD_BITS)
     stored = {
         f"{module}.weight": Tensor(f"{module}.weight", words, UINT32, formed.weight.data),
@@ -105,15 +105,9 @@ def _module(weight: Tensor) -> str:
     if len(weight.shape) not in (2, 3) or 0 in weight.shape:
         message = f"has shape {weight.shape}, where MLX quantizes matrices and stacks of them"
         raise Unsupported(message, tensor=weight.name)
-    if _quantization(weight).group_index is not None:
+    if weight.quantized().group_index is not None:
         raise Unsupported("has a group index, where groups of MLX are inputs side by side", tensor=weight.name)
     return module
-
-
-def _quantization(weight: Tensor) -> Quantization:
-    if weight.quantization is None:
-        raise Unsupported("is not quantized", tensor=weight.name)
-    return weight.quantization
 
 
 def _affine_form(weight: Tensor) -> _Form:
@@ -131,7 +125,7 @@ def _affine_form(weight: Tensor) -> _Form:
 
 
 def _small_float_form(weight: Tensor) -> _Form:
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     if quantization.zero_point is not None or quantization.offset is not None:
         raise Unsupported(f"has codes of {weight.dtype} with a zero point or an offset", tensor=weight.name)
     for mode, (dtype, scale_dtype) in _FLOAT_MODES.items():
@@ -153,12 +147,12 @@ def _small_float_form(weight: Tensor) -> _Form:
 
 def _fits(weight: Tensor, size: int) -> bool:
     """Whether groups of `size` inputs fill rows, and have one set of parameters each."""
-    columns, block = weight.shape[-1], _quantization(weight).block_shape[-1]
+    columns, block = weight.shape[-1], weight.quantized().block_shape[-1]
     return columns % size == 0 and (block >= columns or block % size == 0)
 
 
 def _blocks(weight: Tensor) -> str:
-    return f"blocks of {_quantization(weight).block_shape}"
+    return f"blocks of {weight.quantized().block_shape}"
 
 
 def _holds(dtype: np.dtype[Any], scale: Tensor, factor: float) -> bool:
@@ -174,7 +168,7 @@ def _holds(dtype: np.dtype[Any], scale: Tensor, factor: float) -> bool:
 
 def _with_small_scales(weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
     """The weight with scales of float8, which hold them as they are; values are computed in float32."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     scale, factor = quantization.scale, quantization.factor
 
     def narrowed(scale: NDArray[Any]) -> NDArray[Any]:
@@ -188,7 +182,7 @@ def _with_small_scales(weight: Tensor, dtype: np.dtype[Any]) -> Tensor:
 def _with_biases(weight: Tensor) -> Tensor:
     """scale * code + offset, each operation rounded to the dtype of both, which is that of the weight's values (float32
     where they are of float64). Zero points and factors are multiplied in float64."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     dtype, factor = _value_dtype(quantization), quantization.factor
     plain = all(_is_plain(parameter, dtype) for _, parameter in quantization.parameters())
     if plain and _is_kept(quantization) and quantization.offset is not None:
@@ -243,11 +237,11 @@ def _is_kept(quantization: Quantization) -> bool:
 def _losses(weight: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[Loss, ...]:
     """The loss where `function`, which makes MLX's parameters, changes a value. Raises Unsupported where values get
     lost."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     change = 0.0 if _is_kept(quantization) else largest_change(weight, function, FLOAT32)
     if not change:
         return ()
-    after, own = _quantization(function(weight)), _value_dtype(quantization)
+    after, own = function(weight).quantized(), _value_dtype(quantization)
     if change == np.inf:
         message = f"has parameters beyond what {after.compute_dtype} holds as scale * code + bias"
         raise Unsupported(message, tensor=weight.name)

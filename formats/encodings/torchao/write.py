@@ -141,7 +141,7 @@ def _integers(weight: Tensor) -> Encoded:
     weight, of_factor = without_factor(weight)
     weight, of_scales = _with_its_scales(_in_whole_blocks(weight))
     codes, target = _signed(weight)
-    quantization = _quantization(codes)
+    quantization = codes.quantized()
     zero_point = quantization.zero_point or constant("zero_point", 0, quantization.scale.shape, INT8)
     scale = replace(quantization.scale, name="scale")
     quantization = replace(quantization, scale=scale, zero_point=replace(zero_point, name="zero_point"))
@@ -177,7 +177,7 @@ def _intx_configuration(target: str, shape: tuple[int, ...], quantization: Quant
 
 def _in_whole_blocks(weight: Tensor) -> Tensor:
     """In blocks that divide the shape, as torchao's must: the largest ones that do."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     old = tuple(min(block, size) for block, size in zip(quantization.block_shape, weight.shape, strict=True))
     new = tuple(gcd(block, size) for block, size in zip(old, weight.shape, strict=True))
     if new != old and prod(new) < _SMALLEST_BLOCK:
@@ -187,7 +187,7 @@ def _in_whole_blocks(weight: Tensor) -> Tensor:
 
 def _with_its_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     """With scales, and computed in a dtype, that torchao has."""
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     scale, own = quantization.scale, own_dtype(quantization)
     if scale.quantization is None and scale.dtype in FLOATS and own in FLOATS:
         return computed_in(weight, own, "as before")
@@ -197,10 +197,10 @@ def _with_its_scales(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
 def _signed(weight: Tensor) -> tuple[Tensor, str]:
     """Signed codes with zero points of int8, and the dtype that torchao calls them. Zero points that are no integers
     could not be shifted exactly: with those, unsigned codes become signed ones of one bit more."""
-    zero_point = _quantization(weight).zero_point
+    zero_point = weight.quantized().zero_point
     if zero_point is None or _are_integers(zero_point):
         codes = signed(weight)
-        quantization = _quantization(codes)
+        quantization = codes.quantized()
         if quantization.zero_point is not None:
             lowest, highest = extent(quantization.zero_point)
             if lowest < -128 or highest > 127:
@@ -216,7 +216,7 @@ def _with_float_zero_points(weight: Tensor, zero_point: Tensor) -> tuple[Tensor,
     bits = weight.bits + (dtype_for(*integer_range(weight.bits, signed=True)) != weight.dtype)
     if bits > 8:
         raise Unsupported("has uint8 codes with zero points that are no integers", tensor=weight.name)
-    quantization = _quantization(weight)
+    quantization = weight.quantized()
     values = flat(zero_point).numpy().astype(np.float32)
     rounded = elementwise(zero_point, quantization.compute_dtype, lambda stored: stored)
     if not np.array_equal(rounded.numpy().astype(np.float32), values, equal_nan=True):
@@ -316,7 +316,7 @@ def _small_floats(
     weight: Tensor, scale: Tensor, parts: Mapping[str, Tensor], written: WeightMetadata, shown: np.dtype[Any]
 ) -> Encoded:
     weight, losses = rounded_to(weight, shown, "which the tensor shows")
-    quantization = replace(_quantization(weight), scale=scale)
+    quantization = replace(weight.quantized(), scale=scale)
     return _encoded(replace(weight, quantization=quantization), parts, written, losses)
 
 
@@ -325,13 +325,6 @@ def _bytes(weight: Tensor) -> Tensor:
     if weight.dtype not in SUB_BYTE:
         return replace(weight, quantization=None)
     return Tensor("qdata", (*weight.shape[:-1], weight.shape[-1] // 2), UINT8, weight.data)
-
-
-def _quantization(weight: Tensor) -> Quantization:
-    """Of a weight that has one."""
-    if weight.quantization is None:
-        raise Unsupported("is not quantized", tensor=weight.name)
-    return weight.quantization
 
 
 def _encoded(weight: Tensor, parts: Mapping[str, Tensor], written: WeightMetadata, losses: tuple[Loss, ...]) -> Encoded:

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nibblecast.converters.errors import UsageError
+from nibblecast.converters.names import is_unicode
 from nibblecast.formats.onnx.file import schema
 from nibblecast.formats.onnx.file.graph import Node
 from nibblecast.formats.onnx.file.schema import ELEMENT_TYPES
-from nibblecast.formats.onnx.file.wire import encode, is_unicode
+from nibblecast.formats.onnx.file.wire import encode
 
 PRODUCER = "nibblecast"
 #: Offsets of external payloads: whole pages (mmap's, as onnx.proto asks) for those that fill one, else a cache line.

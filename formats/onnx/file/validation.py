@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nibblecast.converters.errors import VerificationFailed
+from nibblecast.converters.names import is_unicode
 from nibblecast.converters.storage import read_regular
-from nibblecast.formats.onnx.file.wire import is_unicode
 
 _HANDLES = Path("/proc/self/fd")
 

@@ -216,11 +216,6 @@ def bytes_head(number: int, nbytes: int) -> bytes:
     return varint(number << 3 | _BYTES) + varint(nbytes)
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a string field can hold it: it has no lone surrogates."""
-    return text == text.encode(errors="replace").decode()
-
-
 def encode(schema: Schema, **values: Any) -> bytes:
     """A message. An integer, a string, or bytes (a nested message is given encoded), or a sequence of one of these for
     a repeated field; fields are written in the order in which they are given. What of a string is not Unicode is
