@@ -30,7 +30,7 @@ from nibblecast.converters.batches.sources import digest_of, find_sources
 from nibblecast.converters.batches.stores import LocalFolder, RemoteFolder, Store
 from nibblecast.converters.batches.workers import LocalWorkers, OwnProcess, Workers
 from nibblecast.converters.conversion import as_scheme
-from nibblecast.converters.errors import ExitCode, UsageError
+from nibblecast.converters.errors import UsageError
 from nibblecast.converters.input.paths import AnyPath, input_path, output_path
 from nibblecast.converters.machine import processors
 from nibblecast.converters.pipeline import readable
@@ -374,8 +374,3 @@ def _record(future: Future[Record], job: Job, workers: Workers) -> Record:
         return future.result()
     except Exception as error:  # of whatever kind the executor's are
         return failed(job, workers.failure_of(error, job))
-
-
-def exit_code(result: BatchResult) -> ExitCode:
-    """0 where all models were converted, 7 otherwise."""
-    return ExitCode.BATCH_FAILED if result.failed else ExitCode.DONE

@@ -150,11 +150,6 @@ class Arrangement:
         return replace(array, padding=-array.count % (VECTOR // array.notation.nbytes))
 
 
-def arrays_of(tensor: Tensor) -> tuple[Array, ...]:
-    """The data and the parameters that there are, as they are without options."""
-    return Arrangement().arrays_of(tensor)
-
-
 def check(tensor: Tensor) -> None:
     """Raises Unsupported for a dtype without notation, and for more groups or axes than `nibblecast_tensor` counts."""
     if tensor.dtype not in NOTATIONS:

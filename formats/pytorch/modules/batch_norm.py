@@ -22,7 +22,6 @@ from nibblecast.converters.ir import Loss, Tensor
 from nibblecast.converters.storage import Computed
 
 _DEFAULT_EPS = 1e-5
-_STATISTICS = ("running_mean", "running_var")
 
 
 def fold_batch_norms(

@@ -59,11 +59,6 @@ def tensor_of(name: str, value: StridedTensor) -> Tensor:
     return Tensor(name, value.shape, value.dtype.numpy, row_major(name, value), quantization)
 
 
-def array_of(name: str, value: StridedTensor) -> NDArray[Any]:
-    """The elements themselves, read now: for parameters, which are few."""
-    return Tensor(name, value.shape, value.dtype.numpy, row_major(name, value)).numpy()
-
-
 def row_major(name: str, value: StridedTensor) -> Data:
     """The elements in row-major order: a range of the file where they lie so, else gathered when they are read."""
     itemsize, count = value.dtype.numpy.itemsize, prod(value.shape)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from nibblecast.converters.arithmetic.dtypes import BFLOAT16, FLOAT16, FLOAT32, INT8, INT16, INT32, UINT8, code_range
+from nibblecast.converters.arithmetic.dtypes import FLOAT32, INT8, INT16, INT32, UINT8, code_range
 from nibblecast.converters.errors import Unsupported
 from nibblecast.converters.input.allowance import Allowance
 from nibblecast.converters.input.shapes import checked_shape
@@ -38,8 +38,6 @@ _NODE_BYTES, _LISTED_BYTES = 1 << 14, 32
 #: The longest key of a constant that may be shared, and the bytes that are no longer in it.
 _LONGEST_KEY, _SHARED_BYTES = 200, 100
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
-
-Attribute = int | float | str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -462,7 +460,3 @@ class GraphBuilder:
 
 def _type_of(dtype: np.dtype[Any]) -> ir.DataType:
     return _ONNX_TYPES.get(dtype) or ir.DataType.from_numpy(dtype)
-
-
-#: The floats that weights are stored in where they are not quantized.
-HALF_FLOATS = frozenset((FLOAT16, BFLOAT16))
