@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.interfaces import Plan
 from nibblecast.converters.ir import Model, Tensor
-from nibblecast.converters.storage import Computed, Data, FileRange, InMemory
+from nibblecast.converters.storage import Data, FileRange, InMemory
 
 _MOST_OF_ONE = 1 << 26
 _MOST_IN_ALL = 1 << 28
@@ -99,7 +99,8 @@ def shared(model: Model, read: Model) -> Model:
     for name, tensor in model.items():
         before = read.get(name)
         is_as_read = before is not None and before.data is tensor.data
-        if is_as_read and (model.graph is not None or type(tensor.data) is not Computed):
+        is_ours = type(tensor.data).__module__.startswith("nibblecast.converters.")
+        if is_as_read and (model.graph is not None or not is_ours):
             continue
         if tensor.parameter_of is None and id(tensor) not in parameters:
             tensors[name] = _shared_tensor(tensor, room)
