@@ -23,6 +23,8 @@ from nibblecast.converters.reports.words import count_text, number, percent, sec
 from nibblecast.converters.sizes import bytes_text
 from tests.reports import samples
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 INT4 = ROOT / "fixtures" / "tflite" / "cnn_int4_per_channel.tflite"
 FLOATS = ROOT / "fixtures" / "tflite" / "mlp_float32.tflite"

@@ -29,6 +29,8 @@ from nibblecast.converters.storage import Computed, Data
 from tests import zoo
 from tests.formats.cheader.c_harness import assert_same_values, walked
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "tflite"
 FLOATS = [FIXTURES / f"{name}.tflite" for name in ("mlp_float32", "mlp_float16", "sparse_float32")]
 INT4 = FIXTURES / "cnn_int4_per_channel.tflite"

@@ -28,6 +28,8 @@ from nibblecast.formats.pytorch.pickle.records import SubclassTensor
 from nibblecast.formats.safetensors.container import open_container
 from tests.formats.encodings.checkpoints import write_file
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[4] / "fixtures" / "torchao"
 CASES = sorted(path.stem for path in FIXTURES.glob("*.pt"))
 IN_SAFETENSORS = sorted(path.stem for path in FIXTURES.glob("*.safetensors"))

@@ -24,6 +24,8 @@ from tests.formats.encodings.random_weights import CODES, FLOATS, integers, matr
 from tests.formats.encodings.tiny_llama import TinyLlama
 from tests.formats.encodings.written import check, write
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[4] / "fixtures"
 SOURCES = sorted(
     [folder for folder in (FIXTURES / "checkpoints").iterdir() if folder.is_dir()]
