@@ -191,3 +191,18 @@ def test_a_file_that_is_cut_is_refused_or_is_a_part_of_the_whole(cut: int, tmp_p
             return
     for name, tensor in after.items():
         assert tensor.dequantize(np.float32).tobytes() == before[name].dequantize(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("change", [-1, 1, 4])
+def test_raw_data_of_another_size(change: int, tmp_path: Path) -> None:
+    tensor = raw("w", np.ones((2, 3), np.float32))
+    tensor.raw_data = bytes(24 + change)
+    source = save(tmp_path / "m.onnx", [node("Add", ["x", "w"], ["y"])], [tensor], inputs=["x"])
+    with pytest.raises(CorruptFile, match=rf"tensor 'w': has {24 + change} bytes of raw_data, .* take 24"):
+        nibblecast.load(source)["w"].numpy()
+
+
+def test_a_node_without_an_operator(tmp_path: Path) -> None:
+    source = save(tmp_path / "m.onnx", [node("", ["x"], ["y"])], inputs=["x"])
+    with pytest.raises(CorruptFile, match=r"byte \d+: a node names no operator"):
+        nibblecast.load(source)

@@ -134,3 +134,10 @@ def test_what_does_not_fit_is_refused(arrays, told, word):
 def test_codes_that_are_quantized_twice_are_refused_by_name():
     arrays = int4_checkpoint()[0] | {"m.weight_scale_2": np.ones((), np.float32)}
     refused(arrays, config("W4A8_AWQ"), "W4A8_AWQ", kind=Unsupported)
+
+
+def test_weights_that_are_floats_beside_their_scales_stay_as_they_are():
+    arrays = {"m.weight": np.ones((3, 16), np.float16), "m.weight_scale": np.ones((3, 1), np.float32)}
+    for algorithm in ("FP8", "W8A16", ""):
+        tensors = decoded(arrays, config(algorithm))
+        assert {name: tensor.quantization for name, tensor in tensors.items()} == dict.fromkeys(arrays)

@@ -160,6 +160,12 @@ REFUSED: list[tuple[str, Mapping[str, Any], type[Error], str]] = [
     ("affine", {"tensor_impl": None}, CorruptFile, "no tensor of torchao but NoneType"),
     (
         "affine",
+        {"tensor_impl": impl("PlainAQTTensorImpl", int_data=zeros((32, 4)), scale=ones(4, 1))},
+        CorruptFile,
+        r"codes of shape \(32, 4\), where \(4, 32\)",
+    ),
+    (
+        "affine",
         {"tensor_impl": impl("PlainAQTTensorImpl", int_data=ones(4, 32), scale=ones(4, 1))},
         CorruptFile,
         "codes of float32, where integers",

@@ -60,6 +60,15 @@ def test_parameters_that_do_not_fit_are_refused():
         quantized(tensor([[1.0, 2.0]]), tensor([[1.0, 1.0, 1.0]]), None, (1, 1), 0, 15)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_blocks_along_an_axis_that_they_do_not_divide(block):
+    count = -(-5 // block)
+    scale, zero_point = tensor([np.arange(count) + 1.0]), tensor([np.arange(count)], np.int8)
+    codes = quantized(tensor([[30.0] * 5]), scale, zero_point, (1, block), -128, 127)
+    expected = [np.rint(np.float32(30) * (np.float32(1) / np.float32(i // block + 1))) + i // block for i in range(5)]
+    np.testing.assert_array_equal(codes.codes(), [expected])
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_any_range_of_bytes_is_the_same(data):
