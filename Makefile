@@ -6,7 +6,7 @@ comma := ,
 EXTRAS := $(if $(PEERS),test$(comma)peers,test)
 SELECT := $(if $(PEERS),,-m "not peers")
 
-.PHONY: demo test check-fast lint types bench fuzz clean
+.PHONY: demo test check-fast lint types bench fuzz mutants clean
 
 demo: .venv/.core
 	@mkdir -p $(DEMO)
@@ -39,6 +39,11 @@ fuzz: .venv/.test-fuzz
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),5) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(EXECUTIONS),--executions $(EXECUTIONS)) $(if $(READER),--reader $(READER))
 
+# COUNT of mutants, drawn by SEED, of files whose path begins with BELOW; KEEP=1 uses the coverage of the last run
+mutants: .venv/.test-mutants
+	$(BIN)/python -m tests.mutants $(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(BELOW),--below $(BELOW)) $(if $(KEEP),--keep-map)
+
 clean:
 	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 
@@ -49,6 +54,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-.venv/.test .venv/.test-peers .venv/.test-fuzz: pyproject.toml .venv/bin/python
+.venv/.test .venv/.test-peers .venv/.test-fuzz .venv/.test-mutants: pyproject.toml .venv/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(subst -,$(comma),$(@:.venv/.%=%))]"
 	@touch $@
