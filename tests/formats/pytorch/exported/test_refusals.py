@@ -83,7 +83,7 @@ REFUSED: Mapping[str, tuple[dict[str, bytes], str, type[Error]]] = {
         CorruptFile,
     ),
     "a configuration that is no JSON": (package([], W) | {CONFIG: b"{"}, "no JSON", CorruptFile),
-    "a configuration of a list": (package([], W) | {CONFIG: b"[]"}, "no object for", CorruptFile),
+    "a configuration of a list": (package([], W) | {CONFIG: b"[]"}, "no JSON object", CorruptFile),
     "a configuration of a number": (
         package([], W) | {CONFIG: b'{"config": {"w": 1}}'},
         "no object for .*w",
@@ -136,4 +136,6 @@ def test_a_program_that_is_refused(what: str, tmp_path: Path) -> None:
 
 def test_a_program_that_is_read(tmp_path: Path) -> None:
     (tmp_path / "m.pt2").write_bytes(zipped(package([dequantized(0)], W)))
-    assert nibblecast.load(tmp_path / "m.pt2")["w"].shape == (4, 8)
+    weight = nibblecast.load(tmp_path / "m.pt2")["w"]
+    assert weight.granularity == "per-tensor"
+    assert weight.dequantize("float32").tolist() == [[1.0] * 8] * 4
