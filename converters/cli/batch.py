@@ -31,34 +31,34 @@ _SHOWN_FAILURES = 50
 
 
 def batch(
-    source: Annotated[str, typer.Argument(help="A folder of models or its URL, a file that lists them, or -.")],
+    source: Annotated[str, typer.Argument(help="A folder of models or its URL, or a text file (- for stdin) with one path or URL per line.")],
     target: Annotated[str, typer.Argument(help="The folder to write to, or its URL.", show_default=False)],
-    to: Annotated[list[str], typer.Option(help="The format to write; several times for several.")],
-    include: Annotated[list[str] | None, typer.Option(help="Only sources whose path matches this pattern.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No sources whose path matches this pattern.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="How many at a time; as many as processors.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Seconds that one model may take.")] = None,
+    to: Annotated[list[str], typer.Option(help="The format to write; repeat it for several formats.")],
+    include: Annotated[list[str] | None, typer.Option(help="Convert only sources whose path matches this pattern.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out sources whose path matches this pattern.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Parallel jobs (default: one per processor).")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0, help="Time limit per model, in seconds.")] = None,
     memory: Annotated[
-        str | None, typer.Option(help="4G, say: memory that one model may take, mapped files aside.")
+        str | None, typer.Option(help="Memory limit per model, e.g. 4G (memory-mapped files not counted).")
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(help="dask://HOST:PORT, a Dask cluster, or dask, one on this machine; else processes.")
+        str | None, typer.Option(help="Where jobs run: dask://HOST:PORT, or dask for a local cluster (default: local processes).")
     ] = None,
-    retries: Annotated[int, typer.Option(min=0, help="How often to try again what may pass.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what is done and unchanged.")] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")] = False,
-    dequantize: Annotated[str | None, typer.Option(help="As of convert.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="As of convert.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="As of convert.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="As of convert.")] = None,
-    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the readers or the writers.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Retries after failures that may be temporary.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip models that are converted already and have not changed.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+    dequantize: Annotated[str | None, typer.Option(help="As in `convert`.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="As in `convert`.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="As in `convert`.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="As in `convert`.")] = None,
+    opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the readers or writers.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-read the outputs and compare every value.")] = False,
     fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="As in `convert`.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how large it gets.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and its size; write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert every model of a folder, each on its own; a report says what became of it. Exit 7 when any failed."""
+    """Convert every model of a folder and write a report of the results. Exit code 7 if any model failed."""
     from nibblecast.converters.batches import run
 
     dtype = float_dtype(dequantize)
@@ -182,13 +182,13 @@ def _print(result: BatchResult, *, dry_run: bool) -> None:
                 table.add_row(cell(record.source), cell(code), cell(why, MOST_OF_MESSAGE))
         table_console().print(table)
     if len(result.failed) > _SHOWN_FAILURES:
-        print(f"and {len(result.failed) - _SHOWN_FAILURES} more: the report lists all")
+        print(f"and {len(result.failed) - _SHOWN_FAILURES} more; the report lists all")
     verb = "would be converted" if dry_run else "converted"
     nbytes = sum(output.bytes for record in result.records for output in record.outputs)
     source_bytes = sum(record.source_bytes for record in result.records)
     kept = sum(record.kept for record in result.records)
     losses = sum(len(record.losses) for record in result.records)
-    before = f" ({kept} of them by a run before)" if kept else ""
+    before = f" ({kept} of them in an earlier run)" if kept else ""
     print(
         f"{len(result.records) - len(result.failed)} of {len(result.records)} models {verb}{before}: "
         f"{human_bytes(source_bytes)} to {human_bytes(nbytes)} in {result.seconds:.1f} s; {losses} not kept or changed"

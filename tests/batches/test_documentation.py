@@ -63,7 +63,7 @@ def test_the_step_of_the_workflow(project: Path) -> None:
     (step,) = re.findall(r"- run: (nibblecast .*)", block("yaml"))
     for _ in range(2):
         done = run(project, "sh", "-c", step)
-    assert "2 of 2 models converted (2 of them by a run before)" in done.stdout
+    assert "2 of 2 models converted (2 of them in an earlier run)" in done.stdout
 
 
 def test_every_field_of_the_report_is_explained() -> None:

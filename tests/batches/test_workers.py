@@ -195,7 +195,7 @@ def test_an_interruption_leaves_a_state_to_resume(
     assert len(read_report(tmp_path / "out" / REPORT)) == 6
     (folder / "hangs.tflite").rename(folder / "works.tflite")
     done = batch(folder, environment, "--resume")
-    assert "7 of 7 models converted (6 of them by a run before)" in done.stdout
+    assert "7 of 7 models converted (6 of them in an earlier run)" in done.stdout
 
 
 def test_workers_end_with_the_process_that_started_them(environment: dict[str, str], tmp_path: Path) -> None:
