@@ -194,10 +194,10 @@ def _planned(
     options: Mapping[str, Any],
 ) -> list[pipeline.PlannedOutput]:
     if not targets:
-        raise UsageError("there is no target: name at least one file to write")
+        raise UsageError("no target given: name at least one file to write")
     names = [to] * len(targets) if to is None or isinstance(to, str) else to
     if len(names) != len(targets):
-        raise UsageError(f"there are {len(targets)} targets, but {len(names)} formats: one for each is needed")
+        raise UsageError(f"{len(targets)} targets, but {len(names)} formats: give one format per target")
     formats = [
         plugins.format_named(name) if name else plugins.format_of_target(path)
         for path, name in zip(targets, names, strict=True)
@@ -236,7 +236,7 @@ def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
     if not comparison.equal:
         more = f" (and {len(comparison.differences) - 1} more)" if len(comparison.differences) > 1 else ""
         raise VerificationFailed(
-            f"is not written, for it would not hold what was to be: {comparison.differences[0]}{more}", path=path
+            f"is not written, because reading it back gave something else: {comparison.differences[0]}{more}", path=path
         )
     return comparison
 

@@ -102,7 +102,7 @@ class Quantization:
                 "float16 and bfloat16 are possible, for wider ones"
             )
         if not abs(self.factor) <= _LARGEST_FLOAT32:
-            raise CorruptFile(f"values cannot be multiplied by {self.factor}: a finite float32 is needed")
+            raise CorruptFile(f"values cannot be multiplied by {self.factor}: it must be a finite float32")
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the parameters that there are, with the name of each one's role."""
@@ -142,12 +142,12 @@ class Quantization:
     def check(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         """Raises CorruptFile unless these parameters fit a tensor of that shape and dtype."""
         if len(self.block_shape) != len(shape):
-            raise CorruptFile(f"block shape {self.block_shape} has not the rank of shape {shape}")
+            raise CorruptFile(f"block shape {self.block_shape} must have the rank of shape {shape}")
         if not all(1 <= block < 1 << 63 for block in self.block_shape):
             shown = brief(self.block_shape)
             raise CorruptFile(f"block shape {shown}: every block must hold at least one element, and less than 2**63")
         if not (is_integer(dtype) or is_float(dtype)):
-            raise CorruptFile(f"dtype {dtype} can hold no codes: integers or small floats are needed")
+            raise CorruptFile(f"dtype {dtype} cannot hold codes: use integers or small floats")
         grid = list(grid_shape(shape, self.block_shape))
         if self.group_index is not None:
             axis, index = self.group_index.axis, self.group_index.index
@@ -165,7 +165,7 @@ class Quantization:
                     f"{tuple(grid)} is needed"
                 )
         if not is_float(self.scale.dtype) and self.scale.quantization is None:
-            raise CorruptFile(f"scale of dtype {self.scale.dtype}: a floating-point one is needed")
+            raise CorruptFile(f"scale of dtype {self.scale.dtype}: it must be floating-point")
         if self.codebook is not None:
             entries = 1 << bits_of(dtype)
             if self.codebook.shape != (entries,) or dtype not in _CODEBOOK_INDICES:

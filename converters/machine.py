@@ -26,7 +26,7 @@ def threads() -> int:
     if wanted is None:
         return processors()
     if not wanted.isdecimal() or int(wanted) == 0:
-        raise UsageError(f"{THREADS}={wanted}: a number of threads is needed, 1 or more")
+        raise UsageError(f"{THREADS}={wanted}: must be a number of threads, at least 1")
     return int(wanted)
 
 

@@ -31,7 +31,7 @@ def reader_options(options: Mapping[str, Any], paths: Sequence[Path]) -> dict[Pa
     """The options of the reader of each file. Raises UsageError for one that none of them has."""
     read_with = {path: reader_and_writer_options(options, path)[0] for path in paths}
     if unknown := [key for key in options if not any(key.rpartition(".")[2] in own for own in read_with.values())]:
-        raise UsageError(f"reading these files takes no option '{unknown[0]}'")
+        raise UsageError(f"no reader of these files has an option '{unknown[0]}'")
     return read_with
 
 

@@ -67,7 +67,7 @@ def parse_size(text: str, what: str) -> Size:
     """Bytes from 1000, 256K, 1.5M, 2G (powers of 1024). Raises UsageError naming `what` for anything else."""
     matched = _SIZE.fullmatch(text.strip())
     if matched is None:
-        raise UsageError(f"{what}: '{text}' is no size; 1000, 256K, 1.5M and 2G are")
+        raise UsageError(f"{what}: '{text}' is not a size (e.g. 1000, 256K, 1.5M or 2G)")
     return Size(float(matched[1]) * _UNITS[matched[2].upper()])
 
 
@@ -86,7 +86,7 @@ def _value(hint: Any, value: Any, what: str) -> Any:
     wanted = next(alternative for alternative in alternatives if alternative is not NoneType)
     if get_origin(wanted) is Literal:
         if value not in get_args(wanted):
-            raise UsageError(f"{what}: '{value}' is none of {', '.join(map(str, get_args(wanted)))}")
+            raise UsageError(f"{what}: '{value}' is not one of {', '.join(map(str, get_args(wanted)))}")
         return value
     if wanted is bool:
         parsed = value if isinstance(value, bool) else _BOOLS.get(str(value).lower())
@@ -98,7 +98,7 @@ def _value(hint: Any, value: Any, what: str) -> Any:
     try:
         return wanted(value)
     except ValueError:
-        raise UsageError(f"{what}: '{value}' is no {wanted.__name__}") from None
+        raise UsageError(f"{what}: '{value}' is not a valid {wanted.__name__}") from None
 
 
 def _values(hint: Any) -> str:

@@ -139,7 +139,7 @@ def plan(
     impossible: an output that is an input, two outputs on one path, something that a writer cannot hold."""
     if dequantize is not None and quantize is not None:
         raise UsageError(
-            f"dequantize and quantize exclude each other: '{quantize},requantize' quantizes what is quantized already"
+            f"use either dequantize or quantize: '{quantize},requantize' quantizes what is quantized already"
         )
     model = chosen = select(model, only, skip)
     if not model.tensors:
@@ -214,7 +214,7 @@ def run(
         refuse_truncated()
         paths = ", ".join(str(output.target.path) for output in planned)
         folders = any(output.plan.folder is not None for output in planned)
-        again = "; complete shards are kept: go on with --resume" if folders else ""
+        again = "; complete shards are kept: continue with --resume" if folders else ""
         raise UsageError(f"cannot write {paths}: {error.strerror or error}{again}") from error
 
 
@@ -327,7 +327,7 @@ def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | No
 def refuse_input(model: Model, target: Path) -> None:
     """Raises UsageError where `target` is one of the files that the model is read from."""
     if _identity(target) in _inputs(model):
-        raise UsageError("is the input as well as the output: give the output another name", path=target)
+        raise UsageError("is both the input and the output: give the output another name", path=target)
 
 
 def _inputs(model: Model) -> set[tuple[int, int] | Path]:
@@ -341,13 +341,13 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
     for output in planned:
         folder = output.plan.folder
         if folder is not None and _identity(folder) in inputs:
-            raise UsageError("is the input as well as the output: name another folder", path=folder)
+            raise UsageError("is both the input and the output: name another folder", path=folder)
     for file in output_files(planned):
         if file.folder is None:
             refuse_special(file.path)
         identity = _identity(file.path)
         if identity in inputs:
-            raise UsageError("is the input as well as an output: give the output another name", path=file.path)
+            raise UsageError("is both the input and an output: give the output another name", path=file.path)
         if identity in seen and not (file.shared and seen[identity].shared):
             raise UsageError("would be written twice: give each output its own name", path=file.path)
         seen[identity] = file

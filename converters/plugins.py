@@ -140,7 +140,7 @@ def all_formats() -> Mapping[str, Format]:
             format = entry_point.load()
             if not isinstance(format, Format):
                 raise TypeError(
-                    f"{entry_point.value} is no nibblecast.converters.plugins.Format but {type(format).__name__}"
+                    f"{entry_point.value} must be a nibblecast.converters.plugins.Format, not {type(format).__name__}"
                 )
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -155,7 +155,7 @@ def format_named(name: str) -> Format:
     """The format of that name. Raises UsageError with the known ones when there is none."""
     format = _BUILT_IN.get(name) or all_formats().get(name)
     if format is None:
-        raise UsageError(f"there is no format '{name}': known are {', '.join(all_formats())}")
+        raise UsageError(f"unknown format '{name}'; known formats: {', '.join(all_formats())}")
     return format
 
 
@@ -183,8 +183,8 @@ def detect(path: Path) -> Format:
     if len(by_extension) == 1:
         return by_extension[0]
     raise CorruptFile(
-        f"begins with {head[:8]!r}, which is no format known here (nor is its extension '{path.suffix}'): "
-        f"readable are {', '.join(f.name for f in all_formats().values() if f.reader)}",
+        f"unknown format (first bytes {head[:8]!r}, extension '{path.suffix}'); readable formats: "
+        f"{', '.join(f.name for f in all_formats().values() if f.reader)}",
         path=path,
     )
 
@@ -196,7 +196,7 @@ def _of_folder(path: Path) -> Format:
             if having.keys().isdisjoint(format.yields_to):
                 return format
     patterns = ", ".join(pattern for format in all_formats().values() for pattern in format.folder)
-    raise CorruptFile(f"is a folder without a model: {patterns} would be one", path=path)
+    raise CorruptFile(f"no model in this folder; expected a file named {patterns}", path=path)
 
 
 def _best_by_content(formats: Sequence[Format], head: bytes) -> list[Format]:
@@ -214,7 +214,7 @@ def format_of_target(path: Path) -> Format:
             return fitting[0]
     writable = ", ".join(f"{f.name} ({' '.join(f.extensions)})" for f in all_formats().values() if f.writer)
     raise UsageError(
-        f"extension '{path.suffix}' does not tell one format to write: {writable}; or add --to NAME", path=path
+        f"extension '{path.suffix}' does not select a format to write: use {writable}, or add --to NAME", path=path
     )
 
 
@@ -258,7 +258,7 @@ def read(format: Format, path: Path, options: Mapping[str, Any]) -> Model:
     if isinstance(declared, type):
         return cast("Any", reading).read(path, parse(declared, options, format.name))  # type: ignore[no-any-return]
     if options:
-        raise UsageError(f"reading format '{format.name}' takes no options, but {', '.join(options)} is given")
+        raise UsageError(f"the reader of format '{format.name}' has no options, but {', '.join(options)} is given")
     return reading.read(path)
 
 
@@ -274,12 +274,14 @@ def runner(format: Format, path: Path) -> Runner:
     it is not installed."""
     if not format.runner:
         runnable = ", ".join(f.name for f in all_formats().values() if f.runner)
-        raise UsageError(f"models of format '{format.name}' cannot be run: those of {runnable} can", path=path)
+        raise UsageError(f"models of format '{format.name}' cannot be run; only those of {runnable} can", path=path)
     module, _, name = format.runner.partition(":")
     try:
         return cast("Runner", getattr(import_module(module), name)(path))
     except ImportError as error:
-        message = f"running format '{format.name}' needs a package that is missing ({error}): {format.install_runner}"
+        message = (
+            f"running format '{format.name}' needs a package that is not installed ({error}): {format.install_runner}"
+        )
         raise MissingDependency(message) from error
 
 
@@ -293,4 +295,6 @@ def _load(format: Format, location: str) -> Any:
         return getattr(import_module(module), name)()
     except ImportError as error:
         hint = f": {format.install}" if format.install else ""
-        raise MissingDependency(f"format '{format.name}' needs a package that is missing ({error}){hint}") from error
+        raise MissingDependency(
+            f"format '{format.name}' needs a package that is not installed ({error}){hint}"
+        ) from error

@@ -233,8 +233,8 @@ class MappedFile:
         is_another = found[:2] != self.identity[:2]  # that has been put in its place; what is mapped stays
         if size != self.view.size or not (is_another or found == self.identity):
             raise ChangedFile(
-                f"has changed while it was read: it had {self.view.size} bytes and has {size}; convert it again when "
-                "nothing writes to it any more",
+                f"changed while it was read: it had {self.view.size} bytes and now has {size}; convert it again when "
+                "nothing writes to it",
                 path=self.path,
             )
 

@@ -55,7 +55,7 @@ def test_data_must_fill_the_shape_exactly() -> None:
     ("quantization", "message"),
     [
         (lambda: Quantization(scale_of(2), (4, 1)), r"scale of shape \(2,\).*\(1, 8\) is needed"),
-        (lambda: Quantization(scale_of(1, 1), (4,)), "has not the rank of shape"),
+        (lambda: Quantization(scale_of(1, 1), (4,)), "must have the rank of shape"),
         (lambda: Quantization(scale_of(4, 8), (1, 0)), "every block must hold at least one element"),
         (
             lambda: Quantization(scale_of(1, 1), (4, 8), zero_point=scale_of(1, 2)),
@@ -64,7 +64,7 @@ def test_data_must_fill_the_shape_exactly() -> None:
         (lambda: Quantization(scale_of(1, 1), (4, 8), offset=scale_of(2, 1)), r"offset of shape \(2, 1\)"),
         (
             lambda: Quantization(Tensor.from_array("scale", np.ones((1, 1), np.int8)), (4, 8)),
-            "scale of dtype int8: a floating-point one is needed",
+            "scale of dtype int8: it must be floating-point",
         ),
         (lambda: Quantization(scale_of(1, 1), (4, 8), codebook=scale_of(16)), "unsigned codes"),
         (

@@ -40,10 +40,10 @@ def test_typed_values_and_underscores_are_taken_as_they_are() -> None:
     ("given", "message"),
     [
         ({"color": "red"}, "format 'demo' has no option 'color': it has layout, tail-padding, opset, budget, prefix"),
-        ({"layout": "both"}, "option layout of format 'demo': 'both' is none of split, header"),
+        ({"layout": "both"}, "option layout of format 'demo': 'both' is not one of split, header"),
         ({"tail-padding": "maybe"}, "'maybe' is neither true nor false"),
-        ({"opset": "x"}, "'x' is no int"),
-        ({"budget": "much"}, "'much' is no size; 1000, 256K, 1.5M and 2G are"),
+        ({"opset": "x"}, "'x' is not a valid int"),
+        ({"budget": "much"}, "'much' is not a size (e.g. 1000, 256K, 1.5M or 2G)"),
     ],
 )
 def test_what_is_wrong_is_said(given: dict[str, str], message: str) -> None:

@@ -142,7 +142,7 @@ def test_targets_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=reason):
             nibblecast.convert(INT4, tmp_path / "ok.safetensors", target)
     assert listing(tmp_path) == ["folder.safetensors"]
-    with pytest.raises(UsageError, match="there is no target"):
+    with pytest.raises(UsageError, match="no target given"):
         nibblecast.convert(INT4)
 
 

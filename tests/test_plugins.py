@@ -109,7 +109,7 @@ def test_a_broken_plugin_is_one_warning_and_an_error_when_used(install, tmp_path
 
 def test_an_entry_point_that_is_no_format_is_broken(install) -> None:
     install("odd-package", "odd = json:dumps")
-    with pytest.warns(UserWarning, match="json:dumps is no nibblecast.converters.plugins.Format but function"):
+    with pytest.warns(UserWarning, match="json:dumps must be a nibblecast.converters.plugins.Format, not function"):
         plugins.all_formats()
 
 
@@ -157,10 +157,10 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path, name: str, reason: str) -
 
 def test_an_unknown_format_or_extension_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match="there is no format 'tf': known are cheader, gguf, onnx, pytorch, safetensors, tflite"
+        UsageError, match="unknown format 'tf'; known formats: cheader, gguf, onnx, pytorch, safetensors, tflite"
     ):
         plugins.format_named("tf")
-    with pytest.raises(UsageError, match=r"extension '.xyz' does not tell one format to write: .*--to NAME"):
+    with pytest.raises(UsageError, match=r"extension '.xyz' does not select a format to write: .*--to NAME"):
         plugins.format_of_target(tmp_path / "a.xyz")
     with pytest.raises(UsageError, match="format 'tflite' cannot be written"):
         plugins.writer(plugins.format_named("tflite"))

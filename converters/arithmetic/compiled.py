@@ -117,7 +117,7 @@ def _kernels(count: int) -> Any:
     if _WORTH == "never":
         return None
     if not _WORTH.isdecimal():
-        raise UsageError(f"NIBBLECAST_COMPILE_AFTER={_WORTH}: a number of elements is needed, or never")
+        raise UsageError(f"NIBBLECAST_COMPILE_AFTER={_WORTH}: must be a number of elements, or never")
     _decoded += count
     if _WORTH != "0" and max(_decoded, _expected) <= int(_WORTH):
         return None

@@ -67,7 +67,9 @@ def fit(to: Codes, pieces: Pieces, count: int) -> BlockParameters:
         np.minimum(low[where], blocks.min(axis=1).reshape(-1), out=low[where])
         np.maximum(high[where], blocks.max(axis=1).reshape(-1), out=high[where])
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise Unsupported("holds NaN or infinity as float32, which has no code: leave the tensor out with --skip")
+        raise Unsupported(
+            "holds NaN or infinity as float32, which codes cannot represent: leave the tensor out with --skip"
+        )
     with np.errstate(over="ignore", invalid="ignore"):
         found = _of_range(to, low, high)
         if not np.isfinite(found.scale).all():

@@ -37,7 +37,7 @@ class DaskWorkers:
             from distributed import Client, LocalCluster
         except ImportError as error:
             raise MissingDependency(
-                f"--executor {executor} needs a package that is missing ({error}): "
+                f"--executor {executor} needs a package that is not installed ({error}): "
                 "pip install 'nibblecast[distributed]'"
             ) from error
         self._executor_name = executor
@@ -49,7 +49,7 @@ class DaskWorkers:
         try:
             self._client: Any = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
-            raise UsageError(f"--executor {executor}: no scheduler of Dask answers there ({error})") from error
+            raise UsageError(f"--executor {executor}: no Dask scheduler answers there ({error})") from error
         self._batch = uuid.uuid4().hex
         self._limits = timeout, memory
         self.ahead = 2 * BUNDLED_JOBS * self._threads()
@@ -69,7 +69,7 @@ class DaskWorkers:
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
         if self._client.status != "running":
             raise UsageError(
-                f"--executor {self._executor_name}: the scheduler is gone; what is done is kept: go on with --resume"
+                f"--executor {self._executor_name}: the scheduler is gone; continue with --resume (finished models are kept)"
             )
         size = max(1, min(BUNDLED_JOBS, len(jobs) * BUNDLED_JOBS // self.ahead))
         return [future for bundle in _bundles(jobs, size) for future in self._submit(bundle)]

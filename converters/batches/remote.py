@@ -120,7 +120,7 @@ def _reached(url: str) -> Iterator[tuple[Any, str]]:
         raise
     except ImportError as error:
         raise MissingDependency(
-            f"{url} needs a package that is missing ({error}): pip install 'nibblecast[remote]'"
+            f"{url} needs a package that is not installed ({error}): pip install 'nibblecast[remote]'"
         ) from error
     except Exception as error:  # each store has its own kinds
         refused = OSError(without_secrets(str(error)))  # a traceback shows it

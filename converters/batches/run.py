@@ -76,9 +76,9 @@ class BatchSettings:
     def __post_init__(self) -> None:
         """Raises UsageError for an executor that there is not."""
         if self.executor not in (None, "dask") and not re.fullmatch(r"dask://[^/]+:\d+", self.executor or ""):
-            raise UsageError(f"--executor {self.executor}: dask, or dask://HOST:PORT is needed")
+            raise UsageError(f"--executor {self.executor}: must be dask or dask://HOST:PORT")
         if self.executor not in (None, "dask") and self.jobs is not None:
-            raise UsageError(f"--jobs {self.jobs}: a cluster's workers say how many; leave it out")
+            raise UsageError("--jobs doesn't apply to a cluster (it uses all of its workers)")
 
 
 #: Told of each record, with how many there are of how many.
@@ -181,7 +181,7 @@ def _run_batch(
             batch = _run(jobs, place, report, settings, _Batch(place, len(jobs), on_result, on_running))
         except OSError as error:  # of the report: what becomes of a model is in its record
             raise UsageError(
-                f"cannot be written: {error.strerror or error}; go on with --resume", path=report
+                f"cannot be written: {error.strerror or error}; continue with --resume", path=report
             ) from error
     ordered = tuple(batch.records[job.name] for job in jobs if job.name in batch.records)
     return BatchResult(ordered, time.perf_counter() - began)
@@ -266,7 +266,7 @@ def _workers(settings: BatchSettings, todo: Sequence[Job]) -> Workers:
     """Raises UsageError where what is asked for cannot be had together."""
     own = [url for job in todo for url in (job.shown, job.destination) if is_of_this_process(url)]
     if own and (settings.executor, settings.timeout, settings.memory) != (None, None, None):
-        raise UsageError(f"{own[0]} is seen by this process only: no --executor, --timeout or --memory holds there")
+        raise UsageError(f"{own[0]} can be read by this process only: drop --executor, --timeout and --memory")
     if own:
         return OwnProcess()
     if settings.executor is not None:

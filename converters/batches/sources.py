@@ -62,7 +62,7 @@ def find_sources(
         if (not include or _matches(source.name, include)) and not _matches(source.name, exclude)
     ]
     if not chosen:
-        raise UsageError(f"{text}: has no model in it" + (f" that --include {list(include)} takes" if include else ""))
+        raise UsageError(f"{text}: contains no model" + (f" that --include {list(include)} matches" if include else ""))
     return chosen
 
 
@@ -78,7 +78,7 @@ def _text_of(path: Path) -> str:
         raise UsageError(f"cannot be read: {error.strerror or error}", path=path) from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            "is no list of paths: give a folder, a text file with a path in each line, or -", path=path
+            "is not a list of paths: give a folder, a text file with one path per line, or -", path=path
         ) from error
 
 
@@ -88,7 +88,7 @@ def _listed(text: str, given: str) -> list[Source]:
         raise UsageError("is an empty list", path=Path(given))
     are_remote = {is_remote(line) for line in lines}
     if are_remote == {True, False}:
-        raise UsageError("has paths and URLs: give a list of each", path=Path(given))
+        raise UsageError("mixes paths and URLs: give a list of each", path=Path(given))
     if are_remote == {True}:
         return _listed_urls(lines, given)
     paths = [Path(line) for line in lines]

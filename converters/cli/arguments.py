@@ -50,7 +50,7 @@ def with_default_dequantize(arguments: Sequence[str]) -> list[str]:
 def float_dtype(name: str | None) -> np.dtype[Any] | None:
     """The dtype that --dequantize names; None without it. Raises UsageError for another one."""
     if name is not None and name not in FLOAT_DTYPES:
-        raise UsageError(f"--dequantize '{name}': {', '.join(FLOAT_DTYPES)} are possible")
+        raise UsageError(f"--dequantize '{name}': use {', '.join(FLOAT_DTYPES)}")
     return None if name is None else FLOAT_DTYPES[name]
 
 
@@ -60,7 +60,7 @@ def key_values(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UsageError(f"--opt '{text}': key=value is needed; `nibblecast formats NAME` lists the keys")
+            raise UsageError(f"--opt '{text}': must be key=value; `nibblecast formats NAME` lists the keys")
         options[key] = value
     return options
 

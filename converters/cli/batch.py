@@ -31,21 +31,31 @@ _SHOWN_FAILURES = 50
 
 
 def batch(
-    source: Annotated[str, typer.Argument(help="A folder of models or its URL, or a text file (- for stdin) with one path or URL per line.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder of models or its URL, or a text file (- for stdin) with one path or URL per line."
+        ),
+    ],
     target: Annotated[str, typer.Argument(help="The folder to write to, or its URL.", show_default=False)],
     to: Annotated[list[str], typer.Option(help="The format to write; repeat it for several formats.")],
-    include: Annotated[list[str] | None, typer.Option(help="Convert only sources whose path matches this pattern.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Leave out sources whose path matches this pattern.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Convert only sources whose path matches this pattern.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out sources whose path matches this pattern.")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel jobs (default: one per processor).")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Time limit per model, in seconds.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory limit per model, e.g. 4G (memory-mapped files not counted).")
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(help="Where jobs run: dask://HOST:PORT, or dask for a local cluster (default: local processes).")
+        str | None,
+        typer.Option(help="Where jobs run: dask://HOST:PORT, or dask for a local cluster (default: local processes)."),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="Retries after failures that may be temporary.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip models that are converted already and have not changed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip models that are converted and unchanged.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
     dequantize: Annotated[str | None, typer.Option(help="As in `convert`.")] = None,
     quantize: Annotated[str | None, typer.Option(help="As in `convert`.")] = None,
@@ -54,7 +64,9 @@ def batch(
     opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the readers or writers.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Re-read the outputs and compare every value.")] = False,
     fail_on_loss: Annotated[bool, typer.Option("--fail-on-loss", help="As in `convert`.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written and its size; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be written and its size; write nothing.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

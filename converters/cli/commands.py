@@ -46,7 +46,7 @@ app.command()(formats.formats)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Moves 4-bit models between the formats they are trained in and the formats they ship in, code for code."""
+    """Move 4-bit models between the formats they are trained in and the formats they ship in, code for code."""
     if version:
         print(f"nibblecast {__version__}")
         raise typer.Exit

@@ -40,28 +40,30 @@ _SHOWN_TENSORS = 10
 def convert(
     source: Source,
     targets: Annotated[
-        list[str], typer.Argument(help="The files or folders to write; each suffix picks a format.", parser=path)
+        list[str], typer.Argument(help="The files or folders to write; each suffix selects a format.", parser=path)
     ],
-    to: Annotated[str | None, typer.Option(help="The format to write, when the suffix does not tell.")] = None,
+    to: Annotated[str | None, typer.Option(help="The format to write, if the suffix does not select one.")] = None,
     dequantize: Annotated[
-        str | None, typer.Option(help="Turn codes into plain float32 (the default), float16 or bfloat16.")
+        str | None, typer.Option(help="Turn codes into plain floats: float32 (the default), float16 or bfloat16.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Turn float weights into codes: int4,block=32 or int8,per-channel,mse, say.")
+        str | None, typer.Option(help="Turn float weights into codes, e.g. int4,block=32 or int8,per-channel,mse.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Convert only tensors whose names match this pattern.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out tensors whose names match this pattern.")] = None,
     opt: Annotated[list[str] | None, typer.Option(help="key=value: an option of the reader or the writer.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Re-open what was written; compare every value.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Re-read the outputs and compare every value.")] = False,
     fail_on_loss: Annotated[
         bool, typer.Option("--fail-on-loss", help="Fail if anything is not kept or changed (exit 5).")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the shards that a run before has completed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written; write nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the shards that an interrupted run completed.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Convert a model to one or several files in one read."""
+    """Convert a model to one or several files, reading it once."""
     dtype = float_dtype(dequantize)
     with progress_bar("convert", quiet=quiet or json) as progress:
         conversion = conversions.convert(

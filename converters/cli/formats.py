@@ -15,7 +15,7 @@ from nibblecast.converters.options import describe
 def formats(
     name: Annotated[str | None, typer.Argument(help="Show this format's own options.")] = None, json: Json = False
 ) -> None:
-    """List what can be read and written, or one format with its options."""
+    """List the formats that can be read and written, or the options of one format."""
     known = plugins.all_formats().values() if name is None else [plugins.format_named(name)]
     documents = [_document(format, with_options=name is not None) for format in known]
     if json:

@@ -27,7 +27,7 @@ _READ_BYTES = 1 << 16
 
 
 def inspect(source: Source, opt: ReaderOptions = None, json: Json = False) -> None:
-    """List a model's tensors: shape, dtype, granularity of quantization, bits per weight, bytes."""
+    """List the tensors of a model: shape, dtype, granularity of quantization, bits per weight, bytes."""
     model = load(source, **key_values(opt or ()))
     if json:
         print_json(_document(model))

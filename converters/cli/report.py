@@ -23,28 +23,28 @@ from nibblecast.converters.errors import MOST_OF_PATH, UsageError, line
 def report(
     source: Annotated[
         str,
-        typer.Argument(help="A model; or a batch: its target folder or its report.", show_default=False, parser=path),
+        typer.Argument(help="A model, or a batch (its target folder or its report).", show_default=False, parser=path),
     ],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="The HTML file to write.", show_default=False, parser=path)
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="A model with the floats that the codes stand for.", show_default=False, parser=path),
+        typer.Option(help="The float model to measure errors against.", show_default=False, parser=path),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="The page's title; the source's name without it.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only tensors whose names match this pattern.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="No tensors whose names match this pattern.")] = None,
+    title: Annotated[str | None, typer.Option(help="The page's title (default: the source's name).")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Include only tensors whose names match this pattern.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out tensors whose names match this pattern.")] = None,
     opt: ReaderOptions = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a page about a model or a batch: sizes, histograms of codes, scales, errors. Nothing is loaded from outside.
+    """Write an HTML page about a model or a batch: sizes, histograms of codes, scales, errors. It loads nothing else.
 
-    With --json the numbers are printed; then no page is needed.
+    With --json the numbers are printed, and the page is optional.
     """
     if output is None and not json:
-        raise UsageError("there is nothing to write: name a page with -o FILE.html, or ask for --json")
+        raise UsageError("nothing to write: add -o FILE.html or --json")
     from nibblecast.converters.reports.run import report as make_report
 
     with progress_bar("report", quiet=quiet or json) as progress:

@@ -27,20 +27,20 @@ _FEW_STEPS = 3  # how far LiteRT's own kernels are from each other
 
 def verify(
     a: Annotated[str, typer.Argument(help="A model file.", show_default=False, parser=path)],
-    b: Annotated[str, typer.Argument(help="The model file to compare it with.", show_default=False, parser=path)],
-    run: Annotated[bool, typer.Option("--run", help="Run both, and compare what they compute.")] = False,
+    b: Annotated[str, typer.Argument(help="The model file to compare with it.", show_default=False, parser=path)],
+    run: Annotated[bool, typer.Option("--run", help="Run both models and compare their outputs.")] = False,
     given: Annotated[
         str | None,
-        typer.Option("--input", help="For --run: an .npz of inputs by their names; random without it.", parser=path),
+        typer.Option("--input", help="With --run: an .npz file of inputs by name (default: random).", parser=path),
     ] = None,
-    seed: Annotated[int, typer.Option(help="For --run: of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="With --run: the seed of the random inputs.")] = 0,
     tolerance: Annotated[
-        float, typer.Option(help="For --run: how far outputs may be apart, in terms of the largest value.")
+        float, typer.Option(help="With --run: the largest difference allowed, relative to the largest value.")
     ] = 0.02,
     opt: ReaderOptions = None,
     json: Json = False,
 ) -> None:
-    """Compare two models: code for code where both are quantized, value for value otherwise. Exit 6 when different."""
+    """Compare two models: code for code where both are quantized, value for value otherwise. Exit 6 if they differ."""
     if run:
         _compare_outputs(a, b, given, seed, tolerance, json)
         return

@@ -53,7 +53,7 @@ def compare_outputs(
     unknown = set(given) - {port.name for port in runners[0].inputs}
     if unknown:
         known = ", ".join(port.name for port in runners[0].inputs)
-        raise UsageError(f"there is no input '{sorted(unknown)[0]}': the model has {known}", path=first)
+        raise UsageError(f"unknown input '{sorted(unknown)[0]}': the model has {known}", path=first)
     rng = np.random.default_rng(seed)
     values = [_fitting(given[p.name], p, first) if p.name in given else _random(p, rng) for p in runners[0].inputs]
     pairs = _paired(runners[0].inputs, runners[1].inputs, second)
@@ -77,12 +77,12 @@ def read_inputs(path: Path) -> dict[str, NDArray[Any]]:
             arrays = {name: loaded[name] for name in loaded.files} if isinstance(loaded, NpzFile) else {}
     except Exception as error:  # those of ZIP, of deflate, of struct, of memory, and whatever else NumPy has
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise CorruptFile(f"cannot be read as arrays by name (.npz): {reason}", path=path) from error
+        raise CorruptFile(f"cannot be read as named arrays (.npz): {reason}", path=path) from error
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray):
-            raise CorruptFile(f"holds '{name}', which is no array of NumPy", path=path)
+            raise CorruptFile(f"'{name}' is not a NumPy array", path=path)
     if not arrays:
-        raise CorruptFile("holds no arrays by name: np.savez writes such files", path=path)
+        raise CorruptFile("contains no named arrays: write it with np.savez", path=path)
     return arrays
 
 
@@ -112,13 +112,15 @@ def _random(port: RunPort, rng: np.random.Generator) -> NDArray[Any]:
         limits = np.iinfo(port.dtype)
         return rng.integers(limits.min, limits.max + 1, port.shape).astype(port.dtype)
     if port.dtype == np.dtype(object):
-        raise UsageError(f"input '{port.name}' takes no numbers: give it with --input")
+        raise UsageError(f"input '{port.name}' is not numeric: give it with --input")
     return rng.standard_normal(port.shape).astype(port.dtype)
 
 
 def _fitting(value: NDArray[Any], port: RunPort, path: Path) -> NDArray[Any]:
     if value.ndim != len(port.shape):
-        raise UsageError(f"input '{port.name}' has {value.ndim} axes, and the model wants {len(port.shape)}", path=path)
+        raise UsageError(
+            f"input '{port.name}' has {value.ndim} axes, but the model expects {len(port.shape)}", path=path
+        )
     return value.astype(port.dtype, copy=False)
 
 

@@ -84,5 +84,5 @@ def _configured() -> int | None:
         return None
     matched = _SIZE.fullmatch(text)
     if matched is None:
-        raise UsageError(f"{VARIABLE}='{text}' is not a size: bytes are needed, e.g. 800M or 16G")
+        raise UsageError(f"{VARIABLE}='{text}' is not a size in bytes (e.g. 800M or 16G)")
     return int(matched[1]) << _UNITS[matched[2].upper()]

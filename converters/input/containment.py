@@ -21,7 +21,7 @@ def contained_file(folder: Path, location: str) -> Path:
     Raises CorruptFile where that leads out of the folder; that there is such a file is not checked."""
     parts, on_windows = PurePosixPath(location).parts, PureWindowsPath(location)
     if not parts or "\0" in location or ".." in on_windows.parts or location.startswith("/") or on_windows.anchor:
-        raise CorruptFile(f"refers to '{location[:_MOST_SHOWN]}': the path of a file inside its folder is needed")
+        raise CorruptFile(f"refers to '{location[:_MOST_SHOWN]}': it must be the path of a file inside its folder")
     path = folder.joinpath(*parts)
     refuse_outside(path, folder)
     return path

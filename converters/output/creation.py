@@ -30,7 +30,7 @@ def refuse_special(path: Path) -> None:
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
     if stat.S_ISDIR(status.st_mode):
-        raise UsageError("is a folder; the name of a file is needed", path=path)
+        raise UsageError("is a folder; give the name of a file", path=path)
     what = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), None)
     if what is not None:
         raise UsageError(f"is {what}, not a file: outputs are files that are put in place whole", path=path)
@@ -43,7 +43,7 @@ def open_beside_others(path: Path, flags: int) -> int:
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         os.close(handle)
-        raise OSError(f"is no regular file of its own: {path}")
+        raise OSError(f"is not a regular file of its own: {path}")
     return handle
 
 

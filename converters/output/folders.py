@@ -129,7 +129,7 @@ def begun_folder(folder: Path, plan: Plan, intended: str) -> Iterator[StagedFold
     not, or for something else."""
     with _staging(folder, plan, shared=True) as staged:
         if _text_of(staged.around / _INTENT) != intended:
-            raise UsageError("has been begun for another source, or with other options", path=folder)
+            raise UsageError("was started for another source, or with other options", path=folder)
         yield staged
 
 
@@ -150,7 +150,7 @@ def _staging(folder: Path, plan: Plan, *, shared: bool = False) -> Iterator[Stag
         ) from None
     except FileNotFoundError as error:
         if shared:
-            raise UsageError("has not been begun", path=folder) from error
+            raise UsageError("was not started", path=folder) from error
         raise UsageError(f"cannot be written: {error.strerror}", path=folder) from error
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror or error}", path=folder) from error
@@ -178,7 +178,7 @@ def _check_replaceable(folder: Path, plan: Plan) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise UsageError("is a link; a folder is put in its place whole: name the folder itself", path=folder)
     if not stat.S_ISDIR(status.st_mode):
-        raise UsageError("is not a folder; the name of a folder is needed", path=folder)
+        raise UsageError("is not a folder; give the name of a folder", path=folder)
     written = {file.path.relative_to(folder).parts[0] for file in plan.files}
     # of another number of shards, perhaps
     shards = {(shard.file.path.stem.partition("-")[0], shard.file.path.suffix) for shard in plan.shards}
@@ -188,7 +188,7 @@ def _check_replaceable(folder: Path, plan: Plan) -> None:
         }
         if entry.name not in written and not former:
             raise UsageError(
-                f"is a folder that holds '{entry.name}', which would be lost: name a new folder, or empty this one",
+                f"is a folder that holds '{entry.name}', which would be deleted: name a new folder, or empty this one",
                 path=folder,
             )
 

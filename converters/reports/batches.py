@@ -84,7 +84,7 @@ def batch_statistics(report: Path) -> BatchStatistics:
     open_regular(report).close()  # else one that cannot be read would be one without records
     records = read_report(report)
     if not records:
-        raise CorruptFile("holds no record of a batch: `nibblecast batch` writes such reports", path=report)
+        raise CorruptFile("contains no records of a batch: give a report that `nibblecast batch` wrote", path=report)
     ordered = sorted(records.values(), key=lambda r: (r.done, r.failure.exit_code if r.failure else 0, r.source))
     is_usual = report.name == REPORT
     return BatchStatistics(report.absolute().parent.name if is_usual else report.name, tuple(ordered))

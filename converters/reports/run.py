@@ -81,7 +81,9 @@ def report(
         lines = report_of(paths[0])
     if lines is not None:
         if reference is not None or only or skip or read_with.get(paths[0]):
-            raise UsageError("a batch's report takes no --reference, --only, --skip or --opt", path=paths[0])
+            raise UsageError(
+                "--reference, --only, --skip and --opt do not apply to the report of a batch", path=paths[0]
+            )
         with pipeline.readable(lines):
             made = Report(batch_statistics(lines))
     else:

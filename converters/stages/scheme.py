@@ -61,7 +61,7 @@ class Blocked:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise UsageError(f"block={self.size}: a block holds at least one element")
+            raise UsageError(f"block={self.size}: must be at least 1")
 
     def __str__(self) -> str:
         return f"block={self.size}" + ("" if self.axis is None else f",axis={self.axis}")
@@ -90,9 +90,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.dtype not in CODE_DTYPES.values():
-            raise UsageError(f"cannot quantize to {self.dtype}: {', '.join(CODE_DTYPES)} are possible")
+            raise UsageError(f"cannot quantize to {self.dtype}: use {', '.join(CODE_DTYPES)}")
         if self.scale_dtype not in FLOAT_DTYPES.values():
-            raise UsageError(f"cannot have scales of {self.scale_dtype}: {', '.join(FLOAT_DTYPES)} are possible")
+            raise UsageError(f"cannot have scales of {self.scale_dtype}: use {', '.join(FLOAT_DTYPES)}")
 
     def __str__(self) -> str:
         words = [
@@ -181,7 +181,7 @@ def parse_scheme(text: str) -> Scheme:
     words = _words(text)
     dtypes = [word for word in words if word in CODE_DTYPES]
     if len(dtypes) != 1:
-        raise _refused(text, f"one of {', '.join(CODE_DTYPES)} is needed")
+        raise _refused(text, f"name one of {', '.join(CODE_DTYPES)}")
     dtype = CODE_DTYPES[dtypes[0]]
     scheme = Scheme(dtype, symmetric=is_signed(dtype))
     for word in words:
@@ -196,7 +196,7 @@ def parse_scheme(text: str) -> Scheme:
     if "scale" not in words:
         return scheme
     if words["scale"] not in FLOAT_DTYPES:
-        raise _refused(text, f"scale={words['scale']}: {', '.join(FLOAT_DTYPES)} are possible")
+        raise _refused(text, f"scale={words['scale']}: use {', '.join(FLOAT_DTYPES)}")
     return replace(scheme, scale_dtype=FLOAT_DTYPES[words["scale"]])
 
 
@@ -207,14 +207,14 @@ def _words(text: str) -> dict[str, str]:
         key, equals, value = word.strip().partition("=")
         known = key in _WITH_VALUE if equals else key in _WORDS or key in CODE_DTYPES
         if not known:
-            raise _refused(text, f"'{word.strip()}' is none of {_POSSIBLE}")
+            raise _refused(text, f"'{word.strip()}' is not one of {_POSSIBLE}")
         if key in words:
             raise _refused(text, f"'{key}' is given twice")
         words[key] = value
     for group in _EXCLUSIVE:
         both = [word for word in words if word in group]
         if len(both) > 1:
-            raise _refused(text, f"'{both[0]}' and '{both[1]}' exclude each other")
+            raise _refused(text, f"'{both[0]}' and '{both[1]}' cannot be combined")
     return words
 
 
@@ -231,7 +231,7 @@ def _number(text: str, words: Mapping[str, str], key: str) -> int | None:
         return None
     digits = words[key].removeprefix("-")
     if not (digits.isascii() and digits.isdecimal() and len(digits) <= _MOST_DIGITS):
-        raise _refused(text, f"{key}={words[key]}: a whole number is needed")
+        raise _refused(text, f"{key}={words[key]}: must be a whole number")
     return int(words[key])
 
 

@@ -283,7 +283,7 @@ class _ModelBuilder:
             return ()
         array = self._array(name)
         if array.placement is not None or _most_elements(array) > 1 << 16 or array.element_type != b"size_t":
-            raise CorruptFile(f"its {member} {name} is no list of {rank} sizes")
+            raise CorruptFile(f"its {member} {name} is not a list of {rank} sizes")
         sizes = all_elements(array)
         if sizes.size != rank or self.declarations.length_of(array) not in (None, rank):
             raise CorruptFile(f"has rank {rank}, but its {member} {name} has {sizes.size} elements")

@@ -128,7 +128,7 @@ def _whole_file(model: Model, prefix: str, entries: Sequence[Entry], arrangement
 def _depfile(name: str) -> Path:
     path = Path(name)
     if not path.name or "\0" in name or path.is_dir():
-        raise UsageError(f"depfile={brief(name)}: the name of a file is needed, which is no folder")
+        raise UsageError(f"depfile={brief(name)}: must be the name of a file without a folder")
     return path
 
 
@@ -166,7 +166,7 @@ def _check_target(target: Path, static: bool, style: Style) -> None:
     if (style.in_file or not static) and not includable(target.name):
         way_out = "" if style.in_file else ", or --opt layout=header"
         raise UsageError(
-            f"'{target.name}' is no name that every compiler can #include: letters of ASCII are needed{way_out}",
+            f"'{target.name}' is not a name that every compiler can #include: letters of ASCII are needed{way_out}",
             path=target,
         )
 

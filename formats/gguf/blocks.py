@@ -305,7 +305,7 @@ def _nvfp4(blocks: BlockData) -> Tensor:
     def scales(stored: _Bytes) -> _Bytes:
         scale = stored[:, :4]
         if (scale == 0xFF).any():
-            raise CorruptFile("has the scale 0xFF, which is no unsigned E4M3 number", tensor=blocks.name)
+            raise CorruptFile("has the scale 0xFF, which is not an unsigned E4M3 number", tensor=blocks.name)
         return np.where(scale == _UE4M3_ZERO, np.uint8(0), scale & np.uint8(0x7F))
 
     return blocks.quantized(FLOAT4, lambda b: paired_halves(b, 4, 8), blocks.part("scale", FLOAT8_E4M3, 4, scales))

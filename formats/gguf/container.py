@@ -83,7 +83,7 @@ class GGUFHeader:
         """The bytes of a tensor that takes so many. Raises CorruptFile where they do not lie in the file."""
         if tensor.offset % self.alignment:
             raise CorruptFile(
-                f"has its data at offset {tensor.offset}, which is no multiple of the alignment {self.alignment}",
+                f"has its data at offset {tensor.offset}, which is not a multiple of the alignment {self.alignment}",
                 tensor=tensor.name,
             )
         with located(tensor=tensor.name):
@@ -163,7 +163,7 @@ class _Cursor:
         try:
             return taken.decode()
         except UnicodeDecodeError as error:
-            raise CorruptFile(f"has the string {brief(taken[:40])}, which is no UTF-8: {error.reason}") from None
+            raise CorruptFile(f"has the string {brief(taken[:40])}, which is not UTF-8: {error.reason}") from None
 
     def value(self) -> Value:
         """The next value, its type before it."""

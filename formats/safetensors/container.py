@@ -97,7 +97,7 @@ def open_container(file: MappedFile) -> SafetensorsHeader:
     header, start = _header(file)
     metadata = header.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CorruptFile(f"its {METADATA_KEY} is no object of strings")
+        raise CorruptFile(f"its {METADATA_KEY} is not an object of strings")
     spans = sorted((_entry(name, entry, file, start) for name, entry in header.items()), key=lambda span: span[1:3])
     end = 0
     for name, first, last, _ in spans:
@@ -128,7 +128,7 @@ def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
 
 def _entry(name: str, entry: Any, file: MappedFile, start: int) -> tuple[str, int, int, StoredTensor]:
     if not isinstance(entry, dict):
-        raise CorruptFile("its header entry is no object", tensor=name)
+        raise CorruptFile("its header entry is not an object", tensor=name)
     kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         raise CorruptFile(f"has shape {brief(shape)} and data_offsets {brief(offsets)}; counts are needed", tensor=name)

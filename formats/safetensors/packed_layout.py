@@ -193,7 +193,7 @@ def _built(
     uses = tuple(_built_use(use) for use in description.get("uses", ()))
     owner = description.get("parameter_of")
     if owner is not None and not isinstance(owner, str):
-        raise ValueError(f"{brief(owner)} is no name")
+        raise ValueError(f"{brief(owner)} is not a name")
     return Tensor(name, shape, dtype, stored[key].data, quantization, uses, owner)
 
 
@@ -214,7 +214,7 @@ def _built_use(described: list[Any]) -> Use:
         or _count(position) >= _MOST_INPUTS
         or len(described) > _USE_ITEMS
     ):
-        raise ValueError(f"{brief(described)} is no use of a tensor")
+        raise ValueError(f"{brief(described)} is not a use of a tensor")
     sum_axes = None if sums is None else tuple(sums)
     return Use(operator, position, axis, _built_activation(activation), _built_activation(result), sum_axes)
 
@@ -267,5 +267,5 @@ def _built_quantization(
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{brief(value)} is no count")
+        raise ValueError(f"{brief(value)} is not a count")
     return value

@@ -53,7 +53,7 @@ def _affine(
         return None, []
     if zero_point is None or zero_point.size != scale.size:
         count = 0 if zero_point is None else zero_point.size
-        raise CorruptFile(f"has {scale.size} scales but {count} zero points; as many are needed")
+        raise CorruptFile(f"has {scale.size} scales but {count} zero points; both must be as many")
     if not np.isfinite(scale).all():
         position = int(np.argmin(np.isfinite(scale)))
         raise CorruptFile(f"has scale {scale[position]} for channel {position}; a finite number is needed")

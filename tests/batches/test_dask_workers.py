@@ -199,10 +199,10 @@ def test_a_cluster_of_its_own(models: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["dask://127.0.0.1:1"], "no scheduler of Dask answers there"),
-        (["dask://there"], "dask, or dask://HOST:PORT is needed"),
-        (["ray"], "dask, or dask://HOST:PORT is needed"),
-        (["dask://127.0.0.1:1", "--jobs", "2"], "a cluster's workers say how many"),
+        (["dask://127.0.0.1:1"], "no Dask scheduler answers there"),
+        (["dask://there"], "must be dask or dask://HOST:PORT"),
+        (["ray"], "must be dask or dask://HOST:PORT"),
+        (["dask://127.0.0.1:1", "--jobs", "2"], "doesn't apply to a cluster"),
     ],
 )
 def test_executors_that_are_none(options: list[str], message: str, models: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_in_memory(models: Path, tmp_path: Path) -> None:
         "memory://in", "memory://out", ["safetensors", "cheader"], settings=BatchSettings(resume=True), **options
     )
     assert {record.source for record in again.records if not record.kept} == {"broken.tflite"}
-    with pytest.raises(UsageError, match="is seen by this process only"):
+    with pytest.raises(UsageError, match="can be read by this process only"):
         nibblecast.batch("memory://in", "memory://out", "safetensors", settings=BatchSettings(timeout=9))
 
 

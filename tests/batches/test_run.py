@@ -151,7 +151,7 @@ def test_names_that_clash_are_an_error_before_the_start(models: Path, tmp_path: 
     ("source", "message"),
     [
         ("missing", "neither a folder nor a list"),
-        ("nothing", "has no model in it"),
+        ("nothing", "contains no model"),
         ("list.txt", "does not exist"),
         ("binary", "no list of paths"),
         ("empty", "is an empty list"),

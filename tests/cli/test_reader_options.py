@@ -38,9 +38,9 @@ def test_an_option_may_name_the_readers_format(tmp_path: Path) -> None:
 def test_unknown_options_name_what_there_is() -> None:
     with pytest.raises(UsageError, match="has no option 'bats': it has bits, fold-batch-norm, int4-cpu-layout"):
         nibblecast.load(QAT, bats=4)
-    with pytest.raises(UsageError, match="reading format 'tflite' takes no options, but bits is given"):
+    with pytest.raises(UsageError, match="the reader of format 'tflite' has no options, but bits is given"):
         nibblecast.load(TFLITE, bits=4)
-    with pytest.raises(UsageError, match="reading these files takes no option 'prefix'"):
+    with pytest.raises(UsageError, match="no reader of these files has an option 'prefix'"):
         nibblecast.verify(TFLITE, TFLITE, prefix="x")
 
 

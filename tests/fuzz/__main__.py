@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     unknown = [name for name in given.reader if name not in READERS]
     if unknown:
-        print(f"there is no reader '{unknown[0]}': known are {', '.join(READERS)}", file=sys.stderr)
+        print(f"unknown reader '{unknown[0]}'; known formats: {', '.join(READERS)}", file=sys.stderr)
         return 2
     readers = [READERS[name] for name in given.reader or READERS]
     jobs = min(given.jobs, len(readers))

@@ -183,4 +183,4 @@ def _wrong_outputs(ended: Ended, name: str) -> list[str]:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

@@ -196,7 +196,7 @@ def test_a_model_that_is_a_fifo_is_not_waited_for(suffix: str, tmp_path: Path) -
     "location", ["", ".", "..", "../a", "a/../../b", "/etc/passwd", "a\0b", "C:\\a", "C:a", "\\\\host\\a", "..\\a"]
 )
 def test_paths_that_lead_out_are_refused(location: str, tmp_path: Path) -> None:
-    with pytest.raises(CorruptFile, match="the path of a file inside its folder is needed"):
+    with pytest.raises(CorruptFile, match="it must be the path of a file inside its folder"):
         contained_file(tmp_path, location)
 
 

@@ -74,7 +74,7 @@ def test_a_truncated_input_is_one_line_and_an_exit_code(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "m.safetensors: has changed while it was read"),
+        ((), "m.safetensors: changed while it was read"),
         (("--quantize", "int4,block=32"), "m.safetensors: it or a file beside it was cut off while it was read"),
     ],
     ids=["in a system call", "in an instruction"],
@@ -110,7 +110,7 @@ def test_what_was_written_to_meanwhile_is_refused(model: Path, tmp_path: Path) -
         stream.seek(-4, os.SEEK_END)
         stream.write(b"\0\0\0\0")
     os.utime(model, ns=(0, 0))
-    with pytest.raises(ChangedFile, match=r"m\.safetensors: has changed while it was read"):
+    with pytest.raises(ChangedFile, match=r"m\.safetensors: changed while it was read"):
         pipeline.run([planned])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 

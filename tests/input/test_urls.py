@@ -43,7 +43,7 @@ def test_secrets_are_hidden(text: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "dask://HOST:PORT is needed",
+        "must be dask or dask://HOST:PORT",
         "hf://user/repo@main/model.gguf",
         "s3://bucket/a/b.tflite: does not exist",
         "https://h:8080/x?",

@@ -158,7 +158,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_says_that_shards_are_kept(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No space left on device; complete shards are kept: go on with --resume"):
+    with pytest.raises(UsageError, match="No space left on device; complete shards are kept: continue with --resume"):
         pipeline.run(failing(OSError(28, "No space left on device"), tmp_path / "out"))
     assert listing(tmp_path) == [".out.nibblecast-part"]
 
@@ -226,11 +226,11 @@ def test_parts_are_of_one_intent(source: Path, tmp_path: Path) -> None:
     def part(number: int, **options: Any) -> int:
         return write_shard(source, tmp_path / "out", number=number, to=["safetensors"], **(ONE_EACH | options))
 
-    with pytest.raises(UsageError, match="out: has not been begun"):
+    with pytest.raises(UsageError, match="out: was not started"):
         part(1)
     assert listing(tmp_path) == ["source"]
     assert part(0) == SHARDS
-    with pytest.raises(UsageError, match="has been begun for another source, or with other options"):
+    with pytest.raises(UsageError, match="was started for another source, or with other options"):
         part(1, only=["layers.0.*"])
     assert part(2) == SHARDS
     staged = tmp_path / ".out.nibblecast-part" / "out"

@@ -119,7 +119,7 @@ class TestWhichTensors:
 
     @pytest.mark.parametrize("text", ["int4", "int4,requantize"])
     def test_nothing_to_quantize_is_an_error(self, text: str) -> None:
-        with pytest.raises(UsageError, match="there is no float weight"):
+        with pytest.raises(UsageError, match="the model has no float weight"):
             quantize_model(zoo.model([plain("b", (8,))]), parse_scheme(text))
 
     @pytest.mark.parametrize(
@@ -220,7 +220,9 @@ class TestConversions:
         assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
     def test_not_together_with_dequantize(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="exclude each other: 'int4,per-channel,symmetric,requantize'"):
+        with pytest.raises(
+            UsageError, match="use either dequantize or quantize: 'int4,per-channel,symmetric,requantize'"
+        ):
             nibblecast.convert(INT4, tmp_path / "w.h", quantize="int4", dequantize="float32")
 
     def test_the_files_of_the_floats_are_still_inputs(self, tmp_path: Path) -> None:
@@ -269,9 +271,9 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "why"),
         [
-            (("--quantize", "int5"), "'int5' is none of"),
-            (("--quantize", "int4", "--dequantize"), "exclude each other"),
-            (("--quantize", "int4", "--only", "*Bias*"), "there is no float weight"),
+            (("--quantize", "int5"), "'int5' is not one of"),
+            (("--quantize", "int4", "--dequantize"), "use either dequantize or quantize"),
+            (("--quantize", "int4", "--only", "*Bias*"), "the model has no float weight"),
         ],
     )
     def test_usage(self, arguments: tuple[str, ...], why: str, tmp_path: Path) -> None:

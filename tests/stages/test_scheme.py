@@ -41,12 +41,12 @@ def test_texts(text: str, expected: Scheme) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "'' is none of"),
+        ("", "'' is not one of"),
         ("block=32", "one of int2, uint2, int4"),
         ("int4,int8", "one of int2, uint2, int4"),
-        ("int3", "'int3' is none of int2, uint2, int4"),
-        ("int4=1", "'int4=1' is none of"),
-        ("int4,block", "'block' is none of"),
+        ("int3", "'int3' is not one of int2, uint2, int4"),
+        ("int4=1", "'int4=1' is not one of"),
+        ("int4,block", "'block' is not one of"),
         ("int4,block=", "block=: a whole number"),
         ("int4,block=0", "block=0: a block holds at least one"),
         ("int4,block=-1", "block=-1: a block holds at least one"),
@@ -55,10 +55,10 @@ def test_texts(text: str, expected: Scheme) -> None:
         ("int4,axis=x", "axis=x: a whole number"),
         ("int4,axis=1,axis=1", "'axis' is given twice"),
         ("int4,only=a,only=b", "'only' is given twice"),
-        ("int4,symmetric,asymmetric", "'symmetric' and 'asymmetric' exclude each other"),
-        ("int4,per-tensor,block=32", "'per-tensor' and 'block' exclude each other"),
-        ("int4,per-tensor,axis=0", "'per-tensor' and 'axis' exclude each other"),
-        ("int4,scale=float64", "scale=float64: float32, float16, bfloat16 are possible"),
+        ("int4,symmetric,asymmetric", "'symmetric' and 'asymmetric' cannot be combined"),
+        ("int4,per-tensor,block=32", "'per-tensor' and 'block' cannot be combined"),
+        ("int4,per-tensor,axis=0", "'per-tensor' and 'axis' cannot be combined"),
+        ("int4,scale=float64", "scale=float64: use float32, float16, bfloat16"),
     ],
 )
 def test_texts_that_say_nothing_sensible(text: str, why: str) -> None:

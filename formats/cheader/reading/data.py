@@ -157,7 +157,7 @@ class PackedData(Data):
         least, most = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
         for code in (codes.min(), codes.max()) if codes.size else ():
             if not least <= code <= most:
-                raise self._corrupt(f"holds {code}, which is no code of {bits} bits")
+                raise self._corrupt(f"holds {code}, which is not a code of {bits} bits")
         return codes
 
     def _rows(self, first: int, last: int) -> NDArray[Any]:

@@ -393,7 +393,7 @@ class _Literals(dict[bytes, Any]):
         value = self._float(literal) if self._dtype.kind == "f" else self._integer(literal)
         if value is None:
             shown = literal[:40].decode("ascii", "backslashreplace")
-            raise CorruptFile(f"{self._array} holds '{shown}', which is no element of {self._dtype}")
+            raise CorruptFile(f"{self._array} holds '{shown}', which is not an element of {self._dtype}")
         self[literal] = value
         return value
 

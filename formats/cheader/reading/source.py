@@ -176,7 +176,7 @@ class Declarations:
 
 def _unknown(file: MappedFile, offset: int, text: bytes, what: str) -> CorruptFile:
     shown = text[:80].decode("ascii", "backslashreplace")
-    return corrupt(file, offset, f"{shown} is no {what}, and no macro defined once that stands for one")
+    return corrupt(file, offset, f"{shown} is not {what}, nor a macro that is defined once as one")
 
 
 _KINDS = (

@@ -31,7 +31,9 @@ class Row:
         """A string member. Raises CorruptFile when it is none."""
         literals = self.members.get(member, ())
         if not literals or any(token.kind != "string" or token.text[:1] != b'"' for token in literals):
-            raise corrupt(self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is no string")
+            raise corrupt(
+                self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is not a string"
+            )
         parts = [string_bytes(token.text) for token in literals]
         if any(part is None for part in parts):
             raise corrupt(self.table.file, self.offset, f"the {member} holds an escape that is none of C's")
@@ -48,7 +50,9 @@ class Row:
         if given is None:
             return 0
         if len(given) != 1:
-            raise corrupt(self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is no number")
+            raise corrupt(
+                self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is not a number"
+            )
         return declarations.integer(given[0].text, self.table.file, given[0].offset)
 
     def array(self, member: str) -> str | None:
@@ -57,7 +61,9 @@ class Row:
         if given is None or (len(given) == 1 and given[0].text in _NULL):
             return None
         if len(given) != 1 or given[0].kind != "name":
-            raise corrupt(self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is no array")
+            raise corrupt(
+                self.table.file, self.offset, f"{self.table.name} has an entry whose {member} is not an array"
+            )
         return given[0].text.decode("ascii")
 
 
@@ -72,7 +78,7 @@ def rows_of(table: ArrayText) -> Iterator[Row]:
         elif token.text == b"," and comma_due:
             comma_due = False
         else:
-            raise corrupt(table.file, token.offset, f"{table.name} holds something that is no entry in braces")
+            raise corrupt(table.file, token.offset, f"{table.name} holds something that is not an entry in braces")
 
 
 def _members(table: ArrayText, opening: Token, tokens: Iterator[Token]) -> dict[str, tuple[Token, ...]]:
@@ -83,7 +89,7 @@ def _members(table: ArrayText, opening: Token, tokens: Iterator[Token]) -> dict[
         if token.text not in (b",", b"}") or token.kind != "mark":
             given.append(token)
             if len(given) > _MOST_TOKENS or token.text in (b"{", b";"):
-                raise corrupt(table.file, token.offset, f"{table.name} has an entry that is no list of values")
+                raise corrupt(table.file, token.offset, f"{table.name} has an entry that is not a list of values")
             continue
         if given:
             designated = designated or given[0].text == b"."

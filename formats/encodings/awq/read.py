@@ -51,7 +51,7 @@ def decode(stored: WeightTensors) -> DecodedWeight:
     if layout in _OTHER_LAYOUTS:
         raise Unsupported(f"is in the layout '{layout}' of AWQ, for one GPU kernel: {_GEMM_NEEDED}")
     if layout not in _GEMM:
-        raise Unsupported(f"is in the layout '{layout}' of AWQ, which is not known here: {_GEMM_NEEDED}")
+        raise Unsupported(f"is in the layout '{layout}' of AWQ, which is not supported: {_GEMM_NEEDED}")
     bits = stored.setting("bits", int, 4)
     if bits != 4:
         raise Unsupported(f"has codes of {bits} bits: AWQ's GEMM layout is of 4")

@@ -37,7 +37,7 @@ def dtype_for(lowest: int, highest: int) -> np.dtype[Any]:
         low, high = code_range(dtype)
         if low <= lowest <= highest <= high and (low == 0) == (lowest >= 0):
             return dtype
-    raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, which is no range that can be held")
+    raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, a range that no code dtype holds")
 
 
 def narrowed(codes: Tensor, dtype: np.dtype[Any]) -> Data:

@@ -130,7 +130,7 @@ class _Groups:
         if groups is None:
             return cls(None, None, frozenset(), {}, (), frozenset(_strings([config.get("format")])))
         if not isinstance(groups, dict):
-            raise CorruptFile(f"has config_groups that are no object in its configuration: {brief(groups)}")
+            raise CorruptFile(f"config_groups of its configuration must be an object, got {brief(groups)}")
         if len(groups) > _MOST_GROUPS:
             raise CorruptFile(f"has {len(groups)} config_groups in its configuration: {_MOST_GROUPS} are the most")
         by_target: dict[str, dict[str, None]] = {}
@@ -188,7 +188,7 @@ def _scheme(name: str, group: Any, default: Any) -> ConfigGroup | None:
     if weights is None:
         return None
     if not isinstance(weights, Mapping):
-        raise CorruptFile(f"has weights in '{name}' of its configuration that are no object: {brief(weights)}")
+        raise CorruptFile(f"config group '{name}': weights must be an object, got {brief(weights)}")
     layout = _of(group, "format") or default or ""
     bits, kind = _of(weights, "num_bits", 8), _of(weights, "type", "int")
     size, block = _of(weights, "group_size"), _of(weights, "block_structure")
@@ -198,7 +198,9 @@ def _scheme(name: str, group: Any, default: Any) -> ConfigGroup | None:
         sizes = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in block.split("x", 1)]
     counts = [bits, -1 if size is None else size, *sizes]
     if not all(is_size(count) for count in counts) or len(counts) != 4 or not 1 <= bits <= 32:
-        raise CorruptFile(f"has numbers in '{name}' of its configuration that are none: {brief((bits, size, block))}")
+        raise CorruptFile(
+            f"config group '{name}': bits, group size and block must be numbers, got {brief((bits, size, block))}"
+        )
     for key, text in (("format", layout), ("type", kind), ("strategy", strategy)):
         if not isinstance(text, str):
             raise CorruptFile(f"has the {key} {brief(text)} in '{name}' of its configuration, where a name is needed")

@@ -62,7 +62,7 @@ def encode(weight: Tensor) -> Encoded:
         raise Unsupported("has a group index (act-order), which the library reads no longer", tensor=weight.name)
     is_small_float = weight.dtype in (FLOAT4, FLOAT8_E4M3)
     if is_small_float and quantization.offset is not None:
-        raise Unsupported(f"has {weight.dtype} codes with offsets, for which there is no layout", tensor=weight.name)
+        raise Unsupported(f"has {weight.dtype} codes with offsets, which no layout can hold", tensor=weight.name)
     if weight.dtype == FLOAT4:
         return _float4(weight, quantization)
     if weight.dtype == FLOAT8_E4M3:
@@ -178,7 +178,7 @@ def _zero_points(key: str, zero_point: Tensor, written: WeightScheme, shape: tup
 
 def _float8(weight: Tensor, quantization: Quantization) -> Encoded:
     if quantization.zero_point is not None and quantization.zero_point.dequantize(np.float32).any():
-        raise Unsupported("has float8 codes with zero points, for which there is no layout", tensor=weight.name)
+        raise Unsupported("has float8 codes with zero points, which no layout can hold", tensor=weight.name)
     weight = replace(weight, quantization=replace(quantization, zero_point=None))
     module = _module(weight.name)
     codes = {f"{module}.weight": replace(weight, quantization=None)}
@@ -199,7 +199,7 @@ def _float4(weight: Tensor, quantization: Quantization) -> Encoded:
     if _has_exponents(quantization, weight):
         return _in_mx_blocks(weight, codes, ConfigGroup(4, "float", "group", MX_BLOCK, (0, 0), "mxfp4-pack-quantized"))
     if quantization.factor != 1:
-        raise Unsupported("has float4 codes with a factor, for which there is no place", tensor=weight.name)
+        raise Unsupported("has float4 codes with a factor, which no layout can hold", tensor=weight.name)
     if quantization.scale.dtype == FLOAT8_E4M3 and _is_in_blocks(weight, quantization, NVFP4_BLOCK):
         return _nvfp4(weight, quantization, codes)
     raise Unsupported(
@@ -256,7 +256,7 @@ def _divisor(name: str, scale: Tensor) -> tuple[np.float32, tuple[Loss, ...]]:
         quotients = every.numpy().astype(np.float32) / divisor
     if not np.isfinite(divisor) or not divisor:
         seen = one.dequantize(np.float32)[0]
-        raise Unsupported(f"has the second-level scale {seen}, whose reciprocal is no float32", tensor=name)
+        raise Unsupported(f"has the second-level scale {seen}, whose reciprocal is not a float32", tensor=name)
     if np.array_equal(replace(every, quantization=nested).dequantize(np.float32), quotients):
         return divisor, ()
     return divisor, (

@@ -50,7 +50,7 @@ def decode(stored: WeightTensors) -> DecodedWeight:
     if layout in _OTHER_LAYOUTS:
         raise Unsupported(f"is in the layout '{layout}' of GPTQ: save it in 'gptq' or 'gptq_v2' with gptqmodel")
     if layout not in ("gptq", "gptq_v2"):
-        raise Unsupported(f"is in the layout '{layout}' of GPTQ, which is not known here")
+        raise Unsupported(f"is in the layout '{layout}' of GPTQ, which is not supported")
     if qweight.dtype != np.int32 or qzeros.dtype != np.int32 or not is_float(scales.dtype):
         raise CorruptFile(f"has qweight of {qweight.dtype}, qzeros of {qzeros.dtype} and scales of {scales.dtype}")
     groups, outputs = scales.shape

@@ -105,7 +105,7 @@ def _setting(stored: WeightTensors) -> ModuleSettings:
             raise CorruptFile("is quantized by MLX, but no config.json says its group_size and bits")
     mode = own.get("mode") or ("affine" if has_biases else config.get("mode", "affine"))
     if not isinstance(mode, str) or mode not in DEFAULTS:
-        raise Unsupported(f"is in MLX's mode {brief(mode)}, which is not known here: {', '.join(DEFAULTS)} are")
+        raise Unsupported(f"is in MLX's mode {brief(mode)}, which is not supported: {', '.join(DEFAULTS)} are")
     if has_biases != (mode == "affine"):
         raise CorruptFile(f"is in mode '{mode}', but has {'' if has_biases else 'no '}biases")
     size, bits = _number(own, "group_size", mode), _number(own, "bits", mode)

@@ -191,7 +191,7 @@ def _row_count(stored: WeightTensors, matrix: _Matrix) -> int:
             row = matrix.rows // rows * matrix.columns
             if next((size for size in _GROUP_SIZES if row % size == 0), 0) == matrix.columns:
                 return rows
-        raise CorruptFile(f"has {matrix.rows} groups of {matrix.columns}, which are not those of {rows} rows")
+        raise CorruptFile(f"has {matrix.rows} groups of {matrix.columns}, which do not make {rows} rows")
     raise Unsupported(
         f"is {matrix.rows} groups of {matrix.columns} elements, and neither a bias nor config.json tells of how many "
         "rows: put the model's config.json beside it"

@@ -176,7 +176,7 @@ def _weight(parts: InnerTensors, codes: Tensor, scale: Tensor, zero_point: Tenso
     block_shape = parts.block_shape(parts.shape)
     domain = _DOMAINS.get(_plain_value(parts.get("zero_point_domain")))
     if domain is None:
-        raise parts.corrupt(f"has the zero_point_domain {brief(parts.get('zero_point_domain'))}, which is none")
+        raise parts.corrupt(f"has the unknown zero_point_domain {brief(parts.get('zero_point_domain'))}")
     if domain != "FLOAT":
         return affine(parts, codes, block_shape, scale, zero_point if domain == "INT" else None)
     grid = grid_shape(parts.shape, block_shape)

@@ -102,7 +102,7 @@ class InnerTensors:
         if tensor is None:
             return None
         if not isinstance(tensor, Tensor) or tensor.quantization is not None:
-            raise self.corrupt(f"has a {roles[0]} that is no plain tensor but {type(tensor).__name__}")
+            raise self.corrupt(f"has a {roles[0]} that is not a plain tensor but {type(tensor).__name__}")
         if not (is_integer(tensor.dtype) or is_float(tensor.dtype)):
             raise self.corrupt(f"has a {roles[0]} of dtype {tensor.dtype}, which holds no real numbers")
         return tensor
@@ -111,7 +111,7 @@ class InnerTensors:
         """An attribute that must be a wrapped tensor itself."""
         wrapped = self.get(*roles)
         if not isinstance(wrapped, WrappedTensor):
-            raise self.corrupt(f"has a {roles[0]} that is no tensor of torchao but {type(wrapped).__name__}")
+            raise self.corrupt(f"has a {roles[0]} that is not a tensor of torchao but {type(wrapped).__name__}")
         return wrapped
 
     def count(self, *roles: str) -> int:

@@ -78,7 +78,7 @@ def encode(weight: Tensor) -> Encoded:
     if quantization.codebook is not None:
         raise Unsupported("has codes that are looked up in a codebook", tensor=weight.name)
     if quantization.group_index is not None:
-        raise Unsupported("has a group index (act-order), for which there is no place", tensor=weight.name)
+        raise Unsupported("has a group index (act-order), which torchao cannot hold", tensor=weight.name)
     if weight.dtype != FLOAT4 and weight.dtype not in _FLOAT8S:
         return _integers(weight)
     scale = quantization.scale

@@ -104,7 +104,7 @@ class _Codes:
                 added = _spread(zero_point, part.shape, quantization)
                 values = np.rint(values + added) if self.zero_point_first else np.rint(values) + added
         if np.isnan(values).any():
-            raise Unsupported("holds NaN, or has scales of zero, for which there is no code", tensor=part.name)
+            raise Unsupported("holds NaN, or has scales of zero, which codes cannot represent", tensor=part.name)
         wide = np.float64 if bits_of(self.dtype) > 16 else np.float32  # exact for both limits
         codes: NDArray[Any] = np.clip(values.astype(wide), *self.limits).astype(np.int32).reshape(-1)
         return codes

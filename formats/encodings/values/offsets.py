@@ -43,7 +43,7 @@ def offsets_as_zero_points(weight: Tensor) -> tuple[Tensor, tuple[Loss, ...]]:
     if flat(quantization.offset).dtype not in _FRACTION_BITS:
         raise Unsupported(f"has offsets of {quantization.offset.dtype}", tensor=weight.name)
     if quantization.zero_point is not None and not is_integer(quantization.zero_point.dtype):
-        raise Unsupported("has offsets beside zero points that are no integers", tensor=weight.name)
+        raise Unsupported("has offsets beside zero points that are not integers", tensor=weight.name)
     for piece in in_pieces({"scale": quantization.scale, "offset": quantization.offset}):
         _check(weight.name, piece["scale"].astype(np.float64), piece["offset"])
     changed = _with_zero_points(weight)
@@ -67,7 +67,7 @@ def _check(name: str, scale: NDArray[np.float64], offset: NDArray[Any]) -> None:
         at = int(np.argmin(fits))
         seen = f"{offset.flat[at]} where the scale is {scale.flat[at]}"
         raise Unsupported(
-            f"has offsets that are no multiples of its scales ({seen}): it has no zero points", tensor=name
+            f"has offsets that are not multiples of its scales ({seen}), so they cannot become zero points", tensor=name
         )
 
 

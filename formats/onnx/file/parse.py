@@ -25,7 +25,7 @@ def parse(view: memoryview, path: Path) -> ParsedModel:
 
 def _model(view: memoryview) -> ParsedModel:
     if not len(view):
-        raise CorruptFile("is empty: this is no ONNX model")
+        raise CorruptFile("is empty: this is not an ONNX model")
     record = decode(view, Range(0, len(view)), schema.MODEL)
     graphs = record.ranges("graph")
     if len(graphs) != 1 or "ir_version" not in record.values:
@@ -72,7 +72,9 @@ def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], ParsedGr
 
 def _graph(view: memoryview, where: Range, depth: int) -> ParsedGraph:
     if depth > _DEEPEST:
-        raise Unsupported(f"graphs are nested deeper than {_DEEPEST} levels: this is no model that an exporter makes")
+        raise Unsupported(
+            f"graphs are nested deeper than {_DEEPEST} levels: this is not a model that an exporter makes"
+        )
     record = decode(view, where, schema.GRAPH)
     sparse = []
     for place in record.ranges("sparse_initializer"):

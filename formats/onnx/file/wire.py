@@ -152,7 +152,7 @@ def _fields(view: memoryview, where: Range, message: str) -> Iterator[tuple[int,
         elif wire_type in (_FIXED32, _FIXED64):
             end = at + (4 if wire_type == _FIXED32 else 8)
         else:
-            raise CorruptFile(f"byte {at}: wire type {wire_type} in a {message}: this is no ONNX model")
+            raise CorruptFile(f"byte {at}: wire type {wire_type} in a {message}: this is not an ONNX model")
         if end > stop or number == 0:
             raise CorruptFile(
                 f"byte {at}: field {number} of a {message} ends at byte {end}, the {message} at {stop}: "

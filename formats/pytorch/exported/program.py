@@ -159,7 +159,7 @@ def dtype_of(value: Any) -> TorchDtype:
     """What a number of schema.ScalarType stands for. Raises Unsupported where it is not known here."""
     name = _SCALAR_TYPES.get(value, "") if type(value) is int else ""
     if name not in DTYPES:
-        raise Unsupported(f"has a tensor of ScalarType {brief(value)} {name}, which is not known here")
+        raise Unsupported(f"has a tensor of ScalarType {brief(value)} {name}, which is not supported")
     return DTYPES[name]
 
 

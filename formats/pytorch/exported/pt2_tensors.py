@@ -104,7 +104,7 @@ def _strided(archive: Archive, record: str, meta: dict[str, Any]) -> StridedTens
 def _pickled(archive: Archive, record: str, limits: Limits) -> StridedTensor | SubclassTensor:
     value = saved_value(Archive.open(archive.record(record)), limits)
     if not is_tensor(value):
-        raise Unsupported(f"is no tensor but {type(value).__name__} in the pickle {brief(record)}")
+        raise Unsupported(f"is not a tensor but {type(value).__name__} in the pickle {brief(record)}")
     return value
 
 
@@ -113,7 +113,9 @@ def _read_pickles(found: ProgramTensors, archive: Archive, record: str, limits: 
     if data.nbytes == 0:  # no constants
         return
     if data.read(0, len(ZIP_MAGIC)).tobytes() != ZIP_MAGIC:
-        raise Unsupported(f"its record {brief(record)} is no archive of torch.save: load the program and save it again")
+        raise Unsupported(
+            f"its record {brief(record)} is not an archive of torch.save: load the program and save it again"
+        )
     values = saved_value(Archive.open(data), limits)
     if not isinstance(values, dict):
         raise CorruptFile(f"its record {brief(record)} has no tensors by name, but {type(values).__name__}")

@@ -91,7 +91,7 @@ class Call:
         if value is None:
             return FLOAT32
         if not isinstance(value, TorchDtype) or not is_float(value.numpy):
-            raise CorruptFile(f"is taken by {self.name}, where {described(value)} is no float dtype for {names[0]}")
+            raise CorruptFile(f"is taken by {self.name}, where {described(value)} is not a float dtype for {names[0]}")
         return value.numpy
 
     def parameter(self, role: str, grid: tuple[int, ...], *names: str) -> Tensor | None:

@@ -130,7 +130,7 @@ class _FxBuilder:
 
     def _type(self, port: Port) -> tuple[Any, tuple[int | str, ...]]:
         if port.shape is None or not port.dtype:
-            raise Unsupported(f"its input {brief(port.name)} is no tensor of a known dtype: {_ALONE}")
+            raise Unsupported(f"its input {brief(port.name)} is not a tensor of a known dtype: {_ALONE}")
         return getattr(self.torch, port.dtype), port.shape
 
     def _example(self, port: Port) -> Any:

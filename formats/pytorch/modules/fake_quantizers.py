@@ -70,7 +70,7 @@ def quantize_weights(
     """The model with every weight that has a fake quantizer as the codes that it stands for, and what only training
     needs left out. `settings` are the attributes of modules. Raises UsageError for an impossible number of bits."""
     if bits is not None and bits not in _WIDTHS:
-        raise UsageError(f"option bits: {bits} is none of {_WIDTHS.start} to {_WIDTHS.stop - 1}")
+        raise UsageError(f"option bits: {bits} is not one of {_WIDTHS.start} to {_WIDTHS.stop - 1}")
     losses: list[Loss] = []
     codes: dict[str, Tensor] = {}
     left_out: set[str] = set()
@@ -187,7 +187,7 @@ def _range(
     lowest, highest = settings.get("quant_min"), settings.get("quant_max")
     if bits is None and type(lowest) is int and type(highest) is int:
         if not -_MOST_CODE <= lowest <= highest < _MOST_CODE:
-            raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, which is no range that can be held")
+            raise CorruptFile(f"has codes from {brief(lowest)} to {brief(highest)}, a range that no code dtype holds")
         return (lowest, highest), ""
     scales = scale.dequantize().reshape(-1).astype(np.float64)
     zeros = np.zeros_like(scales) if zero_point is None else zero_point.dequantize().reshape(-1).astype(np.float64)

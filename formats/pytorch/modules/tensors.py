@@ -114,7 +114,7 @@ def _along(axis: int, shape: tuple[int, ...], role: str, values: Any, name: str)
             raise CorruptFile(f"has a {role} that no dtype of PyTorch holds: it is damaged", tensor=name) from None
         values = None
     elif not isinstance(values, StridedTensor):
-        raise CorruptFile(f"has a {role} that is no tensor but {type(values).__name__}", tensor=name)
+        raise CorruptFile(f"has a {role} that is not a tensor but {type(values).__name__}", tensor=name)
     count = array.size if values is None else prod(values.shape)
     if count != shape[axis]:
         raise CorruptFile(f"has {count} of {role} for {shape[axis]} channels: it is damaged", tensor=name)

@@ -53,7 +53,7 @@ def legacy_value(file: MappedFile, limits: Limits) -> Any:
     the count of elements (int64) and the elements (torch/serialization.py, _legacy_load)."""
     refuse_tar(file)
     if file.view[:1].tobytes() != _PROTOCOL:
-        raise CorruptFile(f"begins with {brief(file.view[:8].tobytes())}: it is no file of PyTorch")
+        raise CorruptFile(f"begins with {brief(file.view[:8].tobytes())}: it is not a file of PyTorch")
     data = memoryview(file.view)  # type: ignore[arg-type]
     storages: dict[str, Storage] = {}
 
@@ -73,7 +73,7 @@ def legacy_value(file: MappedFile, limits: Limits) -> Any:
     magic = unpickler.load()
     if type(magic) is not int or magic != _LEGACY_MAGIC:
         if storages or unpickler.position < len(data):
-            raise CorruptFile("is no PyTorch file: it begins with a pickle of another kind")
+            raise CorruptFile("is not a PyTorch file: it begins with a pickle of another kind")
         return magic
     protocol, system, value, keys = (unpickler.load() for _ in range(4))
     if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
@@ -107,11 +107,11 @@ def _place(storages: dict[str, Storage], keys: Any, file: MappedFile, position: 
 def _storage_of(identifier: Any) -> tuple[str, TorchDtype | None, int, Any]:
     """Key, dtype, count of elements and view of a persistent id."""
     if not isinstance(identifier, tuple) or len(identifier) not in (5, 6) or not _is_text(identifier[0], "storage"):
-        raise CorruptFile(f"refers to something outside its pickle that is no storage: {described(identifier)}")
+        raise CorruptFile(f"refers to something outside its pickle that is not a storage: {described(identifier)}")
     _, kind, key, _, count, *view = identifier
     name = kind.name if isinstance(kind, Global) and kind.module.partition(".")[0] == "torch" else ""
     if name not in STORAGES:
-        raise Unsupported(f"has a storage of class {described(kind)}, which is not known here")
+        raise Unsupported(f"has a storage of class {described(kind)}, which is not supported")
     if not _is_storage_key(key) or not _is_count(count):
         raise CorruptFile(f"has a storage of {described(count)} elements under the key {described(key)}: it is damaged")
     return key, STORAGES[name], count, view[0] if view else None

@@ -85,7 +85,7 @@ def checked_global(module: Any, name: Any, spend: Spend) -> Global:
     """The name of a class or function. Raises CorruptFile where it is one of Python's own library that is no data, or
     one that reaches into another module (`torch.serialization os.system`)."""
     if not isinstance(module, str) or not isinstance(name, str) or len(module) + len(name) > _MOST_NAME:
-        raise CorruptFile("its pickle names a class by what is no name")
+        raise CorruptFile("its pickle names a class by something that is not text")
     spend(len(module) + len(name))
     inner = name.split(".")
     standard = module.split(".")[0] in _STANDARD_LIBRARY and (module, name) not in _DATA
@@ -125,7 +125,7 @@ def _frozenset(spend: Spend, values: Any = ()) -> frozenset[Any]:
 
 def _length(values: Any) -> int:
     if not isinstance(values, tuple | list):
-        raise TypeError(f"a collection of what is no list but {type(values).__name__}")
+        raise TypeError(f"a collection needs a list, not {type(values).__name__}")
     return len(values)
 
 
@@ -147,7 +147,7 @@ def _new_object(_spend: Spend, cls: Any, *arguments: Any) -> UnknownObject:
 
 def _checked_class(cls: Any) -> Global:
     if not isinstance(cls, Global):
-        raise TypeError(f"an object of what is no class but {type(cls).__name__}")
+        raise TypeError(f"an object needs a class, not {type(cls).__name__}")
     return cls
 
 
@@ -169,7 +169,7 @@ def named_dtype(value: Any) -> TorchDtype:
     name = value.name if isinstance(value, Global) and value.module == "torch" else ""
     dtype = DTYPES.get(ALIASES.get(name, name))
     if dtype is None:
-        raise Unsupported(f"has a tensor of dtype {described(value)}, which is not known here")
+        raise Unsupported(f"has a tensor of dtype {described(value)}, which is not supported")
     return dtype
 
 
@@ -177,7 +177,7 @@ def view_of(storage: Any, offset: Any, size: Any, stride: Any, dtype: TorchDtype
     """A view of a storage, checked against it: sizes, strides and the last element. Raises CorruptFile where they do
     not fit."""
     if not isinstance(storage, Storage):
-        raise CorruptFile(f"has a tensor over what is no storage but {type(storage).__name__}")
+        raise CorruptFile(f"has a tensor whose storage is {type(storage).__name__}")
     dtype = dtype or storage.dtype
     if dtype is None:
         raise CorruptFile("has a tensor without a dtype over an untyped storage")
@@ -257,7 +257,7 @@ def _rebuild_qtensor(
 
 def _rebuild_parameter(_spend: Spend, data: Any, *_: Any) -> Any:
     if not is_tensor(data):
-        raise CorruptFile(f"has a parameter that is no tensor but {type(data).__name__}")
+        raise CorruptFile(f"has a parameter that is not a tensor but {type(data).__name__}")
     return data
 
 
@@ -266,7 +266,7 @@ def _rebuild_from_type(spend: Spend, function: Any, cls: Any, arguments: Any, st
     known = isinstance(function, Global) and (function.module, function.name) in CONSTRUCTORS
     if not known or not isinstance(cls, Global) or not isinstance(arguments, tuple):
         raise Unsupported(
-            f"has a tensor of class {described(cls)}, made by {described(function)}, which is not known here"
+            f"has a tensor of class {described(cls)}, made by {described(function)}, which is not supported"
         )
     tensor = made(function, arguments, {}, spend)
     if isinstance(tensor, SubclassTensor) and isinstance(state, dict):

@@ -181,7 +181,7 @@ class Unpickler:
 
     def _make(self, maker: Any, arguments: Any, keywords: Any = None) -> None:
         if not isinstance(maker, Global):
-            raise TypeError(f"a call of what is no name but {type(maker).__name__}")
+            raise TypeError(f"a call needs a name, not {type(maker).__name__}")
         if not isinstance(arguments, tuple) or not isinstance(keywords, dict | None):
             raise TypeError("a call without arguments")
         self._push(made(maker, arguments, keywords or {}, self.spend))
@@ -209,7 +209,7 @@ class Unpickler:
         elif isinstance(built, AttributedDict):
             built.attributes = state
         elif not isinstance(state, dict | None):  # attributes that a user has set on a tensor are of no use here
-            raise TypeError(f"a state for what is no object but {type(built).__name__}")
+            raise TypeError(f"a state needs an object, not {type(built).__name__}")
 
     def _append(self, values: list[Any]) -> None:
         onto = self._top()

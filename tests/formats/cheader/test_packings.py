@@ -230,7 +230,7 @@ def damaged(tmp_path, change, **options):
 def test_a_code_that_is_too_large(tmp_path):
     body = "    " + "   8," * 15 + "\n"
     header = damaged(tmp_path, of_array("m_w_data", lambda _: body), packing="unpacked")
-    with pytest.raises(CorruptFile, match=r"tensor 'w': m_w_data holds 8, which is no code of 4 bits"):
+    with pytest.raises(CorruptFile, match=r"tensor 'w': m_w_data holds 8, which is not a code of 4 bits"):
         read(header)["w"].packed()
 
 

@@ -197,7 +197,7 @@ def test_small_floats_of_no_axis() -> None:
 
 #: Contents of config.json, and what is said of them.
 CONFIGURATIONS = [
-    (b"[]", "no JSON object"),
+    (b"[]", "not a JSON object"),
     (b"{", "no JSON: "),
     (b"[" * 100_000, "no JSON: "),
     (b"\xff\xfe", "no JSON: "),

@@ -93,7 +93,7 @@ def test_external_buffers_outside_the_models_folder_are_refused(tmp_path: Path, 
     folder.mkdir()
     shutil.copy(FIXTURES / WEIGHTS, tmp_path / "w.bin")
     shutil.copy(FIXTURES / WEIGHTS, folder / "w.bin")
-    with pytest.raises(CorruptFile, match="refers to '.*': the path of a file inside its folder is needed"):
+    with pytest.raises(CorruptFile, match="refers to '.*': it must be the path of a file inside its folder"):
         nibblecast.load(external(folder, name))
 
 

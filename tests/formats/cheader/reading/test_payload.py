@@ -146,7 +146,7 @@ def rename(location: str):
 
 #: What may be said of the file; the pattern of the error.
 LOCATIONS = {
-    "/etc/passwd": r"m\.[ch]: tensor 'w': refers to '/etc/passwd': the path of a file inside its folder is needed",
+    "/etc/passwd": r"m\.[ch]: tensor 'w': refers to '/etc/passwd': it must be the path of a file inside its folder",
     "../m.bin": "refers to '../m.bin': the path of a file inside",
     "a/../../m.bin": "the path of a file inside",
     "..\\\\m.bin": "the path of a file inside",
@@ -206,10 +206,10 @@ DAMAGED = {
     "shorter": (("limit(120)", "limit(119)"), ('"0", "120"', '"0", "119"'), "119 bytes .*but 120 are needed"),
     "far": (("offset(0)", "offset(99999)"), ('"0", "120"', '"99999", "120"'), "lie outside the file"),
     "huge": (("offset(0)", f"offset({1 << 63})"), ('"0", "120"', f'"{1 << 63}", "120"'), "lie outside the file"),
-    "negative": (("offset(0)", "offset(-1)"), ('"0", "120"', '"-1", "120"'), "-1 is no number|preprocessor"),
-    "no number": (("limit(120)", "limit(m_BIN)"), ('"0", "120"', '"0", "m_BIN"'), "m_BIN is no number"),
-    "no file": (("#embed m_BIN", "#embed m_BYTES"), ("m_BIN, ", "m_BYTES, "), "m_BYTES is no string"),
-    "a number": (("#embed m_BIN", "#embed 12"), ("m_BIN, ", "12, "), "12 is no string"),
+    "negative": (("offset(0)", "offset(-1)"), ('"0", "120"', '"-1", "120"'), "-1 is not a number|preprocessor"),
+    "no number": (("limit(120)", "limit(m_BIN)"), ('"0", "120"', '"0", "m_BIN"'), "m_BIN is not a number"),
+    "no file": (("#embed m_BIN", "#embed m_BYTES"), ("m_BIN, ", "m_BYTES, "), "m_BYTES is not a string"),
+    "a number": (("#embed m_BIN", "#embed 12"), ("m_BIN, ", "12, "), "12 is not a string"),
 }
 
 

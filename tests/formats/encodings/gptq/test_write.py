@@ -216,7 +216,7 @@ def test_other_forms_of_values_are_refused() -> None:
     assert plain.quantization is not None
     scale = plain.quantization.scale
     halfway = Tensor.from_array("offset", scale.numpy() / np.float16(2))
-    with pytest.raises(Unsupported, match="offsets that are no multiples of its scales"):
+    with pytest.raises(Unsupported, match="offsets that are not multiples of its scales"):
         encode(changed(plain, offset=halfway))
     codebook = Tensor.from_array("codebook", np.arange(16, dtype=np.float32))
     with pytest.raises(Unsupported, match="codebook"):

@@ -110,8 +110,8 @@ def test_scales_of_activations_are_kept(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"bias": None}, "neither a bias nor config.json"),
-        ({"bias": np.zeros(3, np.float32)}, "not those of 3 rows"),
-        ({"bias": np.zeros(0, np.float32)}, "not those of 0 rows"),
+        ({"bias": np.zeros(3, np.float32)}, "do not make 3 rows"),
+        ({"bias": np.zeros(0, np.float32)}, "do not make 0 rows"),
         ({"weight__shift": None}, "no tensor 'fc.weight._shift'"),
         ({"weight__shift": np.zeros(3, np.float32)}, "3 shifts"),
         ({"weight__scale": np.zeros((4, 1), np.int32)}, "scales of int32"),

@@ -113,8 +113,8 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         "without a class or a dtype",
     ),
     "a quantizer of too few parameters": (entry(quantized(QUANTIZED, pushed(1.0))), "with the parameters"),
-    "no storage": (pushed(("store", 1, 2, 3, 4)) + b"Q", "that is no storage"),
-    "a storage of part of an identifier": (pushed(("storage",)) + b"Q", "that is no storage"),
+    "no storage": (pushed(("store", 1, 2, 3, 4)) + b"Q", "that is not a storage"),
+    "a storage of part of an identifier": (pushed(("storage",)) + b"Q", "that is not a storage"),
     "a storage of a negative number of elements": (
         entry(tensor(storage(count=pushed(-1)))),
         "-1 elements under the key",
