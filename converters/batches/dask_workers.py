@@ -69,7 +69,7 @@ class DaskWorkers:
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
         if self._client.status != "running":
             raise UsageError(
-                f"--executor {self._executor_name}: the scheduler is gone; continue with --resume (finished models are kept)"
+                f"--executor {self._executor_name}: the scheduler is gone; continue with --resume (done ones are kept)"
             )
         size = max(1, min(BUNDLED_JOBS, len(jobs) * BUNDLED_JOBS // self.ahead))
         return [future for bundle in _bundles(jobs, size) for future in self._submit(bundle)]
