@@ -177,7 +177,7 @@ def test_report_and_resume_go_on(damaged: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [line for line in damaged_lines() if record_of(line) is None][::29])
 def test_a_report_of_damaged_lines_alone_holds_no_record(line: str, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text(line)
-    with pytest.raises(CorruptFile, match="holds no record of a batch"):
+    with pytest.raises(CorruptFile, match="contains no records of a batch"):
         nibblecast.report(tmp_path / "r.jsonl")
 
 

@@ -153,7 +153,7 @@ def test_names_that_clash_are_an_error_before_the_start(models: Path, tmp_path: 
         ("missing", "neither a folder nor a list"),
         ("nothing", "contains no model"),
         ("list.txt", "does not exist"),
-        ("binary", "no list of paths"),
+        ("binary", "not a list of paths"),
         ("empty", "is an empty list"),
     ],
 )

@@ -172,7 +172,7 @@ def test_it_does_not_change_the_rest(tmp_path):
         ("w.c", "would be written twice"),
         ("none/w.d", "cannot be written"),
         (str(INT4), "is the input"),
-        (".", "no folder"),
+        (".", "without a folder"),
         ("\0", "the name of a file"),
     ],
 )

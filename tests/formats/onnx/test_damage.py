@@ -180,7 +180,7 @@ def test_external_data_of_our_own(tmp_path):
         (b"\x08\x0a\x38\x01", "wire type 0, not that of a message"),
         (b"\x08\x0a\x3b", "wire type 3"),
         (b"\x08\x0a\x02\x00", "field 0"),
-        (b"not an ONNX model at all", "no ONNX model"),
+        (b"not an ONNX model at all", "not an ONNX model"),
         (b"\x08\x0a\x3a\x02\x0a\x00", "names no operator"),
     ],
 )

@@ -74,11 +74,11 @@ def test_a_tensor_that_two_files_describe() -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"[]", "no JSON object"),
-        (b"7", "no JSON object"),
-        (b"{", "no JSON: "),
-        (b"[" * 100_000, "no JSON: "),
-        (b"\xff{}", "no JSON: "),
+        (b"[]", "not a JSON object"),
+        (b"7", "not a JSON object"),
+        (b"{", "not JSON: "),
+        (b"[" * 100_000, "not JSON: "),
+        (b"\xff{}", "not JSON: "),
     ],
     ids=range(5),
 )

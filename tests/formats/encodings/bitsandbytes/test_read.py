@@ -129,7 +129,7 @@ def test_two_states_are_refused(tmp_path: Path) -> None:
 
 def test_a_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
     damaged = tensors() | {"fc.weight.quant_state.bitsandbytes__nf4": np.zeros(4, np.uint8)}
-    checkpoints.refused(checkpoints.write_folder(tmp_path, damaged), "no JSON")
+    checkpoints.refused(checkpoints.write_folder(tmp_path, damaged), "not JSON")
 
 
 INT8 = {

@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], type[Error], str]] = [
     ("int8", {"block_size": (1,)}, CorruptFile, "one for each axis"),
     ("int8", {"block_size": (0, 32)}, CorruptFile, "positive integers"),
     ("int8", {"scale": ones(3, 1)}, CorruptFile, r"scale of shape \(3, 1\)"),
-    ("int8", {"scale": "float32"}, CorruptFile, "no plain tensor but str"),
+    ("int8", {"scale": "float32"}, CorruptFile, "not a plain tensor but str"),
     ("int8", {"scale": zeros((4, 1), np.bool_)}, CorruptFile, "no real numbers"),
     ("float8", {"scale": ones(3)}, CorruptFile, r"scales of shape \(3,\) for shape \(4, 32\) and no block_size"),
     (
@@ -157,7 +157,7 @@ REFUSED: list[tuple[str, Mapping[str, Any], type[Error], str]] = [
     ("affine", {"quant_min": 0.5}, CorruptFile, "the quant_min 0.5, where an integer"),
     ("affine", {"quant_min": 8}, CorruptFile, "8"),
     ("affine", {"zero_point_domain": "FLOAT", "quant_max": 8}, Unsupported, "without a middle"),
-    ("affine", {"tensor_impl": None}, CorruptFile, "no tensor of torchao but NoneType"),
+    ("affine", {"tensor_impl": None}, CorruptFile, "not a tensor of torchao but NoneType"),
     (
         "affine",
         {"tensor_impl": impl("PlainAQTTensorImpl", int_data=zeros((32, 4)), scale=ones(4, 1))},

@@ -58,7 +58,7 @@ def test_mlx_s_own_weights_have_zero_points(dtype):
             continue
         of_8_bits = name.startswith("layers.6")
         if name.startswith("layers.0") or (of_8_bits and dtype == ml_dtypes.bfloat16):  # layers.0 are of 1 bit
-            with pytest.raises(Unsupported, match="no multiples"):
+            with pytest.raises(Unsupported, match="not multiples"):
                 offsets_as_zero_points(weight)
             continue
         changed, losses = offsets_as_zero_points(weight)
@@ -89,7 +89,7 @@ def test_weights_without_offsets_stay():
 def test_a_last_place_that_is_half_a_step_is_no_rounding():
     scale = np.full((1, 1), 1, ml_dtypes.bfloat16)
     offset = np.full((1, 1), -127.5, ml_dtypes.bfloat16)  # its last place
-    with pytest.raises(Unsupported, match="no multiples"):
+    with pytest.raises(Unsupported, match="not multiples"):
         offsets_as_zero_points(weight_of(scale, offset))
     changed, _ = offsets_as_zero_points(weight_of(scale, np.full((1, 1), -127, ml_dtypes.bfloat16)))
     assert changed.quantization.zero_point.numpy().item() == 127
@@ -109,9 +109,9 @@ def test_zero_scales():
         (0.5, np.nan, None, "nan"),
         (np.nan, 0.5, None, "nan"),
         (0.0, 0.5, None, "where the scale is 0.0"),
-        (1e-6, 1.0, None, "no multiples"),  # beyond any zero point
+        (1e-6, 1.0, None, "not multiples"),  # beyond any zero point
         (0.5, 100.25, None, "100.25"),
-        (0.5, 1.0, 7.5, "no integers"),
+        (0.5, 1.0, 7.5, "not integers"),
     ],
 )
 def test_others_are_refused(scale, offset, zero_point, message):

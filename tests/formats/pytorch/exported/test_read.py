@@ -174,7 +174,7 @@ def of_weight(**meta):
         (of_weight(dtype=99), "ScalarType 99"),
         (of_weight(dtype=[]), "ScalarType"),
         (of_weight(layout=1), "sparse"),
-        (lambda d: d["config"]["_frozen_param0"].update(path_name="../../models/model.json"), "no plain name"),
+        (lambda d: d["config"]["_frozen_param0"].update(path_name="../../models/model.json"), "not a plain name"),
         (lambda d: d["config"]["_frozen_param0"].update(path_name="weight_99"), "no record"),
         (lambda d: d["config"]["_frozen_param0"].update(use_pickle=True), "ZIP directory"),
         (lambda d: d.pop("config"), "no object for config"),
@@ -291,5 +291,5 @@ def test_any_change_of_the_json_is_read_or_refused_in_one_line(data):
 
 
 def test_nested_json_is_no_traceback():
-    with pytest.raises(CorruptFile, match="no JSON"):
+    with pytest.raises(CorruptFile, match="not JSON"):
         read(packed(documents() | {PROGRAM: b"[" * 100_000}))
