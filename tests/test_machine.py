@@ -29,5 +29,5 @@ def test_as_many_as_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wanted", ["0", "-1", "many", ""])
 def test_another_value_is_an_error(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(THREADS, wanted)
-    with pytest.raises(UsageError, match=f"{THREADS}={wanted}: a number of threads"):
+    with pytest.raises(UsageError, match=f"{THREADS}={wanted}: must be a number of threads"):
         threads()

@@ -105,7 +105,7 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path) -> None:
     before = source.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(source)
     for target in (source, tmp_path / "link.safetensors", tmp_path / "." / "a.safetensors"):
-        with pytest.raises(UsageError, match="is the input as well as an output"):
+        with pytest.raises(UsageError, match="is both the input and an output"):
             nibblecast.convert(source, target)
     assert source.read_bytes() == before
 
@@ -116,7 +116,7 @@ def test_an_output_that_holds_data_of_the_input_is_refused(tmp_path: Path, dequa
         shutil.copy(FIXTURES / name, tmp_path / name)
     target = tmp_path / "external_buffer.weights.bin"
     before = target.read_bytes()
-    with pytest.raises(UsageError, match="is the input as well as an output"):
+    with pytest.raises(UsageError, match="is both the input and an output"):
         nibblecast.convert(tmp_path / "external_buffer.tflite", target, to="safetensors", dequantize=dequantize)
     assert target.read_bytes() == before
 

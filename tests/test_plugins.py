@@ -145,11 +145,14 @@ def test_the_longer_magic_decides(tmp_path: Path) -> None:
 def test_an_unknown_file_says_what_it_begins_with(tmp_path: Path) -> None:
     path = tmp_path / "model.xyz"
     path.write_bytes(b"no model at all")
-    with pytest.raises(CorruptFile, match=r"model.xyz: begins with b'no model'.*readable are .*tflite"):
+    with pytest.raises(
+        CorruptFile,
+        match=r"model.xyz: unknown format .first bytes b'no model', extension '.xyz'.; readable formats: .*tflite",
+    ):
         nibblecast.load(path)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("missing.tflite", "No such file"), (".", "folder without a model")])
+@pytest.mark.parametrize(("name", "reason"), [("missing.tflite", "No such file"), (".", "no model in this folder")])
 def test_what_cannot_be_opened_is_said(tmp_path: Path, name: str, reason: str) -> None:
     with pytest.raises(CorruptFile, match=reason):
         nibblecast.load(tmp_path / name)
@@ -171,6 +174,6 @@ def test_a_missing_package_says_what_to_install() -> None:
         "demo", "", (), (Magic(0, b"x"),), reader="package_nobody_has.reader:Reader", install="pip install it"
     )
     with pytest.raises(
-        MissingDependency, match="needs a package that is missing .*package_nobody_has.*: pip install it"
+        MissingDependency, match="needs a package that is not installed .*package_nobody_has.*: pip install it"
     ):
         plugins.reader(format)

@@ -183,7 +183,7 @@ def test_a_folder_of_ours_is_replaced(source: Path, tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_not(name: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text("mine")
-    with pytest.raises(UsageError, match=f"holds '{name}', which would be lost"):
+    with pytest.raises(UsageError, match=f"holds '{name}', which would be deleted"):
         converted(source, tmp_path / "out")
     assert listing(tmp_path / "out") == [name]
 
@@ -195,7 +195,7 @@ def test_an_empty_folder_is_filled(source: Path, tmp_path: Path) -> None:
 
 def test_the_source_is_not_a_target(source: Path) -> None:
     before = contents(source)
-    with pytest.raises(UsageError, match="is the input as well as"):
+    with pytest.raises(UsageError, match="is both the input and"):
         converted(source, source)
     assert contents(source) == before
 

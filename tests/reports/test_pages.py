@@ -188,16 +188,16 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     (tmp_path / "odd.jsonl").write_text(line)
     for source, target, more, error, message in (
         (INT4, tmp_path / "page.txt", {}, UsageError, "ends in .html"),
-        (model, tmp_path / "linked.html", {}, UsageError, "is the input as well as the output"),
-        (model, tmp_path / "model.html", {}, UsageError, "is the input as well as the output"),
-        (FLOATS, tmp_path / "linked.html", {"reference": model}, UsageError, "is the input"),
+        (model, tmp_path / "linked.html", {}, UsageError, "is both the input and the output"),
+        (model, tmp_path / "model.html", {}, UsageError, "is both the input and the output"),
+        (FLOATS, tmp_path / "linked.html", {"reference": model}, UsageError, "is both the input"),
         (INT4, tmp_path / "no" / "page.html", {}, UsageError, "cannot be written"),
         (INT4, None, {"reference": ROOT / "fixtures/gguf/types.gguf"}, UsageError, "same name and shape"),
         (INT4, None, {"only": ["nothing"]}, UsageError, "no tensor matches"),
         (INT4, None, {"colour": "red"}, UsageError, "has an option 'colour'"),
         (batch, None, {"only": ["*"]}, UsageError, "do not apply to the report of a batch"),
-        (tmp_path / "empty.jsonl", None, {}, CorruptFile, "holds no record"),
-        (tmp_path / "odd.jsonl", None, {}, CorruptFile, "holds no record"),
+        (tmp_path / "empty.jsonl", None, {}, CorruptFile, "contains no records"),
+        (tmp_path / "odd.jsonl", None, {}, CorruptFile, "contains no records"),
         (tmp_path / "gone.jsonl", None, {}, CorruptFile, "No such file"),
         (tmp_path / "gone.gguf", None, {}, CorruptFile, "No such file"),
     ):

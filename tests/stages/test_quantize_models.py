@@ -229,7 +229,7 @@ class TestConversions:
         onnx_model(tmp_path / "m.onnx", a=np.ones((64, 64), np.float32))
         proto = onnx.load(tmp_path / "m.onnx")
         onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="data.h", size_threshold=0)
-        with pytest.raises(UsageError, match="is the input as well as an output"):
+        with pytest.raises(UsageError, match="is both the input and an output"):
             nibblecast.convert(tmp_path / "m.onnx", tmp_path / "data.h", quantize="int4")
 
     def test_requantizing_is_a_loss_and_quantizing_is_none(self, tmp_path: Path) -> None:

@@ -63,13 +63,13 @@ def test_a_configuration_that_is_none_is_refused(content: str, tmp_path: Path) -
 
 
 def test_a_folder_without_a_model_says_what_would_be_one(tmp_path: Path) -> None:
-    with pytest.raises(CorruptFile, match="folder without a model"):
+    with pytest.raises(CorruptFile, match="no model in this folder"):
         nibblecast.load(tmp_path)
 
 
 def test_the_folder_is_no_output(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "m", TENSORS)
-    with pytest.raises(Error, match="input as well as an output"):
+    with pytest.raises(Error, match="both the input and an output"):
         nibblecast.convert(folder, folder / "model.safetensors")
 
 

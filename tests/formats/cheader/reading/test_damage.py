@@ -73,7 +73,7 @@ BROKEN_SOURCES = {
     "an unknown member": (swapped('        "w",', '        .size = "w",'), "more than the 18 members"),
     "nothing between commas": (swapped("m_w_COUNT,", ","), "nothing between two commas"),
     "two values": (swapped("m_w_COUNT,", "m_w_COUNT + 1,"), "whose count is not a number"),
-    "no braces": (swapped('    {\n        "w",', '        "w",'), "no entry in braces"),
+    "no braces": (swapped('    {\n        "w",', '        "w",'), "not an entry in braces"),
     "other count": (swapped("m_w_COUNT,", "239,"), r"tensor 'w': has shape \(6, 40\), but its count is 239"),
     "other rank": (swapped("m_w_RANK,", "3,"), "tensor 'w': has rank 3, but its shape m_w_shape has 2"),
     "huge rank": (swapped("m_w_RANK,", "1000000,"), "tensor 'w': has rank 1000000"),

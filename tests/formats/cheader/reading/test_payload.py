@@ -93,7 +93,7 @@ def test_the_payload_may_be_no_output(tmp_path: Path, style: str) -> None:
     nibblecast.convert(INT4, tmp_path / "w.h", style=style)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "w.bin").symlink_to(tmp_path / "w.bin")
-    with pytest.raises(Error, match="is the input as well as an output"):
+    with pytest.raises(Error, match="is both the input and an output"):
         nibblecast.convert(tmp_path / "w.h", tmp_path / "other" / "w.h", style=style)
 
 

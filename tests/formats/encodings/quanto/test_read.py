@@ -77,7 +77,7 @@ def test_a_shape_that_is_nowhere_is_said(tmp_path: Path) -> None:
     """A convolution of (2, 64, 2, 2) has the same tensors as a matrix of (2, 256)."""
     (loss,) = nibblecast.load(checkpoints.write_folder(tmp_path / "any", tensors("layer"))).losses
     assert (loss.tensor, loss.kind) == ("layer.weight", "reinterpreted")
-    assert "a convolution's has more axes" in loss.detail
+    assert "the weight of a convolution would have more axes" in loss.detail
     assert nibblecast.load(checkpoints.write_folder(tmp_path / "linear", tensors("up_proj"))).losses == ()
     ungrouped = tensors(weight__scale=np.ones((4, 1, 1), np.float32), weight__shift=np.ones((4, 1, 1), np.float32))
     ungrouped["fc.weight._data._data"] = np.zeros((2, 8, 16), np.uint8)
