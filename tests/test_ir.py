@@ -87,7 +87,7 @@ def test_parameters_must_fit_the_tensor(quantization: object, message: str) -> N
 
 
 def test_codes_need_integers_or_small_floats() -> None:
-    with pytest.raises(CorruptFile, match="dtype complex64 can hold no codes"):
+    with pytest.raises(CorruptFile, match="dtype complex64 cannot hold codes"):
         Tensor.from_array("w", np.zeros(2, np.complex64), Quantization(scale_of(1), (2,)))
 
 

@@ -43,7 +43,7 @@ def test_typed_values_and_underscores_are_taken_as_they_are() -> None:
         ({"layout": "both"}, "option layout of format 'demo': 'both' is not one of split, header"),
         ({"tail-padding": "maybe"}, "'maybe' is neither true nor false"),
         ({"opset": "x"}, "'x' is not a valid int"),
-        ({"budget": "much"}, "'much' is not a size (e.g. 1000, 256K, 1.5M or 2G)"),
+        ({"budget": "much"}, "'much' is not a size .e.g. 1000, 256K, 1.5M or 2G"),
     ],
 )
 def test_what_is_wrong_is_said(given: dict[str, str], message: str) -> None:

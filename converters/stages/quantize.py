@@ -131,11 +131,13 @@ def _why_nothing(model: Model, scheme: Scheme, uses_are_known: bool) -> str:
     weights = [tensor for tensor in model.values() if _is_weight(tensor, every, uses_are_known)]
     floats = [tensor for tensor in weights if tensor.quantization is None]
     if any(scheme.takes(tensor.name) for tensor in weights):
-        return "there is no float weight that is not quantized already; add ',requantize' to take those that are"
+        return "the model has no float weight that is not quantized yet; add ',requantize' to include quantized ones"
     if floats or (weights and scheme.requantize):
-        return f"there is no float weight of these names; without only= and except= there are {len(floats or weights)}"
+        return (
+            f"the model has no float weight of these names; without only= and except= it has {len(floats or weights)}"
+        )
     known = " that an operator is known to take as its weight" if uses_are_known else ""
-    return f"there is no float weight, a tensor of floats with two axes or more{known}"
+    return f"the model has no float weight (a float tensor with at least two axes){known}"
 
 
 def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:

@@ -319,7 +319,7 @@ def test_what_fails_verification_is_not_put_in_place(
         stream.write(whole.getvalue()[:-4] + b"\1\2\3\4")
 
     monkeypatch.setattr(FileLayout, "write", damaged)
-    with pytest.raises(nibblecast.Error, match="out: is not written, for it would not hold"):
+    with pytest.raises(nibblecast.Error, match="out: is not written, because reading it back"):
         converted(source, tmp_path / "out", verify=True)
     assert contents(tmp_path / "out") == before
     assert listing(tmp_path) == ["out", "source"]

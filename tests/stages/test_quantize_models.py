@@ -125,20 +125,20 @@ class TestWhichTensors:
     @pytest.mark.parametrize(
         ("tensors", "text", "message"),
         [
-            ([plain("b", (8,))], "int4", "with two axes or more$"),
-            ([plain("b", (8,))], "int4,requantize", "with two axes or more$"),
+            ([plain("b", (8,))], "int4", r"with at least two axes\)$"),
+            ([plain("b", (8,))], "int4,requantize", r"with at least two axes\)$"),
             ([plain("c", (4, 8), uses=(Use("sum", 1),))], "int4", "an operator is known to take as its weight$"),
-            ([zoo.quantized("q", (4, 8), (1, 8))], "int4", "already; add ',requantize' to take those that are$"),
-            ([plain("w", (4, 8)), plain("v", (4, 8))], "int4,only=x", "names; without .* there are 2$"),
+            ([zoo.quantized("q", (4, 8), (1, 8))], "int4", "yet; add ',requantize' to include quantized ones$"),
+            ([plain("w", (4, 8)), plain("v", (4, 8))], "int4,only=x", "names; without .* it has 2$"),
             (
                 [zoo.quantized("q", (4, 8), (1, 8))],
                 "int4,requantize,except=q",
-                "names; without .* there are 1$",
+                "names; without .* it has 1$",
             ),
         ],
     )
     def test_the_error_says_what_would_help(self, tensors: list[Tensor], text: str, message: str) -> None:
-        with pytest.raises(UsageError, match=f"quantize '.*': there is no float weight.*{message}"):
+        with pytest.raises(UsageError, match=f"quantize '.*': the model has no float weight.*{message}"):
             quantize_model(zoo.model(tensors), parse_scheme(text))
 
     @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_limits_that_a_module_has_are_those_of_its_codes(
 
 def test_limits_that_no_dtype_holds(tmp_path: Path) -> None:
     for lowest, highest in ((7, -8), (-(1 << 40), 7), (0, 1 << 40)):
-        with pytest.raises(CorruptFile, match=f"codes from {lowest} to {highest}, which is no range"):
+        with pytest.raises(CorruptFile, match=f"codes from {lowest} to {highest}, a range"):
             nibblecast.load(model(tmp_path / "m.pt", quant_min=lowest, quant_max=highest))
 
 

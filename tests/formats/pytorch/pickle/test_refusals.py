@@ -87,7 +87,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "bytes of a number": (called("_codecs", "encode", b"K\x01", pushed("latin1")), "the encoding"),
     "an object of no class": (
         called("copyreg", "_reconstructor", b"N", b"N", b"N"),
-        "an object needs a class, not NoneType",
+        "a class, not NoneType",
     ),
     "a size of a text": (called("torch", "Size", pushed("ab")), "a collection needs a list, not str"),
     "a key that is a list": (b"}]Ns", "a key of type list"),
