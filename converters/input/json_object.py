@@ -16,9 +16,9 @@ def json_object(content: str | bytes, what: str, *, tensor: str | None = None, u
     try:
         found = json.loads(content, object_pairs_hook=_without_duplicates if unique else None)
     except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{what} is no JSON object: {str(error)[:_LONGEST_REASON]}", tensor=tensor) from None
+        raise CorruptFile(f"{what} is not a JSON object: {str(error)[:_LONGEST_REASON]}", tensor=tensor) from None
     if not isinstance(found, dict):
-        raise CorruptFile(f"{what} is no JSON object: it is {brief(found)}", tensor=tensor)
+        raise CorruptFile(f"{what} is not a JSON object: it is {brief(found)}", tensor=tensor)
     return found
 
 

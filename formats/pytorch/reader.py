@@ -142,4 +142,4 @@ def _tensor(name: str, leaf: Leaf, options: PyTorchOptions, limits: Limits) -> t
         if isinstance(leaf, np.ndarray):
             elements = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)  # the pickle's own, where they lie so
             return Tensor(name, leaf.shape, leaf.dtype, InMemory(elements)), ()
-    raise CorruptFile(f"is no tensor but {type(leaf).__name__}", tensor=name)
+    raise CorruptFile(f"is not a tensor but {type(leaf).__name__}", tensor=name)

@@ -231,7 +231,7 @@ def _built_activation(described: list[Any] | None) -> Activation | None:
     name, shape, scale, zero_point = described
     dtype = DTYPES_BY_NAME[name]
     if dtype.kind not in "iu" or type(zero_point) is not int or not in_range(zero_point, dtype):
-        raise ValueError(f"{brief(zero_point)} is no zero point of {dtype}")
+        raise ValueError(f"{brief(zero_point)} is not a zero point of {dtype}")
     return Activation(dtype, checked_shape([_count(size) for size in shape]), float(scale), zero_point)
 
 

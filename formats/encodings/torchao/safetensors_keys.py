@@ -113,7 +113,7 @@ def _names(metadata: Mapping[str, str]) -> list[str]:
 def _entry(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     entry = json_object(metadata.get(name, ""), "its metadata", tensor=name)
     if not isinstance(entry.get("_type"), str):
-        raise CorruptFile("has metadata that are no JSON object with a _type: they are damaged", tensor=name)
+        raise CorruptFile("has damaged metadata: it must be a JSON object with a _type", tensor=name)
     return entry
 
 

@@ -215,13 +215,13 @@ def _signed(weight: Tensor) -> tuple[Tensor, str]:
 def _with_float_zero_points(weight: Tensor, zero_point: Tensor) -> tuple[Tensor, str]:
     bits = weight.bits + (dtype_for(*integer_range(weight.bits, signed=True)) != weight.dtype)
     if bits > 8:
-        raise Unsupported("has uint8 codes with zero points that are no integers", tensor=weight.name)
+        raise Unsupported("has uint8 codes with zero points that are not integers", tensor=weight.name)
     quantization = weight.quantized()
     values = flat(zero_point).numpy().astype(np.float32)
     rounded = elementwise(zero_point, quantization.compute_dtype, lambda stored: stored)
     if not np.array_equal(rounded.numpy().astype(np.float32), values, equal_nan=True):
         kept = quantization.compute_dtype
-        raise Unsupported(f"has zero points of {zero_point.dtype} that are no numbers of {kept}", tensor=weight.name)
+        raise Unsupported(f"has zero points of {zero_point.dtype} that are not numbers of {kept}", tensor=weight.name)
     dtype = dtype_for(*integer_range(bits, signed=True))
     quantization = replace(quantization, zero_point=rounded)
     return replace(weight, dtype=dtype, data=widened(weight, dtype), quantization=quantization), f"int{bits}"

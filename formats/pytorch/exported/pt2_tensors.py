@@ -77,7 +77,7 @@ def _read_storages(found: ProgramTensors, archive: Archive, folder: str, config:
         meta = entries(value, name)
         path = text_of(meta.get("path_name"), "path_name")
         if "/" in path or ".." in path:
-            raise CorruptFile(f"has a tensor in the record {brief(path)}, which is no plain name", tensor=name)
+            raise CorruptFile(f"has a tensor in the record {brief(path)}, which is not a plain name", tensor=name)
         with located(tensor=name):
             if meta.get("tensor_meta") is None:
                 detail = f"it is an object of TorchScript or Python ({brief(path)}), not a tensor"

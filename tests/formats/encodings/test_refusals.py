@@ -198,9 +198,9 @@ def test_small_floats_of_no_axis() -> None:
 #: Contents of config.json, and what is said of them.
 CONFIGURATIONS = [
     (b"[]", "not a JSON object"),
-    (b"{", "not JSON: "),
-    (b"[" * 100_000, "not JSON: "),
-    (b"\xff\xfe", "not JSON: "),
+    (b"{", "not a JSON object: "),
+    (b"[" * 100_000, "not a JSON object: "),
+    (b"\xff\xfe", "not a JSON object: "),
     (b" " * ((64 << 20) + 1), "more than 67108864 bytes"),
 ]
 

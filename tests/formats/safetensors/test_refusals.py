@@ -76,9 +76,9 @@ def test_a_tensor_that_two_files_describe() -> None:
     [
         (b"[]", "not a JSON object"),
         (b"7", "not a JSON object"),
-        (b"{", "not JSON: "),
-        (b"[" * 100_000, "not JSON: "),
-        (b"\xff{}", "not JSON: "),
+        (b"{", "not a JSON object: "),
+        (b"[" * 100_000, "not a JSON object: "),
+        (b"\xff{}", "not a JSON object: "),
     ],
     ids=range(5),
 )

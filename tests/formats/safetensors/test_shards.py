@@ -58,7 +58,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 def test_a_configuration_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
     write_folder(tmp_path, TENSORS)
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CorruptFile, match=r"config\.json.* not JSON"):
+    with pytest.raises(CorruptFile, match=r"config\.json.* not a JSON object"):
         nibblecast.load(tmp_path)
 
 

@@ -90,7 +90,7 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ([], "no JSON object: it is"),
+        ([], "not a JSON object: it is"),
         ({**STATE, "quant_type": "fp4"}, "says otherwise"),
         ({**STATE, "blocksize": 0}, "blocksize 0"),
         ({**STATE, "blocksize": "64"}, "blocksize '64'"),
@@ -129,7 +129,7 @@ def test_two_states_are_refused(tmp_path: Path) -> None:
 
 def test_a_state_that_is_no_json_is_refused(tmp_path: Path) -> None:
     damaged = tensors() | {"fc.weight.quant_state.bitsandbytes__nf4": np.zeros(4, np.uint8)}
-    checkpoints.refused(checkpoints.write_folder(tmp_path, damaged), "not JSON")
+    checkpoints.refused(checkpoints.write_folder(tmp_path, damaged), "not a JSON object")
 
 
 INT8 = {

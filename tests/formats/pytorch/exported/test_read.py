@@ -201,7 +201,7 @@ def of_node(number, **arguments):
         (of_node(0, axis={"as_int": 9}), "tensor '_frozen_param0': is quantized along axis 9"),
         (of_node(0, axis={"as_int": 1}), "scales of shape"),
         (of_node(0, axis={"as_string": "x"}), "an integer is needed"),
-        (of_node(0, quant_min={"as_int": 8}), "no range"),
+        (of_node(0, quant_min={"as_int": 8}), "a range that no code dtype holds"),
         (of_node(0, quant_min={"as_none": True}), "an integer is needed"),
         (of_node(0, scales={"as_tensor": {"name": "b__frozen_param0"}}), "scales of shape"),
         (of_node(0, scales={"as_float": 1.0, "as_int": 1}), "2 kinds"),
@@ -291,5 +291,5 @@ def test_any_change_of_the_json_is_read_or_refused_in_one_line(data):
 
 
 def test_nested_json_is_no_traceback():
-    with pytest.raises(CorruptFile, match="not JSON"):
+    with pytest.raises(CorruptFile, match="not a JSON object"):
         read(packed(documents() | {PROGRAM: b"[" * 100_000}))
