@@ -49,26 +49,26 @@ REFUSED: Mapping[str, tuple[dict[str, bytes], str, type[Error]]] = {
     ),
     "a record elsewhere": (
         package([], {"w": stored("../w", (1,), (1,))}),
-        "the record '../w', which is no plain name",
+        "the record '../w', which is not a plain name",
         CorruptFile,
     ),
     "a record in a folder": (
         package([], {"w": stored("a/w", (1,), (1,))}),
-        "the record 'a/w', which is no plain name",
+        "the record 'a/w', which is not a plain name",
         CorruptFile,
     ),
     "a sparse tensor": (changed(layout=1), "is sparse .layout 1.: only dense", Unsupported),
-    "a dtype that is not known": (changed(dtype=99), "ScalarType 99 .*not known", Unsupported),
+    "a dtype that is not known": (changed(dtype=99), "ScalarType 99 .*not supported", Unsupported),
     "no elements": (package([], W) | {"data/weights/w": b""}, "exported with fake tensors", Unsupported),
     "elements outside": (changed(storage_offset={"as_int": 1 << 20}), "reaches element", CorruptFile),
     "a pickle of no tensor": (
         package([], {"w": stored("q", (), (), is_pickle=True)}) | {"data/weights/q": saved(pushed(7))},
-        "is no tensor but int in the pickle",
+        "is not a tensor but int in the pickle",
         Unsupported,
     ),
     "weights that are no archive": (
         {k: v for k, v in package([], W).items() if k != CONFIG} | {"data/weights/model.pt": b"no archive"},
-        "no archive of torch.save",
+        "not an archive of torch.save",
         Unsupported,
     ),
     "weights without names": (
@@ -82,14 +82,14 @@ REFUSED: Mapping[str, tuple[dict[str, bytes], str, type[Error]]] = {
         "a tensor without a name",
         CorruptFile,
     ),
-    "a configuration that is no JSON": (package([], W) | {CONFIG: b"{"}, "no JSON", CorruptFile),
-    "a configuration of a list": (package([], W) | {CONFIG: b"[]"}, "no JSON object", CorruptFile),
+    "a configuration that is not JSON": (package([], W) | {CONFIG: b"{"}, "not a JSON object", CorruptFile),
+    "a configuration of a list": (package([], W) | {CONFIG: b"[]"}, "not a JSON object", CorruptFile),
     "a configuration of a number": (
         package([], W) | {CONFIG: b'{"config": {"w": 1}}'},
         "no object for .*w",
         CorruptFile,
     ),
-    "a path that is no text": (
+    "a path that is not a text": (
         package([], W) | {CONFIG: json.dumps({"config": {"w": W["w"] | {"path_name": 1}}}).encode()},
         "no text for .*path_name",
         CorruptFile,
@@ -108,7 +108,7 @@ REFUSED: Mapping[str, tuple[dict[str, bytes], str, type[Error]]] = {
     ),
     "a result of integers": (
         package([affine(output_dtype={"as_scalar_type": INT8})], W),
-        "no float dtype",
+        "not a float dtype",
         CorruptFile,
     ),
     "blocks of other axes": (

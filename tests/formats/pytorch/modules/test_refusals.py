@@ -35,12 +35,12 @@ def floats(kind: str, count: int) -> bytes:
 
 
 REFUSED: dict[str, tuple[bytes, str, type[Error]]] = {
-    "a scale that is no number": (
+    "a scale that is not a number": (
         quantized(QUANTIZED, pushed(1), pushed(0)),
         "the scale 1 and the zero point 0",
         CorruptFile,
     ),
-    "a zero point that is no integer": (
+    "a zero point that is not an integer": (
         quantized(QUANTIZED, pushed(1.0), pushed(0.0)),
         "numbers are needed",
         CorruptFile,
@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[bytes, str, type[Error]]] = {
     ),
     "scales that are no tensor": (
         quantized(CHANNELS, pushed("ab"), ONE_AXIS, pushed(0)),
-        "a scale that is no tensor but str",
+        "a scale that is not a tensor but str",
         CorruptFile,
     ),
     "zero points that no dtype holds": (
