@@ -101,7 +101,7 @@ def accuracy(model: Model) -> tuple[Accuracy, ...]:
     return tuple(
         codes.accuracy(name)
         for name, tensor in model.items()
-        for codes in (tensor.data, *getattr(tensor.data, "sources", ()))  # where several outputs share it
+        for codes in (tensor.data, *tensor.data.made_of())  # where several outputs share it
         if isinstance(codes, QuantizedCodes)
     )
 
