@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -33,13 +33,14 @@ from nibblecast.converters.ir import Loss, Model, Quantization, Tensor, blocked,
 from nibblecast.converters.machine import threads
 from nibblecast.converters.metadata import Use
 from nibblecast.converters.stages.scheme import Blocked, PerTensor, Scheme, parse_scheme
-from nibblecast.converters.storage import Computed, Data
+from nibblecast.converters.storage import Data
 
 __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]
 
 _FLOATS = frozenset(np.dtype(name) for name in ("float16", "float32", "float64", "bfloat16"))
 _HELD_ELEMENTS = 1 << 21  # of a group of several boxes: up to 8 MiB of float32 are not read again for each pass
 _MOST_THREADS = 8
+_FITTED_BYTES = 8  # of a block: scale and zero point as float32
 
 
 def quantize_model(model: Model, scheme: Scheme) -> Model:
@@ -52,13 +53,13 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
     """
     known = any(tensor.uses for tensor in model.values())
     tensors: dict[str, Tensor] = dict(model.tensors)
-    losses = list(model.losses)
+    losses, room = list(model.losses), _Room()
     changed = set()
     for name, tensor in model.items():
         if not (_is_weight(tensor, scheme, known) and scheme.takes(name)) or tensor.parameter_of in model.tensors:
             continue
         changed.add(name)
-        tensors[name] = quantized(tensor, scheme, model.metadata.source)
+        tensors[name] = quantized(tensor, scheme, model.metadata.source, room)
         if tensor.quantization is not None:
             losses.append(Loss(name, "requantized", _requantized(tensor, tensors[name])))
     if not changed:
@@ -67,24 +68,26 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
     return replace(model, tensors=kept, losses=tuple(losses))
 
 
-def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None) -> Tensor:
+def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None, room: _Room | None = None) -> Tensor:
     """`tensor`, plain or quantized already, with codes and parameters as `scheme` wants them, computed when they are
-    read. `source` is the file that errors name. Raises UsageError for an axis that it has not."""
+    read. `source` is the file that errors name; the tensors of one model share a `room`. Raises UsageError for an axis
+    that it has not."""
     plain = tensor.dequantized(np.float32)
     block_shape = _block_shape(tensor, scheme)
-    codes = QuantizedCodes(plain, scheme, block_shape, source)
+    codes = QuantizedCodes(plain, scheme, block_shape, source, room or _Room())
     grid = grid_shape(tensor.shape, block_shape)
     count = prod(grid)
     scale = Tensor(
         f"{tensor.name}.scale",
         grid,
         scheme.scale_dtype,
-        Computed(count * scheme.scale_dtype.itemsize, codes.read_scale),
+        _FittedData(count * scheme.scale_dtype.itemsize, codes.read_scale, codes),
     )
     zero_point = None
     if scheme.middle or not scheme.symmetric:
         nbytes = packed_size(count, bits_of(scheme.dtype))
-        zero_point = Tensor(f"{tensor.name}.zero_point", grid, scheme.dtype, Computed(nbytes, codes.read_zero_point))
+        fitted = _FittedData(nbytes, codes.read_zero_point, codes)
+        zero_point = Tensor(f"{tensor.name}.zero_point", grid, scheme.dtype, fitted)
     return replace(
         tensor,
         dtype=scheme.dtype,
@@ -163,15 +166,48 @@ def _input_axis(use: Use | None, rank: int) -> int:
     return axis if -rank <= axis < rank else -1
 
 
+@dataclass(slots=True)
+class _Room:
+    """Bytes of fitted parameters that the tensors of one model may keep, together. A file may have all scales before
+    all codes: what is fitted for the scales is needed again for the codes. It is fitted again where there is no room,
+    for memory must not grow with the model."""
+
+    free: int = 1 << 26
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _FittedData(Data):
+    """The bytes of a parameter: `read_fitted` fits those of `codes` where that has not been done."""
+
+    nbytes: int
+    read_fitted: Callable[[int, int], NDArray[np.uint8]]
+    codes: QuantizedCodes
+
+    def read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        return self.read_fitted(start, stop)
+
+    def made_of(self) -> tuple[Data, ...]:
+        return (self.codes,)
+
+    def release(self, start: int, stop: int) -> None:
+        """Lets go of what was fitted, with the last byte, where there is no room for it."""
+        if stop >= self.nbytes:
+            self.codes.release_parameters()
+
+
 class QuantizedCodes(Data):
     """The packed codes of a tensor of floats, as `Data`. Its parameters are kept from when they are first needed until
     everything is released, what was measured of the errors for ever."""
 
-    def __init__(self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None) -> None:
+    def __init__(
+        self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None, room: _Room
+    ) -> None:
         self._floats = floats
         self._scheme = scheme
         self._block_shape = block_shape
         self._source = source
+        self._room = room
+        self._kept = 0  # bytes of the room that the parameters take
         self._fitted: dict[int, BlockParameters] = {}
         self._errors: dict[int, tuple[float, float, float]] = {}
         self._lock = Lock()  # two readers at a time would compute the same parameters; each has all threads anyway
@@ -216,6 +252,18 @@ class QuantizedCodes(Data):
         self._release_floats(start * per_byte, stop * per_byte)
         if start <= 0 and stop >= self.nbytes:
             self._fitted.clear()
+            self._room.free += self._kept
+            self._kept = 0
+
+    def release_parameters(self) -> None:
+        """Lets go of the parameters, unless there is room for them until the codes are released."""
+        nbytes = _FITTED_BYTES * prod(grid_shape(self._floats.shape, self._block_shape))
+        if self._fitted and not self._kept:
+            if nbytes <= self._room.free:
+                self._kept = nbytes
+                self._room.free -= nbytes
+            else:
+                self._fitted.clear()
 
     def accuracy(self, name: str) -> Accuracy:
         """The error of all codes; computes those that were never read."""

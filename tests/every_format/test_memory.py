@@ -30,8 +30,8 @@ _PROGRAM = """
 import re, sys
 from pathlib import Path
 import nibblecast
-source, target, dtype = sys.argv[1:]
-nibblecast.convert(source, target, dequantize=dtype or None)
+source, target, dequantize, quantize = sys.argv[1:]
+nibblecast.convert(source, target, dequantize=dequantize or None, quantize=quantize or None)
 print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) << 10)
 """
 
@@ -71,6 +71,10 @@ def q4_k(path: Path, count: int) -> Path:
     return path
 
 
+def floats(path: Path, count: int) -> Path:
+    return _safetensors(path, {f"{n}.weight": ("F32", (_OUTPUTS, _INPUTS), b"") for n in range(count)})
+
+
 def _safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]]) -> Path:
     """A file with those dtypes, shapes and contents; zeros, as holes that take no disk, where there is no content."""
     sizes = {"U8": 1, "F16": 2, "I32": 4, "F32": 4}
@@ -104,13 +108,24 @@ def test_memory_does_not_grow_with_the_checkpoint(
     peaks = []
     for count in (_SMALL, _LARGE):
         source = make(tmp_path / f"model.{'gguf' if make is q4_k else 'safetensors'}", count)
-        arguments = [str(source), str(tmp_path / "out" / "w.safetensors"), dtype]
-        (tmp_path / "out").mkdir(exist_ok=True)
-        environment = {**os.environ, "NIBBLECAST_COMPILE_AFTER": "never"}  # the compiler itself takes 100 MB
-        run = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, *arguments], env=environment, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == 0, run.stderr
-        peaks.append(int(run.stdout))
+        peaks.append(_peak(source, dequantize=dtype))
     codes = (_LARGE - _SMALL) * _OUTPUTS * _INPUTS // 2
     assert peaks[1] - peaks[0] < codes // 3, peaks  # some megabytes come and go with threads
+
+
+def test_memory_does_not_grow_with_floats_that_are_quantized(tmp_path: Path) -> None:
+    """The file has all scales before all codes; both counts are past what is kept from one to the other, 64 MiB."""
+    peaks = [_peak(floats(tmp_path / "model.safetensors", count), quantize="int4,block=8") for count in (20, 48)]
+    fitted = (48 - 20) * _OUTPUTS * _INPUTS // 8 * 8
+    assert peaks[1] - peaks[0] < fitted // 3, peaks
+
+
+def _peak(source: Path, *, dequantize: str = "", quantize: str = "") -> int:
+    """The most bytes of memory that a conversion to one file takes."""
+    target = source.parent / "out" / "w.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    environment = {**os.environ, "NIBBLECAST_COMPILE_AFTER": "never"}  # the compiler itself takes 100 MB
+    command = [sys.executable, "-c", _PROGRAM, str(source), str(target), dequantize, quantize]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)
