@@ -15,14 +15,14 @@ _Bytes = NDArray[np.uint8]
 
 
 def encode(tensor: Tensor, kind: Kind) -> _Bytes:
-    """The blocks of a tensor that `formats.gguf.fit` gave, or of whole rows of one: shape (blocks, bytes)."""
+    """The blocks of a tensor from `formats.gguf.fit`, or of whole rows of it, shape (blocks, bytes)."""
     blocks = tensor.size // kind.elements
     codes = tensor.packed().reshape(blocks, -1)
     return np.concatenate([*_parameters(tensor, blocks), _LAID_OUT[kind](codes)], axis=1)
 
 
 def _parameters(tensor: Tensor, blocks: int) -> list[_Bytes]:
-    """The scales of each block, and its minimum where there is one."""
+    """The scales of each block, and its minimum if it has one."""
     quantization = tensor.quantization
     if quantization is None:
         return []
@@ -31,7 +31,7 @@ def _parameters(tensor: Tensor, blocks: int) -> list[_Bytes]:
 
 
 def _halves(packed: _Bytes, half: int) -> _Bytes:
-    """Nibbles in groups of `half` bytes: the low ones are the group's first elements, the high ones the others."""
+    """Nibbles in groups of `half` bytes: the low nibbles are the group's first elements, the high ones the rest."""
     groups = packed.reshape(-1, 2, half // 2)
     first, second = groups[:, 0], groups[:, 1]
     stored = np.empty((groups.shape[0], half), np.uint8)

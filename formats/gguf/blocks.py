@@ -1,7 +1,11 @@
 """ggml's blocks as codes and their parameters.
 
-A block is some elements along the innermost axis: their codes, d (float16, most often), and what else the type has.
-Codes with an excess are the signed numbers that they mean: 8 of Q4_0's 16 codes is int4's 0.
+A block holds some elements along the innermost axis: their codes, a scale d (mostly float16), and more that depends on
+the type. Codes stored with an excess become signed numbers: of Q4_0's codes 0 to 15, 8 is int4's 0.
+
+gguf-py decodes each type straight to floats. Here blocks become codes and parameters instead, because every writer
+and every stage works with these: a Q4_0 tensor can then become ONNX int4 or a C header without being quantized again.
+The parts stay lazy, so that a model of many GB is never held in memory.
 
     Q4_0, Q5_0, Q8_0          d * q                        Q4_1, Q5_1    d * q + m
     Q2_K, Q4_K, Q5_K          (d * sc) * q - (dmin * m)    sc and m: small integers, one for a sub-block of 16 or 32
@@ -9,9 +13,9 @@ Codes with an excess are the signed numbers that they mean: 8 of Q4_0's 16 codes
     IQ4_NL                    d * table[q]                 TQ1_0, TQ2_0  d * (q - 1), q base 3 or of 2 bits
     MXFP4                     2 ** (e - 127) * E2M1(q)     NVFP4         UE4M3(d) * E2M1(q), d of 16 elements
 
-Each operation is rounded to float32. gguf 0.19, quants.py; ggml, ggml-quants.c (dequantize_row_*). They differ from
-this in codes that no quantizer of theirs makes: MXFP4's exponent 255 is 2 ** 128 there and NaN here, as in OCP's
-specification, and the fourth bit of float4 alone is 0 there and -0 here.
+Each operation is rounded to float32. Sources: gguf 0.19, quants.py; ggml, ggml-quants.c (dequantize_row_*). These
+differ from this module only in codes that none of their quantizers makes. MXFP4's exponent 255 is 2 ** 128 there and
+NaN here, as in OCP's specification. A float4 with only its fourth bit set is 0 there and -0 here.
 """
 
 from __future__ import annotations
@@ -71,8 +75,8 @@ class BlockData:
     def part(
         self, role: str, dtype: np.dtype[Any], count: int, take: _Take, quantization: Quantization | None = None
     ) -> Tensor:
-        """What `take` gets from blocks of shape (n, nbytes): `count` elements of each, of any shape, as canonical
-        bytes."""
+        """A part of each block as canonical bytes. `take` gets blocks of shape (n, nbytes) and returns `count` elements
+        of each, in any shape."""
         shape = (*self.shape[:-1], self.shape[-1] // self.elements * count)
 
         def rows(first: int, last: int) -> NDArray[Any]:
@@ -92,7 +96,7 @@ class BlockData:
         offset: Tensor | None = None,
         codebook: Tensor | None = None,
     ) -> Tensor:
-        """The tensor itself: its codes and their parameters, of which there are as many as scales."""
+        """The tensor itself: its codes and their parameters. All parameters are as many as the scales."""
         block_shape = blocked(self.shape, len(self.shape) - 1, self.shape[-1] // scale.shape[-1])
         quantization = Quantization(scale, block_shape, zero_point, offset, codebook)
         return self.part(self.name, dtype, self.elements, take, quantization)
@@ -105,7 +109,7 @@ class BlockData:
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """A type of blocks: their size in elements and in bytes, and what makes a tensor of them."""
+    """A block type: its size in elements and in bytes, and the function that makes a tensor of its blocks."""
 
     name: str
     elements: int
@@ -118,18 +122,18 @@ def _field(start: int, stop: int) -> _Take:
 
 
 def _negated(start: int) -> _Take:
-    """A float16 with the other sign."""
+    """A float16 with its sign flipped."""
     return lambda blocks: blocks[:, start : start + 2] ^ np.array([0x00, 0x80], np.uint8)
 
 
 def _added(codes: _Bytes, high: _Bytes) -> _Bytes:
-    """Codes of their low bits with the high ones, in place."""
+    """Adds the high bits to codes that have their low bits, in place."""
     codes |= high
     return codes
 
 
 def _signed(excess: int, codes: _Bytes) -> NDArray[np.int8]:
-    """The codes less `excess`, in place."""
+    """Subtracts `excess` from the codes, in place."""
     codes -= np.uint8(excess)
     return codes.view(np.int8)
 
@@ -146,7 +150,7 @@ def _q4_1(blocks: BlockData) -> Tensor:
 
 
 def _five_bits(blocks: _Bytes, begin: int) -> _Bytes:
-    """Codes of 32 elements: the fifth bits as a bit stream, the others in halves."""
+    """Codes of 32 elements. The fifth bits are stored as a bit stream, the other bits in halves."""
     fifth = np.unpackbits(fields(blocks, begin, begin + 4, 4, 8), axis=1, bitorder="little")
     return _added(fields(blocks, begin + 4, begin + 20, 16, 4), fifth * np.uint8(16))
 
@@ -167,14 +171,14 @@ def _q8_0(blocks: BlockData) -> Tensor:
 
 
 def _q8_k(blocks: BlockData) -> Tensor:
-    """The sums of 16 codes each that follow are for dot products only."""
+    """Ignores the sums of 16 codes each that follow the codes: they are for dot products only."""
     return blocks.quantized(INT8, _field(4, 260), blocks.part("scale", FLOAT32, 1, _field(0, 4)))
 
 
 def _with_minima(
     blocks: BlockData, dtype: np.dtype[Any], codes: _Take, at: int, count: int, scales: _Take, minima: _Take
 ) -> Tensor:
-    """`count` scales and minima of a block, whose own scales d and dmin lie at byte `at`."""
+    """A tensor with `count` scales and minima in each block. Their own scales, d and dmin, lie at byte `at`."""
     d = blocks.part("scale", FLOAT16, 1, _field(at, at + 2))
     minus_dmin = blocks.part("scale", FLOAT16, 1, _negated(at + 2))
     scale = blocks.nested("scale", UINT8, count, scales, d)
@@ -195,9 +199,9 @@ def _q2_k(blocks: BlockData) -> Tensor:
 
 
 def _six_bits(blocks: _Bytes, low: int, nibble: int) -> _Bytes:
-    """The 8 scales or minima of Q4_K and Q5_K, in the 12 bytes from 4 on: four in the low 6 bits of bytes from `low`
-    on, whose other bits are the high ones of the next four; their low ones are a nibble of bytes 8 to 11. Four bytes
-    are computed with at once."""
+    """The 8 scales or minima of Q4_K and Q5_K, from the 12 bytes that begin at byte 4. Four are the low 6 bits of the
+    bytes from `low` on. The upper 2 bits of these bytes are the high bits of the other four, and a nibble of bytes 8 to
+    11 has their low bits. Four bytes are computed at once."""
     words = fields(blocks, 4, 16, 12, 8).view("<u4")
     whole = words[:, low // 4]
     found = np.empty((blocks.shape[0], 2), "<u4")
@@ -233,7 +237,7 @@ def _q5_k(blocks: BlockData) -> Tensor:
 
 
 def _q3_k(blocks: BlockData) -> Tensor:
-    """The bit that is apart says that 4 is not to be subtracted."""
+    """The third bit of a code is stored apart. If it is set, 4 is not subtracted."""
 
     def codes(stored: _Bytes) -> _Bytes:
         codes = _added(fields(stored, 32, 96, 32, 2), fields(stored, 0, 32, 32, 1, 2))
@@ -255,7 +259,7 @@ def _q6_k(blocks: BlockData) -> Tensor:
 
 
 def iq4_codebook() -> Tensor:
-    """What IQ4_NL and IQ4_XS multiply."""
+    """The values that IQ4_NL and IQ4_XS multiply by their scale."""
     return Tensor.from_array("codebook", np.array(IQ4_VALUES, np.float32))
 
 
@@ -274,7 +278,7 @@ def _iq4_xs(blocks: BlockData) -> Tensor:
 
 
 def _tq1_0(blocks: BlockData) -> Tensor:
-    """A byte is a fraction of 256; its digits to the base of 3 are the codes, the first one first."""
+    """A byte stands for a fraction of 256. Its base-3 digits are the codes, the first digit first."""
 
     def digits(stored: _Bytes, count: int) -> NDArray[np.uint16]:
         shifted = stored[:, None, :] * (3 ** np.arange(count)).astype(np.uint8)[:, None]
@@ -288,7 +292,7 @@ def _tq1_0(blocks: BlockData) -> Tensor:
 
 
 def _tq2_0(blocks: BlockData) -> Tensor:
-    """The fourth code would mean 2, which int2 does not have: codes stay unsigned."""
+    """Codes stay unsigned because the fourth code would mean 2, which int2 does not have."""
     scale = blocks.part("scale", FLOAT16, 1, _field(64, 66))
     zero_point = blocks.part("zero_point", UINT8, 1, lambda b: np.ones(b.shape[0], np.uint8))
     return blocks.quantized(UINT2, lambda b: pack(fields(b, 0, 64, 32, 2), 2), scale, zero_point=zero_point)
@@ -300,7 +304,7 @@ def _mxfp4(blocks: BlockData) -> Tensor:
 
 
 def _nvfp4(blocks: BlockData) -> Tensor:
-    """float8_e4m3fn without its sign, and 0x7F is 0 instead of NaN."""
+    """The scales are float8_e4m3fn without a sign, and 0x7F is 0 instead of NaN."""
 
     def scales(stored: _Bytes) -> _Bytes:
         scale = stored[:, :4]
@@ -311,7 +315,7 @@ def _nvfp4(blocks: BlockData) -> Tensor:
     return blocks.quantized(FLOAT4, lambda b: paired_halves(b, 4, 8), blocks.part("scale", FLOAT8_E4M3, 4, scales))
 
 
-#: The types that are read, by their number (ggml.h, enum ggml_type).
+#: The types that are decoded, by their number (ggml.h, enum ggml_type).
 BLOCK_TYPES: Mapping[int, BlockType] = MappingProxyType(
     {
         2: BlockType("Q4_0", 32, 18, _q4_0),
@@ -347,7 +351,7 @@ PLAIN_TYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     }
 )
 
-#: Types whose blocks are carried whole and not decoded (lattices, and bits of a sign): name, elements, bytes.
+#: Types whose blocks are copied whole and not decoded (lattices, and single sign bits): name, elements, bytes.
 OPAQUE_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
     {
         16: ("IQ2_XXS", 256, 66),
@@ -361,7 +365,7 @@ OPAQUE_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
     }
 )
 
-#: Types that no file should have: those that exist while llama.cpp runs, and former ones.
+#: Types that no file should have: types that exist only while llama.cpp runs, and removed ones.
 OTHER_TYPES: Mapping[int, str] = MappingProxyType(
     {
         4: "Q4_2",

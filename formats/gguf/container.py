@@ -1,11 +1,15 @@
-"""A GGUF file's header: what there is, and where. Nothing is allocated before the file is known to hold it.
+"""The header of a GGUF file: key-values, tensors and where their data are.
 
     magic "GGUF", version u32, number of tensors u64, number of key-values u64
     key-value     key string, type u32, value          string: length u64, bytes; array: type u32, count u64, elements
     tensor        name string, axes u32, sizes u64 (the innermost first), type u32, offset u64 from where the data begin
-    data          from the next multiple of general.alignment (32 where there is none) on
+    data          from the next multiple of general.alignment on (32 if the key is absent)
 
 Version 3, little-endian; version 2 is the same. ggml, docs/gguf.md; checked with gguf 0.19.
+
+The reader is our own because gguf's GGUFReader makes NumPy views of every element of every array, e.g. of 100,000
+tokens, and trusts counts from the file. Here nothing is allocated before the file is known to be long enough for it,
+arrays are skipped, and each key-value keeps its bytes, so that the writer can copy it unchanged.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ _LEAST_TENSOR = 8 + 4 + 4 + 8
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value of the metadata: its type's name, and a number, a bool or a str; of an array, the number of elements."""
+    """A value of the metadata: the name of its type, and a number, a bool or a str. For an array, the number is that of
+    its elements."""
 
     kind: str
     value: Any
@@ -59,7 +64,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the header has it: `shape` has the innermost axis last; `offset` counts from where the data begin."""
+    """A tensor's entry in the header. `shape` has the innermost axis last; `offset` counts from the start of data."""
 
     name: str
     shape: tuple[int, ...]
@@ -69,8 +74,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFHeader:
-    """The key-values and the tensors of a file, in its order; `data_offset` is where the data begin. `entries` are the
-    bytes of each key-value as they stand in the file, its key included."""
+    """The key-values and the tensors of a file, in its order. The data begin at `data_offset`. `entries` has the bytes
+    of each key-value as they are in the file, its key included."""
 
     file: MappedFile
     metadata: dict[str, Value]
@@ -80,7 +85,7 @@ class GGUFHeader:
     data_offset: int
 
     def data_of(self, tensor: TensorInfo, nbytes: int) -> FileRange:
-        """The bytes of a tensor that takes so many. Raises CorruptFile where they do not lie in the file."""
+        """The `nbytes` bytes of a tensor. Raises CorruptFile if they do not lie in the file."""
         if tensor.offset % self.alignment:
             raise CorruptFile(
                 f"has its data at offset {tensor.offset}, which is not a multiple of the alignment {self.alignment}",
@@ -131,14 +136,14 @@ def _alignment(metadata: dict[str, Value]) -> int:
 
 
 class _Cursor:
-    """A place in the file that moves on with what is read."""
+    """A position in the file that moves on with each read."""
 
     def __init__(self, file: MappedFile) -> None:
         self._bytes = file.view
         self.position = 0
 
     def expect(self, nbytes: int, what: str) -> None:
-        """Raises CorruptFile unless so many bytes follow."""
+        """Raises CorruptFile unless `nbytes` bytes follow."""
         left = self._bytes.size - self.position
         if nbytes > left:
             raise CorruptFile(
@@ -166,7 +171,7 @@ class _Cursor:
             raise CorruptFile(f"has the string {brief(taken[:40])}, which is not UTF-8: {error.reason}") from None
 
     def value(self) -> Value:
-        """The next value, its type before it."""
+        """The next value; its type comes before it."""
         kind = self.number("I")
         if kind in _NUMBERS:
             return Value(_NAMES[kind], self.number(_NUMBERS[kind]))
@@ -201,7 +206,7 @@ class _Cursor:
         """The next tensor's entry."""
         name, axes = self.string(), self.number("I")
         self.expect(axes * 8, f"the sizes of {axes} axes")
-        if axes > MOST_DIMENSIONS:  # before they are looked at: there may be millions
+        if axes > MOST_DIMENSIONS:  # checked before the sizes are read: there may be millions
             raise Unsupported(f"has {axes} dimensions; {MOST_DIMENSIONS} are the most that can be read", tensor=name)
         sizes = struct.unpack(f"<{axes}Q", self.take(axes * 8))
         shape = checked_shape(tuple(reversed(sizes)), tensor=name)

@@ -1,6 +1,6 @@
-"""Fields of bits that lie in groups of bytes of blocks of equal size, taken apart.
+"""Takes apart fields of bits that lie in groups of bytes, in blocks of equal size.
 
-With NumPy, or with compiled code where that decodes (`converters.arithmetic.compiled`).
+Compiled code does this where it also decodes (`converters.arithmetic.compiled`), NumPy elsewhere.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Bytes = NDArray[np.uint8]
 
 
 def paired_halves(blocks: Bytes, begin: int, half: int) -> Bytes:
-    """Canonical bytes, shape (n * (nbytes - begin),), of the nibbles in groups of `half` bytes that follow the first
-    `begin` bytes of each block of `blocks`, shape (n, nbytes): first all the low ones, then all the high ones. ggml has
-    its codes of 4 bits so (ggml-quants.c)."""
+    """Nibbles as canonical bytes, shape (n * (nbytes - begin),). They lie in groups of `half` bytes after the first
+    `begin` bytes of each block of `blocks`, shape (n, nbytes). In a group, all low nibbles come first, then all high
+    ones. ggml stores its 4-bit codes like this (ggml-quants.c)."""
     stored = blocks[:, begin:]
     packed = np.empty(stored.size, np.uint8)
     if compiled.is_used():
@@ -38,9 +38,9 @@ def paired_halves(blocks: Bytes, begin: int, half: int) -> Bytes:
 
 
 def fields(blocks: Bytes, begin: int, end: int, group: int, bits: int, up: int = 0) -> Bytes:
-    """Fields of `bits` bits that lie in groups of `group` bytes, from `begin` to `end` in each block of `blocks`, shape
-    (n, nbytes): all the lowest of a group first, moved `up` by so many bits, one in a byte, shape (n, elements). They
-    are the caller's to write to, but for whole bytes (`bits` is 8), which may be those of `blocks`."""
+    """Fields of `bits` bits, one in a byte, shape (n, elements), shifted `up` bits. They lie in groups of `group`
+    bytes, from `begin` to `end` in each block of `blocks`, shape (n, nbytes). All lowest fields of a group come first.
+    The caller may write to the result, except for whole bytes (`bits` is 8), which may be a view of `blocks`."""
     if compiled.is_used():
         from nibblecast.formats.gguf import compiled_fields as loops
 
@@ -50,7 +50,7 @@ def fields(blocks: Bytes, begin: int, end: int, group: int, bits: int, up: int =
     stored: Bytes = np.ascontiguousarray(blocks[:, begin:end])
     if bits == 8:
         return stored
-    word = np.dtype(f"u{min(8, group)}")  # as many bytes at once; what is shifted out of one is masked in the next
+    word = np.dtype(f"u{min(8, group)}")  # many bytes at once; the mask drops bits shifted out of a neighbour
     words = stored.view(word).reshape(blocks.shape[0], -1, 1, group // word.itemsize)
     mask = np.full(word.itemsize, (1 << bits) - 1, np.uint8).view(word)
     shifted: NDArray[Any] = ((words >> np.arange(0, 8, bits, dtype=word)[:, None]) & mask) << word.type(up)

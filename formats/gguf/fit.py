@@ -1,14 +1,18 @@
-"""Quantized tensors as ggml's types have them: the same values, in codes and parameters of one of its blocks.
+"""Quantized tensors rearranged into one of ggml's block types, with exactly the same values.
 
-    Q4_0     int4 codes (or 2-bit ones) less their zero point, if that is what int4 holds: uint4 with zero point 8, say
+    Q4_0     int4 codes (or 2-bit ones) less their zero point, if int4 holds the result, e.g. uint4 with zero point 8
     Q4_1     other 4-bit and 2-bit codes, unsigned; the minimum is offset - scale * zero point
     Q8_0     int8 codes, or uint8 ones less the zero point 128
     IQ4_NL   uint4 codes with its codebook
     MXFP4    float4 with scales that are powers of two       NVFP4    float4 with scales that E4M3 holds
 
-Parameters for more than a block are repeated. Nothing is rounded: scales and minima must be float16 numbers, and where
-zero points become minima, all codes are decoded both ways first. Those parameters are read for that when a file is
-planned, in pieces. (Two zeros are one value here: ggml's may have the other sign.)
+A parameter that spans several blocks is repeated. Where zero points become minima, all codes are decoded both ways to
+compare them. The parameters are read for these checks when a file is planned, in pieces. +0 and -0 count as the same
+value, because ggml's zero may have the other sign.
+
+The alternative was to round scales to float16, as ggml's quantizers do. That would change weights silently, and a
+conversion promises the same values. So scales and minima must be numbers of the type's dtype, mostly float16. All else
+is refused, and the message says how to quantize the tensor so that it fits.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from nibblecast.formats.gguf.blocks import iq4_codebook
 #: The lowest and the highest code of each dtype that can be arranged.
 _CODES = frozenset((INT2, UINT2, INT4, UINT4, INT8, UINT8))
 _PIECE_BLOCKS = 1 << 16
-#: Zero points beyond it are far from any code, and differences with these are exact in float32 up to it.
+#: Zero points beyond this are far from any code. Up to it, code - zero point is exact in float32.
 _LARGEST_ZERO_POINT = 1 << 16
 
 _Floats = NDArray[Any]
@@ -54,7 +58,7 @@ _Floats = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A type of blocks to write: `elements` in a block, of which `shared` have the same scale."""
+    """A block type to write: `elements` in a block, of which each `shared` have the same scale."""
 
     type_id: int
     name: str
@@ -73,8 +77,8 @@ NVFP4 = Kind(40, "NVFP4", 64, 16, FLOAT4, FLOAT8_E4M3)
 
 
 def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, tuple[Loss, ...]]:
-    """The type for a quantized tensor; the tensor as that type's blocks are read; what its codes lose. Reads parameters
-    that may not fit. Raises Unsupported where no type has exactly these values."""
+    """Returns the type for a quantized tensor, the tensor as reading that type's blocks gives it, and the losses of its
+    codes. Reads parameters that may not fit. Raises Unsupported if no type has exactly these values."""
     source = _Source(tensor, quantization)
     kind = _kind(source)
     if source.scale_is_doubtful(kind):
@@ -90,7 +94,7 @@ def arrange(tensor: Tensor, quantization: Quantization) -> tuple[Kind, Tensor, t
 
 
 def arranged(tensor: Tensor, quantization: Quantization, kind: Kind) -> Tensor:
-    """A tensor that fits `kind` in codes and parameters of that."""
+    """A tensor that fits `kind`, in the codes and parameters of `kind`."""
     source = _Source(tensor, quantization)
     scale = source.parameter("scale", kind, source.scale)
     offset = source.parameter("offset", kind, source.minimum) if kind is Q4_1 else None
@@ -101,7 +105,7 @@ def arranged(tensor: Tensor, quantization: Quantization, kind: Kind) -> Tensor:
 
 
 def _kind(source: _Source) -> Kind:
-    """The type whose codes these can be, in blocks that fit."""
+    """The type that can hold these codes, in blocks that fit."""
     tensor, q = source.tensor, source.quantization
     if tensor.dtype == FLOAT4:
         kind = _float_kind(source)
@@ -122,7 +126,7 @@ def _kind(source: _Source) -> Kind:
 
 
 def _float_kind(source: _Source) -> Kind:
-    """MXFP4 where all scales are powers of two, or blocks fit no other type."""
+    """MXFP4 if all scales are powers of two or if the blocks fit no other type, else NVFP4."""
     q = source.quantization
     if q.zero_point is not None or q.offset is not None:
         raise source.refusal("has float4 codes with a zero point or an offset, which no type of ggml has")
@@ -164,7 +168,7 @@ def _check_minima(source: _Source) -> None:
 
 
 def _fits(scale: _Floats, kind: Kind) -> NDArray[np.bool_]:
-    """Which of the scales are exactly numbers of the kind's dtype; ggml's E8M0 has no NaN, its E4M3 no sign."""
+    """Which scales the kind's dtype holds exactly. ggml's E8M0 has no NaN, and its E4M3 has no sign."""
     with np.errstate(over="ignore", invalid="ignore"):
         exact = _equal(scale.astype(kind.scale_dtype).astype(np.float32), scale)
     if kind.scale_dtype == FLOAT16:
@@ -184,22 +188,22 @@ def _equal(a: _Floats, b: _Floats) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
-    """A quantized tensor, with its parameters by their flat position in their grid."""
+    """A quantized tensor whose parameters are read by their flat position in their grid."""
 
     tensor: Tensor
     quantization: Quantization
 
     def scale(self, first: int, last: int) -> _Floats:
-        """As float32; infinite where that is beyond its range."""
+        """Scales as float32; infinite where they are beyond its range."""
         return _float32(_values(self.quantization.scale, first, last))
 
     def zero_point(self, first: int, last: int) -> _Floats:
-        """As float64; zeros where there is none."""
+        """Zero points as float64; zeros if the tensor has none."""
         parameter = self.quantization.zero_point
         return np.zeros(last - first) if parameter is None else _values(parameter, first, last)
 
     def offset(self, first: int, last: int) -> _Floats:
-        """Zeros where there is none."""
+        """Offsets; zeros if the tensor has none."""
         parameter = self.quantization.offset
         if parameter is None:
             return np.zeros(last - first, np.float32)
@@ -220,14 +224,14 @@ class _Source:
             yield first, min(count, first + _PIECE_BLOCKS)
 
     def has_blocks_for(self, kind: Kind) -> bool:
-        """Whether elements that share a parameter there do so here."""
+        """Whether elements that share a parameter in a block of `kind` share it in this tensor as well."""
         if not self.tensor.shape or self.tensor.shape[-1] % kind.elements:
             return False
         block = self.quantization.block_shape[-1]
         return block >= self.tensor.shape[-1] or block % kind.shared == 0
 
     def check_blocks(self, kind: Kind) -> None:
-        """Raises Unsupported unless they do."""
+        """Raises Unsupported unless this tensor has blocks for `kind`."""
         shape = self.tensor.shape
         if not shape or shape[-1] % kind.elements:
             last = f"has the last size {shape[-1]}" if shape else "has no axes"
@@ -261,14 +265,14 @@ class _Source:
         return True
 
     def is_iq4(self) -> bool:
-        """Whether the codebook is IQ4_NL's, and nothing is subtracted or added."""
+        """Whether the codebook is IQ4_NL's and the tensor has neither zero points nor offsets."""
         q = self.quantization
         if q.codebook is None or self.tensor.dtype != UINT4 or q.zero_point is not None or q.offset is not None:
             return False
         return bool(np.array_equal(q.codebook.dequantize(np.float32), iq4_codebook().numpy()))
 
     def refusal(self, what: str) -> Unsupported:
-        """The error, with what would make a tensor that can be written."""
+        """The error, with the options that would make a tensor that can be written."""
         advice = "add --dequantize float16 (or float32)"
         if len(self.tensor.shape) >= 2 and self.tensor.shape[-1] % Q4_0.elements == 0:
             advice += ", or --quantize int4,block=32,axis=-1,scale=float16,requantize"
@@ -317,7 +321,7 @@ class _Source:
 
 
 def _elements(tensor: Tensor, first: int, last: int) -> NDArray[Any]:
-    """Elements [first, last) of a tensor, flat, as they are stored."""
+    """Stored elements [first, last) of the flat tensor."""
     stored = tensor.data.read(first * tensor.bits // 8, packed_size(last, tensor.bits))
     if tensor.dtype not in SUB_BYTE:
         return stored.view(tensor.dtype)
@@ -326,7 +330,7 @@ def _elements(tensor: Tensor, first: int, last: int) -> NDArray[Any]:
 
 
 def _values(parameter: Tensor, first: int, last: int) -> NDArray[np.float64]:
-    """Values [first, last) of a parameter, flat; of one with a second-level scale, as decoding computes them."""
+    """Values [first, last) of a flat parameter. A second-level scale is applied as decoding does it."""
     if parameter.quantization is not None:
         return parameter.dequantize(np.float32).reshape(-1)[first:last].astype(np.float64)
     elements = _elements(parameter, first, last)

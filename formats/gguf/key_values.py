@@ -1,7 +1,11 @@
-"""The header of a GGUF file that is written: the key-values of the source, where that is one, and the tensors' entries.
+"""The header of a GGUF file that is written: the key-values, from a GGUF source if there is one, and the tensors.
 
-A key-value is a key and a value of any type; those of the format itself begin with "general." (ggml, docs/gguf.md).
-llama.cpp finds a model's hyperparameters and its tokenizer there, under names that begin with general.architecture.
+A key-value is a key and a value of any type. The keys of the format itself begin with "general." (ggml, docs/gguf.md).
+llama.cpp finds a model's hyperparameters under keys that begin with the value of general.architecture, and its
+tokenizer under keys that begin with "tokenizer.".
+
+The source's key-values are copied as bytes and not decoded. A tokenizer alone has arrays of 100,000 strings, and
+decoding them into objects would cost time and memory for the same bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +31,8 @@ _VERSION = 3
 _QUANTIZATION_VERSION = 2
 #: gguf.cpp, GGUF_MAX_ALIGNMENT.
 _LARGEST_ALIGNMENT = 1 << 20
-#: What general.file_type says of a file that has mostly tensors of a type (llama.h, enum llama_ftype), the K-quants'
-#: mixtures as llama-model-loader.cpp guesses them.
+#: The general.file_type of a file whose tensors mostly have a type (llama.h, enum llama_ftype). The mixtures of the
+#: K-quants are as llama-model-loader.cpp guesses them.
 _FILE_TYPES = (
     {0: 0, 1: 1, 30: 32}
     | {2: 2, 3: 3, 6: 8, 7: 9, 8: 7}
@@ -46,15 +50,15 @@ _CONTAINER = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyValues:
-    """What the header will say of the model as a whole. `source` are the GGUF files that it was read from, the first of
-    which has the key-values to be kept, byte for byte; `title` is a name for it where there are none."""
+    """What the header will say of the model as a whole. `source` are the GGUF files that the model was read from. The
+    key-values of the first are kept byte for byte. Without a source, `title` is the model's name."""
 
     source: tuple[GGUFHeader, ...]
     title: str
 
     @classmethod
     def of(cls, model: Model) -> KeyValues:
-        """Those of a model. Raises what opening its source raises."""
+        """The key-values of a model. Raises what opening its source raises."""
         path = model.metadata.source
         title = "" if path is None else path.stem.encode(errors="replace").decode()
         if model.metadata.format != "gguf" or path is None:
@@ -69,21 +73,21 @@ class KeyValues:
 
     @property
     def alignment(self) -> int:
-        """What every tensor's data begin at a multiple of."""
+        """The data of every tensor begin at a multiple of this."""
         return self.source[0].alignment if self.source else DEFAULT_ALIGNMENT
 
     @property
     def losses(self) -> Sequence[Loss]:
-        """The losses of reading that are none, because the key-values are kept."""
+        """The losses of reading that do not happen, because the key-values are kept."""
         return tuple(metadata_losses(self.source[0])) if self.source else ()
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a person should know of the file."""
+        """What a user should know about the file."""
         return () if self.source else (_CONTAINER,)
 
     def header(self, entries: Sequence[TensorInfo], architecture: str) -> Sequence[Data]:
-        """The bytes before the data, in parts, without what fills them up."""
+        """The bytes before the data, in parts, without padding."""
         values = self._made(entries, architecture)
         kept = self.source[0].entries if self.source else {}
         parts: dict[str, Data] = {key: entry for key, entry in kept.items() if not key.startswith(SPLIT_KEYS)}
@@ -92,7 +96,7 @@ class KeyValues:
         return [_in_memory(start), *parts.values(), *(_in_memory(_tensor(entry)) for entry in entries)]
 
     def _made(self, entries: Sequence[TensorInfo], architecture: str) -> dict[str, bytes]:
-        """The key-values that the source does not have, or that are not true of what is written."""
+        """The key-values that the source does not have, or that would be wrong for the written file."""
         values: dict[str, bytes] = {}
         if architecture:
             values[_ARCHITECTURE] = _string_value(_ARCHITECTURE, architecture)
@@ -114,7 +118,7 @@ class KeyValues:
 
 
 def _file_type(entries: Sequence[TensorInfo]) -> int | None:
-    """That of the type which most elements have; None where there is none for it."""
+    """The file type for the type that most elements have; None if llama.cpp has none for it."""
     elements: Counter[int] = Counter()
     for entry in entries:
         elements[entry.type_id] += prod(entry.shape)

@@ -1,4 +1,4 @@
-"""GGUF -> Model: each tensor under its own name, ggml's blocks taken apart when they are read."""
+"""GGUF -> Model: each tensor under its own name. ggml's blocks are taken apart when their data are read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class GGUFReader:
     """Reads .gguf files."""
 
     def read(self, path: Path) -> Model:
-        """The tensors in the header's order, those of all files that a model was split into; headers only. Raises
-        CorruptFile for damage, Unsupported for types of blocks that ggml no longer has."""
+        """The tensors in the header's order, from all files of a split model. Reads headers only. Raises CorruptFile
+        for damage, Unsupported for block types that ggml no longer has."""
         containers = open_files(path)
         tensors: dict[str, Tensor] = {}
         for container in containers:
@@ -84,7 +84,7 @@ def _blocks(container: GGUFHeader, info: TensorInfo, type_name: str, elements: i
 
 
 def _opaque(container: GGUFHeader, info: TensorInfo) -> tuple[Tensor, int]:
-    """A tensor whose elements are whole blocks, of a dtype that is called as their type: no other format holds them."""
+    """A tensor whose elements are whole blocks. Its dtype is named as the block type; no other format holds it."""
     name, elements, nbytes = OPAQUE_TYPES[info.type_id]
     data = _blocks(container, info, name, elements, nbytes).data
     shape = (*info.shape[:-1], info.shape[-1] // elements)
@@ -100,7 +100,7 @@ def _unknown(info: TensorInfo) -> Exception:
 
 
 def _check_apart(extents: list[tuple[int, int, str]]) -> None:
-    """Raises CorruptFile where two tensors share bytes."""
+    """Raises CorruptFile if two tensors share bytes."""
     last_stop, last_name = 0, ""
     for start, stop, name in sorted(extents):
         if start < last_stop and stop > start:

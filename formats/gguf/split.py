@@ -1,8 +1,8 @@
-"""The files of one model: a single one, or those that llama-gguf-split or gguf's GGUFWriter made of it.
+"""The files of one model: a single file, or the files that llama-gguf-split or gguf's GGUFWriter split it into.
 
-Each of those is a file of its own, PREFIX-00001-of-00003.gguf, with the key-values split.no (from 0), split.count and
-split.tensors.count; the first one has the model's other key-values, any of them may be without tensors. gguf 0.19,
-gguf_writer.py; llama.cpp, llama-model-loader.cpp, which checks the same.
+Each of these is a complete GGUF file, PREFIX-00001-of-00003.gguf, with the key-values split.no (from 0), split.count
+and split.tensors.count. The first file has the model's other key-values. Any of the files may be without tensors.
+Sources: gguf 0.19, gguf_writer.py; llama.cpp, llama-model-loader.cpp, which checks the same.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _PATTERN = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 
 
 def open_files(path: Path) -> tuple[GGUFHeader, ...]:
-    """The files of the model that `path` belongs to, or that the folder `path` holds, in their order. Raises
-    CorruptFile where one is missing or they do not fit together, UsageError for a folder with several models."""
+    """The files, in order, of the model that the file `path` belongs to or that the folder `path` holds. Raises
+    CorruptFile if a file is missing or they do not fit together, UsageError for a folder with several models."""
     if path.is_dir():
         path = _first_of_folder(path)
     container = _opened(path)
@@ -88,7 +88,7 @@ def _other(path: Path, number: int, count: int) -> GGUFHeader:
 
 
 def _whole_number(container: GGUFHeader, path: Path, key: str) -> int | None:
-    """The value of a key; None where there is none."""
+    """The value of a key; None if the key is absent."""
     found = container.metadata.get(key)
     if found is None:
         return None
@@ -98,7 +98,7 @@ def _whole_number(container: GGUFHeader, path: Path, key: str) -> int | None:
 
 
 def _check_tensors(containers: list[GGUFHeader]) -> None:
-    """Raises CorruptFile where a tensor is in two files, or where there are not as many as each file says."""
+    """Raises CorruptFile if a tensor is in two files, or if the number of tensors differs from what a file says."""
     where: dict[str, Path] = {}
     for container in containers:
         for name in container.tensors:

@@ -1,6 +1,8 @@
-"""Blocks as they lie in a file, behind the codes that are read from them: so they can be written again as they are.
+"""Codes that remember the blocks of the file that they are read from, so that the blocks can be written unchanged.
 
-A tensor that no stage has changed is still its blocks, whatever their type, also one whose codes are not decoded here.
+Writing only ever from codes would need an encoder for each of ggml's types, and some types are read but not written.
+A tensor that no stage has changed is still its blocks, so these are copied, whatever their type. That also holds for
+types whose codes are not decoded here.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from nibblecast.converters.storage import Data
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredBlocks(Data):
-    """The canonical bytes of the codes of a tensor, `codes`, and the `blocks` of the type `type_id` that they are read
-    from; `shape` is that of the tensor in elements. `quantization` is what makes values of the codes."""
+    """The canonical bytes of a tensor's codes, `codes`, and the `blocks` of type `type_id` that they are read from.
+    `shape` is the tensor's shape in elements. `quantization` turns the codes into values."""
 
     codes: Data
     blocks: Data
@@ -36,12 +38,12 @@ class StoredBlocks(Data):
         return self.codes.read(start, stop)
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of the blocks that bytes [start, stop) of the codes are in."""
+        """Releases the blocks that hold bytes [start, stop) of the codes."""
         first, last = start * self.blocks.nbytes // self.nbytes, -(-stop * self.blocks.nbytes // self.nbytes)
         self.blocks.release(first, last)
 
 
 def stored_blocks(tensor: Tensor) -> StoredBlocks | None:
-    """The blocks that a tensor was read from, where its codes and its parameters are still theirs."""
+    """The blocks that a tensor was read from, if its codes and its parameters are still those of the blocks."""
     data = tensor.data
     return data if isinstance(data, StoredBlocks) and data.quantization is tensor.quantization else None

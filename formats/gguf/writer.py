@@ -1,7 +1,8 @@
-"""Model -> one GGUF file, laid out as gguf's GGUFWriter does: version 3, tensors in their order, padded with zeros.
+"""Model -> one GGUF file, laid out as by gguf's GGUFWriter: version 3, tensors in their order, padded with zeros.
 
-Plain values are written as they are. A quantized tensor is written as its blocks where it was read from such, whatever
-their type, and no stage has changed it; else as the type that has exactly its values (`formats.gguf.fit`).
+Plain values are written as they are. A quantized tensor that was read from blocks, and that no stage has changed, is
+written as these blocks, whatever their type. Any other becomes the type that has exactly its values
+(`formats.gguf.fit`).
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class GGUFWriter:
     )
 
     def plan(self, model: Model, target: Path, options: GGUFOptions) -> Plan:
-        """Lays out the file. Reads the header of a GGUF source again, for its key-values, and those parameters of which
-        it is not certain that ggml's types hold them. Raises Unsupported for what no type of ggml holds."""
+        """Lays out the file. Reads the header of a GGUF source again for its key-values. Reads parameters that ggml's
+        types may not hold. Raises Unsupported for tensors that no type of ggml holds."""
         key_values = KeyValues.of(model)
         places: dict[str, _TensorEntry] = {}
         losses: list[Loss] = []
@@ -81,7 +82,7 @@ class GGUFWriter:
 @dataclass(frozen=True, slots=True, eq=False)
 class _TensorEntry:
     """A tensor, its entry in the header and how many bytes it takes; `expected` is what reading it will give. `blocks`
-    are those that are copied; `kind` is what those are which are made."""
+    are blocks to copy; `kind` is the type of blocks to make."""
 
     tensor: Tensor
     info: TensorInfo
@@ -111,7 +112,7 @@ def _place(tensor: Tensor, offset: int) -> tuple[_TensorEntry, tuple[Loss, ...]]
 
 
 def _check_limits(tensor: Tensor) -> None:
-    """What llama.cpp's loader takes (ggml, gguf.cpp, gguf_init_from_reader): it divides by sizes, for example."""
+    """Checks the limits of llama.cpp's loader (ggml, gguf.cpp, gguf_init_from_reader), which e.g. divides by sizes."""
     name = tensor.name.encode(errors="backslashreplace")
     reason = ""
     if len(tensor.shape) > _MOST_AXES:
@@ -128,7 +129,7 @@ def _check_limits(tensor: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFFile(Shard):
-    """The header in parts, and the tensors' entries; all of them begin at multiples of the alignment."""
+    """The header in parts, and the tensors' entries. The data of each tensor begin at a multiple of the alignment."""
 
     header: Sequence[Data]
     alignment: int
@@ -155,7 +156,7 @@ class GGUFFile(Shard):
 
 
 def _copy(data: Data, stream: BinaryIO) -> None:
-    """Writes data as they are."""
+    """Writes data unchanged."""
     for start in range(0, data.nbytes, _PIECE_BYTES):
         stop = min(data.nbytes, start + _PIECE_BYTES)
         stream.write(data.read(start, stop).data)
