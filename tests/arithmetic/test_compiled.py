@@ -173,7 +173,7 @@ def test_a_threshold_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compiled, "_WORTH", "soon")
     scale = Tensor.from_array("s", np.ones((4, 1), np.float32))
     tensor = replace(zoo.codes("w", (4, 64), ml_dtypes.uint4), quantization=Quantization(scale, (1, 64)))
-    with pytest.raises(UsageError, match="NIBBLECAST_COMPILE_AFTER=soon: a number of elements"):
+    with pytest.raises(UsageError, match="NIBBLECAST_COMPILE_AFTER=soon: must be a number of elements"):
         tensor.dequantize(FLOAT32)
 
 

@@ -57,7 +57,7 @@ def test_inspect_shows_a_table_and_json() -> None:
     tensor = next(t for t in document["tensors"] if t["name"] == "cnn_1/conv_1/convolution")
     assert tensor["quantization"]["block_shape"] == [1, 3, 3, 3]
     assert tensor["quantization"]["scale"] == {"shape": [8, 1, 1, 1], "dtype": "float32"}
-    assert tensor["uses"] == [{"operator": "CONV_2D", "input": 1, "channel_axis": 0}]
+    assert tensor["uses"] == [{"operator": "CONV_2D", "input": 1, "channel_axis": 0, "sum_axes": [3, 1, 2]}]
 
 
 def test_inspect_shows_a_graph() -> None:

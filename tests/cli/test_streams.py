@@ -285,6 +285,7 @@ def test_what_is_imported_before_signals_are_seen_to_is_next_to_nothing() -> Non
         "nibblecast",
         "nibblecast.converters",
         "nibblecast.converters.cli",
+        "nibblecast.converters.cli.signals",
     ]
     assert not {"typing", "pathlib", "contextlib", "dataclasses", "numpy", "typer"}.intersection(imported)
 
