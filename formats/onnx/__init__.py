@@ -1,1 +1,1 @@
-"""ONNX: weights as initializers, quantized ones behind DequantizeLinear."""
+"""ONNX: weights are initializers, and quantized weights are decoded by DequantizeLinear."""

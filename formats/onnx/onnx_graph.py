@@ -1,4 +1,4 @@
-"""What a reader gives with the weights of an ONNX file, so that a writer can change that file instead of making one."""
+"""The graph that the ONNX reader gives with the weights, so that a writer can change the file instead of making one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxGraph:
-    """The file that a model was read from. `tensors` are the model's as they were read, `headers` the initializers
-    that they are, both by the tensors' names."""
+    """The file that a model was read from. `tensors` are the model's tensors as they were read, `headers` their
+    initializers, both by the tensors' names.
+
+    The graph stays the file and is not turned into a graph language of our own. A conversion changes weights only, so
+    most nodes never have to be understood, and operators that this code does not know survive."""
 
     parsed: ParsedModel
     payloads: PayloadTensors

@@ -12,7 +12,7 @@ QuantizedLayout = Literal["", "qdq", "matmulnbits"]
 
 @dataclass(frozen=True, slots=True)
 class OnnxOptions:
-    """What can be chosen about an ONNX file."""
+    """Options of the ONNX writer."""
 
     opset: int | None = option(None, "operator set, 13 to 25; by default 21, or the first that has the model's types")
     external_data: Size | None = option(
@@ -31,5 +31,5 @@ class OnnxOptions:
 
     @property
     def weight_layout(self) -> QuantizedLayout:
-        """What decodes the weights of a graph."""
+        """The nodes or operators that decode the weights of a graph."""
         return self.layout if self.layout in ("qdq", "matmulnbits") else self.weights

@@ -1,6 +1,10 @@
-"""Reads ONNX models: initializers and Constants as tensors, those behind DequantizeLinear with their quantization.
+"""Reads ONNX models: initializers and Constants become tensors, with the quantization that nodes decode them with.
 
-Payloads stay in the mapped file, or in the mapped files of external data, until they are asked for.
+Payloads stay in the mapped file, or in the mapped files of external data, until they are read.
+
+ONNX does not mark quantized weights: there are integer initializers, and nodes that happen to decode them. So the
+reader finds weights by node patterns. Names or dtypes would be easier to test, but exporters agree on neither, and an
+int8 initializer may just as well be a table of indices.
 """
 
 from __future__ import annotations
@@ -33,9 +37,9 @@ class OnnxReader:
     """Reads .onnx files."""
 
     def read(self, path: Path) -> Model:
-        """The weights of the model in `path`, headers only, in the file's order, named as their initializers; those of
-        a file that OnnxWriter wrote, as its outputs. Raises CorruptFile for what contradicts the format, Unsupported
-        for element types that are not known, both naming the file."""
+        """The weights of the model in `path`, in the file's order. Reads headers only. Weights have the names of their
+        initializers, or of the graph outputs if OnnxWriter wrote the file. Raises CorruptFile if the file contradicts
+        the format, Unsupported for unknown element types; both name the file."""
         file = MappedFile.open(path)
         with located(path=path):
             return _Reading(path, file).model()
@@ -43,7 +47,7 @@ class OnnxReader:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A tensor of the file: its initializer, the name it gets, and the nodes, or the operator, that decode it."""
+    """A tensor of the file: its initializer, its name in the model, and the nodes or the operator that decode it."""
 
     name: str
     stored: InitializerCodes
@@ -104,7 +108,7 @@ class _Reading:
             return replace(one.block.build(self.payloads), name=one.name, uses=one.uses)
 
     def _ours(self, scope: Scope) -> Iterator[_Found]:
-        """What our own writer wrote: each output is a tensor."""
+        """The tensors of a file from our own writer, where each output is a tensor."""
         matcher = Matcher(scope, self.payloads, exact=True)
         patterns = {name: self._understood(matcher.match(name), name) for name in scope.graph.outputs}
         for name, pattern in patterns.items():
@@ -121,7 +125,7 @@ class _Reading:
             yield _Found(name, pattern.codes if pattern else InitializerCodes(header), pattern, ())
 
     def _foreign(self, flow: Dataflow) -> Iterator[_Found]:
-        """Every initializer and Constant of the graphs, parameters of others excepted."""
+        """Every initializer and Constant of the graphs, except the parameters of others."""
         weights = self._weights(flow)
         for one in weights.values():
             self.owners.update((id(header), one.name) for header in one.parameters())
@@ -138,7 +142,7 @@ class _Reading:
                     yield _Found(header.name, InitializerCodes(header), None, uses)
 
     def _weights(self, flow: Dataflow) -> dict[int, _Found]:
-        """What nodes decode or take the codes of, by the identity of the initializer."""
+        """Weights that nodes decode, or whose codes they take, by the identity of the initializer."""
         weights: dict[int, _Found] = {}
         for scope in (*flow.scopes, *call_scopes(self.parsed, flow.scopes, self.payloads.allowance)):
             matcher = Matcher(scope, self.payloads)
@@ -159,11 +163,12 @@ class _Reading:
         return weights
 
     def _understood(self, pattern: Pattern | None, name: str) -> Pattern | None:
-        """The pattern, if it is one and decodes blocks. Raises CorruptFile, naming the tensor, if it is wrong."""
+        """The pattern, or None if its parameters are not in blocks. Raises CorruptFile, naming the tensor, if its
+        shapes or sizes contradict each other."""
         if pattern is None or pattern.codes.header.data_type == schema.STRING:
             return None
         with located(tensor=name, over=True):
-            pattern.codes.tensor(self.payloads)  # so that there is as much of it as its parameters are read for
+            pattern.codes.tensor(self.payloads)  # checks the size of the payload before parameters are read for it
             return pattern if quantization(pattern, self.payloads, {}) else None
 
     def _plain(self, one: _Found) -> Tensor:

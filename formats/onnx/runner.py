@@ -25,8 +25,8 @@ _DTYPES = {
 
 
 class OnnxRuntimeRunner:
-    """A model on onnxruntime's CPU. Optimizations are off: with them, products by 4-bit weights round activations to 8
-    bits, and those by 2-bit weights are wrong (onnxruntime 1.32)."""
+    """A model on onnxruntime's CPU. Optimizations are off: with them, products with 4-bit weights round activations to
+    8 bits, and products with 2-bit weights are wrong (onnxruntime 1.32)."""
 
     def __init__(self, path: Path) -> None:
         import onnxruntime
@@ -41,7 +41,7 @@ class OnnxRuntimeRunner:
 
     @property
     def inputs(self) -> tuple[RunPort, ...]:
-        """The graph's inputs, those with initial values left out."""
+        """The graph's inputs, without those that have initial values."""
         return tuple(map(_port, self._session.get_inputs()))
 
     @property
@@ -59,15 +59,15 @@ class OnnxRuntimeRunner:
 
 
 def precise_session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """A session on the CPU whose products of 8 bits do not overflow. Processors without VNNI else add them in 16 bits
-    (session.x64quantprecision in onnxruntime_session_options_config_keys.h). Raises what onnxruntime raises."""
+    """A session on the CPU whose 8-bit products do not overflow. By default, processors without VNNI add them in 16
+    bits (session.x64quantprecision in onnxruntime_session_options_config_keys.h). Raises what onnxruntime raises."""
     import onnxruntime
 
     options.log_severity_level = 4
     options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception:  # the rewriting for it fails where two operators share a weight (onnxruntime 1.32)
+    except Exception:  # this option's rewriting fails if two operators share a weight (onnxruntime 1.32)
         options.add_session_config_entry("session.x64quantprecision", "0")
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -1,6 +1,8 @@
-"""Writes a model's tensors as an ONNX model that needs no input and gives each of them, decoded, as an output.
+"""Writes a model's tensors as an ONNX model without inputs whose outputs are the decoded tensors.
 
-A plain tensor is an initializer and an output; a quantized one an initializer of codes, with the nodes that decode it.
+A plain tensor is an initializer and an output. A quantized tensor is an initializer of codes, with nodes that decode
+it. An initializer alone would be enough to store a tensor, but not to say how its codes are decoded. As an output,
+each tensor can be computed and checked by any ONNX runtime.
 """
 
 from __future__ import annotations
@@ -46,9 +48,9 @@ class OnnxWriter:
     )
 
     def plan(self, model: Model, target: Path, options: OnnxOptions) -> OnnxPlan:
-        """Reads no payload, integer zero points of another dtype than the codes excepted: whether codes can be such a
-        number decides how they are written. Raises Unsupported for a dtype that ONNX has not, and for a model file
-        of 2 GiB; UsageError for an operator set that is not known or lacks one of the model's types."""
+        """Lays out the file. Reads no payload, except integer zero points whose dtype differs from that of the codes:
+        whether they fit the codes' dtype decides how they are written. Raises Unsupported for a dtype that ONNX does
+        not have and for a model file of 2 GiB, UsageError for an operator set that is unknown or lacks a dtype."""
         graph: object = model.graph
         if isinstance(graph, OnnxGraph):
             return plan_kept(model, graph, target, options)
@@ -135,7 +137,7 @@ def _dtypes(tensor: Tensor, opset: int) -> Iterator[np.dtype[Any]]:
 
 
 def _widenings(model: Model, opset: int) -> list[Loss]:
-    """What an operator set without integers of 2 and 4 bits costs."""
+    """The losses of an operator set without integers of 2 and 4 bits."""
     codes = {name: tensor.dtype for name, tensor in model.items() if is_integer(tensor.dtype)}
     widened = {name: dtype for name, dtype in codes.items() if carrier(dtype, opset) != dtype}
     return [
@@ -145,7 +147,7 @@ def _widenings(model: Model, opset: int) -> list[Loss]:
 
 
 def _names(model: Model) -> tuple[dict[str, str], list[Loss]]:
-    """What each tensor is called in the file: its own name, unless ONNX cannot hold that; such a change is a note."""
+    """Each tensor's name in the file: its own name, unless ONNX cannot hold it. A changed name is a note."""
     fitting = {name: name.encode(errors="backslashreplace").decode() or "unnamed" for name in model}
     free = UniqueNames(name for name in model if fitting[name] == name)
     names = {name: name if fit == name else free.fresh(fit) for name, fit in fitting.items()}
@@ -166,7 +168,7 @@ def _renamed(model: Model, names: Mapping[str, str]) -> Model:
 
 
 def _shared_parameters(model: Model) -> dict[int, str]:
-    """The names of those plain tensors that are, as the very same object, a parameter of another one, by identity."""
+    """The names, by identity, of plain tensors that are also (as the same object) a parameter of another tensor."""
     named = {id(tensor): name for name, tensor in model.items() if tensor.quantization is None}
     used: dict[int, str] = {}
     for tensor in model.values():

@@ -1,4 +1,4 @@
-"""An ONNX graph as far as weights need it: nodes, initializers, names. Made by `parse`, and by `lowering`."""
+"""The parts of an ONNX graph that weights need: nodes, initializers and names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from nibblecast.converters.metadata import Port
 from nibblecast.formats.onnx.file.wire import Message, Range
 
-#: The location of payloads that are carried along beside a model in memory.
+#: The external-data location of payloads that are kept in memory beside a model.
 CARRIED = "nibblecast:carried"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """A TensorProto without its payload. `record` says where in the file the payload's fields lie; `external` are the
-    entries of external data, None where the payload is in the file."""
+    """A TensorProto without its payload. `record` has the ranges of the payload's fields in the file; `external` has
+    the entries of external data, None if the payload is in the file."""
 
     name: str
     data_type: int
@@ -32,11 +32,11 @@ class TensorHeader:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator: `integers`, `floats`, `texts` (short ones) and `lists` (of integers) are its attributes of these
-    types, `bodies` the graphs in its attributes, `constant` the tensor that a Constant holds; `has_tensors` says
-    whether attributes hold any, `is_parametric` whether one is that of the function around the node. An absent input is
-    an empty name. `attributes` is where all of them lie in the file; `others` are encoded ones that a new node takes
-    over from one of the file."""
+    """An operator. Its attributes are in `integers`, `floats`, `texts` (short ones) and `lists` (of integers). Graphs
+    among them are in `bodies`; `constant` is the tensor of a Constant. `has_tensors` says whether any attribute holds
+    tensors, `is_parametric` whether one refers to an attribute of the function around the node. An absent input is an
+    empty name. `attributes` has the range of each attribute in the file; `others` are encoded attributes that a new
+    node takes over from a node of the file."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -55,12 +55,12 @@ class Node:
     is_parametric: bool = False
 
     def input(self, position: int) -> str:
-        """The name of an input, empty where it is absent."""
+        """The name of an input, empty if it is absent."""
         return self.inputs[position] if position < len(self.inputs) else ""
 
     @property
     def is_standard(self) -> bool:
-        """Whether the operator is ONNX's own."""
+        """Whether the operator is from ONNX's own domain."""
         return self.domain in ("", "ai.onnx")
 
 
@@ -77,8 +77,8 @@ class ParsedGraph:
 
 @dataclass(frozen=True, slots=True)
 class ParsedModel:
-    """A ModelProto: the graph, the bodies of functions, the graph's inputs (initializers excepted) and outputs, and the
-    operator sets by domain (ONNX's own is the empty name). `calls` are the functions' bodies by domain and name."""
+    """A ModelProto: the graph, the bodies of functions, the graph's inputs (without initializers) and outputs, and the
+    operator sets by domain (ONNX's own is the empty name). `calls` has the functions' bodies by domain and name."""
 
     graph: ParsedGraph
     producer: str

@@ -1,4 +1,4 @@
-"""ONNX file -> `ParsedModel`: headers only, every length and name checked, no payload touched."""
+"""ONNX file -> `ParsedModel`: reads headers only, checks every length and name, and touches no payload."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, T
 from nibblecast.formats.onnx.file.wire import Message, Range, decode
 
 _DEEPEST = 64  # graphs within graphs; exporters make three or four
-_LONGEST_TEXT = 64  # of a string attribute that names a choice; others hold whole programs
+_LONGEST_TEXT = 64  # bytes of a string attribute that names a choice; longer ones hold whole programs
 
 
 def parse(view: memoryview, path: Path) -> ParsedModel:
-    """The model in a whole file's bytes. Raises CorruptFile and Unsupported, naming `path`."""
+    """The model from the bytes of a whole file. Raises CorruptFile and Unsupported, naming `path`."""
     with located(path=path):
         return _model(view)
 
@@ -36,7 +36,7 @@ def _model(view: memoryview) -> ParsedModel:
     _check_names(graph, ())
     initializers = {header.name for header in graph.initializers}
     functions = [_function(view, place) for place in record.ranges("functions")]
-    names = Counter(key for key, _ in functions)  # an overloaded one is told by more than its name
+    names = Counter(key for key, _ in functions)  # the name alone does not identify an overloaded function
     producer = f"{record.text('producer_name')} {record.text('producer_version')}".strip()
     return ParsedModel(
         graph,
@@ -57,12 +57,12 @@ def _opsets(view: memoryview, record: Message) -> Mapping[str, int]:
 
 
 def domain_of(domain: str) -> str:
-    """The one name of a domain: ONNX's own has two."""
+    """The canonical name of a domain, because ONNX's own has two names."""
     return "" if domain == "ai.onnx" else domain
 
 
 def _function(view: memoryview, where: Range) -> tuple[tuple[str, str], ParsedGraph]:
-    """A function's domain and name, and its body, which is a graph without initializers."""
+    """A function's domain and name, and its body as a graph without initializers."""
     record = decode(view, where, schema.FUNCTION)
     nodes = tuple(_node(view, place, 1) for place in record.ranges("node"))
     graph = ParsedGraph(nodes, (), tuple(record.texts("input")), tuple(record.texts("output")))
@@ -137,7 +137,7 @@ def _node(view: memoryview, where: Range, depth: int) -> Node:
 
 
 def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeader:
-    """A TensorProto without its payload; `name` is that of a Constant's value. Raises CorruptFile for wrong dims."""
+    """A TensorProto without its payload; `name` is given for a Constant's value. Raises CorruptFile for wrong dims."""
     record = decode(view, where, schema.TENSOR)
     name = name or record.text("name")
     dims = checked_shape(record.ints("dims"), tensor=name)
@@ -149,7 +149,7 @@ def tensor_header(view: memoryview, where: Range, name: str = "") -> TensorHeade
 
 
 def _ports(view: memoryview, where: Range, field: str) -> Iterator[Port]:
-    """The inputs or outputs of a graph with what is said of their types."""
+    """The inputs or outputs of a graph, with what the file says of their types."""
     for place in decode(view, where, schema.GRAPH).ranges(field):
         record = decode(view, place, schema.VALUE_INFO)
         types = [decode(view, found, schema.TYPE).ranges("tensor_type") for found in record.ranges("type")]
@@ -178,11 +178,11 @@ def _entries(view: memoryview, record: Message, field: str) -> Mapping[str, str]
 
 
 def _check_names(graph: ParsedGraph, outer: tuple[Set[str], ...]) -> None:
-    """Raises CorruptFile when a node takes, or the graph gives, what nothing makes, or a name has two makers."""
+    """Raises CorruptFile if a node takes or the graph outputs a value that nothing makes, or if two nodes make one."""
     initializers = {tensor.name for tensor in graph.initializers}
     if len(initializers) != len(graph.initializers) or "" in initializers:
         raise CorruptFile("an initializer has no name, or the name of another one: the file is damaged")
-    made = initializers.union(graph.inputs, graph.sparse)  # before IR version 4 initializers are inputs, too
+    made = initializers.union(graph.inputs, graph.sparse)  # before IR version 4, initializers are inputs too
     for node in graph.nodes:
         for name in node.outputs:
             if name in made:

@@ -1,7 +1,7 @@
-"""TensorProto's payload -> the IR's data: mapped where the bytes are already in the canonical order.
+"""TensorProto's payload -> the IR's data, mapped if its bytes are already in the canonical order.
 
-onnx.proto: raw_data is little-endian, row-major, and for the 4- and 2-bit types packed low bits first. int32_data holds
-one element an entry, of these types one packed *byte* an entry (onnx.proto, and the ONNX node tests).
+raw_data is little-endian and row-major; 4- and 2-bit types are packed low bits first. An entry of int32_data holds one
+element, or one packed *byte* of a 4- or 2-bit type (onnx.proto, and the ONNX node tests).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 @dataclass(slots=True, eq=False)
 class _Varints(Data):
-    """Elements that lie in the file as protobuf's varints, decoded when they are first read."""
+    """Elements that the file has as protobuf varints, decoded when they are first read."""
 
     view: memoryview
     ranges: list[Range]
@@ -46,8 +46,8 @@ class _Varints(Data):
 
 
 class PayloadTensors:
-    """Makes the tensors of one model file, mapping each file of external data once. `carried` are payloads that lie
-    nowhere in it, by the offset that external data at CARRIED gives. `allowance` is the model's."""
+    """Makes the tensors of one model file and maps each file of external data once. `carried` are payloads outside any
+    file, by the offset that external data at CARRIED gives. `allowance` is the model's."""
 
     def __init__(
         self, file: MappedFile, carried: Mapping[int, Tensor] | None = None, allowance: Allowance | None = None
@@ -61,13 +61,13 @@ class PayloadTensors:
         self._known: dict[int, tuple[TensorHeader, Data]] = {}
 
     def tensor(self, header: TensorHeader, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The plain tensor of a header, in another shape of the same size if one is given. Raises CorruptFile when the
-        payload has not the size that dims need, Unsupported for an element type that is not known."""
+        """The plain tensor of a header, in another shape of the same size if `shape` is given. Raises CorruptFile if
+        the payload's size does not match dims, Unsupported for an unknown element type."""
         dtype = DTYPES.get(header.data_type)
         if dtype is None:
             what = "strings" if header.data_type == STRING else f"elements of ONNX type {header.data_type}"
             raise Unsupported(f"holds {what}, which cannot be read", tensor=header.name)
-        if id(header) not in self._known:  # scales may be those of any number of weights, and take time to count
+        if id(header) not in self._known:  # many weights may share scales, and counting varints takes time
             with located(tensor=header.name):
                 data = self._data(header, dtype, packed_size(prod(header.dims), bits_of(dtype)))
             self._known[id(header)] = (header, data)
@@ -115,7 +115,7 @@ class PayloadTensors:
         if length is not None and length != nbytes:
             raise CorruptFile(f"has {length} bytes of external data where its dims take {nbytes}")
         data = file.range(offset or 0, nbytes)
-        self._claims.hold(nbytes)  # here as well: some are read before it is known what the model's tensors are
+        self._claims.hold(nbytes)  # here too: some payloads are read before the model's tensors are known
         return data
 
 

@@ -1,6 +1,8 @@
-"""A file in pieces that are written in turn: bytes, ranges that are copied from the source, payloads that are fetched.
+"""A file as pieces that are written in turn: bytes, ranges copied from the source, and payloads fetched when written.
 
-Payloads may lie in the model file or in one file of external data beside it. All sizes are known beforehand.
+Payloads may lie in the model file or in one file of external data beside it. Protobuf puts the length of a message
+before its content, so all sizes must be known before the first byte is written. That is why a file is first planned as
+pieces of known size: a model larger than memory can then be written in one pass.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Payload:
-    """Bytes that are fetched when they are written: those of `make(tensor)`."""
+    """The bytes of `make(tensor)`, fetched when they are written."""
 
     nbytes: int
     tensor: Tensor
@@ -48,7 +50,7 @@ class Pieces:
     nbytes: int = 0
 
     def add(self, piece: Piece) -> None:
-        """Appends a piece; ranges that touch become one."""
+        """Appends a piece; adjacent ranges become one."""
         size = len(piece) if isinstance(piece, bytes) else piece.nbytes
         last = self.items[-1] if self.items else None
         if isinstance(piece, Range) and isinstance(last, Range) and last.stop == piece.start:
@@ -66,7 +68,7 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NewInitializer:
-    """An initializer that the file has not, and what its payload is made of, as in `Payload`."""
+    """A new initializer, and the tensor that its payload is made of, as in `Payload`."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,15 +84,15 @@ class NewInitializer:
 
     @property
     def payload(self) -> Payload:
-        """What is to be written."""
+        """The payload to write."""
         return Payload(packed_size(prod(self.shape), bits_of(self.dtype)), self.tensor, self.make)
 
 
 @dataclass(slots=True)
 class ExternalData:
-    """Where payloads go: into the file called `location`, if they were external before or have at least `threshold`
-    bytes, but not if they have less. With no threshold everything stays where it is, and new ones of a kilobyte and
-    more go there if `has_any`."""
+    """Where payloads go. Payloads of at least `threshold` bytes go into the file called `location`, smaller ones into
+    the model file. Without a threshold each payload stays where it was, and new payloads of a kilobyte or more go into
+    `location` if `has_any`."""
 
     location: str
     threshold: int | None
@@ -99,7 +101,7 @@ class ExternalData:
     nbytes: int = 0
 
     def takes(self, nbytes: int, was_external: bool | None) -> bool:
-        """Whether a payload goes there; `was_external` is None for a new one."""
+        """Whether a payload goes into that file; `was_external` is None for a new payload."""
         if not nbytes:
             return False
         if self.threshold is not None:
@@ -116,14 +118,14 @@ class ExternalData:
         return out
 
     def tensor(self, new: NewInitializer) -> Pieces:
-        """A TensorProto, with its payload or with the place that it has in the file."""
+        """A TensorProto, with its payload or with the payload's place in the external file."""
         out = Pieces()
         out.add(tensor_head(new.name, new.dtype, new.shape, new.properties))
         self.add(out, new.payload, self.takes(new.payload.nbytes, None))
         return out
 
     def add(self, out: Pieces, payload: Payload, is_external: bool) -> None:
-        """Appends the fields of TensorProto that are the payload, or say where it is."""
+        """Appends the TensorProto fields that hold the payload or say where it is."""
         if is_external:
             out.add(self._place(payload))
         else:
@@ -131,7 +133,7 @@ class ExternalData:
             out.add(payload)
 
     def _place(self, payload: Payload) -> bytes:
-        """Gives the payload a place; returns the fields of TensorProto that say where it is."""
+        """Gives the payload a place; returns the TensorProto fields that say where it is."""
         offset = aligned(self.nbytes, payload.nbytes)
         self.nbytes = offset + payload.nbytes
         self.placed.append((offset, payload))

@@ -1,7 +1,11 @@
-"""An ONNX file -> the same file with other nodes and initializers here and there, as pieces that are written in turn.
+"""An ONNX file -> the same file with some nodes and initializers changed, as pieces that are written in turn.
 
-Whatever is not exchanged is copied byte for byte, fields that this code does not know included. Payloads stay where
-they are until they are written; external data of all files come to lie in one.
+Everything else is copied byte for byte, including fields that this code does not know. Payloads stay where they are
+until they are written. External data of several files end up in one file.
+
+The file is rewritten as bytes and not as objects. onnx's protobuf objects hold all payloads in memory and end at 2 GiB.
+onnx_ir's classes drop fields that they do not know. With ranges of bytes, everything that is not changed comes out
+exactly as it was, and the payloads are streamed.
 """
 
 from __future__ import annotations
@@ -27,9 +31,9 @@ _PAYLOAD_FIELDS = frozenset(
 
 @dataclass(slots=True)
 class GraphEdit:
-    """What becomes of one graph: `replaced` nodes (by identity) give way to others or to none, `first` (which take none
-    of the file's values) come before all nodes, `dropped` initializers (by identity) go, `added` ones come, and values
-    are `renamed` where nodes of the file take them."""
+    """The changes to one graph. `replaced` maps nodes (by identity) to the nodes that take their place, perhaps none.
+    `first` are new nodes before all others; they take no values of the file. `dropped` are initializers (by identity)
+    to remove, `added` new ones. `renamed` has new names for values that nodes of the file take."""
 
     replaced: dict[int, tuple[Node, ...]] = field(default_factory=dict)
     first: list[Node] = field(default_factory=list)
@@ -40,19 +44,19 @@ class GraphEdit:
 
 @dataclass(frozen=True, slots=True)
 class Rewriting:
-    """All that is needed to write the file anew."""
+    """Everything that is needed to write the file with its changes."""
 
     parsed: ParsedModel
     payloads: PayloadTensors
     edits: Mapping[int, GraphEdit]
     external: ExternalData
     weights: Set[int]
-    """The identities of the headers that are tensors of the model."""
+    """The identities of headers that are tensors of the model."""
     opsets: Mapping[str, int]
-    """Operator sets that the file is to have, by domain; those that it has already stay otherwise."""
+    """Operator sets that the file will have, by domain. Other operator sets of the file stay."""
     ir_version: int
     allowance: Allowance
-    """What external data of attributes, which are no tensors of the model, may repeat."""
+    """The memory that repeated external data of attributes may take; these are not tensors of the model."""
 
     @property
     def view(self) -> memoryview:
@@ -88,7 +92,7 @@ class Rewriting:
             out.add(_opset_import(_MODEL["opset_import"], domain, wanted))
 
     def _graph(self, where: Range, graph: ParsedGraph | None, renamed: _Renamed | None) -> Pieces:
-        """A GraphProto; `renamed` are the values of graphs around it that have other names now."""
+        """A GraphProto; `renamed` has the values of outer graphs that have new names."""
         edit = GraphEdit() if graph is None else self.edits.get(id(graph), GraphEdit())
         out, renamed = Pieces(), _Renamed.inside(renamed, graph, edit)
         dropped = set(edit.dropped.values())
@@ -106,7 +110,7 @@ class Rewriting:
                 if id(header) not in edit.dropped:
                     out.message(number, self._tensor(content, header))
             elif number in (_GRAPH["input"], _GRAPH["value_info"]) and self._name(content) in dropped:
-                continue  # below IR version 4 initializers are inputs, too
+                continue  # before IR version 4, initializers are inputs too
             else:
                 if number == _GRAPH["sparse_initializer"]:
                     self._refuse_external_sparse(content)
@@ -118,7 +122,7 @@ class Rewriting:
         return out
 
     def _function(self, where: Range, graph: ParsedGraph) -> Pieces:
-        """A FunctionProto, which has no initializers: Constants take their place."""
+        """A FunctionProto. It cannot have initializers, so Constants take their place."""
         edit = self.edits.get(id(graph), GraphEdit())
         out, renamed = Pieces(), _Renamed.inside(None, graph, edit)
         nodes = iter(graph.nodes)
@@ -216,7 +220,7 @@ class Rewriting:
         return out
 
     def _tensor(self, where: Range, header: TensorHeader) -> Pieces:
-        """A TensorProto of the file, as it is or with its payload in another place."""
+        """A TensorProto of the file, unchanged or with its payload in another place."""
         out = Pieces()
         dtype = schema.DTYPES.get(header.data_type)
         was_external = header.is_external
@@ -254,8 +258,8 @@ class Rewriting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Renamed:
-    """The values that have other names inside a graph: its own, and those of the graphs around it unless it has its own
-    of that name. A chain, not one table for each graph: there may be many of both."""
+    """The values that have new names inside a graph: its own, and those of outer graphs that it does not shadow. This
+    is a chain and not one merged table per graph, because there may be many graphs and many names."""
 
     here: Mapping[str, str]
     own: Set[str]
@@ -263,7 +267,7 @@ class _Renamed:
 
     @classmethod
     def inside(cls, outer: _Renamed | None, graph: ParsedGraph | None, edit: GraphEdit) -> _Renamed:
-        """Those inside a graph, `outer` being those around it."""
+        """The renamed values inside a graph; `outer` are those of the graph around it."""
         if outer is None or graph is None or not (outer.here or outer.outer):
             return cls(edit.renamed, frozenset(), None)
         own = {*graph.inputs, *(header.name for header in graph.initializers)}
@@ -271,7 +275,7 @@ class _Renamed:
         return cls(edit.renamed, own, outer)
 
     def get(self, name: str) -> str:
-        """The other name that a value has; empty where it has none."""
+        """The new name of a value; empty if it has none."""
         if name in self.here:
             return self.here[name]
         return "" if self.outer is None or name in self.own else self.outer.get(name)

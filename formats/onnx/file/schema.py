@@ -99,8 +99,8 @@ STRING = 8
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """An element type: its number in TensorProto, the operator set whose Cast first knows it, and the TensorProto field
-    that holds it where raw_data does not."""
+    """An element type: its number in TensorProto, the first operator set whose Cast knows it, and the TensorProto field
+    that holds it if raw_data does not."""
 
     number: int
     opset: int
@@ -137,7 +137,7 @@ _TYPES: dict[Any, ElementType] = {
 ELEMENT_TYPES: Mapping[np.dtype[Any], ElementType] = MappingProxyType({np.dtype(k): v for k, v in _TYPES.items()})
 DTYPES: Mapping[int, np.dtype[Any]] = MappingProxyType({v.number: k for k, v in ELEMENT_TYPES.items()})
 
-#: The operator set from which DequantizeLinear takes codes of a dtype and onnxruntime 1.32 has a kernel for it.
+#: The first operator set whose DequantizeLinear takes codes of a dtype and has a kernel for it in onnxruntime 1.32.
 DEQUANTIZE_LINEAR_SINCE: Mapping[np.dtype[Any], int] = MappingProxyType(
     {
         np.dtype(dtype): opset
@@ -158,7 +158,7 @@ DEQUANTIZE_LINEAR_SINCE: Mapping[np.dtype[Any], int] = MappingProxyType(
         )
     }
 )
-#: The operator set from which DequantizeLinear has a block_size.
+#: The first operator set whose DequantizeLinear has a block_size.
 BLOCKS_SINCE = 21
 
 #: The IR version that came with each operator set.
@@ -167,9 +167,9 @@ IR_VERSIONS: Mapping[int, int] = MappingProxyType(
 )
 DEFAULT_OPSET = 21
 
-#: The metadata entry of a model that marks it as ours, and its value: every graph output is a tensor under its name.
+#: The metadata entry that marks a model of our writer, and its value: every graph output is a tensor under its name.
 LAYOUT, WEIGHTS_LAYOUT = "nibblecast.layout", "weights"
-#: A table initializer's entry: the dtype whose bit patterns the table lists.
+#: A metadata entry of a table initializer: the dtype whose bit patterns the table lists.
 TABLE_DTYPE = "nibblecast.dtype"
-#: A group index initializer's entry: the block size that the groups were made with. No value depends on it.
+#: A metadata entry of a group index: the block size that the groups were made with. No value depends on it.
 GROUP_SIZE = "nibblecast.group_size"

@@ -1,4 +1,8 @@
-"""The messages of an ONNX file, by hand, without payloads: protobuf objects would hold all of these in memory."""
+"""Encodes the messages of an ONNX file without their payloads.
+
+onnx's protobuf objects would hold all payloads in memory, and cannot serialize more than 2 GiB. Here headers are
+encoded by hand, and the payloads are streamed between them.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ from nibblecast.formats.onnx.file.schema import ELEMENT_TYPES
 from nibblecast.formats.onnx.file.wire import encode
 
 PRODUCER = "nibblecast"
-#: Offsets of external payloads: whole pages (mmap's, as onnx.proto asks) for those that fill one, else a cache line.
+#: Alignment of external payloads: a page for payloads that fill one (for mmap, as onnx.proto asks), else a cache line.
 PAGE, CACHE_LINE = 4096, 64
 
 
 def encode_node(node: Node) -> bytes:
-    """A node as NodeProto, named as its first output if it has no name of its own."""
+    """A node as NodeProto. It gets the name of its first output if it has no name of its own."""
     attributes = [
         encode(schema.ATTRIBUTE, name=name, i=value, type=schema.ATTRIBUTE_INT) for name, value in node.integers.items()
     ]
@@ -50,7 +54,7 @@ def encode_graph(nodes: Sequence[bytes], constants: Sequence[bytes], outputs: Se
 
 
 def encode_model(opset: int, properties: Mapping[str, str]) -> bytes:
-    """The fields of ModelProto before its graph."""
+    """The fields of ModelProto that come before its graph."""
     return encode(
         schema.MODEL,
         ir_version=schema.IR_VERSIONS[opset],
@@ -63,15 +67,15 @@ def encode_model(opset: int, properties: Mapping[str, str]) -> bytes:
 def tensor_head(
     name: str, dtype: np.dtype[Any], dims: tuple[int, ...], properties: tuple[tuple[str, str], ...]
 ) -> bytes:
-    """A TensorProto's fields but for those of the payload."""
+    """A TensorProto's fields, without those of the payload."""
     entries = [encode(schema.ENTRY, key=key, value=value) for key, value in properties]
     number = ELEMENT_TYPES[dtype].number
     return encode(schema.TENSOR, dims=dims, data_type=number, name=name, metadata_props=entries)
 
 
 def external_entries(location: str, offset: int, nbytes: int) -> bytes:
-    """TensorProto's fields that say where in a file of external data a payload is. Raises UsageError for a name that
-    the model file cannot hold."""
+    """The TensorProto fields that say where a payload is in a file of external data. Raises UsageError for a file name
+    that the model file cannot hold."""
     if not is_unicode(location):
         raise UsageError("an ONNX file names its file of external data, and this name is not Unicode: give it another")
     entries = {"location": location, "offset": str(offset), "length": str(nbytes)}
@@ -80,6 +84,6 @@ def external_entries(location: str, offset: int, nbytes: int) -> bytes:
 
 
 def aligned(offset: int, nbytes: int) -> int:
-    """The first place from `offset` on for a payload of so many bytes."""
+    """The first aligned offset from `offset` on for a payload of `nbytes` bytes."""
     alignment = PAGE if nbytes >= PAGE else CACHE_LINE
     return -(-offset // alignment) * alignment

@@ -1,4 +1,4 @@
-"""What onnx's own checker says of a file: valid by the schema, and of consistent types and shapes."""
+"""Checks a file with onnx's own checker: valid by the schema, with consistent types and shapes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _HANDLES = Path("/proc/self/fd")
 
 
 def validate(path: Path, source: Path | None = None) -> Sequence[str]:
-    """Has onnx check the model at `path` with shape inference; returns what a person should know of that. Raises
-    VerificationFailed when onnx refuses it, unless it refuses `source`, the file that it was made of, as well."""
+    """Checks the model at `path` with onnx and its shape inference; returns notes for the user. Raises
+    VerificationFailed if onnx refuses it, unless onnx also refuses `source`, the file that it was made from."""
     reason = _refusal(path)
     if reason is None:
         return ()
@@ -38,8 +38,9 @@ def _refusal(path: Path) -> str | None:
 
 @contextmanager
 def _as_onnx_takes_it(path: Path) -> Iterator[str | bytes]:
-    """The path, if that is UTF-8: onnx takes no other. Else the file's content, where it has such a name: then it has
-    no external data, for those are named as it is. Where only a folder's name is not, the folder is opened."""
+    """The path if it is UTF-8, because onnx takes no other. If only the folder's name is not UTF-8, the folder is
+    opened. If the file's name is not, this is the file's content: such a file cannot have external data, because they
+    would have its name."""
     if is_unicode(str(path)):
         yield str(path)
     elif is_unicode(path.name) and _HANDLES.is_dir():

@@ -1,7 +1,11 @@
 """Protobuf's wire format: just enough to read and to write ONNX without building objects of its payloads.
 
-A message is described by a `Schema`; nested messages, bytes and packed arrays are met as ranges of the file, never
-copied. https://protobuf.dev/programming-guides/encoding/ is the source.
+A message is described by a `Schema`. Nested messages, bytes and packed arrays are ranges of the file and never copied.
+Source: https://protobuf.dev/programming-guides/encoding/.
+
+The protobuf package would be less code. But it parses a message only as a whole: it copies every payload, stops at
+2 GiB, and does not say where a field lies in the file. Ranges keep a model of many GB on disk, and let the rewriter
+copy what it does not change.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from nibblecast.converters.errors import CorruptFile
 
 
 class Kind(Enum):
-    """What a field holds. Messages, bytes and arrays are met as ranges of the file; an array may come in several."""
+    """What a field holds. Messages, bytes and arrays are ranges of the file; an array may come in several ranges."""
 
     INT = "integer"
     FLOAT = "float32"
@@ -29,7 +33,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of a message: its number there, and what it holds."""
+    """A field of a message: its number, and what it holds."""
 
     number: int
     kind: Kind
@@ -48,7 +52,7 @@ class Range:
 
 
 class Schema:
-    """The fields of a message that matter, by name; all others are passed over."""
+    """The fields of a message that are read, by name; all others are skipped."""
 
     def __init__(self, message: str, **fields: Field) -> None:
         self.message = message
@@ -57,7 +61,7 @@ class Schema:
 
 
 class Message:
-    """The fields found in one message, in the file's order; what a field holds is a list, empty where it is absent."""
+    """The fields found in one message, in the file's order. Each field is a list, empty if the field is absent."""
 
     __slots__ = ("values",)
 
@@ -69,7 +73,7 @@ class Message:
         return self.values.get(name, [])
 
     def integer(self, name: str, default: int) -> int:
-        """A single integer; of several the last one counts, as protobuf has it."""
+        """A single integer; the last of several counts, as protobuf specifies."""
         return int(self.values[name][-1]) if name in self.values else default
 
     def floats(self, name: str) -> list[float]:
@@ -81,12 +85,12 @@ class Message:
         return self.values.get(name, [])
 
     def text(self, name: str) -> str:
-        """A single string, empty where there is none."""
+        """A single string, empty if the field is absent."""
         texts = self.texts(name)
         return texts[-1] if texts else ""
 
     def ranges(self, name: str) -> list[Range]:
-        """Where each message, or run of bytes, of a repeated field lies."""
+        """The range of each message, or of the bytes, of a repeated field."""
         return self.values.get(name, [])
 
 
@@ -95,7 +99,7 @@ _SINT_BITS = 64
 
 
 def read_varint(view: memoryview, at: int, stop: int) -> tuple[int, int]:
-    """An unsigned integer and the position after it. Raises CorruptFile when it passes `stop` or 64 bits."""
+    """An unsigned integer and the position after it. Raises CorruptFile if it goes beyond `stop` or 64 bits."""
     value = shift = 0
     while at < stop and shift < 70:
         byte = view[at]
@@ -113,14 +117,14 @@ def signed(value: int) -> int:
 
 
 def raw_fields(view: memoryview, where: Range, message: str = "message") -> Iterator[tuple[int, int, Range]]:
-    """The fields of a message in order: number, where the field begins, and its content, without the length of what
-    has one. Raises CorruptFile for one that does not end where it must."""
+    """The fields of a message in order: number, start of the field, and its content (without its length). Raises
+    CorruptFile for a field that does not end where it must."""
     for number, _, start, content in _fields(view, where, message):
         yield number, start, content
 
 
 def decode(view: memoryview, where: Range, schema: Schema) -> Message:
-    """The fields of the message that lies in `where`. Raises CorruptFile when a length or a wire type is wrong."""
+    """The fields of the message in the range `where`. Raises CorruptFile if a length or a wire type is wrong."""
     known = schema.by_number
     values: dict[str, list[Any]] = {}
     for number, wire_type, _, place in _fields(view, where, schema.message):
@@ -138,7 +142,7 @@ def decode(view: memoryview, where: Range, schema: Schema) -> Message:
 
 
 def _fields(view: memoryview, where: Range, message: str) -> Iterator[tuple[int, int, int, Range]]:
-    """Number, wire type, beginning and content of each field."""
+    """Number, wire type, start and content of each field."""
     at, stop = where.start, where.stop
     while at < stop:
         start = at
@@ -163,7 +167,7 @@ def _fields(view: memoryview, where: Range, message: str) -> Iterator[tuple[int,
 
 
 def _content(view: memoryview, kind: Kind, wire_type: int, at: int, end: int) -> Sequence[Any] | None:
-    """What bytes [at, end) say as a field of that kind: one element, or a packed array's; None where they cannot."""
+    """Bytes [at, end) read as a field of `kind`: one element, or those of a packed array. None if that is wrong."""
     if kind is Kind.ARRAY or (kind is Kind.RANGE and wire_type == _BYTES):
         return (Range(at, end),)
     if kind is Kind.INT and wire_type == _VARINT:
@@ -178,12 +182,12 @@ def _content(view: memoryview, kind: Kind, wire_type: int, at: int, end: int) ->
 
 
 def count_varints(view: memoryview, where: Range) -> int:
-    """How many integers a packed array holds."""
+    """The number of integers in a packed array."""
     return int(np.count_nonzero(np.frombuffer(view, np.uint8, where.nbytes, where.start) < 0x80))
 
 
 def unpack_varints(view: memoryview, where: Range) -> NDArray[np.uint64]:
-    """The integers of a packed array, shape (count,). Raises CorruptFile when the last one does not end, or one is
+    """The integers of a packed array, shape (count,). Raises CorruptFile if the last integer does not end, or if one is
     longer than ten bytes."""
     data = np.frombuffer(view, np.uint8, where.nbytes, where.start)
     ends = np.flatnonzero(data < 0x80)
@@ -201,7 +205,7 @@ def unpack_varints(view: memoryview, where: Range) -> NDArray[np.uint64]:
 
 
 def varint(value: int) -> bytes:
-    """An integer as protobuf writes it; negative ones take ten bytes."""
+    """An integer as protobuf writes it; negative integers take ten bytes."""
     value &= (1 << _SINT_BITS) - 1
     out = bytearray()
     while value > 0x7F:
@@ -212,14 +216,14 @@ def varint(value: int) -> bytes:
 
 
 def bytes_head(number: int, nbytes: int) -> bytes:
-    """What comes before the `nbytes` bytes of a field of known length."""
+    """The tag and length that come before the `nbytes` bytes of a field."""
     return varint(number << 3 | _BYTES) + varint(nbytes)
 
 
 def encode(schema: Schema, **values: Any) -> bytes:
-    """A message. An integer, a string, or bytes (a nested message is given encoded), or a sequence of one of these for
-    a repeated field; fields are written in the order in which they are given. What of a string is not Unicode is
-    written as backslash escapes, as it is read."""
+    """A message whose fields are written in the given order. A value is an integer, a string or bytes (nested messages
+    are given encoded), or a sequence of these for a repeated field. Parts of a string that are not Unicode are written
+    as backslash escapes, just as they are read."""
     out = bytearray()
     for name, value in values.items():
         number = schema.fields[name].number
