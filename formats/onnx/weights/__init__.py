@@ -1,1 +1,1 @@
-"""Which initializers are quantized weights, and how they are decoded."""
+"""Finds the initializers that are quantized weights, and how they are decoded."""

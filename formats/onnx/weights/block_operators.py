@@ -1,8 +1,8 @@
 """com.microsoft's operators that take packed codes: MatMulNBits and its kin, GatherBlockQuantized, MatMulBnb4, QMoE.
 
-Source: onnxruntime 1.32, docs/ContribOperators.md, and its CPU kernels where that is silent. Codes are unsigned and lie
-low bits first, those of MatMulBnb4 high nibble first. Where zero points are left out they are half the range, save for
-GatherBlockQuantized on tensors of INT4 and UINT4, where they are 0.
+Source: onnxruntime 1.32, docs/ContribOperators.md, and its CPU kernels where that page says nothing. Codes are unsigned
+and packed low bits first, except MatMulBnb4's, which are high nibble first. Absent zero points are half the range,
+except for GatherBlockQuantized on INT4 and UINT4 tensors, where they are 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MICROSOFT = "com.microsoft"
 
 _INT4S = frozenset((INT4, UINT4))
 _FLOATS = frozenset((FLOAT8_E4M3, FLOAT8_E4M3FNUZ, FLOAT8_E5M2, FLOAT8_E5M2FNUZ, FLOAT4))
-_MOST = 1 << 40  # of a size that an attribute gives: beyond any file, and far from overflow
+_MOST = 1 << 40  # limit for a size in an attribute: larger than any file, and far from overflow
 
 #: bitsandbytes' tables of FP4 and NF4 (csrc/kernels.cu of 0.49; quant_type 0 and 1).
 _FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
@@ -53,14 +53,14 @@ _NF4 = (
 )
 _TABLES: Mapping[int, tuple[float, ...]] = MappingProxyType({0: (*_FP4, 0.0, *(-value for value in _FP4[1:])), 1: _NF4})
 
-#: Gives the initializer or Constant of a name; None where it is neither.
+#: Returns the initializer or Constant of a name; None if it is neither.
 Find = Callable[[str], TensorHeader | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockWeight:
-    """A weight of such an operator: its codes, the position that they are at, the axis of the weight along which the
-    operator's output channels run, its parameters, and how it is decoded."""
+    """A weight of such an operator: its codes, their position among the inputs, the weight's axis of output channels,
+    its parameters, and a function that builds its tensor."""
 
     codes: TensorHeader
     position: int
@@ -70,15 +70,15 @@ class BlockWeight:
 
 
 def block_weights(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """The weights of a node that are initializers, with parameters that are; none for other operators. Raises
-    Unsupported for layouts that are not known, CorruptFile for attributes that contradict the operator."""
+    """The weights of a node that are initializers and whose parameters are initializers. Other operators have no
+    weights here. Raises Unsupported for unknown layouts, CorruptFile for attributes that contradict the operator."""
     if node.domain == MICROSOFT and node.op_type in _OPERATORS and not node.is_parametric:
         yield from _OPERATORS[node.op_type](node, find)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Inputs:
-    """What decodes a weight: headers, None where an input is absent."""
+    """The inputs that decode a weight, as headers; None if an input is absent."""
 
     codes: TensorHeader
     scales: TensorHeader
@@ -87,8 +87,8 @@ class _Inputs:
 
     @classmethod
     def of(cls, node: Node, find: Find, *positions: int) -> _Inputs | None:
-        """Those at the positions of codes, scales and perhaps zero points and group index; None where there are no
-        codes, or where one of them is computed at run time."""
+        """The inputs at `positions`: codes, scales and perhaps zero points and group index. None if there are no codes
+        or if an input is computed at run time."""
         names = [node.input(position) for position in positions]
         found = [find(name) if name else None for name in names]
         missing = any(name and header is None for name, header in zip(names, found, strict=True))
@@ -97,15 +97,15 @@ class _Inputs:
         return cls(found[0], found[1], *found[2:])
 
     def weight(self, position: int, axis: int | None, build: Callable[[PayloadTensors], Tensor]) -> BlockWeight:
-        """The weight that these are parts of."""
+        """The weight that these inputs are parts of."""
         parameters = [part for part in (self.scales, self.zero_points, self.group_index) if part is not None]
         return BlockWeight(self.codes, position, axis, tuple(parameters), build)
 
 
 @dataclass(frozen=True, slots=True)
 class _Projection:
-    """A weight of MatMulNBits or of an operator made of several: the attribute that is N, and the positions of codes,
-    scales, zero points and group index."""
+    """A weight of MatMulNBits or of an operator that fuses several: the name of the attribute N, and the positions of
+    codes, scales, zero points and group index."""
 
     rows: str
     positions: tuple[int, ...]
@@ -121,10 +121,10 @@ _PROJECTIONS: Mapping[str, tuple[_Projection, ...]] = MappingProxyType(
 
 
 def _matmul_nbits(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """W is (N, K), the transposed of what MatMul takes; each row is in blocks along K, the last one filled up."""
+    """W is (N, K), transposed in comparison with MatMul. Each row is in blocks along K; the last one is padded."""
     for projection in _PROJECTIONS[node.op_type]:
         parts = _Inputs.of(node, find, *projection.positions)
-        if parts is None or 0 in parts.codes.dims:  # without codes the projection is left out
+        if parts is None or 0 in parts.codes.dims:  # an operator without codes leaves this projection out
             continue
         prepacked = node.integers.get("weight_prepacked", 0)
         if prepacked:
@@ -159,7 +159,7 @@ def _rows_of_blocks(
 
 
 def _bytes(parts: _Inputs, payloads: PayloadTensors, rows: int, row_nbytes: int) -> Tensor:
-    """The codes as bytes. Raises CorruptFile unless there are as many as the rows take."""
+    """The codes as bytes. Raises CorruptFile unless their number is what the rows need."""
     stored = payloads.tensor(parts.codes)
     if stored.dtype != UINT8 or stored.nbytes != rows * row_nbytes:
         raise CorruptFile(
@@ -170,7 +170,7 @@ def _bytes(parts: _Inputs, payloads: PayloadTensors, rows: int, row_nbytes: int)
 
 
 def _without_padding(data: Data, rows: int, columns: int, bits: int, row_nbytes: int) -> Data:
-    """Rows of `columns` codes, each in `row_nbytes` bytes, as one stream."""
+    """Rows of `columns` codes, each row in `row_nbytes` bytes, as one stream without padding."""
     if row_nbytes * 8 == columns * bits:
         return data
     nbytes = packed_size(rows * columns, bits)
@@ -202,7 +202,7 @@ def _parameter(
 
 
 def _zero_points(parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...], bits: int, columns: int) -> Tensor:
-    """The zero points: half the range, floats, or packed codes, every `columns` of them filled up to whole bytes."""
+    """The zero points: half the range, floats, or packed codes, padded to whole bytes after each `columns` of them."""
     count = prod(grid)
     if parts.zero_points is None:
         half = np.uint8(1 << (bits - 1))
@@ -228,7 +228,7 @@ def _zero_points(parts: _Inputs, payloads: PayloadTensors, grid: tuple[int, ...]
 
 
 def _group_index(parts: _Inputs, payloads: PayloadTensors, columns: int, block: int, groups: int) -> GroupIndex | None:
-    """g_idx, one integer for each column, perhaps filled up to whole blocks."""
+    """g_idx, one integer for each column, perhaps padded to whole blocks."""
     if parts.group_index is None:
         return None
     index, name = payloads.tensor(parts.group_index), parts.codes.name
@@ -244,7 +244,7 @@ def _group_index(parts: _Inputs, payloads: PayloadTensors, columns: int, block: 
 
 
 def _gather_block_quantized(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """A table of INT4, UINT4 or small floats, or of bytes that hold codes along the last axis; blocks along
+    """A table of INT4, UINT4 or small floats, or of bytes with codes packed along the last axis. Blocks run along
     quantize_axis."""
     parts = _Inputs.of(node, find, 0, 2, 3)
     if parts is not None and parts.codes.dims:
@@ -266,7 +266,7 @@ def _table(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
     is_whole = dtype in _FLOATS and node.integers.get("block_size", 128) == 0
     block_shape = blocked(shape, axis, max(1, shape[axis]) if is_whole else _block_size(node, parts, 128))
     dims = parts.scales.dims
-    if dtype in _FLOATS and len(dims) == len(shape):  # one scale may be for all positions of another axis
+    if dtype in _FLOATS and len(dims) == len(shape):  # another axis may have one scale for all positions
         spread = [i != axis and dims[i] == 1 for i in range(len(shape))]
         block_shape = tuple(
             max(1, shape[i]) if one else block for i, (one, block) in enumerate(zip(spread, block_shape, strict=True))
@@ -282,7 +282,7 @@ def _table(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
 
 
 def _matmul_bnb4(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """W is (N, K); blocks run through the flat tensor, so that one may begin in a row and end in the next."""
+    """W is (N, K). Blocks run through the flat tensor, so a block may begin in a row and end in the next."""
     parts = _Inputs.of(node, find, 1, 2)
     if parts is None:
         return
@@ -309,7 +309,7 @@ def _bnb4_weight(
 
 
 def _qmoe(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """Weights of all experts, (experts, N, K), rows without padding; one scale for a row where there are no blocks."""
+    """Weights of all experts, (experts, N, K), rows without padding. Without blocks, each row has one scale."""
     kind = node.texts.get("quant_type", "int")
     for number, positions, global_scale in ((1, (2, 3, 11), 15), (2, (5, 6, 12), 16), (3, (8, 9, 13), -1)):
         is_global = kind == "fp8" and node.integers.get("block_size", 0) <= 0
@@ -338,14 +338,14 @@ def _experts(node: Node, parts: _Inputs, payloads: PayloadTensors, bits: int) ->
     stored, block_shape = _bytes(parts, payloads, experts * rows, row_nbytes), (1, 1, max(1, shape[-1]))
     grid = grid_shape(shape, block_shape)
     scale = _parameter(parts.scales, "scales", parts, payloads, grid)
-    # of two axes, zero points are packed along the rows; of three, each is in a byte of its own
+    # zero points with two axes are packed along the rows; with three axes each has its own byte
     is_flat = parts.zero_points is None or len(parts.zero_points.dims) != 3
     zero_point = _zero_points(parts, payloads, grid, bits, rows if is_flat else 1)
     return Tensor(parts.codes.name, shape, UNSIGNED[bits], stored.data, Quantization(scale, block_shape, zero_point))
 
 
 def _float8_experts(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor:
-    """Square blocks, or one scale for an expert."""
+    """Square blocks, or one scale for each expert."""
     stored, block = payloads.tensor(parts.codes), node.integers.get("block_size", 0)
     if stored.dtype not in _FLOATS or block > _MOST:
         raise CorruptFile(f"has {stored.dtype} in blocks of {block}: float8 is needed", tensor=parts.codes.name)
@@ -355,7 +355,7 @@ def _float8_experts(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Ten
 
 
 def _matmul_float8(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """W is (N, K) of float8, blocks along K."""
+    """W is (N, K) of float8, with blocks along K."""
     parts = _Inputs.of(node, find, 1, 2)
     if parts is not None:
         yield parts.weight(1, 0, partial(_float8_rows, node, parts))
@@ -372,7 +372,7 @@ def _float8_rows(node: Node, parts: _Inputs, payloads: PayloadTensors) -> Tensor
 
 
 def _matmul_float4(node: Node, find: Find) -> Iterator[BlockWeight]:
-    """W is (N, K) of float4, blocks along K with float8 scales, which have one float32 scale themselves."""
+    """W is (N, K) of float4, with blocks along K. Their float8 scales have one float32 scale themselves."""
     parts = _Inputs.of(node, find, 1, 2, 3)
     if parts is not None and parts.zero_points is not None:
         yield parts.weight(1, 0, partial(_float4_rows, node, parts, parts.zero_points))

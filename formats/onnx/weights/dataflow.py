@@ -1,4 +1,4 @@
-"""Who takes what in a model's graphs: graphs within graphs see the values around them, functions see their own only."""
+"""Which nodes take each value of a model. Inner graphs see the values of outer ones; functions see only their own."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from nibblecast.converters.input.allowance import Allowance
 from nibblecast.formats.onnx.file.graph import Node, ParsedGraph, ParsedModel, TensorHeader
 from nibblecast.formats.onnx.weights.patterns import Scope
 
-#: A value: the graph that makes it, by identity, and its name there.
+#: A value: the identity of the graph that makes it, and its name there.
 Value = tuple[int, str]
 
 _DEEPEST_CALL = 16
-#: What looking at a node once more costs, in bytes, about.
+#: About how many bytes it costs to look at a node once more.
 _NODE_BYTES = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Taker:
-    """A node that takes a value, as which of its inputs, in which graph."""
+    """A node that takes a value, the position of that input, and the node's graph."""
 
     scope: Scope
     node: Node
@@ -29,7 +29,7 @@ class Taker:
 
 @dataclass(slots=True)
 class Dataflow:
-    """All graphs of a model, what takes each of their values, and which values are outputs of a graph."""
+    """All graphs of a model, the nodes that take each of their values, and the values that are outputs of a graph."""
 
     scopes: list[Scope] = field(default_factory=list)
     takers: dict[Value, list[Taker]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Dataflow:
 
     @classmethod
     def of(cls, parsed: ParsedModel) -> Dataflow:
-        """That of a whole file."""
+        """The dataflow of a whole file."""
         flow = cls()
         flow.scopes = [scope for graph in (parsed.graph, *parsed.functions) for scope in scopes_of(graph)]
         for scope in flow.scopes:
@@ -49,24 +49,24 @@ class Dataflow:
         return flow
 
     def value(self, scope: Scope, name: str) -> Value:
-        """The value that a name stands for in a graph."""
+        """The value behind a name in a graph."""
         found: Scope | None = scope
         while found is not None and not found.makes(name):
             found = found.outer
         return id((found or scope).graph), name
 
     def takers_of(self, scope: Scope, name: str) -> Sequence[Taker]:
-        """The nodes that take the value which a name stands for in a graph."""
+        """The nodes that take the value behind a name in a graph."""
         return self.takers.get(self.value(scope, name), ())
 
     def is_output(self, scope: Scope, name: str) -> bool:
-        """Whether that value is an output of its own graph or of one within it."""
+        """Whether the value is an output of its own graph or of one inside it."""
         return self.value(scope, name) in self.outputs
 
 
 def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope], allowance: Allowance) -> Iterator[Scope]:
-    """The bodies of functions once more, for each call with initializers, of which their inputs stand for these.
-    Raises Unsupported when functions call functions without end, or so often that the allowance does not cover it."""
+    """The bodies of functions once more for each call that passes initializers, bound to the inputs of the body. Raises
+    Unsupported if functions call functions without end, or so often that the allowance does not cover it."""
     calls = [(scope, 0) for scope in scopes if parsed.calls]
     sizes: dict[int, int] = {}
     for scope, depth in calls:  # grows
@@ -89,14 +89,14 @@ def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope], allowance: Allowan
 
 
 def _size(graph: ParsedGraph) -> int:
-    """How many nodes a graph has, and initializers, those of graphs within it counted, too."""
+    """The number of nodes and initializers of a graph, including those of the graphs inside it."""
     return 1 + len(graph.initializers) + sum(1 + sum(map(_size, node.bodies)) for node in graph.nodes)
 
 
 def scopes_of(
     graph: ParsedGraph, outer: Scope | None = None, bound: Mapping[str, TensorHeader] | None = None
 ) -> Iterator[Scope]:
-    """A graph and all graphs within it, each after the one around it; `bound` are initializers that its inputs are."""
+    """A graph and all graphs inside it, outer ones first; `bound` has the initializers that its inputs stand for."""
     scope = Scope(graph, outer, bound)
     yield scope
     for node in graph.nodes:

@@ -1,6 +1,6 @@
 """The operators that take weights: at which inputs, and along which axes.
 
-The specifications are those of ONNX operators, and onnxruntime's ContribOperators.md.
+Sources: the ONNX operators, and onnxruntime's ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from types import MappingProxyType
 from nibblecast.converters.metadata import OperatorInput
 from nibblecast.formats.onnx.file.graph import Node
 
-#: Operators that take weights' codes: for each weight the positions of codes, scale and zero point, and the axis that
-#: several scales are for (ONNX operators, QLinearConv 10 and QLinearMatMul 21; onnxruntime 1.32, ContribOperators.md).
+#: Operators that take the codes of weights. Each weight has the positions of codes, scale and zero point, and the axis
+#: of several scales (ONNX operators, QLinearConv 10 and QLinearMatMul 21; onnxruntime 1.32, ContribOperators.md).
 CODES_OPERATORS: Mapping[tuple[str, str], tuple[tuple[int, int, int, int], ...]] = MappingProxyType(
     {
         ("", "QLinearConv"): ((3, 4, 5, 0),),
@@ -28,14 +28,14 @@ CODES_OPERATORS: Mapping[tuple[str, str], tuple[tuple[int, int, int, int], ...]]
         ("com.microsoft", "QLinearMul"): ((3, 4, 5, -1), (0, 1, 2, -1)),
     }
 )
-#: Operators that multiply codes and leave the scales to the nodes that follow: the positions of the codes of the weight
-#: and of its zero point, and the axis of its output channels.
+#: Operators that multiply codes and leave scales to later nodes: the positions of the weight's codes and of its zero
+#: point, and the axis of its output channels.
 INTEGER_PRODUCTS: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {"ConvInteger": (1, 3, 0), "MatMulInteger": (1, 3, -1)}
 )
 
-#: What the operators do with their weights, by operator and input. Weights of floats have sum axes, along
-#: which they are quantized. What operators take as codes has none: it cannot get other codes.
+#: What operators do with their weights, by operator and input. Float weights have sum axes, along which they are
+#: quantized. Weights that an operator takes as codes have no sum axes, because they cannot get other codes.
 _WEIGHTS: Mapping[tuple[str, int], OperatorInput] = MappingProxyType(
     {
         ("Conv", 1): OperatorInput(0, (1, 2, 3, 4)),  # [O, I, H, W]
@@ -53,7 +53,7 @@ _WEIGHTS: Mapping[tuple[str, int], OperatorInput] = MappingProxyType(
         ("QLinearMatMul", 3): OperatorInput(-1),
     }
 )
-#: The same where the operator transposes its weight, [N, K].
+#: The same for operators that transpose their weight, [N, K].
 _TRANSPOSED: Mapping[tuple[str, int], OperatorInput] = MappingProxyType(
     {("Gemm", 1): OperatorInput(0, (1,)), ("QGemm", 3): OperatorInput(0)}
 )

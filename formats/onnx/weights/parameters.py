@@ -1,4 +1,4 @@
-"""The parameters that decode an initializer, from the nodes that do it: their blocks, and a group index."""
+"""The parameters of a quantized initializer, from the nodes that decode it: their blocks, and a group index."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nibblecast.formats.onnx.weights.patterns import InitializerCodes, Pattern, 
 
 
 def quantization(pattern: Pattern, payloads: PayloadTensors, known: Mapping[int, Tensor]) -> Quantization | None:
-    """The parameters that a pattern decodes its codes with. `known` gives, by a header's identity, the tensors that
-    parameters are already. None where the nodes decode something that is no block structure; raises CorruptFile where
-    the parameters' dims contradict the codes'."""
+    """The parameters that a pattern decodes its codes with; None if they are not in blocks. `known` has the tensors
+    that were already made of parameters, by the identity of the header. Raises CorruptFile if the parameters' dims
+    contradict those of the codes."""
     shape = pattern.codes.header.dims
     group_index = None
-    takes_codes = not pattern.value  # operators may have one zero point with several scales, or the other way round
+    takes_codes = not pattern.value  # operators may have one zero point with several scales, or vice versa
     if pattern.grid is not None:
         grid = pattern.grid
         block_shape = tuple(max(1, size) if count == 1 else 1 for size, count in zip(shape, grid, strict=True))
@@ -68,7 +68,8 @@ def quantization(pattern: Pattern, payloads: PayloadTensors, known: Mapping[int,
 def _linear_block_shape(
     shape: tuple[int, ...], scale: tuple[int, ...], attributes: Mapping[str, int]
 ) -> tuple[int, ...] | None:
-    """DequantizeLinear's three granularities, told apart by the scale's dims (ONNX operators, DequantizeLinear 21)."""
+    """The block shape of DequantizeLinear. The scale's dims tell its three granularities apart (ONNX operators,
+    DequantizeLinear 21)."""
     block, axis = attributes.get("block_size", 0), attributes.get("axis", 1)
     if block < 0:
         raise CorruptFile(f"block_size {block} of its DequantizeLinear: zero or a positive size is needed")
@@ -93,7 +94,7 @@ def _linear_block_shape(
 
 
 def _spreads_over(grid: tuple[int, ...], shape: tuple[int, ...], pattern: Pattern) -> bool:
-    """Whether the arithmetic's parameters are all of one grid that broadcasts, or is spread by indices, to `shape`."""
+    """Whether all parameters have one grid that broadcasts, or is spread by indices, to `shape`."""
     if len(grid) != len(shape) or (pattern.scale.indices and len(pattern.scale.stored.header.dims) != len(shape)):
         return False
     spread = [axis for axis, _ in pattern.scale.indices]
@@ -127,8 +128,8 @@ def _spread_block_shape(
 
 
 def _block_of(index: Tensor, properties: Mapping[str, str], size: int, count: int) -> int | None:
-    """The block size of an index that numbers blocks one after the other, None of one that assigns groups freely.
-    Raises CorruptFile unless it says for each of `size` positions which of `count` groups it belongs to."""
+    """The block size of an index that numbers consecutive blocks; None for one that assigns groups freely. Raises
+    CorruptFile unless the index assigns each of `size` positions to one of `count` groups."""
     if index.shape != (size,) or index.dtype.kind not in "iu":
         raise CorruptFile(
             f"index of dims {index.shape} and {index.dtype}: an integer for each of {size} positions is needed"

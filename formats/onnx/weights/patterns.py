@@ -1,4 +1,8 @@
-"""ONNX nodes that decode an initializer -> its `Quantization`: DequantizeLinear, and the arithmetic of `lowering`."""
+"""Finds ONNX nodes that decode an initializer: DequantizeLinear, or the arithmetic that `decode_nodes` writes.
+
+A pattern counts only if the nodes compute exactly what the IR's decoder computes. Evaluating the nodes instead, as
+constant folding does, would accept any graph, but it gives floats: the codes and their parameters would be lost.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +35,19 @@ _FLOATS = frozenset(
     ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64)
 )
 _ROUNDED_TO = _NARROW_INTEGERS | {ELEMENT_TYPES[np.dtype(dtype)].number for dtype in (np.int16, np.uint16)}
-#: Operators that only move elements of their first input, so that one scale for all of them can follow as well.
+#: Operators that only move elements of their first input. One scale for all elements can be applied after them as well.
 _MOVES = frozenset({"Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 _MOST_MOVES = 8
 _DEQUANTIZE_LINEAR_DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
 class Scope:
-    """What the names in a graph stand for: initializers (and Constants), and the nodes that make the other values."""
+    """Resolves the names of a graph: initializers and Constants, and the nodes that make the other values."""
 
     def __init__(
         self, graph: ParsedGraph, outer: Scope | None, bound: Mapping[str, TensorHeader] | None = None
     ) -> None:
-        """`bound` are the initializers that a call of a function gives for its inputs."""
+        """`bound` has the initializers that a call of a function passes for its inputs."""
         self.graph = graph
         self.outer = outer
         self.inputs, self.outputs = frozenset(graph.inputs), frozenset(graph.outputs)
@@ -56,11 +60,11 @@ class Scope:
         self.headers |= {node.constant.name: node.constant for node in graph.nodes if node.constant is not None}
 
     def makes(self, name: str) -> bool:
-        """Whether the name stands for something of this graph itself."""
+        """Whether this graph itself makes the value of that name."""
         return name in self.headers or name in self.producers or name in self.inputs
 
     def home(self, name: str) -> Scope | None:
-        """The graph that makes what the name stands for: this one, or one around it."""
+        """The graph that makes the value of that name: this one, or one around it."""
         scope: Scope | None = self
         while scope is not None and not scope.makes(name):
             scope = scope.outer
@@ -72,7 +76,7 @@ class Scope:
         return None if home is None else home.headers.get(name)
 
     def producer(self, name: str, op_type: str) -> Node | None:
-        """The node that makes a value, here or in a graph around this one, if it is this standard operator."""
+        """The node that makes a value, here or in a graph around this one, if it is the standard operator `op_type`."""
         node = self.node(name)
         return node if node is not None and node.op_type == op_type and node.is_standard else None
 
@@ -84,15 +88,15 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class InitializerCodes:
-    """An initializer, and the dtype that its bits have where TensorProto's is only a carrier; or floats that become
-    codes of that dtype when the model is loaded (`is_rounded`)."""
+    """An initializer and the dtype of its codes. That dtype differs from TensorProto's if the latter is only a carrier
+    of the bits, or if floats become codes when the model is loaded (`is_rounded`)."""
 
     header: TensorHeader
     dtype: np.dtype[Any] | None = None
     is_rounded: bool = False
 
     def tensor(self, payloads: PayloadTensors, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The plain tensor, in another shape of the same size if one is given."""
+        """The plain tensor, in another shape of the same size if `shape` is given."""
         tensor = payloads.tensor(self.header, shape)
         if self.dtype is None or self.is_rounded:
             return tensor
@@ -101,7 +105,7 @@ class InitializerCodes:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A parameter, and along which axes an index says which of its positions each of the tensor's takes."""
+    """A parameter, and the axes that have an index from the tensor's positions to those of the parameter."""
 
     stored: InitializerCodes
     indices: tuple[tuple[int, InitializerCodes], ...] = ()
@@ -109,10 +113,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """The nodes that decode an initializer, understood. `linear` are DequantizeLinear's attributes, None for the
-    arithmetic; `value` is the decoded value's name, empty where an operator takes the codes themselves, one that only
-    moves them included. `in_integers` says that the arithmetic subtracts zero points before it goes over to float32;
-    `grid` is the parameters' shape where an operator has another than the scale's dims."""
+    """What the nodes that decode an initializer mean. `linear` has DequantizeLinear's attributes, None for the
+    arithmetic. `value` is the name of the decoded value, empty if an operator takes the codes themselves (also one that
+    only moves them). `in_integers` says that the arithmetic subtracts zero points before it casts to float32. `grid` is
+    the parameters' shape if an operator has another than the scale's dims."""
 
     codes: InitializerCodes
     scale: Spread
@@ -126,7 +130,7 @@ class Pattern:
 
     @property
     def is_rounded_early(self) -> bool:
-        """Whether codes and zero points are integers that float32 does not hold, and yet are subtracted as float32."""
+        """Whether codes and zero points are subtracted as float32 although float32 does not hold their integers."""
         if self.zero_point is None or self.codebook is not None or self.linear is not None or self.in_integers:
             return False
         dtypes = [
@@ -136,7 +140,7 @@ class Pattern:
 
     @property
     def has_float_scale(self) -> bool:
-        """Whether the scale can be one: products of two integers are no weights."""
+        """Whether the scale is a float. A product of two integers is not a weight."""
         return self.scale.stored.header.data_type in _FLOATS
 
     def parameters(self) -> list[InitializerCodes]:
@@ -147,8 +151,8 @@ class Pattern:
 
 
 class Matcher:
-    """Finds patterns in one scope. A value that no pattern makes is None, never an error: it is just no weight.
-    `exact` ones compute in float32; others in any float, as if it were float32."""
+    """Finds patterns in one scope. A value that no pattern makes gives None, never an error: it is just not a weight.
+    With `exact`, patterns must compute in float32; without, any float dtype is taken as if it were float32."""
 
     def __init__(self, scope: Scope, payloads: PayloadTensors, *, exact: bool = False) -> None:
         self.scope = scope
@@ -156,7 +160,7 @@ class Matcher:
         self.exact = exact
 
     def match(self, name: str) -> Pattern | None:
-        """The pattern that makes a value, if what the nodes compute is exactly what the IR's decoder does."""
+        """The pattern that makes a value, if the nodes compute exactly what the IR's decoder computes."""
         node = self.scope.node(name)
         if node is None:
             return None
@@ -166,7 +170,8 @@ class Matcher:
         return None if found is None or found.is_rounded_early else found
 
     def blob(self, name: str) -> TensorHeader | None:
-        """The initializer of that name, or one that is only reshaped to it: packed codes are told by their bytes."""
+        """The initializer of that name, or one that is only reshaped to it. Packed codes are used by their bytes, so
+        their shape does not matter."""
         reshape = self.scope.producer(name, "Reshape")
         return self.scope.header(name if reshape is None else reshape.input(0))
 
@@ -190,8 +195,8 @@ class Matcher:
         return Pattern(InitializerCodes(codes), Spread(scale), zero_point, linear=node.integers, value=node.outputs[0])
 
     def _moved(self, node: Node) -> Pattern | None:
-        """Codes that are gathered, say, before one scale for all of them decodes the result: what onnxruntime's
-        quantize_dynamic makes of an embedding."""
+        """Codes that are moved (e.g. gathered) before one scale for all of them decodes the result. onnxruntime's
+        quantize_dynamic makes this of an embedding."""
         name = node.input(0)
         for _ in range(_MOST_MOVES):
             move = self.scope.node(name)
@@ -206,8 +211,8 @@ class Matcher:
         return None
 
     def _fake_quantized(self, node: Node) -> Pattern | None:
-        """QuantizeLinear and DequantizeLinear of constant floats with the same constant parameters: codes that are
-        computed when the model is loaded. Floats that anything else takes stay floats."""
+        """QuantizeLinear and DequantizeLinear of constant floats with the same constant parameters: the codes are
+        computed when the model is loaded. Floats that any other node takes stay floats."""
         rounding = self.scope.producer(node.input(0), "QuantizeLinear")
         if rounding is None or any(rounding.input(i) != node.input(i) for i in (1, 2)):
             return None
@@ -230,8 +235,8 @@ class Matcher:
         return Pattern(codes, spread, zero, linear=node.integers, value=node.outputs[0])
 
     def weights(self, node: Node) -> Iterator[Pattern]:
-        """The patterns that one node of any model completes: a DequantizeLinear, an operator that takes codes, or the
-        Mul of Cast, Sub and Mul on codes of at most a byte (wider integers are as often lengths and indices)."""
+        """The patterns that end at a node: a DequantizeLinear, an operator that takes codes, or the Mul of Cast, Sub
+        and Mul. For Mul, codes have at most a byte, because wider integers are just as often lengths and indices."""
         if not node.outputs or node.is_parametric:
             return
         found: list[Pattern | None] = []
@@ -250,8 +255,8 @@ class Matcher:
         yield from (pattern for pattern in found if pattern is not None)
 
     def _of_operator(self, node: Node, names: Sequence[str], axis: int) -> Pattern | None:
-        """The pattern of codes, scale and zero point that an operator takes: one scale, one for each position of an
-        axis, or as many as broadcast."""
+        """The pattern of codes, scale and zero point that an operator takes. There is one scale, one for each position
+        of an axis, or a grid that broadcasts."""
         codes = self.scope.header(names[0])
         inputs = (names[0], names[1], names[2])
         found = self._linear(codes, Node(node.op_type, inputs, ("",), {"axis": axis})) if codes else None
@@ -266,8 +271,8 @@ class Matcher:
         return replace(found, grid=dims) if broadcasts else None
 
     def _of_integer_product(self, node: Node) -> Pattern | None:
-        """What onnxruntime's quantize_dynamic writes: the product, Cast, and Mul by the product of the activations'
-        scale, which DynamicQuantizeLinear computes, and the weight's."""
+        """The nodes that onnxruntime's quantize_dynamic writes: the product, Cast, and Mul by the product of two
+        scales, the activations' (from DynamicQuantizeLinear) and the weight's."""
         codes, zero_point, axis = INTEGER_PRODUCTS[node.op_type]
         scaled = self.scaling(node)
         if scaled is None:
@@ -275,7 +280,7 @@ class Matcher:
         return self._of_operator(node, (node.input(codes), scaled[1], node.input(zero_point)), axis)
 
     def scaling(self, node: Node) -> tuple[Node, str] | None:
-        """The Mul that scales a product of codes, and the name of the weight's scale; None where there is no such."""
+        """The Mul that scales a product of codes, and the name of the weight's scale; None if there is no such Mul."""
         cast = self._only_taker(node.outputs[0], "Cast")
         scale = self._only_taker(cast.outputs[0], "Mul") if cast is not None else None
         if cast is None or scale is None:
@@ -288,7 +293,7 @@ class Matcher:
         return None
 
     def _only_taker(self, name: str, op_type: str) -> Node | None:
-        """The node that takes a value, if it is the only one in its graph, and this standard operator."""
+        """The node that takes a value, if it is the only one in its graph and is the standard operator `op_type`."""
         takers = self.scope.takers.get(name, [])
         return takers[0] if len(takers) == 1 and takers[0].op_type == op_type and takers[0].is_standard else None
 
@@ -338,7 +343,7 @@ class Matcher:
         return number == to or (to == _FLOAT32 and not self.exact and number in _FLOATS)
 
     def _values(self, name: str) -> tuple[InitializerCodes, InitializerCodes | None] | None:
-        """Codes, and the codebook that they are looked up in."""
+        """The codes, and the codebook that they are looked up in, if any."""
         stored = self._stored(name, _FLOAT32)
         if stored is not None:
             return stored, None
@@ -362,7 +367,7 @@ class Matcher:
         return Spread(stored, tuple(indices))
 
     def _stored(self, name: str, to: int) -> InitializerCodes | None:
-        """An initializer as it is, cast to ONNX's type `to`, or looked up in a table of a dtype's bit patterns."""
+        """An initializer that is used unchanged, cast to ONNX's type `to`, or looked up in a table of bit patterns."""
         header = self.scope.header(name)
         if header is not None:
             return InitializerCodes(header)

@@ -1,4 +1,4 @@
-"""QuantizeLinear of constants: the codes that a runtime makes of floats when it loads the model."""
+"""QuantizeLinear of constants: the codes that a runtime computes from floats when it loads the model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PIECE_ELEMENTS = 1 << 16
 
 
 def rounded_codes(floats: Tensor, quantization: Quantization, dtype: np.dtype[Any]) -> Data:
-    """Codes of `dtype` for floats of the shape that the quantization is for: x / scale rounded half to even, plus the
-    zero point, saturated (ONNX operators, QuantizeLinear 21). Computed in pieces when they are read."""
+    """Codes of `dtype` for floats whose shape is the one of the quantization: x / scale rounded half to even, plus the
+    zero point, saturated (ONNX operators, QuantizeLinear 21). They are computed in pieces when they are read."""
     bits = bits_of(dtype)
     lowest, highest = code_range(dtype)
     scale, zero_point = quantization.scale, quantization.zero_point
@@ -46,7 +46,7 @@ def rounded_codes(floats: Tensor, quantization: Quantization, dtype: np.dtype[An
 
 
 def _floats(tensor: Tensor, first: int, last: int) -> NDArray[np.float32]:
-    """The stored elements [first, last) of a tensor."""
+    """Stored elements [first, last) of a tensor."""
     begin = first * tensor.bits // 8
     packed = tensor.data.read(begin, packed_size(last, tensor.bits))
     if tensor.dtype in SUB_BYTE:
@@ -59,7 +59,7 @@ def _floats(tensor: Tensor, first: int, last: int) -> NDArray[np.float32]:
 def _parameter_indices(
     first: int, last: int, shape: tuple[int, ...], block_shape: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Which of the parameters each of the elements [first, last) takes."""
+    """The index of the parameter for each of the elements [first, last)."""
     elements = np.arange(first, last)
     indices = np.zeros(last - first, np.int64)
     for axis, (size, block) in enumerate(zip(shape, block_shape, strict=True)):

@@ -1,4 +1,4 @@
-"""What consumes a weight: the operators that compute with it, beyond those that only pass it on."""
+"""The consumers of a weight: operators that compute with it, not those that only pass it on."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LONGEST_CHAIN = 8
 
 
 def uses_of(flow: Dataflow, scope: Scope, name: str, rank: int) -> tuple[Use, ...]:
-    """The uses of the value that a name stands for in a graph, a tensor of so many axes. Transpose, Cast and Identity
-    are seen through, where their results are used; axes are those of the tensor itself."""
+    """The uses of the value behind a name in a graph, a tensor of `rank` axes. Transpose, Cast and Identity are
+    followed to the uses of their results. Axes are those of the tensor itself."""
     return tuple(_uses(flow, scope, name, tuple(range(rank)), 0))
 
 
 def _uses(flow: Dataflow, scope: Scope, name: str, axes: tuple[int, ...], length: int) -> Iterator[Use]:
-    """`axes` are the tensor's, in the order in which the value has them."""
+    """The uses of a value; `axes` are the tensor's axes in the order in which the value has them."""
     for taker in flow.takers_of(scope, name):
         node = taker.node
         following = _followed(node, axes) if length < _LONGEST_CHAIN else None
@@ -30,7 +30,7 @@ def _uses(flow: Dataflow, scope: Scope, name: str, axes: tuple[int, ...], length
 
 
 def _followed(node: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The tensor's axes in the order in which the result of a node has them, None where it is more than passed on."""
+    """The tensor's axes in the order of a node's result; None if the node does more than pass the tensor on."""
     if not node.is_standard or node.op_type not in _PASSING or len(node.inputs) != 1 or not node.outputs:
         return None
     if node.op_type != "Transpose":

@@ -1,8 +1,11 @@
 """A quantized tensor -> initializers and ONNX nodes that decode it.
 
-DequantizeLinear where its types and its three granularities (one scale, one per position of an axis, one per block of
-an axis) hold the quantization; otherwise the same arithmetic out of Cast, Gather, Sub, Mul and Add. Both compute in
-float32 and in the order of the IR's own decoder, so that a runtime's result is the IR's bit for bit.
+DequantizeLinear decodes a quantization that fits its types and its three granularities (one scale, one per position of
+an axis, one per block of an axis). Other quantizations are decoded by Cast, Gather, Sub, Mul and Add. Both compute in
+float32 and in the order of the IR's own decoder, so that a runtime gives the same bits as the IR.
+
+Custom operators would be shorter, but only one runtime would have them. Standard nodes run everywhere, and runtimes and
+quantization tools recognize DequantizeLinear, so it is preferred.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ Role = Literal["codes", "scale", "zero_point", "offset", "codebook", "group_inde
 
 _PIECE_BYTES = 1 << 20
 _LARGEST_ELEMENT = 8
-#: Codes whose differences float16 and bfloat16 hold exactly, so that DequantizeLinear may compute in these.
+#: Codes whose differences float16 and bfloat16 hold exactly. DequantizeLinear may compute in these dtypes for them.
 _EXACT_CODES = frozenset((INT2, UINT2, INT4, UINT4))
 
 
@@ -65,7 +68,7 @@ class Initializer:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """An initializer whose few values are known while planning, shared by the tensors that need the same one."""
+    """An initializer with few values, known while planning. Tensors that need the same values share it."""
 
     name: str
     values: NDArray[Any]
@@ -74,9 +77,8 @@ class Constant:
 
 @dataclass(slots=True)
 class DecodeNodes:
-    """Collects nodes and constants of one graph; `shared` gives the name of the initializer that a parameter already
-    has because it is itself one of the model's tensors, by the parameter's identity. `allowance` is for what its
-    constants take."""
+    """Collects nodes and constants of one graph. `shared` has, by identity, the initializer names of parameters that
+    are themselves tensors of the model. `allowance` limits the memory of the constants."""
 
     opset: int
     names: UniqueNames
@@ -89,8 +91,8 @@ class DecodeNodes:
     def lower(
         self, tensor: Tensor, quantization: Quantization, output: str, result: np.dtype[Any] = FLOAT32
     ) -> list[Initializer]:
-        """Adds the nodes that make `output` of a quantized tensor, computed in float32 and rounded to `result`, and
-        returns the initializers that they take; those which are tensors of the model themselves are not among them."""
+        """Adds nodes that decode a quantized tensor to `output`, in float32 and then rounded to `result`. Returns the
+        initializers that they take, without those that are tensors of the model themselves."""
         one = _TensorLowering(self, tensor, quantization, output, result)
         granularity = self._granularity(tensor, quantization)
         if granularity is None:
@@ -107,15 +109,15 @@ class DecodeNodes:
         make: Callable[[], NDArray[Any]],
         *properties: tuple[str, str],
     ) -> str:
-        """The name of a shared initializer with the `count` values of `make`; `key` tells one from another. Raises
-        Unsupported for more than the allowance covers: the sizes of a tensor without elements can be any."""
+        """The name of a shared initializer with the `count` values of `make`; `key` identifies it. Raises Unsupported
+        beyond the allowance, because a tensor without elements can have sizes of any magnitude."""
         if key not in self.constants:
             self.allowance.spend(count * _LARGEST_ELEMENT, "needs an index of the groups along an axis")
             self.constants[key] = Constant(self.names.fresh(wanted), make(), properties)
         return self.constants[key].name
 
     def _granularity(self, tensor: Tensor, q: Quantization) -> tuple[tuple[int, ...], dict[str, int]] | None:
-        """The scale's dims and the attributes with which DequantizeLinear decodes the tensor, or None: it cannot."""
+        """The scale's dims and the attributes with which DequantizeLinear decodes the tensor; None if it cannot."""
         zero_point = q.zero_point
         if q.offset is not None or q.codebook is not None or q.group_index is not None:
             return None
@@ -145,7 +147,7 @@ def _dequantize_linear_form(shape: tuple[int, ...], q: Quantization) -> tuple[tu
         # onnxruntime 1.32 takes no block_size with a scale of dims (1,)
         if len(shape) < 2 or not single or block_shape != blocked(shape, single[0], block_shape[single[0]]):
             return (), {}
-    if 0 in shape:  # a parameter for no element at all: runtimes disagree on the scale's dims
+    if 0 in shape:  # without elements, runtimes disagree on the scale's dims
         return None
     for axis in range(len(shape)):
         if block_shape == per_axis(shape, axis):
@@ -157,8 +159,8 @@ def _dequantize_linear_form(shape: tuple[int, ...], q: Quantization) -> tuple[tu
 
 
 def fits(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
-    """Whether DequantizeLinear can take these zero points with codes of `dtype`: integers that codes can be, too, for
-    int32 codes only zeros, for float8 none. Reads them when their own dtype leaves that open."""
+    """Whether DequantizeLinear can take these zero points with codes of `dtype`. They must be integers in its range.
+    With int32 codes all must be 0, and float8 codes cannot have any. Reads them if their own dtype leaves this open."""
     if is_float(dtype) or not is_integer(zero_point.dtype):
         return False
     if zero_point.dtype == dtype != INT32:
@@ -172,16 +174,16 @@ def fits(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
 
 
 def carrier(dtype: np.dtype[Any], opset: int) -> np.dtype[Any]:
-    """The dtype of the initializer that holds codes or parameters of `dtype`: its own, but uint4 for float4's bit
-    patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4, and int8 or uint8 for integers
-    of 2 and 4 bits in an operator set that has none."""
+    """The dtype of the initializer that holds codes or parameters of `dtype`, mostly `dtype` itself. It is uint4 for
+    float4's bit patterns, because onnxruntime 1.32 has neither Cast nor DequantizeLinear for float4. It is int8 or
+    uint8 for integers of 2 and 4 bits in an operator set without these."""
     held = UINT4 if dtype == FLOAT4 else dtype
     is_known = held not in SUB_BYTE or dtype == FLOAT4 or ELEMENT_TYPES[held].opset <= opset
     return held if is_known else SUB_BYTE[held][1]
 
 
 def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    """`tensor` with its elements in a byte each, where `dtype` is int8 or uint8 and they have fewer bits."""
+    """`tensor` with one element in each byte, if `dtype` is int8 or uint8 and the elements have fewer bits."""
     if dtype.itemsize * 8 == tensor.bits or tensor.bits >= 8 or dtype in SUB_BYTE:
         return tensor
     per_byte = 8 // tensor.bits
@@ -197,7 +199,7 @@ def widened(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor:
 
 
 def is_wide(*dtypes: np.dtype[Any]) -> bool:
-    """Whether these are integers whose difference float32 does not hold, so that it is to be taken in integers."""
+    """Whether float32 does not hold the difference of these integers, so that integers must be subtracted."""
     return all(is_integer(dtype) for dtype in dtypes) and any(dtype.itemsize >= 4 for dtype in dtypes)
 
 
@@ -219,7 +221,7 @@ class _TensorLowering:
 
     def as_dequantize_linear(self, dims: tuple[int, ...], attributes: dict[str, int]) -> None:
         q = self.quantization
-        # a scale of the result's dtype: the product of it and a small integer is rounded once either way
+        # the scale may have the result's dtype: its product with a small integer is rounded once either way
         is_direct = q.scale.dtype == self.result and self.tensor.dtype in _EXACT_CODES
         inputs = [self._initializer("codes", self.tensor)]
         inputs.append(self._initializer("scale", q.scale, dims) if is_direct else self._float32("scale", q.scale, dims))
@@ -260,7 +262,7 @@ class _TensorLowering:
         self._node("Cast", [values], self.output, to=ELEMENT_TYPES[self.result].number)
 
     def _values(self, codebook: Tensor | None) -> str:
-        """The name of the codes as float32: converted, or looked up in the codebook."""
+        """The name of the codes as float32, either cast or looked up in the codebook."""
         if codebook is None:
             return self._float32("codes", self.tensor)
         table = self._float32("codebook", codebook)
@@ -286,7 +288,7 @@ class _TensorLowering:
         return parameter
 
     def _index(self, axis: int, size: int, block: int) -> str:
-        """The name of the group that each position along `axis` belongs to; empty where broadcasting does it."""
+        """The name of the index from positions along `axis` to groups; empty if broadcasting is enough."""
         group = self.quantization.group_index
         if group is not None and group.axis == axis:
             name = self._initializer("group_index", group.index, properties=((GROUP_SIZE, str(block)),))
@@ -303,7 +305,7 @@ class _TensorLowering:
         dims: tuple[int, ...] | None = None,
         properties: tuple[tuple[str, str], ...] = (),
     ) -> str:
-        """The name of the initializer for a tensor: its own, where it is one of the model's, else a new one."""
+        """The name of the initializer for a tensor: its own if it is a tensor of the model, else a new name."""
         for known in self.initializers:
             if known.role == role:
                 return known.name
@@ -318,7 +320,7 @@ class _TensorLowering:
         return name
 
     def _cast(self, name: str, dtype: np.dtype[Any]) -> str:
-        """The name of an initializer's or a difference's elements as `dtype`."""
+        """The name of the elements of an initializer or a difference, cast to `dtype`."""
         if self.lowering.dtypes.get(name) == dtype:
             return name
         return self._node("Cast", [name], self._value_of(name, dtype), to=ELEMENT_TYPES[dtype].number)

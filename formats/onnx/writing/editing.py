@@ -1,4 +1,8 @@
-"""Changes to a model's graphs: nodes exchanged, initializers added, and what nothing takes any more left out."""
+"""Changes to a model's graphs: replaces nodes, adds initializers, and removes what nothing takes any more.
+
+Changes are collected beside the parsed graphs, by identity, and not made in them. The rewriter needs the graphs as they
+are in the file, to copy everything else by its range.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ from nibblecast.formats.onnx.weights.patterns import Scope
 
 @dataclass(slots=True)
 class Editor:
-    """Collects the changes, by the identity of the graph that they are for. `kept` are the initializers, by identity,
-    that stay when nothing takes them any more: tensors of the model, such as a table that several weights look up."""
+    """Collects the changes of each graph, by its identity. `kept` has the identities of initializers that stay even if
+    nothing takes them any more: tensors of the model, e.g. a table that several weights look up."""
 
     flow: Dataflow
     names: UniqueNames
@@ -38,11 +42,11 @@ class Editor:
         return self.edits.setdefault(id(scope.graph), GraphEdit())
 
     def is_removed(self, node: Node) -> bool:
-        """Whether a node of the file has given way to others."""
+        """Whether a node of the file has been replaced."""
         return id(node) in self._removed
 
     def add(self, scope: Scope, initializers: Iterable[NewInitializer], nodes: Iterable[Node] = ()) -> None:
-        """Adds initializers, and nodes that take nothing else, before all others of a graph."""
+        """Adds initializers to a graph, and nodes that take only these, before all its other nodes."""
         edit = self.edit(scope)
         edit.added += initializers
         for node in nodes:
@@ -50,7 +54,7 @@ class Editor:
             self._take(scope, node.inputs, 1)
 
     def replace(self, scope: Scope, node: Node, *others: Node) -> None:
-        """Puts others in the place of a node; whatever only it took goes, too."""
+        """Replaces a node by others, and removes whatever only it took."""
         if self.is_removed(node):
             return
         self._put(scope, node, others)
@@ -64,13 +68,13 @@ class Editor:
         self._take(scope, node.inputs, -1)
 
     def rename(self, scope: Scope, old: str, new: str) -> None:
-        """Has all nodes that take the value `old` of a graph take `new`."""
+        """Makes all nodes that take the value `old` of a graph take `new` instead."""
         self.edit(scope).renamed[old] = new
         self._counts[self.flow.value(scope, old)] = 0
         self._drop_unused(scope, [old])
 
     def give_away(self, scope: Scope, name: str) -> None:
-        """Leaves out an initializer, or a Constant, of a graph, whose name something new is to have from now on."""
+        """Removes an initializer or Constant of a graph, so that something new can have its name."""
         self._given.add(self.flow.value(scope, name))
         self._drop(scope, name)
 
@@ -93,7 +97,7 @@ class Editor:
                 self._counts[value] = self._count(value) + sign
 
     def _drop_unused(self, scope: Scope, names: Iterable[str]) -> None:
-        """Leaves out what makes values that nothing takes any more, and what only that took, however long the chain."""
+        """Removes the makers of values that nothing takes any more, and what only these took, along the whole chain."""
         waiting = [(scope, name) for name in names if name]
         while waiting:
             scope, name = waiting.pop()

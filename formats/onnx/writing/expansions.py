@@ -1,4 +1,4 @@
-"""Operators that take quantized weights themselves, in ONNX's own operators on floats, and the other way round.
+"""Expands operators that take quantized weights into ONNX's own operators on floats, and fuses the other way round.
 
 Sources: onnxruntime's docs/ContribOperators.md (com.microsoft 1), and the ONNX operators (MatMul, Gemm, Gather,
 QLinearConv, QLinearMatMul, MatMulInteger).
@@ -19,7 +19,7 @@ from nibblecast.formats.onnx.weights.patterns import Matcher, Scope
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
-    """A node that takes a weight's codes, and what finds the nodes around it."""
+    """A node that takes a weight's codes, with the matcher that finds the nodes around it."""
 
     matcher: Matcher
     node: Node
@@ -36,7 +36,7 @@ class Site:
         return tuple(bytes(self.view[where.start : where.stop]) for where in self.node.attributes)
 
     def fresh(self, suffix: str) -> str:
-        """A name for a value on the way to this node's result."""
+        """A new name for an intermediate value of this node's result."""
         return self.names.fresh(f"{self.node.outputs[0]}_{suffix}")
 
 
@@ -46,10 +46,10 @@ def _itself(site: Site) -> Node | None:
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How an operator is spelled out: `weight` is the position of the codes among its inputs (-1 where other nodes come
-    between), `scale` that of their scale, `transposes` says that the operator takes the transposed of the weight that
-    it is given. `nodes` makes what takes the place of `target`, from a name for the float weight, already transposed;
-    empty where it cannot. `is_exact` says that the operator computes in floats as well."""
+    """How an operator is expanded. `weight` is the position of the codes among its inputs (-1 if other nodes come
+    between), `scale` the position of their scale. `transposes` says that the operator transposes its weight. `nodes`
+    makes the nodes that replace `target`, from the name of the float weight, already transposed; they are empty if that
+    cannot be done. `is_exact` says that the operator computes in floats as well."""
 
     weight: int
     scale: int
@@ -89,7 +89,7 @@ def _qlinear_conv(site: Site, weight: str) -> tuple[Node, ...]:
     node = site.node
     values, result = site.fresh("dequantized_input"), site.fresh("result")
     nodes, inputs = [Node("DequantizeLinear", node.inputs[0:3], (values,))], [values, weight]
-    if node.input(8):  # the bias is int32 of scale x_scale * w_scale (ONNX operators, QLinearConv 10)
+    if node.input(8):  # the bias is int32 with the scale x_scale * w_scale (ONNX operators, QLinearConv 10)
         scale, bias = site.fresh("bias_scale"), site.fresh("bias")
         nodes.append(Node("Mul", (node.input(1), node.input(4)), (scale,)))
         nodes.append(Node("DequantizeLinear", (node.input(8), scale), (bias,), {"axis": 0}))
@@ -105,7 +105,7 @@ def _scaling(site: Site) -> Node | None:
 
 
 def _integer_product(operator: str) -> Callable[[Site, str], tuple[Node, ...]]:
-    """MatMulInteger and ConvInteger of what DynamicQuantizeLinear makes of floats: of the floats themselves."""
+    """Expands MatMulInteger and ConvInteger after DynamicQuantizeLinear: the product takes its float input directly."""
 
     def nodes(site: Site, weight: str) -> tuple[Node, ...]:
         rounding, scaling = site.scope.producer(site.node.input(0), "DynamicQuantizeLinear"), _scaling(site)
@@ -135,7 +135,7 @@ def _product_and_bias(site: Site, before: tuple[Node, ...], values: str, weight:
 
 
 def _qgemm(site: Site, weight: str) -> tuple[Node, ...]:
-    """The bias is int32 of scale alpha * a_scale * b_scale."""
+    """Expands QGemm. Its bias is int32 with the scale alpha * a_scale * b_scale."""
     node, values = site.node, site.fresh("dequantized_input")
     if node.floats.get("alpha", 1.0) != 1.0:
         return ()
@@ -161,7 +161,7 @@ def _attention(site: Site, weight: str) -> tuple[Node, ...]:
 
 
 def _moves(site: Site, weight: str) -> tuple[Node, ...]:
-    """What moves codes before DequantizeLinear, on floats."""
+    """The operator that moves codes before DequantizeLinear, on floats."""
     moves, name = [], site.node.input(0)
     while (move := site.scope.node(name)) is not None:
         moves.append(move)
@@ -194,14 +194,14 @@ EXPANSIONS: Mapping[tuple[str, str], Expansion] = MappingProxyType(
 
 
 def expansion(node: Node) -> Expansion | None:
-    """How a node is spelled out; None for one that takes no codes, or that nothing can be done about."""
+    """How a node is expanded; None if it takes no codes or cannot be expanded."""
     return EXPANSIONS.get(("" if node.is_standard else node.domain, node.op_type))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fusion:
-    """Nodes that give way to one of com.microsoft's: `taker` multiplies by, or gathers from, a weight. `transposes`
-    says that it takes the weight as (in, out), where the operator wants (out, in)."""
+    """Nodes to replace by an operator of com.microsoft: `taker` multiplies by a weight or gathers from it. `transposes`
+    says that it takes the weight as (in, out), where the operator needs (out, in)."""
 
     taker: Taker
     operator: str
@@ -210,7 +210,7 @@ class Fusion:
 
 
 def fusions(flow: Dataflow, taker: Taker, rank: int) -> list[Fusion] | None:
-    """How what takes a weight of this rank becomes an operator that takes its codes; None where it cannot."""
+    """How the taker of a weight with this rank becomes an operator that takes its codes; None if it cannot."""
     node, standard = taker.node, taker.node.is_standard
     if not standard or rank != 2:
         return None

@@ -1,4 +1,4 @@
-"""The files of an ONNX model that is written: the model file, and perhaps one of external data."""
+"""The files of a written ONNX model: the model file, and perhaps a file of external data."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from nibblecast.formats.onnx.file.pieces import ExternalData, Payload, Pieces
 from nibblecast.formats.onnx.file.validation import validate
 from nibblecast.formats.onnx.file.wire import Range
 
-#: A protobuf message is no longer than this: https://protobuf.dev/programming-guides/proto-limits/
+#: The longest protobuf message: https://protobuf.dev/programming-guides/proto-limits/
 _LARGEST_MODEL = (1 << 31) - 1
-#: Above this, payloads go to a second file unasked: tools need room below protobuf's 2 GiB to add to a model.
+#: Above this size, payloads go to a second file by default: tools that add to a model need room below 2 GiB.
 LARGEST_IN_ONE_FILE = 1_500_000_000
 EXTERNAL_FROM = 1024  # onnx's own default
 _PIECE_BYTES = 1 << 20
@@ -26,7 +26,7 @@ _COPIED_BYTES = 1 << 23
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxFile(Shard):
-    """A file in pieces, some of them copied from the source's file."""
+    """A file in pieces, some of which are copied from the source file."""
 
     pieces: Sequence[bytes | FileRange | Payload]
 
@@ -46,7 +46,7 @@ class OnnxFile(Shard):
                     stream.write(piece.read(start, stop).data)
                     piece.release(start, stop)
             else:
-                # the codes of a weight and its parameters are made of one tensor, which is released after the last one
+                # a weight's codes and its parameters come from one tensor, which is released after the last of them
                 if before is not None and before is not piece.tensor:
                     before.release()
                 before = piece.tensor
@@ -57,20 +57,20 @@ class OnnxFile(Shard):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxPlan(Plan):
-    """`source` is the file that the graph is from, if it is from one."""
+    """The plan of an ONNX model; `source` is the file that its graph comes from, if any."""
 
     source: Path | None = None
 
     def validate(self, main: Path) -> Sequence[str]:
-        """What onnx.checker says of the file."""
+        """Notes of onnx.checker about the file."""
         return validate(main, self.source)
 
 
 def onnx_plan(
     target: Path, pieces: Pieces, external: ExternalData, source: MappedFile | None = None, **others: Any
 ) -> OnnxPlan:
-    """The plan for a model file of these pieces, and for one of external data, if anything is in it; `others` are the
-    plan's other fields. Raises Unsupported when the model file would be larger than protobuf allows."""
+    """The plan for a model file of these pieces, and for a file of external data unless it would be empty. `others` are
+    the plan's other fields. Raises Unsupported if the model file would be larger than protobuf allows."""
     if pieces.nbytes > _LARGEST_MODEL:
         raise Unsupported(
             f"an ONNX file of {pieces.nbytes} bytes is more than protobuf's {_LARGEST_MODEL}: "

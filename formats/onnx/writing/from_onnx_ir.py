@@ -1,6 +1,9 @@
-"""A graph that a reader of another format makes with onnx_ir -> the same kind of graph that an ONNX file has.
+"""A graph that another format's reader makes with onnx_ir -> an `OnnxGraph`, as if it came from an ONNX file.
 
-Its weights are not in it: they stay where they are, carried along beside it until they are written.
+Its weights are not in it. They stay in their file and are kept beside the graph until they are written.
+
+Such a graph is serialized and parsed again at once. That costs little without weights, and then one writer, which works
+on bytes, serves both kinds of graphs.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ _LONGEST_REASON = 200
 
 @runtime_checkable
 class Lowerable(Protocol):
-    """A graph of another format that becomes an ONNX graph when it is asked for."""
+    """A graph of another format that can become an ONNX graph. Lowering happens only when a writer needs it."""
 
     @property
     def preferred_opset(self) -> int:
-        """The operator set that it is made in unless the weights or the user want another."""
+        """The operator set of the ONNX graph, unless the weights or the user need another."""
         ...
 
     def lowered(
@@ -47,31 +50,31 @@ class Lowerable(Protocol):
         custom_domain: str = "",
         weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[onnx_ir.Model, Mapping[str, WeightPlace]]:
-        """The graph, and which of its initializers are the model's weights, decoded to floats; activations are floats
-        too if `weights`, as the stages leave them, were dequantized."""
+        """The graph with weights decoded to floats, and which of its initializers are the model's weights. Activations
+        are floats too if `weights`, the weights after the stages, were dequantized."""
         ...
 
 
 @runtime_checkable
 class Missing(Protocol):
-    """In the place of a graph that could be had."""
+    """Stands for a graph that is not there but that the user could provide."""
 
     @property
     def missing(self) -> str:
-        """What to do about it."""
+        """What the user can do to get the graph."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OnnxIrGraph:
-    """The graph, its weights as floats, and which of the model's tensors these are."""
+    """The graph, its weights as floats, and the model's tensors that these are made of."""
 
     graph: OnnxGraph
     places: Mapping[str, WeightPlace]
 
     def changed(self, model: Model) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The weights that are not plain numbers as they were read, by the names of their initializers: each as the
-        graph takes it, and as the model has it."""
+        """The weights that are quantized or that a stage changed: the name of the initializer, the tensor as the graph
+        takes it, and the tensor as the model has it."""
         for name, place in self.places.items():
             tensor = model.get(place.tensor.name)
             if tensor is not None and (tensor.quantization is not None or tensor.data is not place.tensor.data):
@@ -79,7 +82,7 @@ class OnnxIrGraph:
 
 
 def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Path) -> OnnxIrGraph:
-    """Takes the weights out of a graph that was made; `path` is the source's, for messages."""
+    """Takes the weights out of a lowered graph; `path` is the path of the source, for messages."""
     import onnx_ir as ir
 
     carried: dict[int, Tensor] = {}
@@ -98,21 +101,21 @@ def made_graph(made: onnx_ir.Model, places: Mapping[str, WeightPlace], path: Pat
 
 
 def _serialized(made: onnx_ir.Model) -> bytes:
-    """The bytes of the graph. Raises Unsupported where protobuf has no room for what is in it."""
+    """The bytes of the graph. Raises Unsupported if protobuf cannot hold it."""
     import onnx_ir as ir
     from google.protobuf.message import Error as ProtobufError  # type: ignore[import-untyped]
 
     try:
         content: bytes = ir.to_proto(made).SerializeToString()
     except (ArithmeticError, LookupError, ProtobufError, TypeError, ValueError) as error:
-        # an integer of more than 64 bits, say, or constants of more than 2 GiB
+        # e.g. an integer of more than 64 bits, or constants of more than 2 GiB
         reason = str(error)[:_LONGEST_REASON]
         raise Unsupported(f"its graph does not go into an ONNX file ({type(error).__name__}: {reason})") from error
     return content
 
 
 def _lazy(name: str, stored: onnx_ir.TensorProtocol) -> Tensor:
-    """An initializer as a plain tensor, which is computed when it is read."""
+    """An initializer as a plain tensor that is computed when it is read."""
 
     def compute(start: int, stop: int) -> NDArray[np.uint8]:
         return np.ascontiguousarray(stored.numpy()).reshape(-1).view(np.uint8)[start:stop]

@@ -1,7 +1,10 @@
-"""The graph of an ONNX file: kept as it is, and written with those of its weights changed that the stages changed.
+"""Keeps the graph of an ONNX file and changes only the weights that the stages changed.
 
-A weight that was dequantized becomes a float initializer in the place of what decoded it; one that was quantized, codes
-and what decodes them; the layout moves codes between DequantizeLinear and com.microsoft's operators.
+A dequantized weight becomes a float initializer in the place of the nodes that decoded it. A quantized weight becomes
+codes and nodes that decode them. The layout moves codes between DequantizeLinear and com.microsoft's operators.
+
+The alternative was to build a new graph from the changed model, which would have to understand every node. Changes
+weight by weight leave the other nodes alone. The same code serves ONNX files and the graphs of other formats' readers.
 """
 
 from __future__ import annotations
@@ -35,8 +38,8 @@ Make = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Decoding:
-    """Where a weight is decoded: the nodes that make `value` of dtype `dtype`, or, where `value` is empty, an operator
-    that takes codes."""
+    """Where a weight is decoded: by nodes that make `value` of dtype `dtype`, or by an operator that takes codes, if
+    `value` is empty."""
 
     scope: Scope
     node: Node
@@ -46,7 +49,7 @@ class _Decoding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Owner:
-    """The model's tensor that a weight of the graph is made of, and how."""
+    """The model's tensor that a weight of the graph is made of, and the function that makes it."""
 
     tensor: Tensor
     arrange: Make = as_it_is
@@ -54,7 +57,7 @@ class Owner:
 
 @dataclass(slots=True)
 class GraphChanges:
-    """The changes to a graph, weight by weight; `expected` is what reading the result will give."""
+    """The changes to a graph, weight by weight. `expected` has the tensors that reading the result will give."""
 
     graph: OnnxGraph
     opset: int
@@ -84,8 +87,8 @@ class GraphChanges:
         return changes
 
     def apply(self, name: str, tensor: Tensor, owner: Owner | None = None) -> None:
-        """What the tensor called `name` has become; `owner` is whose payload it is made of, its own unless told. Raises
-        Unsupported where the graph has no place for it."""
+        """Puts `tensor` in the place of the tensor called `name`. `owner` is the tensor whose payload it is made of, by
+        default its own. Raises Unsupported if the graph has no place for it."""
         header, before = self.graph.headers[name], self.graph.tensors[name]
         scope = self._scopes[id(header)]
         is_changed = before.data is not tensor.data or before.quantization is not tensor.quantization
@@ -103,7 +106,7 @@ class GraphChanges:
 
 
 def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _Decoding]]:
-    """The weight that a node completes the decoding of, or takes the codes of."""
+    """The weights whose decoding ends at a node, or whose codes the node takes."""
     scope = matcher.scope
     found = expansion(node)
     header = scope.header(node.input(found.weight)) if found and found.weight >= 0 else None
@@ -120,7 +123,7 @@ def _decodings(matcher: Matcher, node: Node) -> Iterator[tuple[TensorHeader, _De
 
 
 def _dtype_of(scope: Scope, *names: str) -> np.dtype[Any]:
-    """The dtype of the first of these values that is an initializer of floats, or a Cast; float32 where none is."""
+    """The dtype of the first of these values that is an initializer of floats or a Cast; float32 if there is none."""
     for name in names:
         header = scope.header(name)
         cast = scope.producer(name, "Cast") if header is None else None
@@ -154,7 +157,7 @@ class _GraphWeight:
         return self.changes.editor
 
     def exchange(self) -> None:
-        """Other plain values in the place of plain values."""
+        """Replaces plain values by other plain values."""
         value, dtype = self.header.name, DTYPES[self.header.data_type]
         self.editor.give_away(self.scope, value)
         if dtype == self.tensor.dtype:
@@ -164,7 +167,7 @@ class _GraphWeight:
             self._store(stored, self.tensor, _cast(stored, value, dtype))
 
     def fold(self) -> None:
-        """Floats in the place of codes and of what decodes them."""
+        """Replaces codes, and the nodes that decode them, by floats."""
         stored = self._name_of_codes()
         for decoding in self.decodings:
             if decoding.value:
@@ -174,7 +177,7 @@ class _GraphWeight:
         self._store(stored, self.tensor)
 
     def quantize(self) -> None:
-        """Codes and what decodes them in the place of floats."""
+        """Replaces floats by codes and nodes that decode them."""
         value, dtype = self.header.name, DTYPES[self.header.data_type]
         decoding = _Decoding(self.scope, Node("", (), ()), value, dtype)
         if self.changes.layout == "matmulnbits" and not self._fuse([decoding]):
@@ -188,7 +191,7 @@ class _GraphWeight:
         self._decode(stored, decoded, dtype, self.tensor)
 
     def move(self, is_changed: bool) -> None:
-        """Codes to where the layout wants them, or other codes."""
+        """Moves codes to where the layout wants them, or replaces them by other codes."""
         operators = [decoding for decoding in self.decodings if not decoding.value]
         values = [decoding for decoding in self.decodings if decoding.value]
         if self.changes.layout == "matmulnbits":
@@ -209,7 +212,7 @@ class _GraphWeight:
     def _decode_for(
         self, operators: Sequence[_Decoding], values: Sequence[_Decoding], stored: str, tensor: Tensor
     ) -> None:
-        """Adds codes called `stored`, and has what takes the weight take what these are decoded to."""
+        """Adds codes called `stored`, and makes all takers of the weight take the decoded codes."""
         dtype = (*operators, *values)[0].dtype
         decoded = self.editor.names.fresh(f"{stored}_dequantized")
         for decoding in operators:
@@ -219,7 +222,7 @@ class _GraphWeight:
         self._decode(stored, decoded, dtype, tensor)
 
     def _name_of_codes(self) -> str:
-        """The initializer's name, for what takes its place. Raises Unsupported when nodes take it that do not decode
+        """The initializer's name, to use for its replacement. Raises Unsupported if nodes take it that do not decode
         it."""
         known = {id(decoding.node): True for decoding in self.decodings}
         others = [each for each in self.editor.left(self.scope, self.header.name) if not self._leads_to(each, known)]
@@ -234,11 +237,11 @@ class _GraphWeight:
         return self.header.name
 
     def _leads_to(self, taker: Taker, known: dict[int, bool]) -> bool:
-        """Whether a node is one of those that are `known` to, or is taken by nothing but nodes that lead to them (Cast,
-        Sub). What is found is known from then on: the chains of several nodes may be long, and end in one."""
+        """Whether a node (Cast, Sub) leads only to nodes that decode the weight, which are `known`. Results are added
+        to `known`, because several nodes may share the rest of a long chain."""
         passed = []
         while id(taker.node) not in known:
-            known[id(taker.node)] = False  # so that a damaged graph's circle ends
+            known[id(taker.node)] = False  # ends the recursion in a damaged graph with a cycle
             passed.append(taker.node)
             following = [each for name in taker.node.outputs for each in self.editor.flow.takers_of(taker.scope, name)]
             if len(following) != 1:
@@ -257,12 +260,12 @@ class _GraphWeight:
         return found is not None and found.transposes
 
     def _store(self, stored: str, tensor: Tensor, *nodes: Node) -> None:
-        """Adds an initializer called `stored`, and nodes that take nothing else."""
+        """Adds an initializer called `stored`, and nodes that take only this."""
         self.editor.add(self.scope, [self.initializer(stored, tensor.shape, tensor.dtype)], nodes)
         self.expect(stored, tensor)
 
     def expect(self, stored: str, tensor: Tensor) -> None:
-        """Notes what reading the result gives for an initializer."""
+        """Notes the tensor that reading the result gives for an initializer."""
         if stored == self.header.name:
             self.changes.expected[self.name] = tensor
         else:
@@ -270,7 +273,7 @@ class _GraphWeight:
             self.changes.expected[stored] = replace(tensor, name=stored)
 
     def _give(self, decoding: _Decoding, stored: str, dtype: np.dtype[Any]) -> None:
-        """Has what takes a decoded value take `stored`, of this dtype, instead."""
+        """Makes all takers of a decoded value take `stored`, of dtype `dtype`, instead."""
         scope, value = decoding.scope, decoding.value
         if dtype != decoding.dtype:
             self.editor.replace(scope, decoding.node, _cast(stored, value, decoding.dtype))
@@ -281,7 +284,7 @@ class _GraphWeight:
             self.editor.rename(scope, value, stored)
 
     def _expand(self, decoding: _Decoding, decoded: str, dtype: np.dtype[Any], *, is_turned: bool) -> None:
-        """Spells out an operator that takes codes, for the decoded weight."""
+        """Expands an operator that takes codes into operators that take the decoded weight."""
         found = expansion(decoding.node)
         if found is None:
             return
@@ -306,7 +309,7 @@ class _GraphWeight:
         self.editor.replace(decoding.scope, target, *before, *nodes)
 
     def _decode(self, stored: str, value: str, dtype: np.dtype[Any], tensor: Tensor) -> None:
-        """Adds the codes of `tensor`, called `stored`, and the nodes that make `value` of them."""
+        """Adds the codes of `tensor`, called `stored`, and the nodes that decode them to `value`."""
         is_turned, tensor = tensor is not self.tensor, narrowed(tensor)
         lowering = DecodeNodes(self.changes.opset, self.editor.names, {}, self.changes.allowance)
         if tensor.quantization is None:
@@ -329,7 +332,7 @@ class _GraphWeight:
         return replace(self.initializer(name, one.dims, one.dtype, make), properties=one.properties)
 
     def _fuse(self, decodings: Sequence[_Decoding]) -> list[_Decoding]:
-        """Has com.microsoft's operators take the codes, wherever they can; returns the decodings that are still
+        """Makes com.microsoft's operators take the codes wherever they can; returns the decodings that are still
         needed."""
         groups = _FusionGroups(self)
         rest = [decoding for decoding in decodings if not groups.take(decoding)]
@@ -343,14 +346,14 @@ def _cast(name: str, output: str, dtype: np.dtype[Any]) -> Node:
 
 @dataclass(slots=True)
 class _FusionGroups:
-    """The operators that take a weight's codes from now on, apart for those that want it transposed."""
+    """The operators that will take a weight's codes, in separate groups for plain and transposed weights."""
 
     weight: _GraphWeight
     fused: list[tuple[_Decoding, Fusion, Blobs]] = field(default_factory=list)
     made: dict[tuple[bool, str], Blobs | None] = field(default_factory=dict)
 
     def take(self, decoding: _Decoding) -> bool:
-        """Notes the fusions of all that takes a decoded value; returns whether nothing else takes it."""
+        """Notes the fusions of the nodes that take a decoded value; returns whether they are all of its takers."""
         flow = self.weight.editor.flow
         complete = not flow.is_output(decoding.scope, decoding.value)
         for taker in flow.takers_of(decoding.scope, decoding.value):
@@ -365,17 +368,17 @@ class _FusionGroups:
 
     def _blobs(self, fusion: Fusion) -> Blobs | None:
         key = (fusion.transposes, fusion.operator)
-        if key not in self.made:  # zero points are looked at for it: once, not for each operator
+        if key not in self.made:  # this reads zero points, so it is done once and not for each operator
             turned = transposed(self.weight.tensor) if fusion.transposes else self.weight.tensor
             blobs = Blobs.of(turned)
-            # its data have no room for a last block that is filled up
+            # its data have no room for padding in the last block
             is_ragged = blobs is not None and turned.shape[1] % blobs.block_size
             self.made[key] = None if fusion.operator == "GatherBlockQuantized" and is_ragged else blobs
         return self.made[key]
 
     def write(self, *, is_whole: bool) -> None:
-        """Adds the blobs and puts the operators in the place of the nodes. `is_whole`: nothing else takes the codes, so
-        that the first blobs have their name."""
+        """Adds the blobs and replaces the nodes by the operators. If `is_whole`, nothing else takes the codes, and the
+        first blobs get their name."""
         weight = self.weight
         stored: dict[tuple[bool, str], tuple[str, ...]] = {}
         for decoding, fusion, blobs in self.fused:

@@ -1,4 +1,4 @@
-"""Writes a model whose graph is an ONNX file's: that file with the changes that the stages and the layout make."""
+"""Writes a model that has an ONNX graph: its file, with the changes that the stages and the layout make."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from nibblecast.formats.onnx.writing.transposing import permuted
 
 
 def plan_kept(model: Model, graph: OnnxGraph, target: Path, options: OnnxOptions) -> OnnxPlan:
-    """What will be written of a model whose graph is an ONNX file's. Raises Unsupported where a change has no place in
-    the graph, UsageError for an operator set that cannot be had."""
+    """The plan for a model whose graph is an ONNX file. Raises Unsupported if a change has no place in the graph,
+    UsageError for an operator set that is not possible."""
     notes: list[str] = []
     opset = graph.parsed.opsets.get("", 0)
     wanted = options.opset or max(opset, required_opset(model, graph, options.weight_layout))
@@ -40,8 +40,8 @@ def plan_kept(model: Model, graph: OnnxGraph, target: Path, options: OnnxOptions
 
 
 def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOptions) -> OnnxPlan:
-    """What will be written of a model whose graph another format's reader makes. Raises Unsupported for operators that
-    ONNX cannot express."""
+    """The plan for a model whose graph another format's reader makes. Raises Unsupported for operators that ONNX cannot
+    express."""
     opset = options.opset or max(
         (schema.ELEMENT_TYPES[t.dtype].opset for t in model.values() if t.quantization), default=0
     )
@@ -65,7 +65,7 @@ def plan_made(model: Model, source: Lowerable, target: Path, options: OnnxOption
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    """Whether it is more than a shape or an axis, which become part of the operators."""
+    """Whether the tensor is more than a shape or an axis, which become part of the operators."""
     return tensor.quantization is not None or is_float(tensor.dtype)
 
 
@@ -109,7 +109,7 @@ def _laid_out(
 
 
 def _ir_version(graph: OnnxGraph, changes: GraphChanges, options: OnnxOptions) -> int:
-    """The file's own, or the first that has the types of new initializers and goes with the operator set."""
+    """The file's IR version, or the first that has the types of new initializers and fits the operator set."""
     added = [new for edit in changes.editor.edits.values() for new in edit.added]
     needed = [schema.ELEMENT_TYPES[new.dtype].opset for new in added]
     if changes.opset != graph.parsed.opsets.get("", 0):

@@ -1,4 +1,8 @@
-"""Operator sets: which one a model's weights need, and the graph in another one, by onnx's version converter."""
+"""The operator set that a model's weights need, and the graph in another one, made by onnx's version converter.
+
+The converter knows what changed in each operator, which would be a long table here. But it works on objects and within
+2 GiB, so it gets the file without its larger payloads, and these are put back afterwards.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ from nibblecast.formats.onnx.options import QuantizedLayout
 from nibblecast.formats.onnx.weights.dataflow import Dataflow
 from nibblecast.formats.onnx.writing.transposing import Blobs, transposed
 
-_LEFT_INSIDE = 1024  # bytes; the converter looks into axes, shapes and the like
+_LEFT_INSIDE = 1024  # bytes; the converter reads axes, shapes and similar constants
 
 
 def required_opset(model: Model, graph: OnnxGraph, layout: QuantizedLayout) -> int:
-    """The operator set that weights need which DequantizeLinear is to decode from now on."""
+    """The operator set that weights need if DequantizeLinear will decode them."""
     needed = 0
     for name, tensor in model.items():
         before = graph.tensors[name]
@@ -50,8 +54,8 @@ def _opset_of(tensor: Tensor) -> int:
 
 
 def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
-    """The graph in another operator set. Raises UsageError for one that is not known, Unsupported where onnx's version
-    converter cannot do it."""
+    """The graph in another operator set. Raises UsageError for an unknown operator set, Unsupported if onnx's version
+    converter fails."""
     if opset not in schema.IR_VERSIONS:
         known = sorted(schema.IR_VERSIONS)
         raise UsageError(f"opset {opset} cannot be written: give one from {known[0]} to {known[-1]}, or none")
@@ -74,7 +78,7 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
 
 
 def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
-    """The file without its larger payloads, and these by their offsets as external data."""
+    """The file without its larger payloads, and the tensors of these, by their offsets as external data."""
     external = ExternalData(CARRIED, _LEFT_INSIDE, has_any=True)
     opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # onnxruntime does without
     allowance = graph.payloads.allowance.rest()
@@ -93,7 +97,7 @@ def _domains(parsed: ParsedModel) -> set[str]:
 
 
 def _same_headers(graph: OnnxGraph, converted: ParsedModel) -> dict[str, TensorHeader]:
-    """The initializers of the converted graph that the model's tensors are."""
+    """The initializers of the converted graph for the model's tensors."""
     before, after = Dataflow.of(graph.parsed).scopes, Dataflow.of(converted).scopes
     places = {id(header): (i, name) for i, scope in enumerate(before) for name, header in scope.headers.items()}
     headers = {}

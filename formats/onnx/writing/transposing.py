@@ -1,6 +1,7 @@
-"""Codes in another order: matrices transposed, and the blobs of com.microsoft's MatMulNBits and GatherBlockQuantized.
+"""Codes in another order: transposed matrices, and the blobs of com.microsoft's MatMulNBits and GatherBlockQuantized.
 
-Codes are moved, never decoded. Everything is read from the source in pieces when the bytes are asked for.
+Codes are moved and never decoded, so the values stay exact. The source is read in pieces when the bytes are read, so a
+large matrix is never in memory twice.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from nibblecast.converters.storage import Computed
 
 _TILE = 256
 _PIECE_BYTES = 1 << 20
-#: The sign bit of every code in a byte: flipping it makes two's complement offset binary.
+#: The sign bit of every code in a byte. Flipping it turns two's complement into offset binary.
 _SIGN_BITS = {2: 0xAA, 4: 0x88, 8: 0x80}
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """A matrix of shape (rows, columns) as (columns, rows), its parameters likewise."""
+    """A matrix of shape (rows, columns) as (columns, rows), with its parameters transposed as well."""
     rows, columns = tensor.shape
     source = _Columns(tensor)
     row_nbytes = rows * tensor.bits / 8
@@ -69,7 +70,7 @@ def _transposed_parameters(q: Quantization) -> Quantization:
 
 
 def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
-    """A tensor with its axes, and those of its parameters, in another order; None is the order that they have."""
+    """A tensor with its axes, and those of its parameters, in another order. None keeps the order."""
     if permutation is None or permutation == tuple(range(len(tensor.shape))):
         return tensor
     if permutation == (1, 0):
@@ -97,9 +98,9 @@ def permuted(tensor: Tensor, permutation: tuple[int, ...] | None) -> Tensor:
 
 
 def narrowed(tensor: Tensor) -> Tensor:
-    """The tensor as DequantizeLinear takes it: its zero points in the dtype of its codes, where they are integers that
-    these can be, or left out where codes are wide and all of them 0; codes of int64, as biases with int16 activations
-    are, as int32 where all of them fit."""
+    """The tensor as DequantizeLinear takes it. Zero points get the dtype of the codes if they are integers that fit it;
+    they are left out if codes are wide and all zero points are 0. Codes of int64 (biases with int16 activations) become
+    int32 if all of them fit."""
     if tensor.dtype == INT64:
         tensor = _as_int32(tensor)
     q = tensor.quantization
@@ -140,13 +141,13 @@ def _as_int32(tensor: Tensor) -> Tensor:
 
 
 def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that a tensor has, with their roles."""
+    """The parameters of a tensor, with their roles."""
     return iter(()) if tensor.quantization is None else tensor.quantization.parameters()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """The columns of a matrix of codes, each as a row."""
+    """The columns of a matrix of codes, read as rows."""
 
     tensor: Tensor
 
@@ -204,7 +205,10 @@ def _transpose_2(tile: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blobs:
-    """A weight of shape (rows, columns) as MatMulNBits takes it (onnxruntime 1.32, ContribOperators.md)."""
+    """A weight of shape (rows, columns) as MatMulNBits takes it (onnxruntime 1.32, ContribOperators.md).
+
+    MatMulNBits only knows block sizes that are powers of two, and unsigned codes. The weight's own blocks are split and
+    signed codes shifted, because both keep every value. Requantizing would fit more weights, but change them."""
 
     weight: Tensor
     quantization: Quantization
@@ -212,9 +216,9 @@ class Blobs:
 
     @classmethod
     def of(cls, weight: Tensor) -> Blobs | None:
-        """The blobs of the largest block size that gives exactly these values: a power of two of at least 16 that the
-        weight's own blocks are made of. None where there is none, or where codes are no integers of 2, 4 or 8 bits with
-        one scale, and perhaps one integer zero point, for each block along a row."""
+        """The blobs with the largest block size that gives exactly these values: a power of two of at least 16 that
+        divides the weight's own blocks. None if there is no such size. Also None unless codes are integers of 2, 4 or 8
+        bits with one scale, and perhaps one integer zero point, for each block along a row."""
         q = weight.quantization
         if q is None or q.offset is not None or q.codebook is not None or q.group_index is not None:
             return None
@@ -229,7 +233,7 @@ class Blobs:
         return cls(weight, q, largest) if largest >= _LEAST else None
 
     def like(self, weight: Tensor) -> Blobs:
-        """Those of this weight with its payload and parameters in memory, perhaps."""
+        """The same blobs for this weight, e.g. with its payload and parameters in memory."""
         return replace(self, weight=weight, quantization=weight.quantization or self.quantization)
 
     @property
@@ -239,17 +243,17 @@ class Blobs:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """That of the codes: (rows, blocks, block_size * bits / 8)."""
+        """The shape of the codes: (rows, blocks, block_size * bits / 8)."""
         rows, columns = self.weight.shape
         return rows, -(-columns // self.block_size), self.block_size * self.bits // 8
 
     @property
     def has_zero_points(self) -> bool:
-        """Whether zero points are to be written: without any they are 2 ** (bits - 1)."""
+        """Whether zero points must be written. Absent ones are 2 ** (bits - 1)."""
         return self.quantization.zero_point is not None or not is_signed(self.weight.dtype)
 
     def codes(self) -> Tensor:
-        """The codes, unsigned, uint8 of `shape`, the last block of each row filled up with zeros."""
+        """The unsigned codes, uint8 of `shape`. The last block of each row is padded with zeros."""
         weight, row_nbytes = self.weight, self.shape[1] * self.shape[2]
         columns = weight.shape[1]
         flip = np.uint8(_SIGN_BITS[self.bits] if is_signed(weight.dtype) else 0)
@@ -271,7 +275,7 @@ class Blobs:
         return Tensor.from_array("scales", self._spread(self.quantization.scale.dequantize(np.float32)).astype(dtype))
 
     def zero_points(self) -> Tensor:
-        """The zero points of unsigned codes, uint8 of shape (rows, ceil(blocks * bits / 8)), each row filled up to
+        """The zero points of unsigned codes, uint8 of shape (rows, ceil(blocks * bits / 8)). Each row is padded to
         whole bytes."""
         shift, zero_point = 1 << (self.bits - 1), self.quantization.zero_point
         grid = np.zeros(self.quantization.scale.shape, np.int64) if zero_point is None else zero_point.codes()
@@ -284,7 +288,7 @@ class Blobs:
         return Tensor.from_array("zero_points", pack(padded, self.bits).reshape(values.shape[0], -1))
 
     def _spread(self, grid: NDArray[Any]) -> NDArray[Any]:
-        """Parameters, one for each block of the weight's own size, as one for each of these blocks."""
+        """Parameters of the weight's own blocks, repeated so that there is one for each of the blobs' blocks."""
         own_rows, own_columns = self.quantization.block_shape
         starts = np.arange(self.shape[1]) * self.block_size // own_columns
         rows = np.arange(self.weight.shape[0]) // own_rows
@@ -292,7 +296,7 @@ class Blobs:
 
 
 def _padded_rows(weight: Tensor, first: int, last: int, row_nbytes: int, flip: np.uint8) -> NDArray[np.uint8]:
-    """Rows [first, last) in whole blocks."""
+    """Rows [first, last), padded to whole blocks."""
     columns, bits = weight.shape[1], weight.bits
     out = np.zeros((last - first, row_nbytes), np.uint8)
     if columns * bits % 8 == 0:
@@ -314,7 +318,7 @@ _CODES = frozenset((INT2, UINT2, INT4, UINT4, INT8, UINT8))
 
 
 def _are_codes(zero_point: Tensor, dtype: np.dtype[Any]) -> bool:
-    """Whether all zero points are integers that codes can be."""
+    """Whether all zero points are integers that fit the codes' dtype."""
     if zero_point.dtype == dtype:
         return True
     if zero_point.quantization is not None or not is_integer(zero_point.dtype):
