@@ -1,4 +1,4 @@
-"""Where the TFLite models lie in a file: it is one, or it is a container of some.
+"""Finds the TFLite models in a file, which is a model itself or a container of models.
 
 .litertlm: magic LITERTLM, three u32 of version, u64 end of header at byte 24, a flatbuffer at byte 32 that lists the
 sections (schema: litert_lm_builder/litertlm_header_schema of litert-lm-builder 0.18). .task: a ZIP whose members are
@@ -29,8 +29,8 @@ _MOST_NAME = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Section:
-    """A TFLite model inside a file: its bytes, its name in the container, and the container's sections of weights that
-    its external buffers may refer to, by name. Offsets in the model count from the start of `data`."""
+    """A TFLite model inside a file: its bytes, its name in the container, and, by name, the container's sections of
+    weights that its external buffers may refer to. Offsets in the model count from the start of `data`."""
 
     name: str
     data: FileRange
@@ -38,7 +38,7 @@ class Section:
 
 
 def sections(file: MappedFile) -> list[Section]:
-    """The models in `file`: itself, or the container's. Raises CorruptFile when it is neither."""
+    """The models in `file`: the file itself, or those of the container. Raises CorruptFile if it is neither."""
     head = file.view[:8].tobytes()
     if head == _LITERTLM_MAGIC:
         found = _litertlm_sections(file)
@@ -75,7 +75,7 @@ class _SectionObject(Table):
     data_type = scalar(3, "b")
 
     def text(self, key: str) -> str:
-        """The string that the section's items have under `key`."""
+        """The string under `key` in the section's items."""
         for item in self.items:
             if item.key == key and item.value_type == _KeyValuePair.STRING and item.string_value is not None:
                 return item.string_value.value or ""
@@ -118,7 +118,7 @@ def _litertlm_sections(file: MappedFile) -> list[Section]:
 
 
 def _zip_sections(file: MappedFile) -> list[Section]:
-    import zipfile  # 8 ms with what it imports, which few files need
+    import zipfile  # importing it takes 8 ms, and few files need it
 
     try:
         with zipfile.ZipFile(file.path) as archive:
@@ -136,7 +136,7 @@ def _zip_sections(file: MappedFile) -> list[Section]:
 
 
 def _stored_member(file: MappedFile, member: zipfile.ZipInfo) -> FileRange | None:
-    """The bytes of a member that is stored as it is; None for a compressed one."""
+    """The bytes of an uncompressed member; None for a compressed one."""
     if member.compress_type != _ZIP_STORED or member.flag_bits & 1:
         return None
     header: Any = file.range(member.header_offset, _ZIP_LOCAL_HEADER).read(0, _ZIP_LOCAL_HEADER)

@@ -1,9 +1,11 @@
 """A reader of FlatBuffers that checks every offset and length against the buffer before it follows one.
 
 Format: https://flatbuffers.dev/internals (little endian; a table begins with the signed distance back to its vtable,
-whose entries are offsets of the fields from the table, 0 for an absent one). The official Python runtime (25.12) checks
-nothing and has no verifier, so that a damaged file makes it raise anything or allocate without end. Tables, vectors and
-strings may be shared, so that a few bytes can stand for millions of objects: what is read is counted each time.
+whose entries are offsets of the fields from the table, 0 for an absent field).
+
+The reader is our own because the official Python runtime (25.12) checks nothing and has no verifier. A damaged file can
+make it raise any exception or allocate without end. Tables, vectors and strings may also be shared, so a few bytes can
+stand for millions of objects. That is why bytes are counted each time they are read.
 
 A schema is written as classes: each field is an attribute that names its slot.
 
@@ -24,10 +26,10 @@ from numpy.typing import NDArray
 from nibblecast.converters.arithmetic.dtypes import UINT8
 from nibblecast.converters.errors import CorruptFile, Unsupported
 
-#: Bytes that may be read into objects: so many times the flatbuffer's size, and some for small ones.
+#: Bytes that may be read into objects: this many times the flatbuffer's size, plus a minimum for small ones.
 _MOST_READS = 2
 _HARMLESS_BYTES = 1 << 16
-#: What a table of a vector counts as, its offset included: about the smallest that says anything.
+#: The bytes that each table of a vector counts as, its offset included: about the smallest useful table.
 _TABLE_BYTES = 20
 
 T = TypeVar("T")
@@ -46,11 +48,11 @@ class FlatBuffer:
         self.renew()
 
     def renew(self) -> None:
-        """Begins another pass: a model may be asked for its graph again and again, and each time reads it anew."""
+        """Begins another pass, because each request for a model's graph reads the buffer again."""
         self.allowance = _MOST_READS * self.content.size + _HARMLESS_BYTES
 
     def spend(self, nbytes: int) -> None:
-        """Counts bytes that become objects. Raises Unsupported when they are out of all proportion to the file."""
+        """Counts bytes that become objects. Raises Unsupported if they are out of all proportion to the file."""
         self.allowance -= nbytes
         if self.allowance < 0:
             raise Unsupported(
@@ -58,7 +60,7 @@ class FlatBuffer:
             )
 
     def unpack(self, format: str, position: int) -> int | float:
-        """One little-endian scalar of a `struct` format. Raises CorruptFile when it lies outside."""
+        """One little-endian scalar of a `struct` format. Raises CorruptFile if it lies outside the buffer."""
         if position < 0:
             raise CorruptFile(f"an offset points to byte {position}, before the flatbuffer: the file is damaged")
         try:
@@ -75,7 +77,7 @@ class FlatBuffer:
         return int(self.unpack(format, position))
 
     def follow(self, position: int) -> int:
-        """Where the unsigned offset stored at `position` leads."""
+        """The position that the unsigned offset at `position` points to."""
         offset = self.integer("I", position)
         if not offset:
             raise CorruptFile(f"the offset at byte {position} points to itself: the file is damaged")
@@ -122,13 +124,13 @@ class Table:
         return cls(buffer, buffer.follow(0))
 
     def position_of(self, slot: int) -> int | None:
-        """Where the field of that slot lies; None when it is absent."""
+        """The position of the field with that slot; None if it is absent."""
         offset = self._fields[slot] if slot < len(self._fields) else 0
         return self._position + offset if offset else None
 
 
 class Field(Generic[T]):
-    """A field of a table: read each time it is accessed; an absent one has its default."""
+    """A field of a table. It is read at each access; an absent field has its default."""
 
     __slots__ = ("_decode", "_default", "_slot")
 
@@ -147,7 +149,7 @@ class Field(Generic[T]):
 
     @property
     def slot(self) -> int:
-        """The field's number in the schema (a union takes two: its type, then its value)."""
+        """The field's number in the schema. A union takes two: its type, then its value."""
         return self._slot
 
 
@@ -157,7 +159,7 @@ def scalar(slot: int, format: str, default: int = 0) -> Field[int]:
 
 
 def string(slot: int) -> Field[str | None]:
-    """A string; bytes that are not UTF-8, which some producers write, appear as backslash escapes."""
+    """A string. Bytes that are not UTF-8, which some producers write, become backslash escapes."""
 
     def decode(buffer: FlatBuffer, position: int) -> str | None:
         characters = buffer.array(buffer.follow(position), UINT8)
@@ -168,7 +170,7 @@ def string(slot: int) -> Field[str | None]:
 
 
 def vector(slot: int, dtype: type[np.generic]) -> Field[NDArray[Any] | None]:
-    """A vector of scalars as a view of the file, shape (length,); None when it is absent."""
+    """A vector of scalars as a view of the file, shape (length,); None if it is absent."""
     little_endian = np.dtype(dtype).newbyteorder("<")
 
     def decode(buffer: FlatBuffer, position: int) -> NDArray[Any] | None:
@@ -180,7 +182,7 @@ def vector(slot: int, dtype: type[np.generic]) -> Field[NDArray[Any] | None]:
 
 
 def payload(slot: int) -> Field[NDArray[np.uint8] | None]:
-    """A vector of bytes that are only pointed at, shape (length,); None when it is absent."""
+    """A vector of bytes as a view that is not read here, shape (length,); None if it is absent."""
 
     def decode(buffer: FlatBuffer, position: int) -> NDArray[np.uint8] | None:
         return buffer.array(buffer.follow(position), UINT8)
@@ -189,7 +191,7 @@ def payload(slot: int) -> Field[NDArray[np.uint8] | None]:
 
 
 def table(slot: int, schema: type[TableT]) -> Field[TableT | None]:
-    """A table, or the value of a union once its type is known; None when it is absent."""
+    """A table, or the value of a union whose type is known; None if it is absent."""
 
     def decode(buffer: FlatBuffer, position: int) -> TableT | None:
         return schema(buffer, buffer.follow(position))
@@ -198,7 +200,7 @@ def table(slot: int, schema: type[TableT]) -> Field[TableT | None]:
 
 
 def tables(slot: int, schema: type[TableT]) -> Field[list[TableT]]:
-    """A vector of tables; empty when it is absent."""
+    """A vector of tables; empty if it is absent."""
 
     def decode(buffer: FlatBuffer, position: int) -> list[TableT]:
         start = buffer.follow(position)

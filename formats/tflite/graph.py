@@ -1,4 +1,4 @@
-"""The graph of a TFLite file, for writers that can hold one: nothing of it is looked at until one asks."""
+"""The graph of a TFLite file, for writers that can hold one. Nothing of it is read until a writer asks for it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TFLiteGraph:
-    """The subgraphs of one model: `operators` are the names of its operator codes, `constants` the model's tensors by
-    subgraph and index, `allowance` what the tensors leave of the model's."""
+    """The subgraphs of one model. `operators` are the names of its operator codes, `constants` the model's tensors by
+    subgraph and index. `allowance` is the part of the model's allowance that the tensors leave."""
 
     model: schema.Model
     operators: list[str]
@@ -41,13 +41,13 @@ class TFLiteGraph:
 
     @property
     def signatures(self) -> Mapping[str, int]:
-        """The subgraphs by the names of the signatures that the file has."""
+        """The subgraphs by the names of the file's signatures."""
         return {found.signature_key or "": found.subgraph_index for found in self.model.signature_defs}
 
     @property
     def preferred_opset(self) -> int:
-        """21, which has int16 codes. 20 where activations are int8 and none int16: onnxruntime 1.32 on x86-64 makes a
-        model of opset 21 invalid while it optimizes it, where int8 activations are reshaped, transposed or cut."""
+        """21, which has int16 codes; 20 if some activations are int8 and none is int16. In opset 21, onnxruntime 1.32
+        on x86-64 makes a model invalid by its optimizations if int8 activations are reshaped, transposed or sliced."""
         self.model.flatbuffer.renew()
         codes = {
             _dtype(table)
@@ -59,7 +59,7 @@ class TFLiteGraph:
         return 20 if INT8 in codes and INT16 not in codes else 21
 
     def onnx_ir(self) -> ir.Model:
-        """The main graph in ONNX's operators, its weights decoded to floats when they are read."""
+        """The main graph in ONNX's operators. Weights are decoded to floats when they are read."""
         return self.lowered(opset=self.preferred_opset)[0]
 
     def lowered(
@@ -72,10 +72,9 @@ class TFLiteGraph:
         weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
         """The graph of a signature (empty: the first subgraph) in an operator set of ONNX, and which of its
-        initializers are the model's weights; images channels first at its inputs and outputs if that is wanted,
-        operators that there is no lowering for in `custom_domain`, activations that TFLite quantizes as floats if
-        `weights`, which is what the stages make of the model's, were all dequantized. Raises Unsupported for operators
-        that there is no lowering for."""
+        initializers are the model's weights. Images at inputs and outputs are channels first if that is wanted.
+        Operators without a lowering go to `custom_domain`; Unsupported is raised if that is empty. Activations that
+        TFLite quantizes become floats if `weights`, the model's weights after the stages, were all dequantized."""
         from nibblecast.formats.tflite.to_onnx.graph import Wishes, lowered
 
         self.model.flatbuffer.renew()
@@ -94,15 +93,15 @@ class TFLiteGraph:
         return model, places
 
     def _dequantized(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether weights that the file quantizes are there, and none is quantized."""
+        """Whether the file has quantized weights and none of them is still quantized."""
         read_quantized = {tensor.name for tensor in self.constants.values() if tensor.quantization is not None}
         return any(name in read_quantized for name in weights) and not any(
             tensor.quantization is not None for tensor in weights.values()
         )
 
     def _properties(self) -> dict[str, str]:
-        """What the file says of itself: its signatures, with the names of their inputs and outputs, and its metadata,
-        as text or in hexadecimal."""
+        """What the file says about itself: its signatures, with the names of their inputs and outputs, and its
+        metadata, as text or in hexadecimal."""
         properties = {}
         tensors = [graph.tensors for graph in self.model.subgraphs]
         for found in self.model.signature_defs:
@@ -168,7 +167,7 @@ class TFLiteGraph:
 
 
 def _sizes(values: NDArray[Any] | None, name: str) -> tuple[int, ...]:
-    """The sizes of a tensor that is computed, which may be any; those of constants have been checked."""
+    """The sizes of a computed tensor, which can be anything. Those of constants are already checked."""
     if values is not None and values.size > MOST_DIMENSIONS:
         message = f"has {values.size} dimensions; {MOST_DIMENSIONS} are the most that can be read"
         raise Unsupported(message, tensor=name)
@@ -176,7 +175,7 @@ def _sizes(values: NDArray[Any] | None, name: str) -> tuple[int, ...]:
 
 
 def _text(data: bytes) -> str:
-    """Text, without the zeros that fill it up; other bytes in hexadecimal."""
+    """Text without its padding of zeros; bytes that are not text in hexadecimal."""
     try:
         text = data.rstrip(b"\0").decode("utf-8")
     except UnicodeDecodeError:
@@ -199,6 +198,6 @@ def _per_tensor(table: schema.Tensor) -> tuple[float | None, int]:
 
 
 def _dtype(table: schema.Tensor) -> np.dtype[Any]:
-    """The dtype of a tensor's elements; object for strings and resources, which only pass through."""
+    """The dtype of a tensor's elements; object for strings and resources, which are only passed on."""
     kind = schema.TENSOR_TYPES[table.type] if 0 <= table.type < len(schema.TENSOR_TYPES) else ""
     return schema.DTYPES.get(kind, np.dtype(object))

@@ -14,15 +14,15 @@ from nibblecast.converters.metadata import OperatorInput
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """An operator's weights by their positions among its inputs, and where it takes the activations that these meet,
-    and a bias (None: it is not known to)."""
+    """An operator's weights by their positions among its inputs, and the positions of its activations and its bias
+    (None: not known to have one)."""
 
     weights: Mapping[int, OperatorInput]
     data: int | None = None
     bias: int | None = None
 
 
-#: An operator of which nothing is known.
+#: An operator about which nothing is known.
 UNKNOWN = Operator(MappingProxyType({}))
 
 OPERATORS: Mapping[str, Operator] = MappingProxyType(
@@ -42,5 +42,5 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(
 )
 TRANSPOSED_BATCH_MATMUL = OperatorInput(-2, (-1,))  # [.., N, K]
 
-#: Operators that only change how a tensor is stored: whoever takes their output takes the tensor.
+#: Operators that only change how a tensor is stored. A node that takes their output takes the tensor.
 STORAGE_OPERATORS = frozenset({"DEQUANTIZE", "DENSIFY"})

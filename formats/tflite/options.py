@@ -1,5 +1,9 @@
 """The options of TFLite's operators: one table of each operator's fields, by schema.fbs 3d (google-ai-edge/LiteRT,
-2026-08). What is absent from a file has its default."""
+2026-08). A field that is absent from a file has its default.
+
+Dozens of operators have options. In a table of text, each takes about one line. As a class like those of `schema`, each
+would take about ten.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from nibblecast.formats.tflite.flatbuffer import Table
 
 @dataclass(frozen=True, slots=True)
 class OptionField:
-    """A field: its slot, its `struct` format ("[i" and "[f" are vectors of 32 bits), and its default."""
+    """A field: its slot, its `struct` format ("[i" and "[f" are vectors of 32-bit elements), and its default."""
 
     slot: int
     format: str
@@ -114,13 +118,13 @@ OPTIONS: Mapping[str, Mapping[str, OptionField]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """The options of one operator, read as they are asked for; `table` is None where the file has none."""
+    """The options of one operator, read at each access. `table` is None if the file has none."""
 
     operator: str
     table: Table | None
 
     def integer(self, name: str) -> int:
-        """An integer field, or a bool as 0 or 1. Raises CorruptFile when it lies outside the file."""
+        """An integer field, or a bool as 0 or 1. Raises CorruptFile if it lies outside the file."""
         return int(self._scalar(name))
 
     def number(self, name: str) -> float:
@@ -128,12 +132,12 @@ class Options:
         return float(self._scalar(name))
 
     def integers(self, name: str) -> list[int] | None:
-        """A vector of integers; None when it is absent."""
+        """A vector of integers; None if it is absent."""
         values = self._vector(name, "<i4")
         return None if values is None else [int(value) for value in values]
 
     def numbers(self, name: str) -> list[float]:
-        """A vector of floats, empty when it is absent."""
+        """A vector of floats; empty if it is absent."""
         values = self._vector(name, "<f4")
         return [] if values is None else [float(value) for value in values]
 
@@ -147,7 +151,7 @@ class Options:
         return values
 
     def text(self, name: str) -> str:
-        """A string, empty when it is absent."""
+        """A string; empty if it is absent."""
         position = self._position(name)
         if self.table is None or position is None:
             return ""

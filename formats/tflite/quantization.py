@@ -1,8 +1,8 @@
-"""TFLite's quantization parameters as the IR's.
+"""TFLite's quantization parameters -> the IR's.
 
     real = (code - zero_point) * scale
 
-The subtraction is one of integers, the multiplication one of float32; LiteRT 2.3 computes the same bits.
+Integers are subtracted, and float32 numbers multiplied. LiteRT 2.3 computes the same bits.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _SCALE_DTYPES = frozenset((FLOAT16, FLOAT32, FLOAT64, BFLOAT16))
 
 
 class ParameterSource(Protocol):
-    """The constant tensors of the subgraph, for one of them that has others as its parameters."""
+    """The constant tensors of a subgraph, for a tensor that has others as its parameters."""
 
     def look(self, index: int) -> Tensor:
-        """The tensor at `index`; raises CorruptFile when it holds no constant numbers or is the asking one itself."""
+        """The tensor at `index`. Raises CorruptFile if it holds no constant numbers or is the asking tensor itself."""
         ...
 
     def take(self, index: int) -> Tensor:
-        """The same, from now on a parameter."""
+        """The tensor at `index`, which becomes a parameter."""
         ...
 
 
 def quantization_of(
     name: str, shape: tuple[int, ...], parameters: QuantizationParameters | None, source: ParameterSource
 ) -> tuple[Quantization | None, list[Loss]]:
-    """The parameters of a constant integer tensor; None when it is not quantized (no table, or one without scales).
-    Raises CorruptFile when they contradict the shape, Unsupported for details without a public meaning."""
+    """The parameters of a constant integer tensor; None if it is not quantized (no table, or one without scales).
+    Raises CorruptFile if they contradict the shape, Unsupported for details without a public meaning."""
     if parameters is None:
         return None, []
     if parameters.details_type:
@@ -63,7 +63,7 @@ def _affine(
         # tflite-micro's own person_detect gives its 1-D biases the axis of the weights
         losses.append(Loss(name, "reinterpreted", f"its quantized dimension {axis} is taken as 0, because it is 1-D"))
         axis = 0
-    # LiteRT refuses an impossible dimension even where a single scale needs none
+    # LiteRT refuses an impossible dimension even if a single scale does not need one
     exists = 0 <= axis < len(shape)
     fits = exists and shape[axis] == scale.size if scale.size > 1 else exists or len(shape) < 2
     if not fits:
@@ -93,7 +93,7 @@ def _details(shape: tuple[int, ...], parameters: QuantizationParameters, source:
             raise CorruptFile(
                 f"has blocks of {blockwise.block_size} along the last dimension of shape {shape}; a divisor is needed"
             )
-        # quantized_dimension is 0 in every real file, though the blocks run along the last dimension
+        # quantized_dimension is 0 in every real file, although the blocks run along the last dimension
         block_shape = blocked(shape, len(shape) - 1, blockwise.block_size)
         return _with_parameter_tensors(shape, block_shape, blockwise, source)
     if kind == MultiAxisQuantization.TYPE and parameters.multi_axis is not None:
@@ -145,7 +145,7 @@ def _zero_point(index: int, grid: tuple[int, ...], source: ParameterSource) -> T
         fits = False
     if fits:
         return _in_shape(source.take(index), grid)
-    if index == 0:  # the schema's default for an absent field: not meant for tensor 0
+    if index == 0:  # the schema's default for an absent field, so it cannot mean tensor 0
         return None
     raise CorruptFile(f"takes its zero points from tensor {index}, which holds no integers of shape {grid}")
 

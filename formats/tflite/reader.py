@@ -1,6 +1,7 @@
-"""TFLite models -> Model: every constant tensor, with its quantization and with what consumes it.
+"""TFLite models -> Model: every constant tensor, with its quantization and its consumers.
 
-Format: schema.fbs 3d and what LiteRT 2.3 reads (`formats.tflite.schema`). Headers only: data stays in the mapped file.
+Format: schema.fbs 3d and what LiteRT 2.3 reads (`formats.tflite.schema`). Reads headers only; data stay in the mapped
+file.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class TFLiteReader:
     """Reads .tflite, .litertlm and .task files."""
 
     def read(self, path: Path) -> Model:
-        """The constant tensors of all subgraphs of all models in the file, under their own names (duplicates get `:1`,
-        `:2`, nameless ones `subgraph0/tensor5`; several models in a container: `<section>/<name>`)."""
+        """The constant tensors of all subgraphs of all models in the file, under their own names. Duplicates get `:1`,
+        `:2`; nameless tensors are called `subgraph0/tensor5`; models in a container get the prefix `<section>/`."""
         container = MappedFile.open(path)
         found, allowance = sections(container), Allowance(container.view.size)
         files = [_ModelFile.open(section, f"{section.name}/" if len(found) > 1 else "") for section in found]
@@ -85,7 +86,7 @@ class TFLiteReader:
 
 @dataclass(slots=True, eq=False)
 class _Constant:
-    """A constant tensor that holds numbers: what it is called and where its bytes are."""
+    """A constant tensor that holds numbers: its name and where its bytes are."""
 
     key: Key
     name: str
@@ -97,7 +98,7 @@ class _Constant:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ModelFile:
-    """One model: its root table with the vectors that are asked for again and again, all indices in them checked."""
+    """One model: its root table, and the vectors that are used often, with all their indices checked."""
 
     section: Section
     prefix: str
@@ -113,7 +114,7 @@ class _ModelFile:
 
     @classmethod
     def open(cls, section: Section, prefix: str) -> _ModelFile:
-        """Parses the section's headers. Raises CorruptFile for a wrong identifier, offset, length or index."""
+        """Parses the section's headers. Raises CorruptFile for wrong identifiers, offsets, lengths or indices."""
         content = section.data.read(0, section.data.nbytes)
         identifier = content[4:8].tobytes()
         if identifier != schema.IDENTIFIER:
@@ -148,7 +149,7 @@ class _ModelFile:
         )
 
     def constants(self) -> tuple[list[_Constant], list[Loss]]:
-        """Every constant tensor that holds numbers, in order; the others (strings) are dropped."""
+        """Every constant tensor that holds numbers, in order. Others (strings) are dropped, with a loss for each."""
         found: list[_Constant] = []
         losses: list[Loss] = []
         for subgraph, tensors in enumerate(self.subgraphs):
@@ -164,7 +165,7 @@ class _ModelFile:
         return found, losses
 
     def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-        """The inputs and the outputs of the main subgraph."""
+        """The inputs and outputs of the main subgraph."""
         if not self.subgraphs:
             return (), ()
         graph, tensors = self.model.subgraphs[0], self.subgraphs[0]
@@ -174,8 +175,8 @@ class _ModelFile:
         return inputs, outputs
 
     def tensors(self, constants: list[_Constant]) -> Iterator[tuple[Tensor, list[Loss]]]:
-        """The tensors, with what reading each one lost. One that another names as its parameter is the same object
-        there, and says so in `parameter_of`."""
+        """The tensors, with the losses of reading each. A tensor that is a parameter of another is the same object
+        there, and has the other's name in `parameter_of`."""
         plain: dict[Key, Tensor] = {}
         for constant in constants:
             with located(tensor=constant.name):
@@ -206,7 +207,7 @@ class _ModelFile:
         return Tensor(constant.name, constant.shape, constant.dtype, data, uses=uses)
 
     def _data(self, key: Key, tensor: schema.Tensor) -> Data | None:
-        """Where the tensor's bytes are; None when it has none (an activation, a variable)."""
+        """The tensor's bytes; None if it has none (an activation, a variable)."""
         if tensor.external_buffer:
             return self._external_data(tensor.external_buffer)
         if tensor.buffer >= len(self.buffers):
@@ -225,7 +226,7 @@ class _ModelFile:
                 )
             return base.file.range(base.offset + buffer.offset, buffer.size)
         if 0 in _indices(tensor.shape) and key not in self.produced:
-            return InMemory(np.zeros(0, np.uint8))  # a constant without elements: nothing computes it
+            return InMemory(np.zeros(0, np.uint8))  # no operator computes it, so it is a constant without elements
         return None
 
     def _external_data(self, identifier: int) -> FileRange:
@@ -249,7 +250,7 @@ class _ModelFile:
         return group.file.range(group.offset + buffer.offset, buffer.length)
 
     def _external_file(self, name: str) -> FileRange:
-        """A file beside the model, or the container's section of weights. It must not lead out of the folder."""
+        """A file beside the model, or the container's section of weights. The name must not lead out of the folder."""
         if self.section.weights:
             return next(iter(self.section.weights.values()))
         file = MappedFile.open(contained_file(self.section.data.file.path.parent, name))
@@ -258,7 +259,7 @@ class _ModelFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Parameters:
-    """The constant tensors of a subgraph, for the one at `key` that has others as its parameters."""
+    """The constant tensors of a subgraph, for the tensor at `key` that has others as its parameters."""
 
     plain: dict[Key, Tensor]
     key: Key
@@ -288,7 +289,7 @@ class _Operator:
 
 
 def _operators(names: list[str], index: int, subgraph: schema.SubGraph, count: int) -> list[_Operator]:
-    """The operators of a subgraph of `count` tensors; `names` are those of the operator codes."""
+    """The operators of a subgraph with `count` tensors; `names` are the names of the operator codes."""
     operators = []
     for position, operator in enumerate(subgraph.operators):
         if operator.opcode_index >= len(names):
@@ -313,21 +314,21 @@ def _operators(names: list[str], index: int, subgraph: schema.SubGraph, count: i
 
 
 def _check_tensors(who: str, tensors: tuple[int, ...], count: int, *, least: int = -1) -> None:
-    """Raises CorruptFile for a tensor that is none; an operator's may be absent, which is -1."""
+    """Raises CorruptFile for an index that is not a tensor's. An absent tensor of an operator is -1."""
     for tensor in tensors:
         if not least <= tensor < count:
             raise CorruptFile(f"{who} refers to tensor {tensor} of {count}: the file is damaged")
 
 
 def _uses(graphs: list[list[_Operator]], tensors: list[list[schema.Tensor]]) -> dict[Key, list[Use]]:
-    """What consumes each tensor; operators that only change its storage pass their own consumers on."""
+    """The consumers of each tensor. Operators that only change its storage pass their own consumers on."""
     uses: dict[Key, list[Use]] = {}
-    # operators are in execution order: from the last to the first, consumers are known before what they consume
+    # operators are in execution order, so going backwards, consumers are known before the tensors that they take
     for operators in graphs:
         for operator in reversed(operators):
             passed: list[Use] = []
             if operator.name in STORAGE_OPERATORS and operator.outputs:
-                # taken away, not copied: damaged files can make one tensor the output of many operators
+                # popped, not copied: in a damaged file one tensor can be the output of many operators
                 passed = uses.pop(operator.outputs[0], [])
             for position, key in reversed(list(enumerate(operator.inputs))):
                 if key is not None:
@@ -356,7 +357,7 @@ def _use(operator: _Operator, position: int, key: Key, tensors: list[list[schema
 
 
 def _activation(key: Key | None, tensors: list[list[schema.Tensor]]) -> Activation | None:
-    """The tensor at `key` as far as kernels need it; None when it is not quantized as a whole."""
+    """What kernels need to know about the tensor at `key`; None if it does not have one scale as a whole."""
     if key is None:
         return None
     table = tensors[key[0]][key[1]]
@@ -387,7 +388,7 @@ def _type_name(tensor: schema.Tensor) -> str:
 
 
 def _port(tensor: schema.Tensor) -> Port:
-    """What is said of an input or output; a size of -1 in its signature is open."""
+    """What the file says of an input or output. A size of -1 in its signature is open."""
     known = 0 <= tensor.type < len(schema.TENSOR_TYPES)
     kind = schema.TENSOR_TYPES[tensor.type] if known else ""
     dtype = schema.DTYPES[kind].name if kind in schema.DTYPES else kind.lower()
@@ -402,7 +403,7 @@ def _shape(tensor: schema.Tensor) -> tuple[int, ...]:
 
 
 def _expanded(constant: _Constant, sparsity: schema.SparsityParameters, path: Path) -> Data:
-    """The dense data of a sparse tensor, expanded when it is read."""
+    """The dense data of a sparse tensor, expanded when they are read."""
     dtype, stored = constant.dtype, constant.data
     if dtype in SUB_BYTE:
         raise Unsupported(f"is sparse with {dtype} values, of which no producer is known")
@@ -413,7 +414,7 @@ def _expanded(constant: _Constant, sparsity: schema.SparsityParameters, path: Pa
 
 
 def _unique_names(names: list[str]) -> list[str]:
-    """The second of a name becomes `name:1`, and so on, past names that there are already."""
+    """Unique names: the second `name` becomes `name:1`, and so on, skipping names that already exist."""
     free, seen = UniqueNames(names, separator=":"), set[str]()
     unique = []
     for name in names:

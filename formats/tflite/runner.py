@@ -18,9 +18,9 @@ _NO_KERNEL = "Didn't find op"
 
 
 class LiteRTRunner:
-    """A model in LiteRT's interpreter with the reference kernels, by which others are judged; with the default ones
-    where those of LiteRT 2.3 are wrong: they take weights in blocks for zeros, leave a channel out in
-    LOCAL_RESPONSE_NORMALIZATION, and give a SUM of integers as its zero point; or where there are none, as of CEIL."""
+    """A model in LiteRT's interpreter with the reference kernels, which define the right results. The default kernels
+    are used where the reference kernels of LiteRT 2.3 are wrong or missing. They take weights in blocks for zeros, omit
+    a channel in LOCAL_RESPONSE_NORMALIZATION, and return the zero point as SUM of integers; there is none for CEIL."""
 
     def __init__(self, path: Path) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
@@ -46,7 +46,7 @@ class LiteRTRunner:
 
     @property
     def outputs(self) -> tuple[RunPort, ...]:
-        """Its outputs."""
+        """The outputs of the first subgraph."""
         return tuple(map(_port, self._interpreter.get_output_details()))
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:

@@ -1,8 +1,10 @@
 """The part of TFLite's schema that weights need, version 3d, and what LiteRT 2.3 adds to it.
 
-Source: tflite/converter/schema/schema.fbs of google-ai-edge/LiteRT (2026-08). The PyPI package `tflite` 2.18 stops
-before INT2, UINT4, the float8 types, BlockwiseQuantization, MultiAxisQuantization and external buffers; the tests hold
-what it has against these tables.
+Source: tflite/converter/schema/schema.fbs of google-ai-edge/LiteRT (2026-08).
+
+The classes are written by hand because no package has all of the schema. The PyPI package `tflite` 2.18 lacks INT2,
+UINT4, the float8 types, BlockwiseQuantization, MultiAxisQuantization and external buffers. The tests compare these
+tables with the part that it has.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ TENSOR_TYPES = (
     "UINT32 UINT16 INT4 BFLOAT16 INT2 UINT4 FLOAT8_E4M3FN FLOAT8_E5M2"
 ).split()
 
-#: The dtypes of the tensor types that hold numbers; STRING, RESOURCE and VARIANT do not.
+#: The dtypes of tensor types that hold numbers. STRING, RESOURCE and VARIANT do not hold numbers.
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {name: np.dtype(name.lower()) for name in TENSOR_TYPES if hasattr(np, name.lower())}
     | {
@@ -90,7 +92,7 @@ class MultiAxisQuantization(Table):
 
 
 class QuantizationParameters(Table):
-    """When `details_type` is not 0, scale and zero point are to be ignored."""
+    """Quantization of a tensor. If `details_type` is not 0, scale and zero point must be ignored."""
 
     scale = vector(2, np.float32)
     zero_point = vector(3, np.int64)
@@ -134,7 +136,7 @@ class DimensionMetadata(Table):
 
 
 class SparsityParameters(Table):
-    """How a sparse tensor is traversed."""
+    """The order and the dimensions in which a sparse tensor is traversed."""
 
     traversal_order = vector(0, np.int32)
     block_map = vector(1, np.int32)
@@ -142,7 +144,7 @@ class SparsityParameters(Table):
 
 
 class Tensor(Table):
-    """A tensor; constant when its buffer has data."""
+    """A tensor. It is constant if its buffer has data."""
 
     shape = vector(0, np.int32)
     type = scalar(1, "b")
@@ -164,7 +166,7 @@ class BatchMatMulOptions(Table):
 
 
 class Operator(Table):
-    """An operator of a subgraph; inputs of -1 are absent ones."""
+    """An operator of a subgraph. An input of -1 is absent."""
 
     opcode_index = scalar(0, "I")
     inputs = vector(1, np.int32)
@@ -201,7 +203,7 @@ class Metadata(Table):
 
 
 class OperatorCode(Table):
-    """A builtin operator or a custom one's name; the older field saturates at 127, so the larger of both counts."""
+    """A builtin operator, or a custom operator's name. The older field saturates at 127, so the larger code counts."""
 
     deprecated_builtin_code = scalar(0, "b")
     custom_code = string(1)
@@ -220,7 +222,7 @@ class SubGraph(Table):
 
 
 class Buffer(Table):
-    """Bytes here, or (offset above 1) at that offset from the beginning of the model."""
+    """Bytes in this table or, if `offset` is above 1, at that offset from the start of the model."""
 
     data = payload(0)
     offset = scalar(1, "Q")
@@ -234,7 +236,7 @@ class ExternalBufferGroup(Table):
 
 
 class ExternalBuffer(Table):
-    """Bytes of a file beside the model; `group` is an index into the groups, `id` what tensors refer to."""
+    """Bytes of a file beside the model. `group` is an index into the groups; tensors refer to `id`."""
 
     id = scalar(0, "I")
     group = scalar(1, "I")

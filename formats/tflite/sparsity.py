@@ -1,9 +1,12 @@
-"""Sparse tensors, expanded as LiteRT's DENSIFY does (tflite/kernels/internal/utils/sparsity_format_converter).
+"""Expands sparse tensors as LiteRT's DENSIFY does (tflite/kernels/internal/utils/sparsity_format_converter).
 
-The stored values are the leaves of a tree whose levels are the dimensions in traversal order: a dense level gives every
-node a child for each position of its dimension, a compressed one (CSR) the children that its segments and indices list.
-With a block map, the last levels are dimensions inside a block, each of which refines the original dimension that the
-map names.
+The stored values are the leaves of a tree whose levels are the dimensions in traversal order. In a dense level, every
+node has a child for each position of its dimension. In a compressed level (CSR), segments and indices list the
+children. With a block map, the last levels are dimensions inside a block. Each of these refines the original dimension
+that the map names.
+
+They are expanded because the IR has dense tensors only. A sparse IR would concern every stage and every writer, for a
+single format that has such weights.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ from nibblecast.formats.tflite.schema import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Level:
-    """One level of the tree, for a dimension of `size` positions that lie `stride` elements apart in the dense form;
-    `segments` and `indices` when it is compressed."""
+    """One level of the tree, for a dimension of `size` positions that are `stride` elements apart in the dense form.
+    A compressed level has `segments` and `indices`."""
 
     size: int
     stride: int
@@ -38,7 +41,7 @@ class _Level:
     indices: NDArray[Any] | None
 
     def children(self, nodes: int) -> int:
-        """How many nodes the next level has when this one has `nodes`."""
+        """The number of nodes in the next level if this level has `nodes`."""
         if self.segments is None or self.indices is None:
             return nodes * self.size
         if self.segments.size != nodes + 1:
@@ -46,7 +49,7 @@ class _Level:
         return self.indices.size
 
     def places(self, parents: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the children of nodes at `parents` begin, counted in elements of the dense form."""
+        """Where the children of nodes at `parents` begin, in elements of the dense form."""
         if self.segments is None or self.indices is None:
             steps = np.arange(self.size, dtype=np.int64) * self.stride
             return (parents[:, None] + steps).reshape(-1)
@@ -64,14 +67,14 @@ class _Level:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SparseLayout:
-    """Where the stored values of a sparse tensor belong; made by `sparse_layout`, checked as far as headers tell."""
+    """The places of a sparse tensor's stored values. `sparse_layout` makes it and checks it as far as headers allow."""
 
     shape: tuple[int, ...]
     levels: tuple[_Level, ...]
 
     def expand(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """The dense array of `shape` that has `stored` (1-D, in tree order) at its places and zeros elsewhere.
-        Raises CorruptFile when the tree has not as many leaves as there are values, or leaves the shape."""
+        """The dense array of `shape` that has `stored` (1-D, in tree order) at its places and zeros elsewhere. Raises
+        CorruptFile if the number of leaves differs from that of the values, or if a leaf is outside the shape."""
         leaves = 1
         for level in self.levels:
             leaves = level.children(leaves)
@@ -88,8 +91,8 @@ class SparseLayout:
 
 @dataclass(slots=True, eq=False)
 class SparseData(Data):
-    """The dense bytes of a sparse tensor, expanded when they are asked for. Between the first and the last part of them
-    the expansion is kept, as each one takes the whole."""
+    """The dense bytes of a sparse tensor, expanded when they are read. The expansion is kept from the first to the last
+    part, because each part needs the whole."""
 
     path: Path
     name: str
@@ -113,8 +116,8 @@ class SparseData(Data):
 
 
 def sparse_layout(sparsity: SparsityParameters, shape: tuple[int, ...]) -> SparseLayout:
-    """The layout that `sparsity` describes for a tensor of dense `shape`. Raises CorruptFile when the parameters
-    contradict each other, Unsupported for what LiteRT does not have."""
+    """The layout that `sparsity` describes for a tensor of dense `shape`. Raises CorruptFile if the parameters
+    contradict each other, Unsupported for features that LiteRT does not have."""
     order = tuple(_integers(sparsity.traversal_order))
     block_map = tuple(_integers(sparsity.block_map))
     metadata = sparsity.dim_metadata
@@ -168,7 +171,7 @@ def _level(description: DimensionMetadata, size: int, stride: int) -> _Level:
 
 
 def _values(kind: int, vectors: tuple[Int32Vector | None, Uint16Vector | None, Uint8Vector | None]) -> NDArray[Any]:
-    """The numbers of a union of index vectors; an empty one may leave its vector out."""
+    """The numbers of a union of index vectors. An empty one may omit its vector."""
     vector = vectors[kind - 1] if 1 <= kind <= len(vectors) else None
     if vector is None:
         raise CorruptFile("its sparsity has a compressed dimension without segments or indices")
