@@ -1,9 +1,14 @@
-"""One TFLite subgraph on its way into an ONNX graph: its tensors as ONNX values, and what lowering functions emit.
+"""One TFLite subgraph on its way into an ONNX graph: its tensors as ONNX values, and the nodes of lowering functions.
 
-Every tensor is computed as floats (or as the integers that it is, where it is not quantized). One that TFLite holds as
-quantized integers is rounded by QuantizeLinear and DequantizeLinear where it is made. Images stay as they are until an
-operator wants them channels first, and stay channels first for as long as operators do not mind: so hardly a Transpose
-is ever made.
+Every quantized tensor is computed as floats, and others in their own dtype. Where TFLite holds a tensor as quantized
+integers, QuantizeLinear and DequantizeLinear round the floats to its codes. The alternative was ONNX's integer
+operators (QLinearConv and others). They exist for a few operators only, without 4-bit weights, and round differently
+from TFLite's kernels. With floats inside, each lowering is written once for all dtypes, and runtimes fuse the pairs
+into integer kernels themselves.
+
+TFLite's images are channels last, ONNX's channels first. Transposing around each convolution would be simpler, but
+slow. So images stay as they are until an operator needs them channels first, and then stay channels first for as long
+as the operators allow it. Few Transpose nodes are left.
 """
 
 from __future__ import annotations
@@ -25,25 +30,24 @@ from nibblecast.converters.ir import Tensor, WeightPlace
 from nibblecast.converters.names import UniqueNames
 from nibblecast.formats.tflite.options import Options
 
-#: Axes of channels-first images of 3, 4 and 5 axes, in terms of channels-last ones, and back.
+#: Permutations of images with 3, 4 and 5 axes from channels last to channels first, and back.
 TO_FIRST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 3, 1, 2), 5: (0, 4, 1, 2, 3)}
 TO_LAST: Mapping[int, tuple[int, ...]] = {3: (0, 2, 1), 4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)}
 
 _QUANTIZED = frozenset((INT8, UINT8, INT16, INT32))
 _INT16_SINCE = 21
 _DESCRIBED = "its graph needs constants or nodes that its sizes describe"
-#: What a node costs that is there because a subgraph is run once more, and an element of a list: all that is made of
-#: it on the way, in bytes, about.
+#: About how many bytes a node of a repeated subgraph costs, and an element of a list, with all objects made on the way.
 _NODE_BYTES, _LISTED_BYTES = 1 << 14, 32
-#: The longest key of a constant that may be shared, and the bytes that are no longer in it.
+#: The longest key of a shared constant, and the most bytes that such a constant has.
 _LONGEST_KEY, _SHARED_BYTES = 200, 100
 _ONNX_TYPES = {np.dtype(t): ir.DataType.from_numpy(np.dtype(t)) for t in (np.float32, np.float16, np.float64)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorInfo:
-    """A tensor of a subgraph: `scale` and `zero_point` where it is quantized as a whole; `constant` is the model's
-    tensor where its values are known."""
+    """A tensor of a subgraph. `scale` and `zero_point` are given if it is quantized as a whole. `constant` is the
+    model's tensor if its values are known."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,19 +60,19 @@ class TensorInfo:
 
     @property
     def is_open(self) -> bool:
-        """Whether the file leaves a size open."""
+        """Whether the file leaves any size open."""
         return any(size < 0 for size in self.signature)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it is held as integers that stand for floats, and is computed at run time."""
+        """Whether it is computed at run time and held as integers that stand for floats."""
         return self.scale is not None and self.dtype in _QUANTIZED and self.constant is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OperatorCall:
-    """An operator: indices of tensors, -1 for absent ones. `intermediates` say by which scales an integer kernel rounds
-    on the way; `custom_options` are those of a custom operator, in an encoding of its own."""
+    """An operator with the indices of its tensors, -1 for absent ones. `intermediates` are tensors whose scales an
+    integer kernel uses to round intermediate results. `custom_options` are a custom operator's, in its own encoding."""
 
     name: str
     inputs: tuple[int, ...]
@@ -78,17 +82,17 @@ class OperatorCall:
     custom_options: bytes = b""
 
     def input(self, position: int) -> int:
-        """The index of an input, -1 where it is absent."""
+        """The index of an input; -1 if it is absent."""
         return self.inputs[position] if position < len(self.inputs) else -1
 
 
-#: Operators whose output holds elements of their first input and nothing else.
+#: Operators whose output holds only elements of their first input.
 _MOVING = frozenset({"Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def _reshaped_once(value: ir.Value | None, shape: ir.Value | None) -> list[ir.Value | None]:
-    """The inputs of a Reshape: of what came before another one, as the last shape is all that counts (but for zeros,
-    which stand for sizes of the input)."""
+    """The inputs of a Reshape. A Reshape before it is skipped, because only the last shape counts, unless that has
+    zeros, which stand for sizes of the input."""
     node = None if value is None else value.producer()
     sizes = None if shape is None else shape.const_value
     if node is None or node.op_type != "Reshape" or sizes is None or not sizes.numpy().all():
@@ -98,7 +102,7 @@ def _reshaped_once(value: ir.Value | None, shape: ir.Value | None) -> list[ir.Va
 
 @dataclass(slots=True)
 class Held:
-    """The ONNX values of a tensor, as far as there are any: as TFLite has it, channels first, and its integer codes."""
+    """The ONNX values of a tensor, each if it exists: as TFLite has it, channels first, and its integer codes."""
 
     last: ir.Value | None = None
     first: ir.Value | None = None
@@ -107,9 +111,9 @@ class Held:
 
 @dataclass(slots=True)
 class GraphBuilder:
-    """Collects nodes and initializers; `places` says which of the initializers are the model's weights. `allowance` is
-    what may be made of sizes alone; `is_repeated`: of a subgraph that has been spelled out before. `origins` has the
-    nodes that made moved values, `copied` the names of the weights that are initializers already."""
+    """Collects nodes and initializers. `places` says which initializers are the model's weights. `allowance` limits
+    what is made of sizes alone. `is_repeated` marks a subgraph that was lowered before. `origins` has the nodes that
+    made moved values, `copied` the names of weights that already are initializers."""
 
     tensors: list[TensorInfo]
     opset: int
@@ -147,7 +151,7 @@ class GraphBuilder:
         outputs: int = 1,
         **attributes: Any,
     ) -> ir.Value:
-        """Adds a node and returns its first output; `name` is a wish for that one's."""
+        """Adds a node and returns its first output; `name` is the preferred name of that output."""
         return self.emit_all(operator, inputs, name=name, outputs=outputs, **attributes)[0]
 
     def emit_all(
@@ -174,11 +178,11 @@ class GraphBuilder:
         return node.outputs
 
     def spend(self, nbytes: int) -> None:
-        """Counts what is made of sizes, or once more of the same bytes. Raises Unsupported beyond the allowance."""
+        """Counts bytes made of sizes alone or from the same bytes again. Raises Unsupported beyond the allowance."""
         self.root.allowance.spend(nbytes, _DESCRIBED)
 
     def computed(self, nbytes: int, make: Callable[[], NDArray[Any]], name: str) -> ir.Value:
-        """An initializer of so many bytes, which are counted before they are made."""
+        """An initializer of `nbytes` bytes, which are counted before they are made."""
         self.root.allowance.rest().spend(nbytes, _DESCRIBED)
         return self.constant(make(), name=name)
 
@@ -208,11 +212,11 @@ class GraphBuilder:
         return self if self.outer is None else self.outer.root
 
     def run(self, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
-        """Spells out a subgraph for these inputs; returns its outputs."""
+        """Lowers a subgraph in place, with these inputs; returns its outputs."""
         return self.run_subgraph(self, index, values)
 
     def hold(self, index: int, value: ir.Value, *, first: bool = False) -> None:
-        """What a tensor is, given as it is."""
+        """Sets the value of a tensor, without rounding it."""
         self.held[index] = Held(first=value) if first else Held(last=value)
 
     def codes(self, index: int, *, first: bool = False) -> ir.Value:
@@ -220,7 +224,7 @@ class GraphBuilder:
         held = self._held(index)
         if held.codes is None:
             held.codes = self.quantize(self.read(index), self.info(index), f"{self.info(index).name}_quantized")
-        is_first = held.first is not None and held.last is None  # and so are the codes
+        is_first = held.first is not None and held.last is None  # then the codes are channels first as well
         if is_first == first:
             return held.codes
         return self.emit("Transpose", [held.codes], perm=(TO_FIRST if first else TO_LAST)[len(self.info(index).shape)])
@@ -231,21 +235,21 @@ class GraphBuilder:
         return ir.DataType.FLOAT if info.is_quantized else _type_of(info.dtype)
 
     def info(self, index: int) -> TensorInfo:
-        """What is known of a tensor. Raises Unsupported for an input that is needed and absent."""
+        """What is known about a tensor. Raises Unsupported for an absent input that the operator needs."""
         if index < 0:
             raise Unsupported("an operator lacks an input that it needs")
         return self.tensors[index]
 
     def numbers(self, index: int) -> NDArray[Any] | None:
-        """The values of a constant, as they are stored; None where they are known at run time only."""
+        """The stored values of a constant; None if they are known only at run time."""
         constant = self.info(index).constant
         if constant is None:
             return None
-        self.spend(constant.nbytes)  # a large one may be the input of any number of operators
+        self.spend(constant.nbytes)  # any number of operators may take a large constant
         return constant.numpy()
 
     def list_of(self, index: int) -> list[int]:
-        """The integers of a constant. Raises Unsupported where they are known at run time only."""
+        """The integers of a constant. Raises Unsupported if they are known only at run time."""
         values = self.numbers(index)
         if values is None:
             raise Unsupported(f"an operator takes '{self.info(index).name}', which is known at run time only")
@@ -253,7 +257,7 @@ class GraphBuilder:
         return [int(value) for value in values.reshape(-1)]
 
     def read(self, index: int) -> ir.Value:
-        """A tensor's values, as TFLite has them."""
+        """A tensor's values in TFLite's order of axes."""
         held = self._held(index)
         if held.last is None:
             if held.first is not None:
@@ -265,7 +269,7 @@ class GraphBuilder:
         return held.last
 
     def read_first(self, index: int) -> ir.Value:
-        """A tensor's values, channels first."""
+        """A tensor's values, with channels first."""
         held, rank = self._held(index), len(self.info(index).shape)
         if held.first is None:
             if held.last is None and self.info(index).constant is not None:
@@ -276,7 +280,7 @@ class GraphBuilder:
         return held.first
 
     def is_first(self, index: int) -> bool:
-        """Whether a tensor is there channels first only."""
+        """Whether a tensor exists only with channels first."""
         held = self._held(index)
         return held.first is not None and held.last is None
 
@@ -287,8 +291,8 @@ class GraphBuilder:
         return self.held[index]
 
     def weight(self, index: int, permutation: tuple[int, ...] | None = None) -> ir.Value:
-        """A constant with its axes permuted: an initializer that is the model's tensor, decoded if it is quantized.
-        Raises Unsupported for a tensor that nothing has computed."""
+        """A constant with its axes permuted. It is an initializer that stands for the model's tensor, decoded if it is
+        quantized. Raises Unsupported for a tensor that nothing has computed."""
         info = self.info(index)
         if info.constant is None:
             raise Unsupported(f"'{info.name}' is taken before anything computes it, or holds no numbers")
@@ -301,7 +305,7 @@ class GraphBuilder:
         is_float = tensor.quantization is not None
         dtype = FLOAT32 if is_float else tensor.dtype
         shape = tensor.shape if permutation is None else tuple(tensor.shape[axis] for axis in permutation)
-        if tensor.name in root.copied:  # once more, with its axes in another order
+        if tensor.name in root.copied:  # a second copy, with its axes in another order
             self.spend(prod(shape) * dtype.itemsize)
         root.copied.add(tensor.name)
         name = root.fresh(tensor.name or "weight")
@@ -315,13 +319,13 @@ class GraphBuilder:
         value = ir.Value(name=name, const_value=lazy, type=ir.TensorType(_type_of(dtype)), shape=ir.Shape(shape))
         root.initializers[name] = value
         root.places[name] = place
-        if info.dtype != dtype and info.dtype.kind == "f":  # half floats that DEQUANTIZE widens
+        if info.dtype != dtype and info.dtype.kind == "f":  # float16 that DEQUANTIZE widens
             value = self.emit("Cast", [value], to=int(_type_of(info.dtype)))
         root.shared[key] = value
         return value
 
     def write(self, index: int, value: ir.Value, *, first: bool = False) -> None:
-        """What a tensor is from now on, rounded to its own codes if it is quantized and not rounded so already."""
+        """Sets the value of a tensor. It is rounded to the tensor's codes if that is quantized and not rounded yet."""
         info = self.info(index)
         held = self.held[index] = Held()
         if info.is_quantized and not self._is_rounded(value, info):
@@ -330,14 +334,14 @@ class GraphBuilder:
         held.first, held.last = (value, None) if first else (None, value)
 
     def _is_rounded(self, value: ir.Value, info: TensorInfo) -> bool:
-        """Whether a value is another tensor's of the same scale and zero point, only moved."""
+        """Whether a value holds only moved elements of a tensor with the same scale and zero point."""
         node = self._origin(value)
         if node is None or node.op_type != "DequantizeLinear" or not self._has_linear(info):
             return False
         return all(a is b for a, b in zip(node.inputs[1:], self._parameters(info), strict=False))
 
     def _origin(self, value: ir.Value) -> ir.Node | None:
-        """The node that made a value before it was moved; found once for each value, as moves may be a long chain."""
+        """The node that made a value before it was moved. It is found once for each value: chains of moves are long."""
         origins, passed = self.root.origins, []
         node = value.producer()
         while node is not None and node.op_type in _MOVING and node.inputs[0] is not None and value not in origins:
@@ -349,12 +353,12 @@ class GraphBuilder:
         return found
 
     def write_codes(self, index: int, codes: ir.Value, *, first: bool = False) -> None:
-        """What a quantized tensor is from now on, given as its codes."""
+        """Sets the codes of a quantized tensor."""
         self.hold(index, self.dequantize(codes, self.info(index)), first=first)
         self.held[index].codes = codes
 
     def quantize(self, value: ir.Value, info: TensorInfo, name: str) -> ir.Value:
-        """The codes of floats, by a tensor's scale and zero point."""
+        """The codes of floats, with a tensor's scale and zero point."""
         if self._has_linear(info):
             return self.emit("QuantizeLinear", [value, *self._parameters(info)], name=name)
         rounded = self.emit("Round", [self.emit("Div", [value, self._parameters(info)[0]])])
@@ -374,8 +378,8 @@ class GraphBuilder:
         return self.emit("Mul", [numbers, self._parameters(info)[0]], name=info.name)
 
     def _has_linear(self, info: TensorInfo) -> bool:
-        """Whether QuantizeLinear and DequantizeLinear have the tensor's codes: int16 came late, int32 is none of
-        QuantizeLinear's."""
+        """Whether QuantizeLinear and DequantizeLinear take the tensor's codes. int16 came in a later operator set, and
+        QuantizeLinear has no int32."""
         return info.dtype != INT32 and (info.dtype.itemsize == 1 or self.opset >= _INT16_SINCE)
 
     def _parameters(self, info: TensorInfo) -> tuple[ir.Value, ir.Value]:
@@ -383,32 +387,32 @@ class GraphBuilder:
         return scale, self.constant(np.asarray(info.zero_point, info.dtype), name="zero_point")
 
     def rounded(self, value: ir.Value, index: int) -> ir.Value:
-        """A value rounded to the codes of a tensor, where that is quantized."""
+        """A value rounded to the codes of a tensor if that is quantized."""
         if index < 0 or not self.info(index).is_quantized:
             return value
         info = self.info(index)
         return self.dequantize(self.quantize(value, info, f"{info.name}_quantized"), info)
 
     def reduced(self, operator: str, value: ir.Value, axes: Sequence[int], *, keep: bool = True) -> ir.Value:
-        """A reduction along axes, which are an input from opset 18 on."""
+        """A reduction along axes. From opset 18 on, the axes are an input."""
         if self.opset >= 18 or operator == "ReduceSum":
             return self.emit(operator, [value, self.ints(axes)], keepdims=int(keep))
         return self.emit(operator, [value], axes=list(axes), keepdims=int(keep))
 
     def variable(self, index: int) -> ir.Value:
-        """The value of a variable as it is now: at first an input that is zero unless it is given."""
+        """The current value of a variable. At first it is a graph input that is zero by default."""
         held = self._held(index)
         if held.last is None:
             held.last = self.root.new_variable(self.info(index))
         return held.last
 
     def assign(self, index: int, value: ir.Value) -> None:
-        """What a variable is from now on."""
+        """Sets the value of a variable."""
         self.held[index] = Held(last=value)
         self.root.assigned[index] = value
 
     def new_variable(self, info: TensorInfo) -> ir.Value:
-        """An input of the graph that begins at zero."""
+        """A graph input that is zero by default."""
         dtype = FLOAT32 if info.is_quantized else info.dtype
         name = self.fresh(info.name or "state")
         self.spend(prod(checked_shape(info.shape, tensor=info.name)) * dtype.itemsize)
@@ -419,7 +423,7 @@ class GraphBuilder:
         return value
 
     def inner(self) -> GraphBuilder:
-        """A builder for the body of a Scan, Loop or If: it sees what is around it."""
+        """A builder for the body of a Scan, Loop or If, which sees the values around it."""
         return GraphBuilder(
             self.tensors,
             self.opset,
@@ -435,11 +439,11 @@ class GraphBuilder:
         return ir.Value(name=self.fresh(name), type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     def body(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Graph:
-        """The body that was collected."""
+        """The body made of the collected nodes."""
         return ir.Graph(inputs, outputs, nodes=self.nodes, name=self.fresh("body"), opset_imports={"": self.opset})
 
     def finish(self, operator: OperatorCall, value: ir.Value, *, first: bool = False) -> None:
-        """The operator's only result, after its fused activation."""
+        """Sets the operator's only result, after its fused activation."""
         code = operator.options.integer("fused_activation")
         self.write(operator.outputs[0], self.activated(value, code), first=first)
 

@@ -12,7 +12,7 @@ _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
 
 
 def if_(b: GraphBuilder, op: OperatorCall) -> None:
-    """IF: the first input decides; the branches see the others as they are."""
+    """IF: the first input is the condition, and the branches use the other inputs directly."""
     values = [b.read(index) for index in op.inputs[1:]]
     bodies: dict[str, Any] = {}
     for branch in ("then", "else"):
@@ -26,7 +26,7 @@ def if_(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def while_(b: GraphBuilder, op: OperatorCall) -> None:
-    """WHILE: one subgraph says whether to go on, the other makes the next values of the inputs."""
+    """WHILE: one subgraph computes the condition, the other the next values of the inputs."""
     values = [b.read(index) for index in op.inputs]
     goes_on, step = op.options.integer("cond_subgraph_index"), op.options.integer("body_subgraph_index")
     condition = b.emit("Reshape", [b.run(goes_on, values)[0], b.ints([])])
@@ -46,14 +46,14 @@ def while_(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def composite(b: GraphBuilder, op: OperatorCall) -> None:
-    """STABLEHLO_COMPOSITE: what its decomposition computes."""
+    """STABLEHLO_COMPOSITE: replaced by its decomposition."""
     results = b.run(op.options.integer("decomposition_subgraph_index"), [b.read(index) for index in op.inputs])
     for index, value in zip(op.outputs, results, strict=True):
         b.write(index, value)
 
 
 def call_once(b: GraphBuilder, op: OperatorCall) -> None:
-    """CALL_ONCE: the variables begin with what the subgraph assigns to them."""
+    """CALL_ONCE: the variables begin with the values that the subgraph assigns."""
     b.run(op.options.integer("init_subgraph_index"), [])
 
 
@@ -63,7 +63,7 @@ def variable_handle(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def read_variable(b: GraphBuilder, op: OperatorCall) -> None:
-    """READ_VARIABLE: what was assigned to it last, else an input that begins at zero."""
+    """READ_VARIABLE: the value assigned last, else a graph input that is zero by default."""
     name = b.handles[op.input(0)]
     if name not in b.root.resources:
         b.root.resources[name] = b.root.new_variable(b.info(op.outputs[0]))

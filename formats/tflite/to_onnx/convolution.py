@@ -1,4 +1,8 @@
-"""Convolutions and pooling: images go channels first, weights are permuted where they are stored."""
+"""Convolutions and pooling: images become channels first, and stored weights are permuted.
+
+Permuting the stored weight instead of adding a Transpose keeps it an initializer. Codes can then be written in the new
+order, and the weight stays a weight for every later reader.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def conv_2d(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def depthwise_conv_2d(b: GraphBuilder, op: OperatorCall) -> None:
-    """DEPTHWISE_CONV_2D: weights [1, H, W, C * multiplier], the multiplier fastest."""
+    """DEPTHWISE_CONV_2D: weights [1, H, W, C * multiplier], the multiplier varies fastest."""
     image, weight = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     _convolve(b, op, (3, 0, 1, 2), weight[1:3], image[-1], _strides(op.options), _dilations(op.options))
 
@@ -60,20 +64,20 @@ def _convolve(
 
 
 def kernel_value(b: GraphBuilder, index: int, permutation: tuple[int, ...]) -> ir.Value:
-    """A weight with its axes permuted, where it is stored or, if it is computed, by a Transpose."""
+    """A weight with its axes permuted: a constant as stored, a computed one by a Transpose."""
     if b.info(index).constant is not None and index not in b.held:
         return b.weight(index, permutation)
     return b.emit("Transpose", [b.read(index)], perm=permutation)
 
 
 def transpose_conv(b: GraphBuilder, op: OperatorCall) -> None:
-    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, perhaps a bias."""
+    """TRANSPOSE_CONV: inputs are the result's shape, weights [O, H, W, I], the image, and perhaps a bias."""
     weight = b.info(op.input(1)).shape
     _convolve_transposed(b, op, (3, 0, 1, 2), weight[1:3], _strides(op.options), [1, 1])
 
 
 def conv_3d_transpose(b: GraphBuilder, op: OperatorCall) -> None:
-    """CONV_3D_TRANSPOSE: inputs are the result's shape, weights [D, H, W, O, I], the image, perhaps a bias."""
+    """CONV_3D_TRANSPOSE: inputs are the result's shape, weights [D, H, W, O, I], the image, and perhaps a bias."""
     weight, integer = b.info(op.input(1)).shape, op.options.integer
     strides = [integer(f"stride_{axis}") for axis in "dhw"]
     dilations = [integer(f"dilation_{axis}_factor") for axis in "dhw"]
@@ -88,7 +92,8 @@ def _convolve_transposed(
     strides: list[int],
     dilations: list[int],
 ) -> None:
-    """Padding is that of the convolution whose gradient it is (lite/kernels/transpose_conv.cc)."""
+    """Emits ConvTranspose with the padding of the convolution that it is the gradient of
+    (lite/kernels/transpose_conv.cc)."""
     image, result = b.info(op.input(2)).shape, b.info(op.outputs[0]).shape
     before, after, more = [], [], []
     is_same = op.options.integer("padding") == _SAME
@@ -96,7 +101,7 @@ def _convolve_transposed(
     axes = zip(image[1:-1], result[1:-1], kernel, strides, dilations, strict=True)
     for size, wide, window, stride, dilation in axes:
         surplus = (size - 1) * stride + (window - 1) * dilation + 1 - wide
-        if is_open:  # the result's size is what Keras asks for
+        if is_open:  # the size of the result is the one that Keras asks for
             surplus = (window - 1) * dilation + 1 - stride
             surplus = surplus if is_same else min(surplus, 0)
         total = max(surplus, 0)
@@ -117,7 +122,7 @@ def _convolve_transposed(
 
 
 def average_pool_2d(b: GraphBuilder, op: OperatorCall) -> None:
-    """AVERAGE_POOL_2D: padding does not count."""
+    """AVERAGE_POOL_2D: padding is not part of the average."""
     b.finish(op, b.emit("AveragePool", [b.read_first(op.input(0))], **_pool(b, op), count_include_pad=0), first=True)
 
 
@@ -143,8 +148,8 @@ def _pool(b: GraphBuilder, op: OperatorCall) -> dict[str, Any]:
 def padding(
     b: GraphBuilder, op: OperatorCall, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> dict[str, Any]:
-    """The attributes that say how an image is padded. Of sizes that the file leaves open the runtime works it out,
-    unless it is the same for all."""
+    """The attributes for the padding of an image. If the file leaves sizes open, the runtime computes the padding,
+    unless it is the same for all sizes."""
     image, how = b.info(op.input(0)), op.options.integer("padding")
     is_open = any(size < 0 for size in image.signature[1:-1])
     if how == _SAME and is_open and any(stride > 1 for stride in strides):
@@ -184,7 +189,7 @@ def resize(mode: str, nearest: bool) -> Any:
         half = bool(op.options.integer("half_pixel_centers"))
         how = "align_corners" if align else "half_pixel" if half else "asymmetric"
         attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": how}
-        if nearest:  # TFLite rounds halves up where corners or centres are aligned, else down
+        if nearest:  # TFLite rounds halves up if corners or centres are aligned, else down
             attributes["nearest_mode"] = "round_prefer_ceil" if align or half else "floor"
         image, value, size = b.info(op.input(0)), b.read_first(op.input(0)), b.numbers(op.input(1))
         sizes = [] if size is None else [int(each) for each in np.asarray(size).reshape(-1)]
@@ -201,7 +206,7 @@ def resize(mode: str, nearest: bool) -> Any:
 
 
 def depth_to_space(b: GraphBuilder, op: OperatorCall) -> None:
-    """DEPTH_TO_SPACE: the depth is the fastest, as in ONNX's mode DCR."""
+    """DEPTH_TO_SPACE: the depth varies fastest, as in ONNX's mode DCR."""
     size = op.options.integer("block_size")
     b.write(op.outputs[0], b.emit("DepthToSpace", [b.read_first(op.input(0))], blocksize=size, mode="DCR"), first=True)
 

@@ -1,4 +1,4 @@
-"""Matrix products: weights stay as TFLite has them, [out, in]."""
+"""Matrix products: weights keep TFLite's order, [out, in]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nibblecast.formats.tflite.to_onnx.builder import GraphBuilder, OperatorCall
 
 
 def fully_connected(b: GraphBuilder, op: OperatorCall) -> None:
-    """FULLY_CONNECTED: the input is taken as rows of as many elements as a weight's row has."""
+    """FULLY_CONNECTED: the input is reshaped to rows as long as the rows of the weight."""
     weight, result = b.info(op.input(1)), b.info(op.outputs[0])
     if op.options.integer("weights_format"):
         raise Unsupported("FULLY_CONNECTED with shuffled weights is for one kernel only: convert the model again")
@@ -49,7 +49,7 @@ def _matrix(b: GraphBuilder, index: int, transposed: bool) -> ir.Value:
 
 
 def free_first(b: GraphBuilder, index: int) -> list[int]:
-    """A tensor's shape for a Reshape; the first size that the file leaves open is worked out at run time."""
+    """A tensor's shape for a Reshape. The first size that the file leaves open is computed at run time."""
     info = b.info(index)
     sizes = list(info.shape)
     open_axes = [axis for axis, size in enumerate(info.signature) if size < 0]

@@ -38,7 +38,7 @@ REASONS: Mapping[str, str] = MappingProxyType(
 
 
 def table() -> str:
-    """One row for each builtin operator, those that become ONNX first."""
+    """One row for each builtin operator; operators that become ONNX come first."""
     lines = ["| operator | becomes | limits |", "|---|---|---|"]
     lines += [f"| {name} | {found.how} | {found.limits} |" for name, found in sorted(LOWERINGS.items())]
     lines += ["", "| operator | why not |", "|---|---|"]
@@ -49,7 +49,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Puts the table into the page."""
+    """Writes the table into the page."""
     before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}{table()}{END}{after}", "utf-8")

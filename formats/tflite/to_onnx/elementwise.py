@@ -1,4 +1,4 @@
-"""Operators that compute each element by itself: activations, arithmetic, comparisons, selections."""
+"""Operators that compute each element independently: activations, arithmetic, comparisons, selections."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def negated(lowering: str) -> Lowering:
 
 
 def aligned(b: GraphBuilder, indices: Sequence[int]) -> tuple[list[ir.Value], bool]:
-    """Inputs that broadcast against each other, all as TFLite has them or all channels first, and which of the two."""
+    """Inputs that broadcast against each other, all channels last or all channels first, and whether they are first."""
     rank = max(len(b.info(index).shape) for index in indices)
     if rank in TO_FIRST and any(b.is_first(index) for index in indices):
         values = [_broadcast_first(b, index, rank) for index in indices]
@@ -57,7 +57,7 @@ def aligned(b: GraphBuilder, indices: Sequence[int]) -> tuple[list[ir.Value], bo
 
 
 def _broadcast_first(b: GraphBuilder, index: int, rank: int) -> ir.Value | None:
-    """An input as it broadcasts to channels-first values of that rank; None where that takes more than a reshape."""
+    """An input in a shape that broadcasts to channels-first values of `rank`; None if a reshape is not enough."""
     shape = b.info(index).shape
     if len(shape) == rank:
         return b.read_first(index)
@@ -199,8 +199,8 @@ def floor_mod(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def right_shift(b: GraphBuilder, op: OperatorCall) -> None:
-    """RIGHT_SHIFT by at most all bits but one; of signed integers, which BitShift does not take, it is the division by
-    a power of two towards minus infinity."""
+    """RIGHT_SHIFT by at most all bits but one. BitShift does not take signed integers; these are divided by a power of
+    two, rounded towards minus infinity."""
     (value, amount), first = aligned(b, op.inputs[:2])
     dtype, kind = b.info(op.input(0)).dtype, int(b.type_of(op.input(0)))
     long = int(ir.DataType.INT64)
@@ -217,7 +217,7 @@ def right_shift(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def select(b: GraphBuilder, op: OperatorCall) -> None:
-    """SELECT and SELECT_V2; the former's condition may have one value for each row."""
+    """SELECT and SELECT_V2. The condition of SELECT may have one value for each row."""
     condition, shape = b.info(op.input(0)).shape, b.info(op.input(1)).shape
     if op.name == "SELECT" and len(condition) == 1 and len(shape) > 1:
         rows = b.emit("Reshape", [b.read(op.input(0)), b.ints([condition[0], *(1,) * (len(shape) - 1)])])
@@ -228,7 +228,7 @@ def select(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def l2_normalization(b: GraphBuilder, op: OperatorCall) -> None:
-    """L2_NORMALIZATION along the last axis; the reference kernel keeps the norm above 1e-6."""
+    """L2_NORMALIZATION along the last axis. The reference kernel keeps the norm above 1e-6."""
     value = b.read(op.input(0))
     squares = b.emit("Mul", [value, value])
     norm = b.emit("Sqrt", [b.emit("ReduceSum", [squares, b.ints([-1])], keepdims=1)])
@@ -236,7 +236,7 @@ def l2_normalization(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def local_response_normalization(b: GraphBuilder, op: OperatorCall) -> None:
-    """LOCAL_RESPONSE_NORMALIZATION over channels; TFLite's alpha is for each channel, ONNX's for the window."""
+    """LOCAL_RESPONSE_NORMALIZATION over channels. TFLite's alpha is for each channel, ONNX's for the whole window."""
     options, window = op.options, 2 * op.options.integer("radius") + 1
     alpha, beta, bias = (options.number(name) for name in ("alpha", "beta", "bias"))
     value = b.emit("LRN", [b.read_first(op.input(0))], size=window, bias=bias, alpha=alpha * window, beta=beta)
@@ -244,7 +244,7 @@ def local_response_normalization(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def arc_tangent_2(b: GraphBuilder, op: OperatorCall) -> None:
-    """ATAN2: the angle of (x, y), with y the first input."""
+    """ATAN2: the angle of (x, y); y is the first input."""
     (y, x), first = aligned(b, op.inputs[:2])
 
     def number(value: float) -> ir.Value:

@@ -1,4 +1,9 @@
-"""A TFLite model's graph as an ONNX one, made when it is asked for."""
+"""A TFLite model's graph -> an ONNX graph, made when a writer asks for it.
+
+The operators of TFLite are few, so each has one function that emits ONNX nodes, and operators are lowered in execution
+order. Matching groups of operators would give smaller graphs. But one by one, every node can be traced to its operator,
+and a lowering can be tested alone against LiteRT.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from nibblecast.formats.tflite.to_onnx.operators import LOWERINGS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Subgraph:
-    """A subgraph as lowering sees it: tensors by index, operators in execution order."""
+    """A subgraph for lowering: tensors by index, operators in execution order."""
 
     name: str
     tensors: Sequence[TensorInfo]
@@ -30,8 +35,8 @@ class Subgraph:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What can be chosen: the operator set, images channels first at the graph's inputs and outputs, and the domain
-    that operators without a lowering get as they are (empty: they are refused)."""
+    """Options of lowering: the operator set, whether images are channels first at the graph's inputs and outputs, and
+    the domain for operators without a lowering (empty: they are refused)."""
 
     opset: int
     channels_first: bool = False
@@ -41,9 +46,9 @@ class Wishes:
 def lowered(
     subgraphs: Sequence[Subgraph], main: int, wishes: Wishes, producer: str, allowance: Allowance
 ) -> tuple[ir.Model, Mapping[str, WeightPlace]]:
-    """The subgraph `main` as an ONNX model, and which of its initializers are the model's weights. Raises Unsupported,
-    naming all of them, for operators that there is no lowering for, and for constants and nodes beyond the allowance;
-    CorruptFile where tensors, operators and options contradict each other."""
+    """The subgraph `main` as an ONNX model, and which of its initializers are the model's weights. Raises Unsupported
+    for operators without a lowering, naming all of them, and for constants and nodes beyond the allowance. Raises
+    CorruptFile if tensors, operators and options contradict each other."""
     if not wishes.custom_domain:
         _refuse_unknown(subgraphs, main)
     graph, opset = subgraphs[main], wishes.opset
@@ -55,7 +60,7 @@ def lowered(
     with _contradictions("an input"):
         inputs = [_input(root, index, channels_first=wishes.channels_first) for index in graph.inputs]
     _run(root, graph)
-    root.outputs.update(value.name or "" for value in inputs)  # one that is an output as well gets another name there
+    root.outputs.update(value.name or "" for value in inputs)  # an input that is also an output gets another name there
     with _contradictions("an output"):
         outputs = [_output(root, index, channels_first=wishes.channels_first) for index in graph.outputs]
         outputs += _states(root)
@@ -69,17 +74,17 @@ def lowered(
         opset_imports={"": opset} | ({wishes.custom_domain: 1} if root.uses_custom else {}),
     )
     model = ir.Model(made, ir_version=10, producer_name="nibblecast", doc_string=producer or None)
-    if any(value.shape is None for value in outputs):  # ONNX wants a shape, if only of unknown sizes
+    if any(value.shape is None for value in outputs):  # ONNX needs a shape, even if its sizes are unknown
         from onnx_ir.passes.common import ShapeInferencePass
 
         model = ShapeInferencePass(check_type=False, strict_mode=False)(model).model
         for value in model.graph.outputs:
-            value.shape = value.shape or ir.Shape(())  # what remains are scalars of loops
+            value.shape = value.shape or ir.Shape(())  # only scalars of loops remain
     return model, root.places
 
 
 def _used(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
-    """The nodes that something takes the output of."""
+    """The nodes whose outputs are used."""
     wanted, used = {id(value) for value in outputs}, []
     for node in reversed(nodes):
         if any(id(value) in wanted or value.uses() for value in node.outputs):
@@ -102,8 +107,8 @@ def _run(b: GraphBuilder, graph: Subgraph) -> None:
 
 @contextmanager
 def _contradictions(what: str, tensor: str | None = None) -> Iterator[None]:
-    """Has what the file contradicts itself in said of `what`: lowering looks up indices, ranks and options as if they
-    were those that the operators' kernels accept."""
+    """Turns lookup errors into CorruptFile that names `what`. Lowering uses indices, ranks and options as if the
+    operators' kernels had accepted them, so errors mean that the file contradicts itself."""
     try:
         with located(tensor=tensor):
             yield
@@ -115,8 +120,8 @@ def _contradictions(what: str, tensor: str | None = None) -> Iterator[None]:
 
 @dataclass(slots=True, eq=False)
 class _Runner:
-    """Spells out subgraphs among the nodes of who runs them. One that is run again is nothing but more nodes, which a
-    few subgraphs that run each other can multiply without end: these are counted."""
+    """Lowers subgraphs into the nodes of their caller. Each further run adds the same nodes again. A few subgraphs that
+    run each other could multiply without end, so repeated nodes are counted."""
 
     subgraphs: Sequence[Subgraph]
     main: int
@@ -124,8 +129,8 @@ class _Runner:
     _running: list[int] = field(default_factory=list)
 
     def __call__(self, caller: GraphBuilder, index: int, values: Sequence[ir.Value]) -> list[ir.Value]:
-        """The outputs of a subgraph for these inputs. Raises CorruptFile for one that there is not, Unsupported for
-        one that runs itself or is nested too deep."""
+        """The outputs of a subgraph for these inputs. Raises CorruptFile if there is no such subgraph, Unsupported if
+        it runs itself or is nested too deep."""
         if not 0 <= index < len(self.subgraphs):
             raise CorruptFile(f"subgraph {index} of {len(self.subgraphs)} is run: the file is damaged")
         if index == self.main or index in self._running:
@@ -178,10 +183,10 @@ def _refuse_unknown(subgraphs: Sequence[Subgraph], main: int) -> None:
 
 _IMAGE_RANK = 4
 _MOST_NESTED = 32
-#: What an operator costs that is looked at once more, in bytes, about.
+#: About how many bytes it costs to look at an operator once more.
 _OPERATOR_BYTES = 1 << 10
 _LONGEST_REASON = 200
-#: What lowering functions come upon where ranks, indices or options are not what the operator's kernel would accept.
+#: Errors of lowering functions if ranks, indices or options are not what the operator's kernel would accept.
 _CONTRADICTIONS = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 #: The options that name subgraphs.
 _RUNS = {
@@ -193,8 +198,8 @@ _RUNS = {
 
 
 def custom(b: GraphBuilder, op: OperatorCall) -> None:
-    """An operator that ONNX has not, as it is: a node of the domain that the user wants, which takes and gives tensors
-    as TFLite has them (quantized ones decoded), its options in the attribute `custom_options`."""
+    """Lowers an operator that ONNX does not have to a node of the user's domain. Its inputs and outputs are TFLite's
+    tensors (quantized ones decoded), and its options are in the attribute `custom_options`."""
     b.root.uses_custom = True
     inputs = [b.read(index) if index >= 0 else None for index in op.inputs]
     name = op.name.removeprefix("CUSTOM:") or "custom"
@@ -209,7 +214,7 @@ def custom(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def _input(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
-    """A graph input: under its own name, and with the sizes that the file leaves open left open."""
+    """A graph input under its own name. Sizes that the file leaves open stay open."""
     info = b.info(index)
     signature = info.signature if len(info.signature) == len(info.shape) else info.shape
     sizes: list[int | str] = [
@@ -228,7 +233,7 @@ def _input(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
 
 
 def _output(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
-    """A graph output under its own name: codes where TFLite has codes."""
+    """A graph output under its own name, as codes if TFLite has codes."""
     info = b.info(index)
     first = channels_first and len(info.shape) == _IMAGE_RANK
     read = b.read_first if first else b.read
@@ -244,8 +249,8 @@ def _output(b: GraphBuilder, index: int, *, channels_first: bool) -> ir.Value:
 
 
 def _known_shape(info: TensorInfo, *, first: bool = False) -> ir.Shape | None:
-    """A tensor's shape, with the sizes that the file leaves open left open; None without axes, which may also mean that
-    the file does not know the shape."""
+    """A tensor's shape, in which sizes that the file leaves open stay open. None without axes, because that may also
+    mean that the file does not know the shape."""
     if not info.shape:
         return None
     signature = info.signature if len(info.signature) == len(info.shape) else info.shape
@@ -255,7 +260,7 @@ def _known_shape(info: TensorInfo, *, first: bool = False) -> ir.Shape | None:
 
 
 def _states(b: GraphBuilder) -> list[ir.Value]:
-    """The variables after the run, as further outputs."""
+    """The variables after the run, as additional outputs."""
     outputs = []
     for index, value in b.assigned.items():
         result = b.emit("Identity", [value], name=f"{b.info(index).name}_next")

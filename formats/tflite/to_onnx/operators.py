@@ -23,7 +23,7 @@ from nibblecast.formats.tflite.to_onnx.elementwise import binary, clipped, negat
 
 @dataclass(frozen=True, slots=True)
 class OperatorLowering:
-    """A lowering function, the ONNX operators that it emits, in short, and what it cannot do."""
+    """A lowering function, a summary of the ONNX operators that it emits, and what it cannot do."""
 
     function: Callable[[GraphBuilder, OperatorCall], None]
     how: str

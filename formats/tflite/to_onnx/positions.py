@@ -1,4 +1,4 @@
-"""Operators that say where elements go: segments, diagonals, sequences, and boxes that are picked."""
+"""Operators that say where elements go: segments, diagonals, sequences, and the selection of boxes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _FAR = (1 << 63) - 1
 
 
 def unsorted_segment(reduction: str) -> Callable[[GraphBuilder, OperatorCall], None]:
-    """UNSORTED_SEGMENT_SUM and the like: rows of one segment are reduced, those of negative ones left out; a segment
-    without rows is what the reduction begins with."""
+    """UNSORTED_SEGMENT_SUM and similar: reduces the rows of each segment and omits rows with a negative segment. A
+    segment without rows has the reduction's initial value."""
 
     def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rows, info = b.info(op.input(1)), b.info(op.input(0))
         dtype = FLOAT32 if info.is_quantized else info.dtype
         count = b.emit("Reshape", [long_list(b, op.input(2)), b.ints([1])])
         ids = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
-        ids = b.emit("Where", [b.emit("Less", [ids, b.ints([0])]), count, ids])  # one row more takes these
+        ids = b.emit("Where", [b.emit("Less", [ids, b.ints([0])]), count, ids])  # an additional row takes these
         values = b.read(op.input(0))
         rest = b.emit("Slice", [b.emit("Shape", [values]), b.ints([len(rows.shape)]), b.ints([_FAR])])
         shape = b.emit("Concat", [b.emit("Add", [count, b.ints([1])]), rest], axis=0)
@@ -71,7 +71,7 @@ def _diagonal(b: GraphBuilder, rows: int, columns: int) -> ir.Value:
 
 
 def _known(b: GraphBuilder, op: OperatorCall, index: int, axes: Sequence[int]) -> list[int]:
-    """Sizes of a tensor. Raises Unsupported where the file leaves them open."""
+    """Sizes of a tensor. Raises Unsupported if the file leaves them open."""
     info = b.info(index)
     if info.is_open and any(info.signature[axis] < 0 for axis in axes):
         raise Unsupported(f"{op.name} of an axis whose size is open has no like in ONNX")
@@ -91,7 +91,8 @@ def broadcast_args(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def reverse_sequence(b: GraphBuilder, op: OperatorCall) -> None:
-    """REVERSE_SEQUENCE: as many elements of each row as the second input says; ONNX wants rows and time in front."""
+    """REVERSE_SEQUENCE: the second input has the number of elements to reverse in each row. ONNX needs the axes of rows
+    and time in front."""
     rank = len(b.info(op.input(0)).shape)
     time, batch = (op.options.integer(name) % max(1, rank) for name in ("seq_dim", "batch_dim"))
     order = [batch, time, *(axis for axis in range(rank) if axis not in (batch, time))]
@@ -116,9 +117,9 @@ def sparse_to_dense(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def unique(b: GraphBuilder, op: OperatorCall) -> None:
-    """UNIQUE: values in the order of their first appearance, and for each element which of them it is."""
+    """UNIQUE: values in the order of their first appearance, and for each element the index of its value."""
     value, kind = b.read(op.input(0)), b.type_of(op.input(0))
-    if kind == ir.DataType.INT32:  # onnxruntime has it for int64 only
+    if kind == ir.DataType.INT32:  # onnxruntime has Unique for int64 only
         value = b.emit("Cast", [value], to=_INT64)
     made = b.emit_all("Unique", [value], outputs=3, sorted=0)
     b.write(op.outputs[0], b.emit("Cast", [made[0]], to=int(kind)))
@@ -126,7 +127,7 @@ def unique(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def non_max_suppression(b: GraphBuilder, op: OperatorCall) -> None:
-    """NON_MAX_SUPPRESSION_V4 and V5: indices of boxes, filled up with zeros to the wanted number; V5 also gives scores.
+    """NON_MAX_SUPPRESSION_V4 and V5: indices of boxes, padded with zeros to the requested number. V5 also gives scores.
     ONNX has no soft suppression."""
     is_soft = op.name.endswith("V5")
     if is_soft:
@@ -148,7 +149,7 @@ def non_max_suppression(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def bucketize(b: GraphBuilder, op: OperatorCall) -> None:
-    """BUCKETIZE: how many of the boundaries an element is not below."""
+    """BUCKETIZE: the number of boundaries that an element is not below."""
     boundaries = b.constant(np.asarray(op.options.numbers("boundaries"), np.float64), name="boundaries")
     value = b.emit("Cast", [b.read(op.input(0))], to=int(ir.DataType.DOUBLE))
     reached = b.emit("GreaterOrEqual", [b.emit("Unsqueeze", [value, b.ints([-1])]), boundaries])

@@ -1,4 +1,8 @@
-"""Recurrent operators. Their states are variables: inputs that begin at zero unless they are given, and outputs."""
+"""Recurrent operators. Their states are variables: graph inputs that are zero by default, and graph outputs.
+
+ONNX graphs have no state between runs, so the caller passes the outputs of one run to the next. Layers over a sequence
+are a Scan of the cell and not ONNX's LSTM, which has neither a projection nor normalization within the gates.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ _GATES = ("input", "forget", "cell", "output")
 
 def svdf(b: GraphBuilder, op: OperatorCall) -> None:
     """SVDF (lite/kernels/internal/reference/svdf.h): inputs are x, the feature weights [F, I], the time weights
-    [F, memory], perhaps a bias [units], the state [B, F * memory]. The state moves by one; F is units * rank."""
+    [F, memory], perhaps a bias [units], the state [B, F * memory]. The state moves by one step; F is units * rank."""
     feature, time, state = b.info(op.input(1)).shape, b.info(op.input(2)).shape, op.input(4)
     filters, memory, rank = feature[0], time[1], max(1, op.options.integer("rank"))
     wanted, found = (filters * memory,), b.info(state).shape[1:]
@@ -37,7 +41,7 @@ def svdf(b: GraphBuilder, op: OperatorCall) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Cell:
-    """The weights of an LSTM (lite/kernels/lstm_shared.h, the positions of the inputs); what is absent is None."""
+    """The weights of an LSTM, None if absent. lite/kernels/lstm_shared.h has the positions of the inputs."""
 
     input: dict[str, ir.Value]
     recurrent: dict[str, ir.Value]
@@ -50,12 +54,12 @@ class _Cell:
     projection_clip: float
     activation: int
     grids: dict[str, int]
-    """Tensors by whose scales an integer kernel rounds: those of the gates before they are normalized, of the result
-    before it is projected ("hidden"), and of the cell's state ("state")."""
+    """Tensors whose scales an integer kernel uses for rounding: of the gates before normalization, of the result before
+    projection ("hidden"), and of the cell's state ("state")."""
 
     @classmethod
     def of(cls, b: GraphBuilder, op: OperatorCall) -> _Cell:
-        """Those of an operator with 20 or 24 inputs."""
+        """The weights of an operator with 20 or 24 inputs."""
 
         def some(first: int, names: tuple[str, ...]) -> dict[str, ir.Value]:
             found = {name: op.input(first + k) for k, name in enumerate(names)}
@@ -98,7 +102,7 @@ class _Cell:
 
     def _gate(self, b: GraphBuilder, name: str, x: ir.Value, hidden: ir.Value, cell: ir.Value) -> ir.Value:
         of_x = b.emit("Gemm", [x, self.input[name]], transB=1)
-        if name in self.normalization:  # an integer kernel saturates each part for itself
+        if name in self.normalization:  # an integer kernel saturates each part separately
             of_x = b.rounded(of_x, self.grids.get(name, -1))
         total = b.emit("Add", [of_x, b.emit("Gemm", [hidden, self.recurrent[name]], transB=1)])
         if name in self.peephole:
@@ -115,7 +119,8 @@ class _Cell:
 
 
 def _normalized(b: GraphBuilder, value: ir.Value) -> ir.Value:
-    """Mean 0 and variance 1 along the last axis (MeanStddevNormalization, with 1e-8 added to the variance)."""
+    """A value with mean 0 and variance 1 along the last axis (MeanStddevNormalization, which adds 1e-8 to the
+    variance)."""
     centred = b.emit("Sub", [value, b.reduced("ReduceMean", value, [-1])])
     variance = b.reduced("ReduceMean", b.emit("Mul", [centred, centred]), [-1])
     spread = b.emit("Sqrt", [b.emit("Add", [variance, b.constant(np.float32(1e-8), name="least")])])

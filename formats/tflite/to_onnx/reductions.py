@@ -11,7 +11,7 @@ from nibblecast.formats.tflite.to_onnx.builder import TO_FIRST, GraphBuilder, Op
 
 
 def reduce(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
-    """MEAN, SUM, REDUCE_MAX and the like: the axes are the second input."""
+    """MEAN, SUM, REDUCE_MAX and similar: the axes are the second input."""
 
     def lower(b: GraphBuilder, op: OperatorCall) -> None:
         rank = len(b.info(op.input(0)).shape)
@@ -45,7 +45,7 @@ def reduce_bool(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
 
 
 def search(operator: str) -> Callable[[GraphBuilder, OperatorCall], None]:
-    """ARG_MAX and ARG_MIN: the axis is the second input; of several, the first position counts."""
+    """ARG_MAX and ARG_MIN: the axis is the second input. Of equal values, the first position counts."""
 
     def lower(b: GraphBuilder, op: OperatorCall) -> None:
         axis = b.list_of(op.input(1))[0]

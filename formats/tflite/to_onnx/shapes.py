@@ -1,4 +1,4 @@
-"""Operators that move elements or look at shapes: nothing is computed."""
+"""Operators that move elements or read shapes, without computing values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def long_list(b: GraphBuilder, index: int) -> ir.Value:
 
 
 def reshape(b: GraphBuilder, op: OperatorCall) -> None:
-    """RESHAPE: to the second input, else to the option, else to the result's shape."""
+    """RESHAPE: to the second input, else to the option, else to the shape of the result."""
     given = op.options.integers("new_shape")
     if op.input(1) >= 0 and b.numbers(op.input(1)) is None:
         shape = b.emit("Cast", [b.read(op.input(1))], to=_INT64)
@@ -50,7 +50,7 @@ def expand_dims(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def transpose(b: GraphBuilder, op: OperatorCall) -> None:
-    """TRANSPOSE; of an image that is channels first, only what that leaves to do."""
+    """TRANSPOSE. For an image that is channels first already, only the rest of the permutation is emitted."""
     permutation = tuple(b.list_of(op.input(1)))
     if not b.is_first(op.input(0)):
         b.write(op.outputs[0], b.emit("Transpose", [b.read(op.input(0))], perm=permutation))
@@ -89,7 +89,7 @@ def unpack(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def split(b: GraphBuilder, op: OperatorCall) -> None:
-    """SPLIT: the axis is the first input; equal parts."""
+    """SPLIT into equal parts: the axis is the first input."""
     axis, shape = b.list_of(op.input(0))[0], b.info(op.input(1)).shape
     _split(b, op, op.input(1), axis, [shape[axis] // len(op.outputs)] * len(op.outputs))
 
@@ -109,7 +109,7 @@ def _split(b: GraphBuilder, op: OperatorCall, index: int, axis: int, sizes: list
 
 
 def gather(b: GraphBuilder, op: OperatorCall) -> None:
-    """GATHER, along one axis or, with batch_dims, from as many leading axes one by one."""
+    """GATHER along one axis; with batch_dims, separately for each position of that many leading axes."""
     axis, batch = op.options.integer("axis"), op.options.integer("batch_dims")
     values, indices = b.read(op.input(0)), b.read(op.input(1))
     if batch < 0:
@@ -121,7 +121,7 @@ def gather(b: GraphBuilder, op: OperatorCall) -> None:
     if not 0 < batch <= rank or others < 0:
         raise CorruptFile(f"GATHER with {batch} axes of a batch, of tensors with {rank} and {others + batch} axes")
     axis %= rank
-    if axis != batch:  # GatherND takes along the axis behind those of the batch
+    if axis != batch:  # GatherND gathers along the axis after those of the batch
         values = b.emit("Transpose", [values], perm=_moved(rank, axis, batch))
     last = b.emit("Unsqueeze", [b.emit("Cast", [indices], to=_INT64), b.ints([-1])])
     result = b.emit("GatherND", [values, last], batch_dims=batch)
@@ -150,7 +150,7 @@ def gather_nd(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def scatter_nd(b: GraphBuilder, op: OperatorCall) -> None:
-    """SCATTER_ND: updates that meet are added."""
+    """SCATTER_ND: updates at the same position are added."""
     zero = np.zeros(1, b.info(op.outputs[0]).dtype if not b.info(op.outputs[0]).is_quantized else np.float32)
     empty = b.emit("ConstantOfShape", [long_list(b, op.input(2))], value=ir.tensor(zero))
     indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
@@ -158,8 +158,8 @@ def scatter_nd(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def mirror_pad(b: GraphBuilder, op: OperatorCall) -> None:
-    """MIRROR_PAD (schema.fbs, MirrorPadMode): SYMMETRIC, which repeats the edge and ONNX has not, is a Gather along
-    each axis that grows."""
+    """MIRROR_PAD (schema.fbs, MirrorPadMode). ONNX does not have SYMMETRIC, which repeats the edge; it becomes a Gather
+    along each padded axis."""
     if op.options.integer("mode") == 0:
         pad(b, op)
         return
@@ -175,14 +175,14 @@ def mirror_pad(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def _mirrored(b: GraphBuilder, size: int, before: int, after: int) -> ir.Value:
-    """The positions of an axis with those at its ends once more, in the other order."""
+    """The positions of an axis, extended by those at its ends in reverse order."""
     nbytes = (size + max(before, 0) + max(after, 0)) * 8
     make = lambda: np.pad(np.arange(size, dtype=np.int64), (before, after), "symmetric")  # noqa: E731
     return b.computed(nbytes, make, "ints")
 
 
 def pad(b: GraphBuilder, op: OperatorCall) -> None:
-    """PAD, PADV2 and MIRROR_PAD in mode REFLECT: what comes before and after each axis is the second input."""
+    """PAD, PADV2 and MIRROR_PAD in mode REFLECT: the second input has the padding before and after each axis."""
     first, rank = b.is_first(op.input(0)), len(b.info(op.input(0)).shape)
     mode = "reflect" if op.name == "MIRROR_PAD" else "constant"
     value = b.read_first(op.input(0)) if first else b.read(op.input(0))
@@ -200,7 +200,7 @@ def pad(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def slice_(b: GraphBuilder, op: OperatorCall) -> None:
-    """SLICE: a size of -1 is all the rest."""
+    """SLICE: a size of -1 means everything up to the end."""
     begin, size = b.numbers(op.input(1)), b.numbers(op.input(2))
     rank = len(b.info(op.input(0)).shape)
     if begin is not None and size is not None:
@@ -264,7 +264,7 @@ def _sliced(
     if begins is not None and ends is not None:
         start = [w if f else int(begins[k]) for k, w, f in zip(wanted, whole_start, free_begin, strict=True)]
         stop = [w if f else int(ends[k]) for k, w, f in zip(wanted, whole_end, free_end, strict=True)]
-        if op.options.integer("offset"):  # ends are counted from where the slice begins
+        if op.options.integer("offset"):  # ends count from the start of the slice
             sizes = [b.info(op.input(0)).shape[axis] for _, axis in places]
             start = [s % size if s < 0 else s for s, size in zip(start, sizes, strict=True)]
             stop = [e if f else s + e for s, e, f in zip(start, stop, free_end, strict=True)]
@@ -328,7 +328,7 @@ def one_hot(b: GraphBuilder, op: OperatorCall) -> None:
     values = b.emit("Concat", [off, on], axis=0)
     depth = b.emit("Reshape", [long_list(b, op.input(1)), b.ints([1])])
     indices = b.emit("Cast", [b.read(op.input(0))], to=_INT64)
-    if not b.info(op.input(0)).shape:  # ONNX wants an axis
+    if not b.info(op.input(0)).shape:  # ONNX needs an axis
         made = b.emit("OneHot", [b.emit("Reshape", [indices, b.ints([1])]), depth, values], axis=-1)
         b.write(op.outputs[0], b.emit("Squeeze", [made, b.ints([0])]))
         return
@@ -336,7 +336,7 @@ def one_hot(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def where(b: GraphBuilder, op: OperatorCall) -> None:
-    """WHERE: the positions of what is true, one in each row."""
+    """WHERE: the positions of true elements, one in each row."""
     found = b.emit("NonZero", [b.read(op.input(0))])
     b.write(op.outputs[0], b.emit("Transpose", [found], perm=(1, 0)))
 
@@ -350,7 +350,7 @@ def reverse(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def dynamic_update_slice(b: GraphBuilder, op: OperatorCall) -> None:
-    """DYNAMIC_UPDATE_SLICE: the update goes where the third input says, moved inside if it would reach out."""
+    """DYNAMIC_UPDATE_SLICE: the third input has the position of the update. It is moved so that the update fits."""
     info, update = b.info(op.input(0)), b.info(op.input(1))
     rank, values = len(info.shape), b.read(op.input(1))
     if info.is_open or update.is_open:
@@ -373,7 +373,7 @@ def _positions(shape: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def space_to_batch(b: GraphBuilder, op: OperatorCall) -> None:
-    """SPACE_TO_BATCH_ND: pad, cut each spatial axis into blocks, and put the places in a block before the batch."""
+    """SPACE_TO_BATCH_ND: pads, cuts each spatial axis into blocks, and moves positions in a block before the batch."""
     blocks = b.list_of(op.input(1))
     around = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
     shape, count = b.info(op.input(0)).shape, len(blocks)
@@ -393,14 +393,14 @@ def space_to_batch(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def _refuse_open(b: GraphBuilder, op: OperatorCall, axes: Iterable[int]) -> None:
-    """Raises Unsupported where the file leaves sizes open that have to be known."""
+    """Raises Unsupported if the file leaves sizes open that must be known."""
     info = b.info(op.input(0))
     if info.is_open and any(info.signature[axis] < 0 for axis in axes):
         raise Unsupported(f"{op.name} of an image whose sizes are open: convert the model with fixed ones")
 
 
 def batch_to_space(b: GraphBuilder, op: OperatorCall) -> None:
-    """BATCH_TO_SPACE_ND: the other way round, and then cut."""
+    """BATCH_TO_SPACE_ND: the inverse of SPACE_TO_BATCH_ND, followed by cropping."""
     blocks = b.list_of(op.input(1))
     cut = np.asarray(b.list_of(op.input(2)), np.int64).reshape(-1, 2)
     shape, count = b.info(op.input(0)).shape, len(blocks)
@@ -420,8 +420,8 @@ def batch_to_space(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def segment_sum(b: GraphBuilder, op: OperatorCall) -> None:
-    """SEGMENT_SUM: rows of one segment are added; segments are in order, so that the last one says how many there are
-    (the file often does not)."""
+    """SEGMENT_SUM: adds the rows of each segment. Segments are in order, so the last one gives their number, which the
+    file often does not."""
     value, ids = b.read(op.input(0)), b.emit("Cast", [b.read(op.input(1))], to=_INT64)
     last = b.emit("Slice", [ids, b.ints([-1]), b.ints([_FAR])])
     rest = b.emit("Slice", [b.emit("Shape", [value]), b.ints([1]), b.ints([_FAR])])

@@ -15,7 +15,7 @@ _MOST_BITS = 16  # lite/kernels/fake_quant.cc
 
 
 def unpacked(b: GraphBuilder, op: OperatorCall) -> None:
-    """DEQUANTIZE and DENSIFY: of a constant, the same constant as floats; else what it is already."""
+    """DEQUANTIZE and DENSIFY: a constant becomes the same constant as floats. Other values are floats already."""
     source = b.info(op.input(0))
     if source.constant is not None and op.input(0) not in b.held:
         result = b.info(op.outputs[0])
@@ -27,7 +27,7 @@ def unpacked(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def quantize(b: GraphBuilder, op: OperatorCall) -> None:
-    """QUANTIZE: to the scale and zero point of the result, from floats or from other codes."""
+    """QUANTIZE: from floats or from other codes to the scale and zero point of the result."""
     first = b.is_first(op.input(0))
     b.write(op.outputs[0], b.read_first(op.input(0)) if first else b.read(op.input(0)), first=first)
 
@@ -41,8 +41,8 @@ def cast(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def fake_quant(b: GraphBuilder, op: OperatorCall) -> None:
-    """FAKE_QUANT (lite/kernels/internal/reference/fake_quant.h): to the nearest of 2 ** num_bits values from min to
-    max, a range that is moved so that 0 is one of them."""
+    """FAKE_QUANT (lite/kernels/internal/reference/fake_quant.h): rounds to the nearest of 2 ** num_bits values from min
+    to max. The range is shifted so that 0 is one of these values."""
     options = op.options
     bits = options.integer("num_bits")
     if not 1 <= bits <= _MOST_BITS:
