@@ -3,8 +3,8 @@
 A block holds some elements along the innermost axis: their codes, a scale d (mostly float16), and more that depends on
 the type. Codes stored with an excess become signed numbers: of Q4_0's codes 0 to 15, 8 is int4's 0.
 
-gguf-py decodes each type straight to floats. Here blocks become codes and parameters instead, because every writer
-and every stage works with these: a Q4_0 tensor can then become ONNX int4 or a C header without being quantized again.
+gguf-py decodes each type straight to floats. Here blocks become codes and parameters instead, because every writer and
+every stage works with these. A Q4_0 tensor can then become ONNX int4 or a C header without being quantized again.
 The parts stay lazy, so that a model of many GB is never held in memory.
 
     Q4_0, Q5_0, Q8_0          d * q                        Q4_1, Q5_1    d * q + m

@@ -8,8 +8,8 @@
 Version 3, little-endian; version 2 is the same. ggml, docs/gguf.md; checked with gguf 0.19.
 
 The reader is our own because gguf's GGUFReader makes NumPy views of every element of every array, e.g. of 100,000
-tokens, and trusts counts from the file. Here nothing is allocated before the file is known to be long enough for it,
-arrays are skipped, and each key-value keeps its bytes, so that the writer can copy it unchanged.
+tokens, and trusts counts from the file. Here nothing is allocated before the file is known to be long enough for it.
+Arrays are skipped. Each key-value keeps its bytes, so that the writer can copy it unchanged.
 """
 
 from __future__ import annotations

@@ -294,7 +294,7 @@ class _Source:
         tensor = self.tensor
         if tensor.dtype == kind.dtype:
             return tensor.data
-        if tensor.bits == bits_of(kind.dtype):  # the zero point is the middle, or not subtracted
+        if tensor.bits == bits_of(kind.dtype):  # the zero point is the middle of the range, or becomes a minimum
             signs = np.uint8(0x88 if tensor.bits == 4 else 0x80)
             return Computed(tensor.nbytes, lambda start, stop: tensor.data.read(start, stop) ^ signs, (tensor.data,))
         is_less_zero_point = kind is Q4_0 and self.quantization.zero_point is not None

@@ -79,7 +79,7 @@ class _Reading:
         known = {id(one.stored.header): self._plain(one) for one in found if one.pattern is None and one.block is None}
         tensors: dict[str, Tensor] = {}
         headers: dict[str, TensorHeader] = {}
-        names = UniqueNames(separator=":")  # initializers of different subgraphs may have the same
+        names = UniqueNames(separator=":")  # initializers of different subgraphs may have the same name
         for one in found:
             tensor, name = self._decoded(one, known), names.fresh(one.name)
             tensor = tensor if tensor.name == name else replace(tensor, name=name)

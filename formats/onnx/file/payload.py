@@ -30,7 +30,10 @@ _FIXED_WIDTH = {"float_data": 4, "double_data": 8}
 
 @dataclass(slots=True, eq=False)
 class _Varints(Data):
-    """Elements that the file has as protobuf varints, decoded when they are first read."""
+    """Elements that the file has as protobuf varints, decoded when they are first read.
+
+    Varints have different lengths, so a part of them cannot be found without decoding all before it. Hence the whole is
+    decoded at once and kept."""
 
     view: memoryview
     ranges: list[Range]

@@ -29,7 +29,10 @@ class Taker:
 
 @dataclass(slots=True)
 class Dataflow:
-    """All graphs of a model, the nodes that take each of their values, and the values that are outputs of a graph."""
+    """All graphs of a model, the nodes that take each of their values, and the values that are outputs of a graph.
+
+    Values are known by their graph's identity and their name, because an inner graph may shadow a name, and functions
+    have names of their own. The index is made once: searching all nodes for each weight would be quadratic."""
 
     scopes: list[Scope] = field(default_factory=list)
     takers: dict[Value, list[Taker]] = field(default_factory=dict)
@@ -69,7 +72,7 @@ def call_scopes(parsed: ParsedModel, scopes: Sequence[Scope], allowance: Allowan
     Unsupported if functions call functions without end, or so often that the allowance does not cover it."""
     calls = [(scope, 0) for scope in scopes if parsed.calls]
     sizes: dict[int, int] = {}
-    for scope, depth in calls:  # grows
+    for scope, depth in calls:  # calls found on the way are appended to `calls`
         for node in scope.graph.nodes:
             body = parsed.calls.get(("" if node.is_standard else node.domain, node.op_type))
             if body is None:

@@ -1,7 +1,7 @@
 """The operator set that a model's weights need, and the graph in another one, made by onnx's version converter.
 
 The converter knows what changed in each operator, which would be a long table here. But it works on objects and within
-2 GiB, so it gets the file without its larger payloads, and these are put back afterwards.
+2 GiB. So it gets the file without its larger payloads, which stay in their file until they are written.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def raised(graph: OnnxGraph, opset: int) -> OnnxGraph:
 def _skeleton(graph: OnnxGraph) -> tuple[bytes, Mapping[int, Tensor]]:
     """The file without its larger payloads, and the tensors of these, by their offsets as external data."""
     external = ExternalData(CARRIED, _LEFT_INSIDE, has_any=True)
-    opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # onnxruntime does without
+    opsets = dict.fromkeys(_domains(graph.parsed) - set(graph.parsed.opsets), 1)  # only the converter needs imports
     allowance = graph.payloads.allowance.rest()
     rewriting = Rewriting(graph.parsed, graph.payloads, {}, external, set(), opsets, graph.parsed.ir_version, allowance)
     out = bytearray()

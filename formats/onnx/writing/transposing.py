@@ -45,7 +45,7 @@ def transposed(tensor: Tensor) -> Tensor:
     row_nbytes = rows * tensor.bits / 8
 
     def compute(start: int, stop: int) -> NDArray[np.uint8]:
-        if rows * tensor.bits % 8:  # rows of the result share bytes
+        if rows * tensor.bits % 8:  # rows of the result share bytes, so they cannot be made one by one
             return source.packed(0, columns)[start:stop]
         first, last = int(start // row_nbytes), int(-(-stop // row_nbytes))
         packed = source.packed(first, last)
@@ -147,7 +147,10 @@ def parameters_of(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Columns:
-    """The columns of a matrix of codes, read as rows."""
+    """The columns of a matrix of codes, read as rows.
+
+    Packed codes are transposed in tiles of whole bytes. Unpacking them first would be simpler, but takes one byte per
+    code, which is four times the memory for 2-bit codes."""
 
     tensor: Tensor
 

@@ -126,7 +126,7 @@ def hard_swish(b: GraphBuilder, op: OperatorCall) -> None:
 
 
 def gelu(b: GraphBuilder, op: OperatorCall) -> None:
-    """GELU, exact or by tanh; spelled out below opset 20."""
+    """GELU, exact or by tanh. Before opset 20, which has Gelu, it is made of other operators."""
     value, first = _either(b, op.input(0))
     approximate = bool(op.options.integer("approximate"))
     if b.opset >= 20:

@@ -1,4 +1,8 @@
-"""The table of TFLite's operators: how each becomes ONNX."""
+"""The table of TFLite's operators: how each becomes ONNX.
+
+The summaries and limits stand beside the functions and not in docs/tflite-operators.md, because that page is made from
+this table and so cannot contradict the code.
+"""
 
 from __future__ import annotations
 
