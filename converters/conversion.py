@@ -1,4 +1,4 @@
-"""One source, to its targets: what is read, what is done to it, what is written and compared with it."""
+"""The public functions on one source: load, save, convert and verify. They put the pipeline's steps together."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Conversion:
     """What a conversion did, or would do.
 
     `files` have their sizes (None: known once written). `losses` are what was not kept or has changed. `notes` are
-    texts: hints, warnings, and exact changes of form. `report` are the writers' lines of text. `quantized` says, with
-    `quantize`, how well codes stand for the floats, tensor by tensor. `verified` has, with `verify`, the comparison
-    with what was re-read from each target (None: the format has no reader)."""
+    texts: hints, warnings, and exact changes of form. `report` are the writers' lines of text. With `quantize`,
+    `quantized` has the quantization error of each tensor. With `verify`, `verified` has the comparison with what was
+    re-read from each target (None: the format has no reader)."""
 
     source: Path
     files: tuple[OutputFile, ...]
@@ -42,15 +42,15 @@ class Conversion:
 
 
 def load(path: AnyPath, **options: Any) -> Model:
-    """Opens a model file: a mapping of names to tensors, whose data are read when they are asked for. `options` are the
-    reader's own. Raises nibblecast.Error with one line that says what is wrong with the file."""
+    """Opens a model file as a mapping of names to tensors, whose data are read on demand. `options` are the reader's
+    own. Raises nibblecast.Error with one line that says what is wrong with the file."""
     return pipeline.read(input_path(path), options)
 
 
 def save(
     model: Model, path: AnyPath, *, to: str | None = None, quantize: str | Scheme | None = None, **options: Any
 ) -> Conversion:
-    """Writes a model to one file; the extension, or the format's name in `to`, picks the writer. `quantize` is as for
+    """Writes a model to one file. The extension, or the format's name in `to`, selects the writer. `quantize` is as in
     `convert`."""
     return convert_model(model, [output_path(path)], to=to, quantize=as_scheme(quantize), options=options)
 
@@ -72,12 +72,12 @@ def convert(
 ) -> Conversion:
     """Converts a file to one or several targets in one read.
 
-    `to` names the format when the extensions do not tell, or each target's; `dequantize` (float32, float16 or
-    bfloat16) turns codes into plain floats; `quantize` ("int4,block=32", say) turns float weights into codes; `only`
-    and `skip` are shell patterns of tensor names; `verify` re-opens what was written and compares every value, where
-    its format can be read; `fail_on_loss` refuses a conversion that has losses (exact changes of form are notes);
-    `dry_run` plans only; `resume` keeps what an interrupted run has completed of a folder; other keyword arguments are
-    the reader's and the writers' own options. Raises nibblecast.Error.
+    `to` names one format for all targets or one for each; without it the extensions select. `dequantize` (float32,
+    float16 or bfloat16) turns codes into plain floats. `quantize` (e.g. "int4,block=32") turns float weights into
+    codes. `only` and `skip` are shell patterns of tensor names. `verify` re-reads what was written and compares every
+    value, if the format can be read. `fail_on_loss` refuses a conversion that has losses (exact changes of form are
+    notes). `dry_run` plans only. `resume` keeps the shards of a folder that an interrupted run has completed. Other
+    keyword arguments are the reader's and the writers' own options. Raises nibblecast.Error.
     """
     read_with, write_with = reader_and_writer_options(options, input_path(source))
     return convert_model(
@@ -98,8 +98,8 @@ def convert(
 
 
 def verify(a: AnyPath | Model, b: AnyPath | Model, *, progress: Progress | None = None, **options: Any) -> Comparison:
-    """Compares two models or files, code for code where both are quantized, value for value otherwise. `options` are
-    the readers' own, each for the files whose format has it."""
+    """Compares two models or files: code for code if both are quantized, else value for value. `options` are the
+    readers' own; each applies to the files whose format has it."""
     read_with = reader_options(options, [input_path(path) for path in (a, b) if not isinstance(path, Model)])
     first, second = (model if isinstance(model, Model) else load(model, **read_with[Path(model)]) for model in (a, b))
     return compare(first, second, progress)
@@ -117,9 +117,9 @@ def write_shard(
     fail_on_loss: bool = False,
     **options: Any,
 ) -> int:
-    """A part of a conversion, for several processes to share in: begins the folders among the targets (`number` 0), or
-    writes one of their shards, from 1, to a folder that has been begun. `convert` with `resume` then writes what is
-    missing and puts the folders in their places. Returns how many shards there are; raises nibblecast.Error."""
+    """One part of a conversion that several processes share: begins the folders among the targets (`number` 0), or
+    writes one of their shards (from 1) to a folder that was begun. `convert` with `resume` then writes what is missing
+    and puts the folders in place. Returns the number of shards. Raises nibblecast.Error."""
     read_with, write_with = reader_and_writer_options(options, input_path(source))
     planned = _planned(
         load(source, **read_with),
@@ -152,7 +152,7 @@ def convert_model(
     progress: Progress | None = None,
     options: Mapping[str, Any],
 ) -> Conversion:
-    """Converts a model that is open; the arguments are `convert`'s, `options` those of the writers."""
+    """Converts an open model; the arguments are as in `convert`, and `options` are the writers' own."""
     planned = _planned(
         model, targets, to=to, dequantize=dequantize, quantize=quantize, only=only, skip=skip, options=options
     )
@@ -214,7 +214,7 @@ def _planned(
 
 
 def as_scheme(quantize: str | Scheme | None) -> Scheme | None:
-    """The scheme that a text says. Raises UsageError for one that says none."""
+    """The scheme that a text describes. Raises UsageError for any other text."""
     if not isinstance(quantize, str):
         return quantize
     from nibblecast.converters.stages.scheme import parse_scheme
@@ -223,14 +223,14 @@ def as_scheme(quantize: str | Scheme | None) -> Scheme | None:
 
 
 def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
-    """Compares what was written, which is not yet in its place, with what was to be; `main` is the file or folder to
-    read. None where its format has no reader. Raises VerificationFailed."""
+    """Compares what was written with what was planned, before it is put in place; `main` is the file or folder to read.
+    None if the format has no reader. Raises VerificationFailed."""
     format, path = output.target.format, output.target.path
     if not format.reader:
         return None
     with pipeline.readable(path):
         expected, written = output.expected, plugins.reader(format).read(main)
-    if expected is not output.model:  # a graph that is changed may get tensors that the model has not
+    if expected is not output.model:  # changing a graph may add tensors that the model does not have
         written = replace(written, tensors={name: t for name, t in written.items() if name in expected})
     comparison = compare(expected, written)
     if not comparison.equal:
@@ -242,6 +242,6 @@ def _verified(output: pipeline.PlannedOutput, main: Path) -> Comparison | None:
 
 
 def _hints(output: pipeline.PlannedOutput, main: Path) -> Sequence[str]:
-    """What the format's own checker says of it. Raises VerificationFailed."""
+    """The hints of the format's own checker. Raises VerificationFailed."""
     with located(path=output.target.path):
         return output.plan.validate(main)

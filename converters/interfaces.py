@@ -1,16 +1,24 @@
-"""What a format plugin implements: a `Reader`, a `Writer`, or both. The types here are all that they share.
+"""What a format plugin implements: a `Reader`, a `Writer`, or both. Plugins share nothing but the types here.
 
 A reader turns a path into a Model and reads headers only. A writer works in two passes. `plan` looks at names, shapes
-and dtypes, and gives the shards: the files that there will be, how large each is, which tensors it takes. Then the
-pipeline asks each shard to write itself. Files are temporary until the pipeline puts them in their place, all or none.
+and dtypes, and returns the shards: each output file with its exact size and its tensors. Then the pipeline asks each
+shard to write itself. Files are temporary until the pipeline puts them in place, all or none.
+
+Why plan first. Writing a large model takes minutes. Exact sizes show before that what will be lost, what is impossible,
+and what a dry run should list. They also fix all offsets, so that a header can be written before its data, and they
+tell which shards of an interrupted run are complete.
 
 Why pull. A file has its own order: safetensors has wide elements first, C has its declarations before the data. A
 pipeline that pushes tensors in the model's order makes such a writer seek, or hold what comes too early. A shard that
 fetches its tensors itself writes front to back, through whichever stream there is, and lets go of each tensor when it
 has written it.
 
-Why one protocol. A file is a folder of one shard: resuming, running on several machines, progress, verification and
-putting in place are the same for both, and no code asks which of them it has.
+Why one protocol. A file is a folder of one shard. Resuming, running on several machines, progress, verification and
+putting in place are the same for both, so no code needs to ask which one it has.
+
+Why readers of our own, not the official libraries. Those load whole models (onnx, torch), execute code from the file
+(pickle), or are large to install. A file's author may be hostile: our readers check every length, execute nothing, and
+name the tensor that is wrong. The official libraries serve in the tests, as the reference that results must equal.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ from numpy.typing import NDArray
 
 from nibblecast.converters.ir import Loss, Model, Tensor
 
-#: Told how many bytes of payload are done, and how many there are.
+#: Called with the bytes of payload that are done, and their total.
 Progress = Callable[[int, int], None]
 
 
@@ -47,10 +55,10 @@ class NoOptions:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a writer can hold as it is; the planner compares this with the model before any payload is read.
-    `compute_dtype`: whether what reads the file rounds to another dtype than float32 where the quantization says so, by
-    its `compute_dtype` or its `value_dtype`.
-    `factor`: whether it multiplies by one at the end."""
+    """What a format can hold unchanged; the planner compares this with the model before any payload is read.
+    `compute_dtype`: whether readers of the file round to the quantization's `compute_dtype` and `value_dtype` where
+    these are not float32.
+    `factor`: whether they multiply by the quantization's `factor` at the end."""
 
     dtypes: frozenset[np.dtype[Any]]
     codebook: bool = True
@@ -63,9 +71,9 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file that will be written: where, and how many bytes, exactly (None where only writing tells). A `shared` one
-    is the same for every model, so that several outputs in one folder may all write it. `folder` is the output that it
-    is a part of, where that is a folder."""
+    """A file that will be written: its path and its exact size (None where only writing tells). A `shared` file is the
+    same for every model, so several outputs in one folder may all write it. `folder` is the output folder that it
+    belongs to, if the output is a folder."""
 
     path: Path
     nbytes: int | None
@@ -76,19 +84,19 @@ class OutputFile:
 class Reader(Protocol):
     """Reads one format. Constructed without arguments.
 
-    One that takes options, for what files may not say, has a class attribute `options`, a frozen dataclass of `option`
-    fields that all have defaults, and a `read` with an instance of it as its second argument.
+    A reader may take options, for facts that files may not state. It then has a class attribute `options`, a frozen
+    dataclass of `option` fields that all have defaults, and its `read` takes an instance of it as second argument.
     """
 
     def read(self, path: Path) -> Model:
-        """The model in `path`, headers only; raises nibblecast.Error for whatever is wrong with the file."""
+        """The model in `path`, headers only. Raises nibblecast.Error for anything wrong with the file."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class RunPort:
-    """An input or output of a model that can be run; `scale` is that of its codes where it is quantized. Sizes that the
-    model leaves open are 1."""
+    """An input or output of a model that can be run; `scale` is the scale of its codes if it is quantized. Sizes that
+    the model leaves open are 1."""
 
     name: str
     dtype: np.dtype[Any]
@@ -97,7 +105,7 @@ class RunPort:
 
 
 class Runner(Protocol):
-    """Runs one model by its format's own runtime. Constructed with the model's path."""
+    """Runs one model in its format's own runtime. Constructed with the model's path."""
 
     @property
     def inputs(self) -> Sequence[RunPort]: ...
@@ -112,33 +120,33 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shard(ABC):
-    """A file that will be written: where, how large, and `tensors`, those that its payload is made of. They tell what
-    several outputs have in common, and how far writing has come."""
+    """A file that will be written: its path, its size, and the `tensors` that its payload is made of. The pipeline uses
+    them for progress and to find what several outputs have in common."""
 
     file: OutputFile
     tensors: Sequence[Tensor]
 
     @property
     def nbytes(self) -> int:
-        """How many bytes of payload `write` tells of in the end."""
+        """The bytes of payload that `write` reports in total."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def digest(self) -> str:
-        """What tells two plans for it apart beyond the source, the options and the file's size, e.g. a hash of its
-        header. A shard is kept when a run is resumed only where this is the same."""
+        """What else identifies the content beside the source, the options and the file's size, e.g. a hash of the
+        header. A resumed run keeps a shard only if this is unchanged."""
         return ""
 
     @abstractmethod
     def write(self, stream: BinaryIO, wrote: Callable[[int], None]) -> None:
-        """Writes the whole file to `stream`, front to back: there is no seeking. Takes payloads in pieces
-        (`nibblecast.converters.output.streaming`, `Tensor.parts`), so that memory stays bounded, releases what it has
-        written, and tells `wrote` how many bytes of payload each step has done."""
+        """Writes the whole file to `stream`, front to back: the stream cannot seek. Payloads are taken in pieces, so
+        that memory stays bounded (`nibblecast.converters.output.streaming`, `Tensor.parts`). It releases what it has
+        written, and calls `wrote` with the bytes of payload of each step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A small file beside the shards: what is in it, or the file that it is a copy of."""
+    """A small file beside the shards: its content, or the file that it is a copy of."""
 
     file: OutputFile
     content: bytes | Path
@@ -146,14 +154,14 @@ class Companion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What a writer will do with a model, known from headers alone: `shards` in the order in which they are written, of
-    which the first is the file that the user named, and `companions`, which are written after them.
+    """What a writer will do with a model, known from headers alone. `shards` are in the order of writing; the first is
+    the file that the user named. `companions` are written after them.
 
-    With a `folder` all of them lie in it. It is complete or not there at all, and a run that breaks off keeps its
-    complete shards for one that resumes it. `losses` are what the format does not keep; `notes` hints and warnings, a
-    sentence each, by which nothing is lost; `report` lines to show when all is written, e.g. sizes. `expected` is the
-    model that reading the files gives, where it is not the model that the writer got: tensors transposed, or under
-    other names. Its `losses` are those of reading and of the stages that still hold.
+    With a `folder` all files lie in it. The folder appears complete or not at all, and an interrupted run leaves its
+    complete shards for a run that resumes it. `losses` are what the format does not keep. `notes` are hints and
+    warnings, a sentence each, that report no loss. `report` are lines to show at the end, e.g. sizes. `expected` is the
+    model that reading the files gives, if it differs from the writer's model: tensors transposed, or under other names.
+    Its `losses` are the losses of reading and of the stages that still apply.
     """
 
     shards: Sequence[Shard]
@@ -170,9 +178,8 @@ class Plan:
         return (*(shard.file for shard in self.shards), *(companion.file for companion in self.companions))
 
     def validate(self, main: Path) -> Sequence[str]:
-        """Has the format's own checker, if there is one, look at the files that were written, of which `main` is the
-        first, before they are put in their place (`--verify`); returns hints, a sentence each. Raises
-        VerificationFailed."""
+        """Runs the format's own checker, if there is one, on the written files before they are put in place
+        (`--verify`). `main` is the first of them. Returns hints, a sentence each. Raises VerificationFailed."""
         return ()
 
 

@@ -1,10 +1,15 @@
 """The intermediate representation: every format is read into it and written from it.
 
-    value = (scale * (code - zero_point) + offset) * factor     per block; code -> codebook[code] first, if there is one
+    value = (scale * (code - zero_point) + offset) * factor     per block; a codebook first maps code -> codebook[code]
 
 A `Model` maps names to `Tensor`s. A `Tensor` is canonical packed bytes (`converters.arithmetic.packing`), fetched only
-when asked for, and perhaps a `Quantization`. Parameters are tensors too, so that they are lazy as well and may
-themselves be quantized (a second-level scale).
+when asked for, and possibly a `Quantization`. Parameters are tensors too: they are lazy as well, and may themselves be
+quantized (a second-level scale).
+
+Why one formula. The alternative is a class per scheme (GPTQ, AWQ, NF4, ...), with a decoder each and a conversion for
+each pair. All of these schemes are cases of this formula with some parameters absent. So there is one decoder, and
+each format maps only its own layout to these parameters.
+Why lazy. A model may be larger than memory. Headers are enough to plan, list and refuse a conversion.
 """
 
 from __future__ import annotations
@@ -50,17 +55,17 @@ if TYPE_CHECKING:
     import onnx_ir
 
 _NOTHING = np.empty(0, np.uint8)
-_PART_ELEMENTS = 1 << 22  # at a time: what they are read from is let go of then
+_PART_ELEMENTS = 1 << 22  # decoded at a time, so that the memory of their source is released in between
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-#: What a library may round its values to when it has computed them.
+#: The dtypes that a library may round its computed values to.
 VALUE_DTYPES = (FLOAT16, BFLOAT16)
 _COMPUTE_DTYPES = (*VALUE_DTYPES, FLOAT32, FLOAT64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupIndex:
-    """Which group each position along `axis` belongs to (GPTQ's act-order): `index` is an integer tensor of shape
-    (shape[axis],) with values below the parameters' size along that axis."""
+    """The group of each position along `axis` (GPTQ's act-order): `index` is an integer tensor of shape (shape[axis],)
+    with values below the parameters' size along that axis."""
 
     axis: int
     index: Tensor
@@ -71,15 +76,17 @@ class Quantization:
     """The parameters that turn codes into values, one of each per block.
 
     `block_shape` says how many elements along each axis share a parameter: the whole shape (per tensor), 1 along one
-    axis and everything along the others (per channel), (1, 32) (group-wise), and so on; `per_tensor`, `per_axis` and
-    `blocked` make the usual ones. All parameters have shape `grid_shape(shape, block_shape)` and keep the dtype they
-    were stored with. `zero_point` lives in the domain of codes, `offset` in that of values; None is not zeros.
-    `codebook` has shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is
-    the number of groups, and the positions of that axis find theirs by index. The result of each operation of the
-    formula is rounded to `compute_dtype`: float32, or what the producing library computes in (MLX's bfloat16, the
-    float64 of PyTorch's per-channel scales). `factor`, a float32, is multiplied last (LLM.int8()'s 1 / 127); 1 is no
-    operation. `value_dtype`, float16 or bfloat16, is what that library rounds its values to in the end, and only then
-    (GPTQ's float16): values that are wanted as float32 are those before this rounding. None: it rounds them no more.
+    axis and everything along the others (per channel), (1, 32) (group-wise), etc.; `per_tensor`, `per_axis` and
+    `blocked` make the usual ones. All parameters have shape `grid_shape(shape, block_shape)` and keep their stored
+    dtype. `zero_point` is in units of codes, `offset` in units of values; None means absent, not zeros. `codebook` has
+    shape (2 ** bits,) and needs unsigned codes. With `group_index` the grid's size along its axis is the number of
+    groups, and each position of that axis finds its group by index.
+
+    The result of each operation is rounded to `compute_dtype`: float32, or the dtype that the producing library
+    computes in (MLX's bfloat16, the float64 of PyTorch's per-channel scales). `factor`, a float32, is multiplied last
+    (LLM.int8()'s 1 / 127); a factor of 1 is skipped. `value_dtype`, float16 or bfloat16, is the dtype that the library
+    rounds its values to once, at the end (GPTQ's float16). Values wanted as float32 skip this rounding. None: no such
+    rounding.
     """
 
     scale: Tensor
@@ -105,7 +112,7 @@ class Quantization:
             raise CorruptFile(f"values cannot be multiplied by {self.factor}: it must be a finite float32")
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of the parameters that there are, with the name of each one's role."""
+        """The tensors of the parameters that are present, each with the name of its role."""
         for role, tensor in (
             ("scale", self.scale),
             ("zero_point", self.zero_point),
@@ -117,7 +124,7 @@ class Quantization:
                 yield role, tensor
 
     def arrays(self) -> decoding.Parameters:
-        """The parameters as decoding takes them; reads them."""
+        """The parameters as arrays, as decoding takes them; this reads them."""
 
         def floats(parameter: Tensor) -> NDArray[Any]:
             is_double = self.compute_dtype == parameter.dtype == np.float64 and parameter.quantization is None
@@ -175,8 +182,8 @@ class Quantization:
                 )
 
     def row_step(self, axis: int, shape: tuple[int, ...]) -> int:
-        """The fewest positions along `axis` at whose multiples the tensor can be cut without cutting a block or a byte
-        of a parameter; `axis` is the first one longer than 1."""
+        """The smallest number of positions along `axis` at whose multiples a cut divides no block and no byte of a
+        parameter; `axis` is the first one longer than 1."""
         if self.group_index is not None and self.group_index.axis == axis:
             return self.group_index.index.row_step
         step = 1
@@ -187,7 +194,7 @@ class Quantization:
 
     def rows(self, axis: int, start: int, stop: int, shape: tuple[int, ...]) -> Quantization:
         """The parameters of positions [start, stop) along `axis`, the first one longer than 1; `start` is a multiple of
-        `row_step`, and `stop` too unless it is the end."""
+        `row_step`, and so is `stop` unless it is the end."""
         if self.group_index is not None and self.group_index.axis == axis:
             index = self.group_index.index.rows(start, stop)
             block_shape = with_size(self.block_shape, axis, min(self.block_shape[axis], stop - start))
@@ -208,10 +215,10 @@ class Quantization:
 class Tensor:
     """A named array: logical `shape`, `dtype` (NumPy's or ml_dtypes'), canonical bytes in `data`, fetched on demand.
 
-    Without `quantization` the elements are plain values. `uses` tells what consumes the tensor. `parameter_of` names
-    the tensor whose parameter this one is, for formats that keep parameters among the tensors (TFLite's blockwise
-    scales): such a tensor is part of the other one's quantization, not a weight. Raises CorruptFile when data, shape
-    and parameters contradict each other.
+    Without `quantization` the elements are plain values. `uses` lists the operators that consume the tensor. Some
+    formats keep parameters among the tensors (TFLite's blockwise scales). For these `parameter_of` names the tensor
+    that this one is a parameter of; such a tensor is not a weight. Raises CorruptFile when data, shape and parameters
+    contradict each other.
     """
 
     name: str
@@ -235,7 +242,7 @@ class Tensor:
 
     @classmethod
     def from_array(cls, name: str, array: NDArray[Any], quantization: Quantization | None = None) -> Tensor:
-        """A tensor of an array's elements; sub-byte dtypes (one element a byte in NumPy) are packed."""
+        """A tensor of an array's elements; sub-byte dtypes (one element per byte in NumPy) are packed."""
         if array.dtype in SUB_BYTE:
             data = InMemory(pack(array.view(np.uint8), bits_of(array.dtype)))
         else:
@@ -279,8 +286,8 @@ class Tensor:
         return f"blockwise {block_shape}"
 
     def around(self, first: int, last: int) -> tuple[Tensor, int]:
-        """The smallest part that `rows`, perhaps several times, cuts out around elements [first, last) of the flattened
-        tensor, and the element that it begins with."""
+        """The smallest part around elements [first, last) of the flattened tensor that `rows`, applied once or several
+        times, can cut out, and the index of its first element."""
         if not self.shape or last <= first:
             return self, 0
         count, step = self.shape[self._row_axis], self.row_step
@@ -311,16 +318,18 @@ class Tensor:
         return self.codes().view(self.dtype) if self.dtype in SUB_BYTE else self.codes()
 
     def dequantize(self, dtype: DTypeLike = np.float32) -> NDArray[Any]:
-        """The values in logical shape, rounded to `dtype` (float32, float16 or bfloat16): the library's that made the
-        tensor, bit for bit in its own dtype; as float32 those that it has before it rounds them to 16 bits in the end.
-        A tensor without quantization gives its values, cast. Raises Unsupported for complex values and other dtypes."""
+        """The values in logical shape, rounded to `dtype` (float32, float16 or bfloat16).
+
+        In the dtype of the library that made the tensor they are that library's values, bit for bit. As float32 they
+        are its values before it rounds them to 16 bits at the end. A tensor without quantization gives its values,
+        cast. Raises Unsupported for complex values and other dtypes."""
         values = np.empty(self.size, _decodable(self, np.dtype(dtype)))
         _decode(self, values)
         return values.reshape(self.shape)
 
     def dequantized(self, dtype: DTypeLike = np.float32) -> Tensor:
-        """The tensor with its values as plain elements of `dtype`, computed as by `dequantize` when they are read; a
-        plain one as it is."""
+        """The tensor with plain elements of `dtype`, computed as in `dequantize` when they are read. A tensor without
+        quantization is returned unchanged."""
         if self.quantization is None:
             return self
         wanted = _decodable(self, np.dtype(dtype))
@@ -346,7 +355,7 @@ class Tensor:
 
     @property
     def row_step(self) -> int:
-        """The fewest rows at whose multiples `rows` may cut: no byte and no block is divided there."""
+        """The smallest number of rows at whose multiples `rows` may cut: such a cut divides no byte and no block."""
         if not self.shape:
             return 1
         axis = self._row_axis
@@ -365,14 +374,14 @@ class Tensor:
         return replace(self, shape=shape, data=DataSlice(self.data, first, last - first), quantization=quantization)
 
     def parts(self, nbytes: int) -> Iterator[Tensor]:
-        """The pieces that `cut` gives, each of them released when the next one is asked for."""
+        """The pieces that `cut` gives; each is released when the next one is requested."""
         for part in self.cut(nbytes):
             yield part
             part.release()
 
     def cut(self, nbytes: int) -> Iterator[Tensor]:
-        """The tensor in pieces of about `nbytes` canonical bytes, in order; their data put together is this one's.
-        A piece is whole rows (of the first axis longer than 1; of the next one where a single row is too large)."""
+        """The tensor in pieces of about `nbytes` canonical bytes, in order; their data joined is this tensor's data.
+        A piece is whole rows of the first axis longer than 1, or of the next axis where a single row is too large."""
         count = self.shape[self._row_axis] if self.shape else 1
         if self.nbytes <= nbytes or count <= self.row_step:
             yield self
@@ -387,13 +396,13 @@ class Tensor:
             yield self.rows(start, min(start + step, count))
 
     def stored(self) -> Iterator[Data]:
-        """Its data and those of all its parameters, theirs included."""
+        """Its data and the data of all its parameters, recursively."""
         yield self.data
         for _, parameter in () if self.quantization is None else self.quantization.parameters():
             yield from parameter.stored()
 
     def release(self) -> None:
-        """Lets go of the memory that reading this tensor and its parameters took (the pages of a mapped file, say)."""
+        """Releases the memory that reading this tensor and its parameters took, e.g. the pages of a mapped file."""
         self.data.release(0, self.nbytes)
         for _, parameter in self.quantization.parameters() if self.quantization else ():
             parameter.release()
@@ -401,8 +410,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightPlace:
-    """An initializer of a graph that is a tensor of the model as it was read: decoded if that is quantized, and with
-    its axes in the order of `permutation` (None: as they are)."""
+    """An initializer of a graph that stands for a tensor of the model as it was read. The initializer holds its decoded
+    values if it is quantized, with the axes in the order of `permutation` (None: unchanged)."""
 
     tensor: Tensor
     permutation: tuple[int, ...] | None = None
@@ -418,10 +427,10 @@ class Graph(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model(Mapping[str, Tensor]):
-    """An ordered mapping of names to tensors, with what is known of the model as a whole.
+    """An ordered mapping of names to tensors, with metadata of the model as a whole.
 
-    `graph` is the compute graph as ONNX where the reader builds one; its initializers are this model's tensors by name.
-    `losses` are what reading and the stages so far did not carry over as it was, exact changes of form included.
+    `graph` is the compute graph in ONNX if the reader builds one; its initializers are this model's tensors by name.
+    `losses` are what reading and the stages so far left out or changed, including exact changes of form.
     """
 
     tensors: Mapping[str, Tensor]
@@ -443,7 +452,7 @@ _CODEBOOK_INDICES = frozenset((UINT2, UINT4, UINT8))
 
 
 def _decodable(tensor: Tensor, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """`dtype`, if the tensor's values can be had in it. Raises UsageError or Unsupported."""
+    """`dtype`, if the tensor can be decoded to it. Raises UsageError or Unsupported."""
     if dtype not in FLOAT_DTYPES.values():
         raise UsageError(f"dtype {dtype}: values come as {', '.join(FLOAT_DTYPES)}", tensor=tensor.name)
     if tensor.dtype.kind == "c" or tensor.dtype.names:

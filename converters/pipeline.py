@@ -1,10 +1,14 @@
-"""The graph: one reader, stages, one or several writers fed from one read. Plans from headers alone, then runs.
+"""The pipeline: one reader, stages, and one or several writers that share one read. First it plans, then it runs.
 
     model = select(read(path)) -> dequantize or quantize -> [fit to what each writer can hold -> plan] -> write
 
-A stage is Model -> Model and lazy. Planning touches no payload: it decides what each writer will write, how large it
-will be, and what will not be kept or will change. Running asks each output's shards, one after the other, to write
-themselves; `converters.output.sharing` says what outputs have in common then.
+A stage is Model -> Model and lazy. Planning reads headers, not weights. It decides what each writer will write, how
+large the files will be, and what will not be kept or will change. Running asks the shards of each output in turn to
+write themselves; `converters.output.sharing` says what the outputs share.
+
+Why planning is apart from running. Refusals, losses and a dry run need no weights, so they are fast for models of any
+size, and nothing is written before all targets are known to be possible. The workers of a batch also rely on it:
+each makes the same plan from the same headers, so they share a folder's shards without talking to each other.
 """
 
 from __future__ import annotations
@@ -38,13 +42,13 @@ from nibblecast.converters.storage import MappedFile, truncated_file
 if TYPE_CHECKING:  # quantization is imported when it is asked for
     from nibblecast.converters.stages.scheme import Scheme
 
-#: Told of each output, and where its main file (or its folder) lies, when all are complete and none is in its place.
+#: Called with each output and the path of its main file (or folder), when all are complete but not yet in place.
 Check = Callable[["PlannedOutput", Path], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file to write: the writer's format, its path, and the writer's own options as given (text or typed)."""
+    """A file to write: its format, its path, and the writer's own options as the user gave them (text or typed)."""
 
     path: Path
     format: plugins.Format
@@ -53,7 +57,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlannedOutput:
-    """One target with the model as its writer gets it; `request` says what was asked for on the way."""
+    """One target with the model that its writer gets; `request` is what the user asked for."""
 
     target: Target
     model: Model
@@ -67,12 +71,12 @@ class PlannedOutput:
 
     @property
     def losses(self) -> tuple[Loss, ...]:
-        """What will not be kept or will change on the way to this target, reading and stages included, each once."""
+        """What will not be kept or will change for this target, including reading and stages; each loss once."""
         return tuple(loss for loss in self._records if not loss.is_exact)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The writer's notes, and the exact changes of form on the way to this target."""
+        """The writer's notes, and the exact changes of form for this target."""
         return (*self.plan.notes, *(loss.text for loss in self._records if loss.is_exact))
 
     @property
@@ -82,16 +86,16 @@ class PlannedOutput:
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
 def read(path: Path, options: Mapping[str, Any] | None = None) -> Model:
-    """The model in a file, headers only; the format by content, then by extension. `options` are the reader's own.
-    Raises Error, CorruptFile also for whatever the system refuses."""
+    """The model in a file, headers only. The format is detected by content, then by extension. `options` are the
+    reader's own. Raises Error, and CorruptFile also where the system refuses to read."""
     with readable(path):
         return plugins.read(plugins.detect(path), path, options or {})
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """For reading the file at `path`: errors in the block name it, and the system's (a name that is too long, a folder
-    that may not be entered) are CorruptFile."""
+    """A block that reads the file at `path`: its errors name the file, and errors of the system become CorruptFile (a
+    name that is too long, a folder without permission)."""
     try:
         yield
     except Error as error:
@@ -103,7 +107,7 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def select(model: Model, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Model:
-    """The tensors whose names match a pattern of `only` (all, when it is empty) and none of `skip` (shell patterns).
+    """The tensors whose names match a pattern of `only` (all, if it is empty) and none of `skip` (shell patterns).
     Parameters that are tensors of their own stay with their owner. Raises UsageError when nothing is left."""
     if not only and not skip:
         return model
@@ -135,8 +139,8 @@ def plan(
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
 ) -> list[PlannedOutput]:
-    """What each target will get; reads no payload. Raises UsageError, Unsupported or RefusedLoss when a target is
-    impossible: an output that is an input, two outputs on one path, something that a writer cannot hold."""
+    """What each target will get; this reads no payload. Raises UsageError, Unsupported or RefusedLoss when a target is
+    impossible: an output that is an input, two outputs on one path, or something that a writer cannot hold."""
     if dequantize is not None and quantize is not None:
         raise UsageError(
             f"use either dequantize or quantize: '{quantize},requantize' quantizes what is quantized already"
@@ -173,8 +177,8 @@ def plan(
 
 
 def fit(model: Model, capabilities: Capabilities, target: Target) -> Model:
-    """The model as a writer can hold it, after the lossless stages that this takes. Raises Unsupported, with what to
-    add to the command, where only a lossy one would do."""
+    """The model in a form that the writer can hold. Stages that change values record a Loss. Raises Unsupported, with
+    what to add to the command, where the user must choose first, e.g. `--dequantize`."""
     if not capabilities.factor:
         model = fold_factors(model)
     if not capabilities.nested_scale:
@@ -200,13 +204,13 @@ def run(
     resume: bool = False,
     check: Check | None = None,
 ) -> None:
-    """Writes every planned output, all or none of its files; each tensor is fetched once for all files. With `resume`
-    a folder's shards that an interrupted run has completed are kept. `check` may refuse what was written by an
-    exception; then nothing of it is put in place. Raises UsageError when the system refuses (a full disk, say),
-    ChangedFile where an input was written to meanwhile."""
+    """Writes every planned output, all or none of its files. Small computed tensors are computed once for all outputs.
+    With `resume`, a folder keeps the shards that an interrupted run has completed. `check` may raise an exception to
+    refuse what was written; then nothing is put in place. Raises UsageError when the system refuses (e.g. a full disk),
+    and ChangedFile if an input was written to meanwhile."""
     try:
         for output in planned:
-            # a batch, which always resumes, has cleared its whole target before, where there may be very many files
+            # a batch always resumes, and has cleaned its target before: scanning a huge folder per model is slow
             if not resume or output.plan.folder is not None:
                 remove_left_behind(temporary_folders(output.target.path.parent, output.target.path.name))
         _run(planned, progress, resume, check)
@@ -219,8 +223,8 @@ def run(
 
 
 def refuse_truncated() -> None:
-    """Raises ChangedFile where an input has become shorter: writing what is gone is an error of the system, too, whose
-    reason ("Bad address") tells nobody."""
+    """Raises ChangedFile if an input was truncated. Writing from its lost pages also fails in the system, but the
+    system's reason ("Bad address") does not tell the cause."""
     file = truncated_file()
     if file is not None:
         file.check_unchanged()
@@ -253,8 +257,8 @@ def _run(planned: Sequence[PlannedOutput], progress: Progress | None, resume: bo
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
 def run_part(planned: Sequence[PlannedOutput], number: int) -> int:
-    """With `number` 0 begins the folders among the outputs; from 1 on writes that one of their shards, in a folder that
-    was begun. `run` with `resume` goes on from there. How many shards there are. Raises UsageError as `run`."""
+    """Begins the folders among the outputs (`number` 0), or writes one of their shards (from 1) to a folder that was
+    begun. `run` with `resume` completes them. Returns the number of shards. Raises UsageError as in `run`."""
     folders = [(output.plan.folder, output) for output in planned if output.plan.folder is not None]
     shards = [(folder, output, shard) for folder, output in folders for shard in output.plan.shards]
     try:
@@ -279,7 +283,7 @@ def _intended(output: PlannedOutput) -> str:
 
 
 def _sources(model: Model) -> list[list[Any]]:
-    """The files that the model is read from, with what tells whether they have changed."""
+    """The files that the model is read from, with size and time of modification, which show changes."""
     found = []
     for file in _mapped_files(model):
         status = file.path.stat()
@@ -294,7 +298,7 @@ def output_files(planned: Sequence[PlannedOutput]) -> Iterator[OutputFile]:
 
 
 def refuse_losses(planned: Sequence[PlannedOutput]) -> None:
-    """Raises RefusedLoss when anything would not be kept or would change (`--fail-on-loss`)."""
+    """Raises RefusedLoss if anything would not be kept or would change (`--fail-on-loss`)."""
     for output in planned:
         if output.losses:
             more = f" (and {len(output.losses) - 1} more)" if len(output.losses) > 1 else ""
@@ -305,7 +309,7 @@ def refuse_losses(planned: Sequence[PlannedOutput]) -> None:
 
 
 def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | None:
-    """The first thing about `tensor` that a writer cannot hold, and what to do about it."""
+    """The first property of `tensor` that a writer cannot hold, and what the user can do."""
     quantization = tensor.quantization
     if tensor.dtype not in capabilities.dtypes:
         leave_out = "leave the tensor out with --skip"
@@ -325,7 +329,7 @@ def _missing(tensor: Tensor, capabilities: Capabilities) -> tuple[str, str] | No
 
 
 def refuse_input(model: Model, target: Path) -> None:
-    """Raises UsageError where `target` is one of the files that the model is read from."""
+    """Raises UsageError if `target` is one of the files that the model is read from."""
     if _identity(target) in _inputs(model):
         raise UsageError("is both the input and the output: give the output another name", path=target)
 
@@ -354,7 +358,7 @@ def _refuse_clashes(model: Model, planned: Sequence[PlannedOutput]) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | Path:
-    """The file itself, whatever it is called; the absolute path where there is none yet."""
+    """Device and inode, which are the same under all names of a file; the absolute path if it does not exist yet."""
     try:
         status = path.stat()
     except OSError:
@@ -363,7 +367,7 @@ def _identity(path: Path) -> tuple[int, int] | Path:
 
 
 def _mapped_files(model: Model) -> Iterator[MappedFile]:
-    """The files that the tensors' data lie in (external data lies beside the source)."""
+    """The files that hold the tensors' data (external data lies beside the source)."""
     seen: set[int] = set()
     for file in chain.from_iterable(data.files() for tensor in model.values() for data in tensor.stored()):
         if id(file) not in seen:

@@ -1,7 +1,10 @@
-"""Which formats there are: one table, and third parties' entry points in the group `nibblecast.formats`.
+"""The known formats: one table, and third parties' entry points in the group `nibblecast.formats`.
 
-Modules are imported on first use. An entry point's name is the format's name, and it loads a `Format`; the group is
-scanned only when the table has no answer, or when all formats are listed.
+An entry point's name is the format's name, and it loads a `Format`. The group is scanned only when the table has no
+answer, or when all formats are listed.
+
+Why a table of texts like "module:Class", not classes that register themselves. Registering needs every format's module
+imported, with its libraries, before any file is opened. A table costs nothing until one format is used.
 """
 
 from __future__ import annotations
@@ -26,13 +29,13 @@ ENTRY_POINT_GROUP = "nibblecast.formats"
 
 @dataclass(frozen=True, slots=True)
 class Magic:
-    """Bytes that a file of the format has at `offset`."""
+    """Bytes at `offset` that identify a file of the format."""
 
     offset: int
     content: bytes
 
     def matches(self, head: bytes) -> bool:
-        """Whether `head`, the file's first bytes, has them."""
+        """Whether `head`, the file's first bytes, contains them."""
         return head[self.offset : self.offset + len(self.content)] == self.content
 
 
@@ -40,10 +43,10 @@ class Magic:
 class Format:
     """A format: how to recognise it, and where its code is.
 
-    A folder with a file that one of the patterns `folder` matches is a model of this format, unless it is one of a
-    format of those that this one `yields_to` as well. `magic` are alternatives;
-    `reader`, `writer` and `runner` are "module:Class" (empty: there is none); `install` and `install_runner` say what
-    to install when the module's imports fail.
+    A folder is a model of this format if it has a file that matches one of the patterns `folder`. Formats listed in
+    `yields_to` win when a folder matches both. `magic` are alternatives. `reader`, `writer` and `runner` are
+    "module:Class" (empty: the format has none). `install` and `install_runner` say what to install when the module's
+    imports fail.
     """
 
     name: str
@@ -122,8 +125,8 @@ _HEAD_BYTES = 64
 
 @cache
 def all_formats() -> Mapping[str, Format]:
-    """The table and every installed plugin, by name. Two formats of one name raise UsageError naming both packages; a
-    plugin that fails to load is one warning here, and an error when it is used."""
+    """The table and every installed plugin, by name. Two formats of one name raise UsageError, which names both
+    packages. A plugin that fails to load is one warning here, and an error when it is used."""
     from importlib.metadata import entry_points
 
     formats = dict(_BUILT_IN)
@@ -152,7 +155,7 @@ def all_formats() -> Mapping[str, Format]:
 
 
 def format_named(name: str) -> Format:
-    """The format of that name. Raises UsageError with the known ones when there is none."""
+    """The format of that name. Raises UsageError, which lists the known formats, for any other name."""
     format = _BUILT_IN.get(name) or all_formats().get(name)
     if format is None:
         raise UsageError(f"unknown format '{name}'; known formats: {', '.join(all_formats())}")
@@ -160,8 +163,8 @@ def format_named(name: str) -> Format:
 
 
 def detect(path: Path) -> Format:
-    """The format of a file to read: by its content first, by its extension where several or none match.
-    Raises CorruptFile when it cannot be read or nothing matches."""
+    """The format of a file to read: by its content first, then by its extension if several formats or none match.
+    Raises CorruptFile when the file cannot be read or nothing matches."""
     if path.is_dir():
         return _of_folder(path)
     try:
@@ -178,7 +181,7 @@ def detect(path: Path) -> Format:
         for candidates in (both, by_content):
             if len(candidates) == 1:
                 return candidates[0]
-    # an extension like .bin says little: a plugin that knows the content goes before
+    # extensions come last because one like .bin says little: a plugin that knows the content wins
     by_extension = [f for f in all_formats().values() if f.reader and suffix in f.extensions]
     if len(by_extension) == 1:
         return by_extension[0]
@@ -200,7 +203,7 @@ def _of_folder(path: Path) -> Format:
 
 
 def _best_by_content(formats: Sequence[Format], head: bytes) -> list[Format]:
-    """The formats of which the file has the longest magic; several where that is equally long."""
+    """The formats whose matching magic is the longest; several if they are equally long."""
     lengths = [max((len(m.content) for m in f.magic if m.matches(head)), default=0) for f in formats]
     longest = max(lengths, default=0)
     return [format for format, length in zip(formats, lengths, strict=True) if length == longest > 0]
@@ -219,8 +222,8 @@ def format_of_target(path: Path) -> Format:
 
 
 def is_checkpoint(names: Collection[str]) -> bool:
-    """Whether the files of a folder, by their names, are one model together: of a format that has folders, with an
-    index of the files or a configuration beside them."""
+    """Whether the files of a folder, by their names, form one model: one matches a format's folder patterns, and an
+    index of the files or a configuration lies beside it."""
     patterns = [pattern for format in all_formats().values() for pattern in format.folder]
     return bool(_matching(names, patterns)) and bool(_matching(names, ("*.index.json", "*config.json")))
 
@@ -230,8 +233,8 @@ def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
 
 
 def target_in(format: Format, path: Path, options: Mapping[str, Any], *, is_folder: bool) -> Path:
-    """Where the format's output for a model called `path` goes, by itself or in a folder of models: what its writer
-    says, or the name with the format's extension instead of its own (a folder has none)."""
+    """Where the format's output for a model called `path` goes: the writer's own choice if it has one, else the name
+    with the format's extension in place of its own (a folder's name has none to replace)."""
     named = getattr(writer(format), "target", None)
     if named is not None:
         return cast("Path", named(path, options, is_folder=is_folder))
@@ -239,20 +242,20 @@ def target_in(format: Format, path: Path, options: Mapping[str, Any], *, is_fold
 
 
 def reader(format: Format) -> Reader:
-    """The format's reader, its module imported now. Raises UsageError when it has none."""
+    """The format's reader; this imports its module. Raises UsageError if the format has no reader."""
     if not format.reader:
         raise UsageError(f"format '{format.name}' cannot be read: {format.description}")
     return cast("Reader", _load(format, format.reader))
 
 
 def reader_options(format: Format) -> list[OptionHelp]:
-    """The options of the format's reader; none where it has no reader, or one without options."""
+    """The options of the format's reader; empty if it has no reader, or a reader without options."""
     options = getattr(reader(format), "options", None) if format.reader else None
     return describe(options) if isinstance(options, type) else []
 
 
 def read(format: Format, path: Path, options: Mapping[str, Any]) -> Model:
-    """What the format's reader reads with these options of its own. Raises UsageError for one that it has not."""
+    """The model at `path`, read with these options of the reader's own. Raises UsageError for unknown options."""
     reading = reader(format)
     declared = getattr(reading, "options", None)
     if isinstance(declared, type):
@@ -263,14 +266,14 @@ def read(format: Format, path: Path, options: Mapping[str, Any]) -> Model:
 
 
 def writer(format: Format) -> Writer:
-    """The format's writer, its module imported now. Raises UsageError when it has none."""
+    """The format's writer; this imports its module. Raises UsageError if the format has no writer."""
     if not format.writer:
         raise UsageError(f"format '{format.name}' cannot be written: {format.description}")
     return cast("Writer", _load(format, format.writer))
 
 
 def runner(format: Format, path: Path) -> Runner:
-    """The model at `path` in its format's runtime. Raises UsageError where the format has none, MissingDependency where
+    """The model at `path` in its format's runtime. Raises UsageError if the format has no runtime, MissingDependency if
     it is not installed."""
     if not format.runner:
         runnable = ", ".join(f.name for f in all_formats().values() if f.runner)

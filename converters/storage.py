@@ -1,6 +1,10 @@
 """Where a tensor's canonical bytes come from: memory, a mapped file, or a computation. All of them are lazy.
 
-One small base class, `Data`: how many bytes there are, and any range of them as a uint8 array.
+The base class `Data` is small: the number of bytes, and any range of them as a uint8 array.
+
+Why ranges of bytes, not whole arrays. A tensor may be larger than memory, and a writer needs it only piece by piece.
+Files are memory-mapped: reading copies nothing, and the system may drop clean pages whenever memory is short. With
+`read` of a file, each piece would be copied once more and would count as this process's memory.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from nibblecast.converters.errors import ChangedFile, CorruptFile, MissingFile
 class Data(ABC):
     """The canonical bytes of one tensor (`converters.arithmetic.packing` gives the order).
 
-    Only `nbytes` and `read` must be there. A base class and not a protocol: the defaults are written once, and nobody
-    has to ask what another class of data can do.
+    A subclass must define `nbytes` and `read` only. This is a base class, not a protocol, so that the defaults are
+    written once. With optional members of a protocol, each caller would have to test for them.
     """
 
     __slots__ = ()
 
-    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field of that name
+    if TYPE_CHECKING:  # at run time a dataclass would use the inherited property as the default of its field `nbytes`
 
         @property
         @abstractmethod
@@ -41,7 +45,8 @@ class Data(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> NDArray[np.uint8]:
-        """Bytes [start, stop), contiguous, shape (stop - start,); they may be a read-only view, never to be changed."""
+        """Bytes [start, stop), contiguous, shape (stop - start,). Callers must not write to them: the result may be a
+        view."""
 
     def read_into(self, start: int, stop: int, out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Bytes [start, stop): in the first bytes of `out` if the data supports it, else in new memory. Reusing `out`
@@ -49,15 +54,15 @@ class Data(ABC):
         return self.read(start, stop)
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of the memory that bytes [start, stop) take; a later `read` brings them back."""
+        """Releases the memory that bytes [start, stop) take; a later `read` gets them again."""
         return
 
     def made_of(self) -> tuple[Data, ...]:
-        """The data that it is computed from."""
+        """The data that this is computed from."""
         return ()
 
     def files(self) -> Iterator[MappedFile]:
-        """The files that it is read from, be it through computations."""
+        """The files that this is read from, directly or through computations."""
         for data in self.made_of():
             yield from data.files()
 
@@ -83,10 +88,14 @@ class InMemory(Data):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Computed(Data):
-    """Bytes that a function makes when they are asked for: `compute(start, stop)` gives bytes [start, stop). `sources`
-    are the data that it reads: `in_order` says that a share of the bytes is made of about the same share of each of
-    them; where it is made of everything (a transposed matrix), sources are let go of with the last byte only.
-    `compute_into` is a way to make them in memory that the caller has, at least stop - start bytes."""
+    """Bytes that a function computes on demand: `compute(start, stop)` gives bytes [start, stop).
+
+    `sources` are the data that the function reads. `in_order` means that each part of the bytes comes from about the
+    same part of each source. Where every part needs the whole source (a transposed matrix), sources are released only
+    with the last byte. `compute_into` computes into the caller's memory, which has at least stop - start bytes.
+
+    Why computed on demand: stages can be chained without an intermediate copy of the model. The price is that a second
+    reader computes again; `converters.output.sharing` keeps what is small."""
 
     nbytes: int
     compute: Callable[[int, int], NDArray[np.uint8]]
@@ -116,7 +125,7 @@ class Computed(Data):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Joined(Data):
-    """Data one after the other."""
+    """Several data, concatenated."""
 
     sources: tuple[Data, ...]
 
@@ -136,7 +145,7 @@ class Joined(Data):
             data.release(first, last)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Data, int, int]]:
-        """The data that bytes [start, stop) lie in, with the range of each."""
+        """The data that hold bytes [start, stop), each with its own range."""
         begin = 0
         for data in self.sources:
             first, last = max(start, begin), min(stop, begin + data.nbytes)
@@ -167,9 +176,9 @@ class DataSlice(Data):
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A file to read from its beginning. Raises OSError for whatever is not a regular file: a FIFO, a device or a
-    socket would have the reader wait for ever, or read without end. The kind is that of the open file, so that nothing
-    can take its place after it was looked at."""
+    """Opens a file for reading. Raises OSError if it is not a regular file: reading a FIFO, a device or a socket might
+    never return, or never end. The check looks at the open file, because the path may be replaced between a check and
+    the opening."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(handle).st_mode
@@ -189,15 +198,14 @@ def read_regular(path: Path) -> bytes:
         return stream.read()
 
 
-#: All files that are mapped, for whoever has to tell which of them has become shorter.
+#: All mapped files: the handler of SIGBUS must find the one that was truncated.
 _mapped: WeakSet[MappedFile] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class MappedFile:
-    """A file mapped into memory read-only; `view` is uint8 of shape (file size,). Closed when nothing refers to it.
-    `identity` is what the system said of the file when it was opened: device, inode, and when it was last written to
-    in nanoseconds."""
+    """A file mapped into memory read-only; `view` is uint8 of shape (file size,). It is closed when nothing refers to
+    it. `identity` is the file's device, inode and modification time in nanoseconds when it was opened."""
 
     path: Path
     view: NDArray[np.uint8]
@@ -206,8 +214,8 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
-        """Maps `path` whole. Raises CorruptFile when it cannot be read or is not a regular file, MissingFile when it is
-        not there."""
+        """Maps all of `path`. Raises CorruptFile when it cannot be read or is not a regular file, MissingFile when it
+        does not exist."""
         try:
             with open_regular(path) as file:
                 status = os.fstat(file.fileno())
@@ -223,14 +231,14 @@ class MappedFile:
         return opened
 
     def check_unchanged(self) -> None:
-        """Raises ChangedFile where the file has been written to or cut off since it was opened."""
+        """Raises ChangedFile if the file was written to or truncated since it was opened."""
         if self.mapping is None:
             return
         try:
             found, size = _identity(self.path.stat()), self.mapping.size()
         except OSError:
-            return  # it has been removed; what is mapped stays
-        is_another = found[:2] != self.identity[:2]  # that has been put in its place; what is mapped stays
+            return  # it was removed, but the mapping stays valid
+        is_another = found[:2] != self.identity[:2]  # another file has this path now; the mapping stays valid
         if size != self.view.size or not (is_another or found == self.identity):
             raise ChangedFile(
                 f"changed while it was read: it had {self.view.size} bytes and now has {size}; convert it again when "
@@ -275,7 +283,8 @@ class FileRange(Data):
 
 
 def truncated_file() -> MappedFile | None:
-    """A mapped file that has become shorter since: reading what is gone ends a process by the signal SIGBUS."""
+    """A mapped file that was truncated after it was opened: reading beyond its new end raises the signal SIGBUS, which
+    ends the process."""
     for file in tuple(_mapped):
         if file.mapping is not None and file.mapping.size() < file.view.size:
             return file

@@ -1,4 +1,4 @@
-"""How far values are from the floats that they stand for."""
+"""The error of quantization: how far decoded values are from the floats that they were made of."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LARGEST_EXPONENT = 126
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How well codes stand for the floats they were made of: the largest absolute error and the mean of the squared
-    ones, in the values' unit, and the signal-to-noise ratio, 10 * log10(sum of values ** 2 / sum of errors ** 2), in
-    decibels (infinite where nothing was lost)."""
+    """The error of a tensor's codes: the largest absolute error and the mean squared error, in the values' unit, and
+    the signal-to-noise ratio, 10 * log10(sum of values ** 2 / sum of errors ** 2), in decibels (infinite if all values
+    are exact)."""
 
     tensor: str
     kind: str
@@ -40,7 +40,7 @@ class Accuracy:
 
     @classmethod
     def total(cls, parts: Sequence[Accuracy]) -> Accuracy:
-        """That of all of them together."""
+        """The accuracy of all parts together."""
         return cls(
             tensor="",
             kind="",
@@ -52,15 +52,15 @@ class Accuracy:
 
 
 def errors(values: NDArray[np.float32], decoded: NDArray[np.float32]) -> tuple[float, float, float]:
-    """The largest error, the sum of squared errors, and that of squared values, of two arrays of one shape with at
+    """The largest error, the sum of squared errors and the sum of squared values, for two arrays of one shape with at
     least one element. `decoded` is overwritten."""
     largest, squared_error = _largest_and_sum_of_squares(np.subtract(decoded, values, out=decoded))
     return largest, squared_error, _largest_and_sum_of_squares(values)[1]
 
 
 def _largest_and_sum_of_squares(numbers: NDArray[np.float32]) -> tuple[float, float]:
-    """Of absolute values. They are squared in units of a power of two near the largest, so that float32 has room; NumPy
-    adds up by pairs, and unlike a dot product needs no threads of its own."""
+    """The largest absolute value and the sum of squares. Numbers are squared in units of a power of two near the
+    largest, so that float32 does not overflow. NumPy sums pairwise, and unlike a dot product starts no threads."""
     largest = max(float(numbers.max()), -float(numbers.min()))
     unit = 2.0 ** max(frexp(largest)[1], -_LARGEST_EXPONENT)
     scaled = np.multiply(numbers, np.float32(1 / unit))

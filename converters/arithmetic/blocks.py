@@ -1,8 +1,8 @@
-"""How a tensor falls apart into groups of whole blocks, small enough for the processor's cache.
+"""Divides a tensor into groups of whole blocks, small enough for the processor's cache.
 
-Every tensor is seen as (planes, rows, columns), row-major, with blocks of `block` rows: for blocks along an axis these
-are the axes before it, the axis itself, and the axes after it. A scale for all of a plane is a block of all its rows;
-the exception is one scale per row for all planes (`across`): per axis, where that is not the first axis.
+Every tensor is viewed as (planes, rows, columns), row-major, with blocks of `block` rows. For blocks along an axis
+these are the axes before it, the axis itself, and the axes after it. One scale per plane is a block of all its rows.
+The exception is one scale per row for all planes (`across`): per-axis quantization along another axis than the first.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SHORT = 256  # NumPy is slow where its innermost loops are shorter
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Elements [start, start + planes * rows * columns) of the tensor: all of some planes, or rows of one of them.
-    Their blocks are those from `first_block` on."""
+    """Elements [start, start + planes * rows * columns) of the tensor: several whole planes, or rows of one plane.
+    Their blocks are numbered from `first_block` on."""
 
     start: int
     planes: int
@@ -48,8 +48,8 @@ class Box:
         return self.rows if self.across else self.planes * -(-self.rows // self.block) * self.columns
 
     def to_blocks(self, elements: NDArray[Any]) -> NDArray[np.float32]:
-        """The box's elements, flat, in blocks along axis 1: shape (k, b, q), float32. A last block that is shorter ends
-        with zeros, which have no influence: zero is in every range, and is a code."""
+        """The box's flat elements as blocks along axis 1: shape (k, b, q), float32. A shorter last block is padded with
+        zeros, which change nothing: zero is in every range, and has a code."""
         with np.errstate(over="ignore", invalid="ignore"):  # float64 beyond float32: infinity, refused later on
             box = elements.astype(np.float32, copy=False).reshape(self.planes, self.rows, self.columns)
         if self.across:
@@ -74,8 +74,8 @@ class Box:
 
 
 def side_by_side(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The same blocks in the same order, laid out so that a loop over blocks runs in memory's order, where the loop
-    along a block would be short: shape (k, b, q) becomes (1, b, k * q)."""
+    """The same blocks in the same order, as shape (1, b, k * q) instead of (k, b, q), if blocks are short. The
+    innermost loop then runs over blocks, in the order of memory."""
     k, b, q = blocks.shape
     if k == 1 or q >= _SHORT or (q == 1 and b >= _SHORT):
         return blocks
@@ -84,7 +84,7 @@ def side_by_side(blocks: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Boxes one after the other that make up whole blocks; several only where the blocks are large."""
+    """Consecutive boxes that hold whole blocks together; there are several boxes only if the blocks are large."""
 
     boxes: tuple[Box, ...]
     start: int
@@ -104,7 +104,7 @@ class BlockGrid:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], block_shape: tuple[int, ...]) -> BlockGrid:
-        """How a tensor of that shape is seen. Its blocks are the whole tensor, or one position of one axis, or several
+        """The view of a tensor of that shape. A block is the whole tensor, or one position of one axis, or several
         positions of one axis and a single one of all others."""
         size = prod(shape)
         split = [axis for axis in range(len(shape)) if block_shape[axis] < shape[axis]]
@@ -121,7 +121,7 @@ class BlockGrid:
         return cls(prod(shape[:axis]), shape[axis], prod(shape[axis + 1 :]), block_shape[axis])
 
     def groups(self) -> Iterator[Group]:
-        """The groups in the order of their elements, which is that of their blocks as well."""
+        """The groups in the order of their elements, which is also the order of their blocks."""
         plane = self.rows * self.columns
         if self.across:
             boxes = tuple(self._planes() if plane <= _PIECE_ELEMENTS else self._rows(0, self.planes, 0, self.rows))

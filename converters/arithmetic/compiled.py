@@ -1,7 +1,8 @@
-"""Decoding in one pass of compiled code, for much of it: where numba is installed (`nibblecast[fast]`).
+"""Decoding in one pass of compiled code, if numba is installed (`nibblecast[fast]`) and there is much to decode.
 
-The same operations in the same order as `decoding` does them with NumPy, bit for bit. Importing numba
-takes longer than converting a small model: so it is used when a process decodes much, or is about to.
+It does the same operations in the same order as `decoding` does with NumPy, and gives the same bits. NumPy makes a pass
+through the cache for each operation, numba one for all of them. Importing numba takes longer than converting a small
+model, so it is used only when a process decodes much, or is about to. Until it is imported, NumPy decodes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from nibblecast.converters.errors import Notice, UsageError
 if TYPE_CHECKING:  # imported when there is much to decode
     from threading import Thread
 
-#: Where there are no more elements, they are decoded without; "0" in the environment: all are with, "never": none.
+#: Up to this many elements NumPy decodes, because compiling would take longer. In the environment, "0" always uses
+#: compiled code, "never" never does.
 _WORTH = os.environ.get("NIBBLECAST_COMPILE_AFTER", str(1 << 27))
 #: Shorter blocks, and fewer elements at once, are not worth the calls.
 _SHORTEST_BLOCK = 8
@@ -55,8 +57,8 @@ def decode(
     view_shape: tuple[int, ...],
     out: NDArray[Any],
 ) -> bool:
-    """Writes the values of elements of `dtype` to `out`, shape (n,), which are looked up in `table` where there is one.
-    False, with nothing done, where this is not for compiled code."""
+    """Writes the values of elements of `dtype` to `out`, shape (n,); they are looked up in `table` if there is one.
+    Returns False, with nothing done, if compiled code does not apply."""
     loops = _kernels(out.size)
     if loops is None or (table is None and dtype not in _KINDS):
         return False
@@ -89,8 +91,8 @@ def decode(
 
 
 def _blocks(steps: Sequence[Operation], view_shape: tuple[int, ...]) -> int:
-    """Into how many runs of equal length the elements fall so that none has two parameters of one operation; 0 where
-    there are no such runs that parameters are in the order of."""
+    """The number of runs of equal length such that each operation has one parameter per run; 0 if there are no such
+    runs in the order of the parameters."""
     most = 1
     for _, parameter, _ in steps:
         split = next((axis for axis, size in enumerate(parameter.shape) if size != view_shape[axis]), parameter.ndim)
@@ -101,18 +103,18 @@ def _blocks(steps: Sequence[Operation], view_shape: tuple[int, ...]) -> int:
 
 
 def expect(nbytes: int) -> None:
-    """Says that so many bytes are about to be written, of which decoded values may be a part."""
+    """Announces that so many bytes are about to be written; decoded values may be a part of them."""
     global _expected
     _expected = nbytes // 4
 
 
 def is_used() -> bool:
-    """Whether compiled code decodes now: other modules of compiled code may be imported then."""
+    """Whether compiled code decodes now; then other modules may import theirs too."""
     return _kernels(0) is not None
 
 
 def _kernels(count: int) -> Any:
-    """The compiled functions; None where there are none (yet), or too little is decoded and expected."""
+    """The compiled functions; None if they are not loaded (yet), or too little is decoded and expected."""
     global _decoded
     if _WORTH == "never":
         return None
@@ -129,7 +131,7 @@ def _kernels(count: int) -> Any:
 
 @cache
 def _loading() -> tuple[Thread, list[Any]]:
-    """A thread that imports them, while NumPy decodes, and where it puts them."""
+    """A thread that imports the compiled functions while NumPy decodes, and the list that it puts them in."""
     from threading import Thread
 
     kernels: list[Any] = []
@@ -143,6 +145,6 @@ def _imported() -> Any:
         return None
     try:
         return import_module("nibblecast.converters.arithmetic.compiled_kernels")
-    except Exception as error:  # made for another NumPy; nowhere to keep what is compiled; whatever else compilers have
+    except Exception as error:  # built for another NumPy, no folder for the cache, or any other failure of a compiler
         warnings.warn(f"numba is not used, and decoding takes longer: {error}", Notice, stacklevel=2)
         return None

@@ -1,7 +1,7 @@
-"""The loops over codes, compiled by numba when this module is imported, and kept on the disk for the next time.
+"""The loops over codes, compiled by numba when this module is imported, and cached on disk.
 
-Operations are neither contracted nor reordered: each gives the bits that NumPy's gives. float16 is what the processor
-makes of it, which rounds as IEEE 754 has it; ImportError where it cannot.
+Operations are neither contracted nor reordered, so each gives the same bits as NumPy's. The processor converts to
+float16 itself, rounding as in IEEE 754. Importing raises ImportError if the processor cannot.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from llvmlite import binding, ir
 from numba import float32, int64, njit, types, uint16, void
 from numba.extending import intrinsic
 
-#: How elements are stored, operations, and what their results are rounded to: numbers that `decode` takes.
+#: Numbers that `decode` takes: how elements are stored, the operations, and what their results are rounded to.
 TABLE, UNSIGNED4, SIGNED4, UNSIGNED8, SIGNED8 = range(5)
 SUBTRACT, MULTIPLY, ADD = range(3)
 KEPT, FLOAT16, BFLOAT16 = range(3)
 
-_CHUNK = 1024  # elements: what is computed stays in the first-level cache
+_CHUNK = 1024  # elements at a time, which stay in the first-level cache
 _SIGN, _INFINITY, _NAN = np.uint32(0x80000000), np.uint32(0x7F800000), np.uint32(0x7FC00000)
 _ONE, _16, _ROUNDING, _HIGH = np.uint32(1), np.uint32(16), np.uint32(0x7FFF), np.uint32(0xFFFF0000)
 
@@ -30,7 +30,7 @@ if binding.get_default_triple().startswith("x86_64") and not binding.get_host_cp
 
 
 def _float16_of(_: Any, value: Any) -> Any:
-    """float16's bits of a float32."""
+    """The bits of a float32 rounded to float16."""
 
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
@@ -39,7 +39,7 @@ def _float16_of(_: Any, value: Any) -> Any:
 
 
 def _float32_of(_: Any, bits: Any) -> Any:
-    """The float32 that float16's bits are."""
+    """The float32 of the same value as these float16 bits."""
 
     def code(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -53,7 +53,7 @@ _from_float16: Any = intrinsic(_float32_of)
 
 @njit(inline="always")
 def _rounded_to_bfloat16(bits: Any) -> Any:
-    """float32's bits of the bfloat16 that is nearest to what `bits` are of; all NaN are one, but for the sign."""
+    """The float32 bits of the nearest bfloat16; `bits` are those of a float32. All NaN become one, with their sign."""
     size = bits & ~_SIGN
     rounded = (bits + _ROUNDING + ((bits >> _16) & _ONE)) & _HIGH
     return rounded if size <= _INFINITY else (bits & _SIGN) | _NAN
@@ -61,8 +61,8 @@ def _rounded_to_bfloat16(bits: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _widen_nibbles(packed: Any, first: int, excess: int, values: Any, count: int) -> None:
-    """Codes of 4 bits from element `first` on: unsigned ones, or signed ones where `excess` is 8."""
-    part = packed[first // 2 : (first + count) // 2]  # indexes that begin with 0 are known not to be negative
+    """Writes codes of 4 bits from element `first` on to `values`; `excess` is 8 for signed codes, else 0."""
+    part = packed[first // 2 : (first + count) // 2]  # indices from 0 on need no test for negative ones, so it is fast
     for i in range(count // 2):
         byte = np.int32(part[i])
         values[2 * i] = np.float32(((byte & 15) ^ excess) - excess)
@@ -71,7 +71,7 @@ def _widen_nibbles(packed: Any, first: int, excess: int, values: Any, count: int
 
 @njit(cache=True, nogil=True)
 def _widen_bytes(packed: Any, first: int, excess: int, values: Any, count: int) -> None:
-    """Likewise codes of 8 bits, whose `excess` is 128."""
+    """Writes codes of 8 bits from element `first` on to `values`; `excess` is 128 for signed codes, else 0."""
     part = packed[first : first + count]
     for i in range(count):
         values[i] = np.float32((np.int32(part[i]) ^ excess) - excess)
@@ -79,7 +79,7 @@ def _widen_bytes(packed: Any, first: int, excess: int, values: Any, count: int) 
 
 @njit(cache=True, nogil=True)
 def _look_up(packed: Any, first: int, table: Any, per_byte: int, values: Any, count: int) -> None:
-    """What `table` has for each byte: `per_byte` values, copied in pairs."""
+    """Writes the entries of `table` for each byte to `values`: `per_byte` of them, copied in pairs."""
     part = packed[first // per_byte : (first + count) // per_byte]
     if per_byte == 1:
         for i in range(count):
@@ -98,7 +98,7 @@ def _look_up(packed: Any, first: int, table: Any, per_byte: int, values: Any, co
 
 @njit(cache=True, nogil=True)
 def _apply(operation: int, parameters: Any, number: int, block: int, values: Any, count: int) -> None:
-    """`parameters` from `number` on for blocks of `block` values; less than a block where `count` is."""
+    """Applies one operation to `count` values; `parameters` from `number` on are those of blocks of `block` values."""
     for start in range(0, count, block):
         parameter = parameters[number]
         number += 1
@@ -116,7 +116,7 @@ def _apply(operation: int, parameters: Any, number: int, block: int, values: Any
 
 @njit(cache=True, nogil=True)
 def _round(dtype: int, values: Any, bits: Any, count: int) -> None:
-    """Rounds to FLOAT16 or BFLOAT16; `bits` are those of `values`."""
+    """Rounds `values` to FLOAT16 or BFLOAT16; `bits` is a view of the same memory."""
     if dtype == FLOAT16:
         for i in range(count):
             values[i] = _from_float16(_to_float16(values[i]))
@@ -127,7 +127,7 @@ def _round(dtype: int, values: Any, bits: Any, count: int) -> None:
 
 @njit(cache=True, nogil=True)
 def _write(dtype: int, values: Any, bits: Any, out32: Any, out16: Any, first: int, count: int) -> None:
-    """Writes values to `out32` or, as what they are in a dtype of 16 bits, to `out16`, from `first` on."""
+    """Writes values to `out32` or, as bits of a dtype of 16 bits, to `out16`, from `first` on."""
     if dtype == KEPT:
         part32 = out32[first : first + count]
         for i in range(count):
@@ -162,8 +162,8 @@ def decode(
     out32: Any,
     out16: Any,
 ) -> None:
-    """Writes the values of `packed` codes to `out32` or, as bits of the dtype `given_as`, to `out16`: `parameters` has
-    for each operation one of each block of `block` elements, and its result is rounded."""
+    """Writes the values of `packed` codes to `out32` or, as bits of the dtype `given_as`, to `out16`. `parameters` has
+    a row for each operation, with one parameter per block of `block` elements. `rounded_to` has each result's dtype."""
     values = np.empty(_CHUNK, np.float32)
     bits = values.view(np.uint32)
     size = parameters.shape[1] * block

@@ -2,13 +2,16 @@
 
     value = (scale * (code - zero_point) + offset) * factor
 
-Integer zero points are subtracted exactly; the multiplication and the addition are one float32 operation each, in this
-order; the result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
-Where the quantization names another `compute_dtype`, each of the operations is rounded to it, which is what
-PyTorch computes with tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors. Where
-it has a `value_dtype`, values are rounded to that first when another dtype of 16 bits is wanted: as `Tensor.to` finds
-them. float32 values are not.
-The work is done in pieces that stay in the processor's cache.
+Integer zero points are subtracted exactly. The multiplication and the addition are one float32 operation each, in this
+order. The result is rounded once to the wanted dtype. This is bit for bit what LiteRT 2.3 and onnxruntime 1.32 compute.
+If the quantization names another `compute_dtype`, each operation is rounded to it. This is what PyTorch computes with
+tensors of float16 and bfloat16, and with the float64 scales of its own quantized tensors. If it has a `value_dtype`,
+values wanted in another dtype of 16 bits are rounded to it first, as `Tensor.to` would find them; float32 values are
+not. The work is done in pieces that stay in the processor's cache.
+
+Why NumPy is the reference. Each NumPy operation is one rounding of IEEE 754, so the order of operations here is the
+definition of the result. It runs wherever NumPy does. Compiled loops (`compiled`) are optional and must give the same
+bits: whether numba is installed changes the speed of a conversion, never its output.
 """
 
 from __future__ import annotations
@@ -30,18 +33,18 @@ from nibblecast.converters.arithmetic.packing import Workspace, byte_table, pack
 
 _PIECE_ELEMENTS = 1 << 17  # 512 KiB of float32: inside a common second-level cache
 
-_EXACT_IN_INT8 = 112  # less 4-bit codes, that is: -128 <= code - zero_point <= 127
-_EXACT_IN_FLOAT32 = 1 << 23  # likewise, less 16-bit codes: below 2 ** 24
+_EXACT_IN_INT8 = 112  # largest zero point for which 4-bit codes give -128 <= code - zero_point <= 127
+_EXACT_IN_FLOAT32 = 1 << 23  # below it, zero points and 16-bit codes give differences below 2 ** 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parameters:
-    """What the formula takes beside the codes, as arrays of the grid's shape: one for each block of `block_shape`.
+    """The parameters of the formula as arrays of the grid's shape: one element for each block of `block_shape`.
 
-    `scale` and `offset` are float32, or float64 where the library computes with that; `zero_point` is of an integer
-    dtype (sub-byte ones as int8 or uint8), or float32 where it is no integer. `codebook` has shape (2 ** bits,).
-    `group_index` is an axis, and which group each of its positions belongs to. `compute_dtype`, `factor` and
-    `value_dtype` are as `ir.Quantization` has them.
+    `scale` and `offset` are float32, or float64 if the library computes in float64. `zero_point` has an integer dtype
+    (int8 or uint8 for sub-byte ones), or float32 if it is not an integer. `codebook` has shape (2 ** bits,).
+    `group_index` is an axis and the group of each of its positions. `compute_dtype`, `factor` and `value_dtype` are as
+    in `ir.Quantization`.
     """
 
     block_shape: tuple[int, ...]
@@ -67,15 +70,15 @@ class _Where:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """One operation of the formula; `parameter` broadcasts to the view. An integer one is for integer codes. The result
-    is rounded to `rounded_to` (None: it is what `values` hold)."""
+    """One operation of the formula; `parameter` broadcasts to the view. An integer parameter is for integer codes. The
+    result is rounded to `rounded_to` (None: it keeps the dtype of `values`)."""
 
     operation: np.ufunc
     parameter: NDArray[Any]
     rounded_to: np.dtype[Any] | None = None
 
     def apply(self, values: NDArray[Any], where: _Where, rounding: _Rounding) -> None:
-        """Does it in place; `values` are the flat elements at `where`."""
+        """Applies the operation in place; `values` are the flat elements at `where`."""
         parameter = self.parameter
         if not where.view_shape:
             view = values.reshape(())
@@ -91,7 +94,7 @@ class _Step:
 
 
 class _Rounding:
-    """Casts and rounds up to `most` floats at a time, in memory that is held."""
+    """Casts and rounds up to `most` floats at a time, in memory that is allocated once."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -113,7 +116,7 @@ class _Rounding:
             out[...] = values
 
     def round(self, values: NDArray[Any], dtype: np.dtype[Any]) -> None:
-        """Rounds in place to `dtype`, float16 or bfloat16; their dtype stays."""
+        """Rounds `values` in place to `dtype`, float16 or bfloat16; the array keeps its own dtype."""
         if dtype == np.float16 and values.dtype == np.float32:
             self._float16.round(values)
             return
@@ -130,14 +133,14 @@ def decode(
     out: NDArray[Any],
 ) -> None:
     """Writes the values of elements of `dtype` and `shape`, given as canonical bytes, flat to `out`, an array of shape
-    (n,) and one of FLOAT_DTYPES. Without parameters they are plain values, which are cast. The pieces stay in the cache
-    from unpacking to rounding."""
+    (n,) and one of FLOAT_DTYPES. Without parameters the elements are plain values, which are cast. Each piece stays in
+    the cache from unpacking to rounding."""
     if not out.size:
         return
     bits = bits_of(dtype)
     table = _table(dtype, parameters)
     steps = [] if parameters is None else _steps(parameters, dtype, shape, table, out.dtype)
-    if steps and steps[-1].rounded_to == out.dtype:  # as `out` does by itself
+    if steps and steps[-1].rounded_to == out.dtype:  # writing to `out` rounds anyway
         steps[-1] = replace(steps[-1], rounded_to=None)
     is_double = parameters is not None and parameters.compute_dtype == FLOAT64
     computed = FLOAT64 if is_double else FLOAT32
@@ -148,7 +151,7 @@ def decode(
             return
     axis = next((axis for axis, size in enumerate(view_shape) if size != 1), 0)
     count, unit = (view_shape[axis], prod(view_shape[axis + 1 :])) if view_shape else (1, 1)
-    whole = 8 // gcd(8, unit * bits)  # that many end on a whole byte
+    whole = 8 // gcd(8, unit * bits)  # so many units end on a whole byte
     piece = max(1, _PIECE_ELEMENTS // max(1, unit * whole)) * whole
     most = min(piece, count) * unit
     elements_of, rounding = _unpacker(dtype, most), _Rounding(most)
@@ -171,7 +174,7 @@ def decode(
 
 
 def _unpacker(dtype: np.dtype[Any], most: int) -> Callable[[NDArray[np.uint8], int], NDArray[Any]]:
-    """A function that gives so many elements of canonical bytes, `most` at the most, valid until it is called again."""
+    """A function that unpacks up to `most` elements of canonical bytes; its result is valid until the next call."""
     if dtype not in SUB_BYTE:
         return lambda packed, count: packed.view(dtype)
     workspace = Workspace(dtype, packed_size(most, bits_of(dtype)))
@@ -181,11 +184,11 @@ def _unpacker(dtype: np.dtype[Any], most: int) -> Callable[[NDArray[np.uint8], i
 def _widen(
     elements: NDArray[Any], steps: Sequence[_Step], where: _Where, out: NDArray[Any], rounding: _Rounding
 ) -> Sequence[_Step]:
-    """Writes `elements` to `out`, less their zero points where those are subtracted as integers; gives the steps that
-    remain."""
+    """Writes `elements` to `out`, after subtracting their zero points if that is done in integers. Returns the steps
+    that remain."""
     if steps and steps[0].parameter.dtype.kind == "i":
         wanted = steps[0].parameter.dtype
-        exact = elements.astype(wanted, copy=wanted != np.int8)  # unpacked codes are no one else's
+        exact = elements.astype(wanted, copy=wanted != np.int8)  # unpacked codes are a private copy
         steps[0].apply(exact, where, rounding)
         out[...] = exact
         if steps[0].rounded_to is not None:
@@ -203,13 +206,13 @@ def _steps(
     table: NDArray[np.float32] | None,
     wanted: np.dtype[Any],
 ) -> list[_Step]:
-    """The operations that follow the look-up, in order, for values that are wanted as that dtype."""
+    """The operations after the look-up, in order, for values of dtype `wanted`."""
     rounded_to = None if parameters.compute_dtype in (FLOAT32, FLOAT64) else parameters.compute_dtype
 
     def step(operation: np.ufunc, parameter: NDArray[Any]) -> _Step:
         spread = _spread(parameter, shape, parameters)
         if spread.dtype.kind == "i" and (spread == spread.flat[0]).all():
-            spread = spread[(slice(1),) * spread.ndim]  # NumPy is faster with one for all than with one for each block
+            spread = spread[(slice(1),) * spread.ndim]  # NumPy is faster with a single one than with one per block
         return _Step(operation, spread, rounded_to)
 
     steps = []
@@ -217,7 +220,7 @@ def _steps(
         zero_point = _zero_point(parameters.zero_point, None if table is not None else dtype)
         with np.errstate(invalid="ignore"):  # signalling NaNs
             is_needed = bool(zero_point.any())
-        # symmetric schemes often store their zeros; uint64 codes are still to be taken as int64
+        # symmetric schemes often store zeros, which need no step; but uint64 codes need it to become int64
         if is_needed or dtype == np.uint64:
             steps.append(step(np.subtract, zero_point))
     steps.append(step(np.multiply, parameters.scale))
@@ -232,9 +235,9 @@ def _steps(
 
 
 def _zero_point(zero_point: NDArray[Any], codes: np.dtype[Any] | None) -> NDArray[Any]:
-    """The zero points in the type that they are subtracted in: int8 for sub-byte codes, which is fastest; float32 where
-    the difference is exact in it; int64 for wide codes or zero points; float32 for any that are no integers. `codes` is
-    the dtype of the codes, None where these are looked up."""
+    """The zero points in the dtype of the subtraction: int8 for sub-byte codes, which is fastest; float32 where the
+    difference is exact in it; int64 for wide codes or zero points; float32 for zero points that are not integers.
+    `codes` is the dtype of the codes, None if these are looked up."""
     if codes is None or not is_integer(codes) or zero_point.dtype.kind == "f":
         return zero_point.astype(np.float32, copy=False)
     stored = zero_point.astype(np.int64)
@@ -245,8 +248,8 @@ def _zero_point(zero_point: NDArray[Any], codes: np.dtype[Any] | None) -> NDArra
 
 
 def _table(dtype: np.dtype[Any], parameters: Parameters | None) -> NDArray[np.float32] | None:
-    """The float32 elements of each of the 256 bytes, shape (256, elements of a byte), where codes are not numbers
-    themselves: they are looked up in a codebook, or are the patterns of a small float."""
+    """The float32 elements of each of the 256 bytes, shape (256, elements per byte). None unless codes stand for other
+    numbers: they index a codebook, or are the bit patterns of a small float."""
     if parameters is not None and parameters.codebook is not None:
         entries = parameters.codebook
         return entries[byte_table(dtype)] if dtype in SUB_BYTE else entries.reshape(256, 1)
@@ -254,7 +257,7 @@ def _table(dtype: np.dtype[Any], parameters: Parameters | None) -> NDArray[np.fl
 
 
 def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray[Any]) -> None:
-    """Writes the elements of `packed` to `out`; of the last byte only what still fits."""
+    """Writes the elements of `packed` to `out`; surplus elements of the last byte are dropped."""
     if out.dtype != np.float32:
         out[...] = table[packed].reshape(-1)[: out.size]
         return
@@ -268,7 +271,7 @@ def _look_up(table: NDArray[np.float32], packed: NDArray[np.uint8], out: NDArray
 
 
 def _splits(size: int, block: int) -> bool:
-    """Whether an axis is seen as (blocks, elements of a block); else as it is, its parameters repeated if need be."""
+    """Whether the view splits an axis into (blocks, elements of a block). Else parameters are repeated as needed."""
     return 1 < block < size and size % block == 0
 
 

@@ -1,7 +1,7 @@
-"""Facts about the dtypes of elements: what they are called, how many bits they take, which integers they hold.
+"""Facts about the dtypes of elements: their names, their bits, and the integers that they hold.
 
-NumPy has no type narrower than a byte and no bfloat16; ml_dtypes adds them, but `np.iinfo`, `itemsize` and `kind` know
-nothing of what it adds. So every question about a dtype is asked here, and has one answer for both kinds.
+NumPy lacks types narrower than a byte, and bfloat16. ml_dtypes adds them, but `np.iinfo`, `itemsize` and `kind` give
+wrong answers for them. So all code asks here, and gets one answer for both kinds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
 )
 #: The dtype of unsigned codes of so many bits.
 UNSIGNED: Mapping[int, np.dtype[Any]] = MappingProxyType({2: UINT2, 4: UINT4, 8: UINT8})
-#: What values can be decoded to, by name.
+#: The dtypes that values can be decoded to, by name.
 FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 )
@@ -81,6 +81,6 @@ def in_range(value: int, dtype: np.dtype[Any]) -> bool:
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
-    """What a dtype is called. Elements that are whole blocks, not decoded here, have a structured dtype whose only
-    field is called as their type."""
+    """The name of a dtype. Elements that are whole blocks, not decoded here, have a structured dtype; its only field
+    has the name of their type."""
     return dtype.names[0] if dtype.names else dtype.name

@@ -1,8 +1,8 @@
-"""float32 rounded to float16 by operations that NumPy has for whole vectors, where its own cast has none.
+"""float32 rounded to float16 by NumPy's vectorised operations, because NumPy's own cast is not vectorised.
 
-Bit for bit what `astype` gives: to the nearest, ties to the even one, infinity beyond the largest, subnormal numbers.
-A number of exponent e is rounded to the 11 bits of float16 when 1.5 * 2 ** (e + 13) is added to it and taken away
-again: the sum has no room for more of it, be it positive or negative.
+The result equals `astype` bit for bit: to nearest, ties to even, infinity beyond the largest, subnormal numbers.
+A number of exponent e is rounded to the 11 bits of float16 by adding 1.5 * 2 ** (e + 13) and subtracting it again: the
+sum has no room for more bits, whatever the number's sign.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 
 _SIGN16, _SIGN = np.uint16(0x8000), np.uint32(0x80000000)
 _EXPONENT = np.uint32(0x7F800000)
-#: float16's least normal number, 2 ** -14, whose last place subnormal ones have, too; 2 ** 15, near the largest.
+#: float16's least normal number, 2 ** -14 (subnormal numbers have the same last place), and 2 ** 15, near the largest.
 _LEAST, _NEAR_LARGEST = np.uint32(0x38800000), np.uint32(0x47000000)
 _SHIFT = np.float32(1.5 * 2**13)
-#: Exponents of float16 are less than float32's by 112, and its mantissa has 13 bits less.
+#: The exponent bias of float16 is 112 less than that of float32, and its mantissa is 13 bits shorter.
 _LESS, _BITS_LESS = np.float32(2.0**-112), np.uint32(13)
-_PIECE = 1 << 15  # with what is computed beside it, half of a common second-level cache
+_PIECE = 1 << 15  # with the intermediate arrays, half of a common second-level cache
 
 
 class Float16:
-    """Rounds float32 numbers in memory that is held."""
+    """Rounds float32 numbers, with intermediate arrays that are allocated once."""
 
     def __init__(self) -> None:
         self._exponents, self._rounded = np.empty((2, _PIECE), np.uint32)
@@ -65,8 +65,8 @@ class Float16:
         np.bitwise_or(bits, self._rounded[: values.size], out=bits)
 
     def _round(self, values: NDArray[np.float32]) -> bool:
-        """Whether they are neither near the largest number nor beyond it; then they are rounded, but for the sign of
-        zeros."""
+        """Rounds the values into `_rounded`, except for the sign of zeros. False, without rounding, if any of them
+        is near the largest number or beyond it."""
         exponents, least = self._exponents[: values.size], self._least[: values.size]
         np.bitwise_and(values.view(np.uint32), _EXPONENT, out=exponents)
         if exponents.max(initial=0) >= _NEAR_LARGEST:

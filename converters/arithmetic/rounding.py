@@ -21,21 +21,21 @@ from nibblecast.converters.errors import Unsupported
 
 Floats = NDArray[np.float32]
 
-#: Gives the elements of some blocks, again at each call, in pieces: the positions of a piece's blocks among them, and
-#: their elements, or some of their elements.
+#: Each call gives the elements of some blocks anew, in pieces: the positions of the piece's blocks, and all or a part
+#: of their elements. A function, not a list, so that several passes need no memory for all floats.
 Pieces = Callable[[], Iterable[tuple[slice, Floats]]]
 
-#: What the range of min-max is multiplied by in search of the least mean square error: beyond 1 for values near both
-#: ends, far below it for long rows with outliers.
+#: Factors of the min-max range that are tried for the least mean square error: above 1 for values near both ends, far
+#: below 1 for long rows with outliers.
 _RATIOS = (0.14, 0.2, 0.3, 0.4, *np.linspace(0.5, 1.15, 16).tolist())
 _REFINEMENTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """Which codes floats become, and how their scales are chosen: `lowest` to `highest`, of which `middle` is zero's in
-    symmetric schemes. `narrow` ones have as many on either side of it, so that no scale is negative. `least_error`: the
-    scales are those of the least squared error, not of the smallest and the largest value."""
+    """The codes that floats become, and how their scales are chosen. Codes are `lowest` to `highest`; in symmetric
+    schemes `middle` is the code of zero. `narrow` schemes have as many codes on either side of it, so that no scale is
+    negative. `least_error`: scales minimise the squared error, instead of covering the smallest and largest value."""
 
     lowest: int
     middle: int
@@ -48,20 +48,20 @@ class Codes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockParameters:
-    """The scales of blocks, and their zero points (in symmetric schemes one for all of them, broadcast)."""
+    """The scales of blocks, and their zero points (in symmetric schemes a single one, broadcast)."""
 
     scale: Floats
     zero_point: Floats
 
     def of(self, where: slice, blocks: Floats) -> BlockParameters:
-        """Those of the blocks at `where`, as they broadcast to `blocks`."""
+        """The parameters of the blocks at `where`, in a shape that broadcasts to `blocks`."""
         shape = (blocks.shape[0], 1, blocks.shape[2])
         return BlockParameters(self.scale[where].reshape(shape), self.zero_point[where].reshape(shape))
 
 
 def fit(to: Codes, pieces: Pieces, count: int) -> BlockParameters:
-    """The parameters of `count` blocks. Raises Unsupported where values are not finite, and where scales are beyond
-    their dtype."""
+    """The parameters of `count` blocks. Raises Unsupported if values are not finite, or scales exceed their
+    dtype's range."""
     low, high = np.zeros(count, np.float32), np.zeros(count, np.float32)
     for where, blocks in pieces():  # zero is always within the range, so that it is always a code
         np.minimum(low[where], blocks.min(axis=1).reshape(-1), out=low[where])
@@ -90,7 +90,7 @@ def codes(to: Codes, blocks: Floats, parameters: BlockParameters) -> Floats:
 
 
 def values(to: Codes, nearest: Floats, parameters: BlockParameters) -> Floats:
-    """What codes decode to, written over them."""
+    """The values that codes decode to; they overwrite `nearest`."""
     if to.middle or not to.symmetric:
         np.subtract(nearest, parameters.zero_point, out=nearest)
     return np.multiply(nearest, parameters.scale, out=nearest)
@@ -101,7 +101,7 @@ def _of_range(to: Codes, low: Floats, high: Floats) -> BlockParameters:
     scale: NDArray[Any]
     if to.symmetric and to.narrow:
         scale = np.maximum(-low, high) / np.float32(to.highest - to.middle)
-    elif to.symmetric:  # the end farther from zero gets the lowest code, exactly; the scale has its sign reversed
+    elif to.symmetric:  # a negative scale, if need be, lets the end farther from zero get the lowest code exactly
         scale = np.where(-low >= high, low, high) / np.float32(to.lowest - to.middle)
     else:
         scale = (high - low) / np.float32(to.highest - to.lowest)
@@ -120,8 +120,8 @@ def _stored(to: Codes, scale: NDArray[Any]) -> Floats:
 
 
 def _least_error(to: Codes, pieces: Pieces, minmax: BlockParameters, low: Floats, high: Floats) -> BlockParameters:
-    """The parameters of the least squared error among many ranges, then improved: the codes chosen, the best scale for
-    them is that of least squares. Never worse than `minmax`."""
+    """The parameters of the least squared error among many ranges, then refined: for fixed codes, least squares gives
+    the best scale. Never worse than `minmax`."""
     candidates = [minmax, *(_of_range(to, low * np.float32(r), high * np.float32(r)) for r in _RATIOS)]
     best, least = _choice(candidates, _squared_errors(to, pieces, candidates))
     for _ in range(_REFINEMENTS):
@@ -134,7 +134,7 @@ def _least_error(to: Codes, pieces: Pieces, minmax: BlockParameters, low: Floats
 def _choice(
     candidates: Sequence[BlockParameters], errors: NDArray[np.float64]
 ) -> tuple[BlockParameters, NDArray[np.float64]]:
-    """For each block the candidate of the least error, the first of equal ones, and that error."""
+    """For each block the candidate of the least error (the first of equal ones), and that error."""
     errors = np.where(np.isnan(errors), np.inf, errors)
     best = errors.argmin(axis=0)
     scale = np.choose(best, [candidate.scale for candidate in candidates])
@@ -158,7 +158,7 @@ def _squared_errors(to: Codes, pieces: Pieces, candidates: Sequence[BlockParamet
 
 
 def _least_squares(to: Codes, pieces: Pieces, parameters: BlockParameters) -> BlockParameters:
-    """The same zero points, with the scales of the least squared error for the codes that `parameters` choose."""
+    """The same zero points, with the scales of least squared error for the codes that `parameters` give."""
     products, squares = np.zeros(parameters.scale.size), np.zeros(parameters.scale.size)
     for where, blocks in pieces():
         of_piece = parameters.of(where, blocks)

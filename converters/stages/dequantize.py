@@ -1,6 +1,6 @@
 """Stages that turn codes into floats, or parameters into simpler ones: Model -> Model, lazily.
 
-What decoding computes lies in `converters.arithmetic.decoding`.
+The arithmetic of decoding is in `converters.arithmetic.decoding`, below `ir`: arrays know nothing of models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nibblecast.converters.ir import Loss, Model, Tensor
 
 
 def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
-    """Every quantized tensor as plain floats; tensors that are only parameters of those are left out."""
+    """The model with every quantized tensor as plain floats, without the tensors that were only their parameters."""
     tensors = {
         name: tensor.dequantized(dtype) for name, tensor in model.items() if tensor.parameter_of not in model.tensors
     }
@@ -23,8 +23,8 @@ def dequantize_model(model: Model, dtype: np.dtype[Any]) -> Model:
 
 
 def flatten_scales(model: Model) -> Model:
-    """Every parameter that has a second-level scale multiplied out to float32: the decoded values stay the same bit for
-    bit, because decoding computes exactly these numbers first. A note records each."""
+    """The model with every second-level scale multiplied out to float32. Decoded values stay the same bit for bit,
+    because decoding computes exactly these numbers first. A note records each."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
@@ -46,7 +46,7 @@ def flatten_scales(model: Model) -> Model:
 
 
 def fold_factors(model: Model) -> Model:
-    """Every factor multiplied into the scales and the offsets; a Loss records each, for values round differently."""
+    """The model with every factor multiplied into scales and offsets. A Loss records each: values round differently."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization
@@ -70,9 +70,8 @@ def _flattened(parameter: Tensor) -> Tensor:
 
 
 def compute_in_float32(model: Model) -> Model:
-    """Every quantization with another `compute_dtype`, or a `value_dtype`, as one that is computed in float32 and not
-    rounded further; a Loss records each whose values change. Reads the scales of float64, of which most are float32
-    numbers: nothing changes by those."""
+    """The model with every quantization computed in float32, without a `value_dtype`. A Loss records each tensor whose
+    values change. This reads float64 scales: most of them are float32 numbers, and then nothing changes."""
     tensors, losses = dict(model.tensors), list(model.losses)
     for name, tensor in model.items():
         quantization = tensor.quantization

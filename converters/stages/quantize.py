@@ -1,11 +1,14 @@
-"""Stage: floats -> codes, only when asked for.
+"""Stage: floats -> codes, only at the user's request.
 
     code = clip(round(value / scale) + zero_point, lowest, highest)
 
-`converters.stages.scheme` says how, `converters.arithmetic.rounding` computes it, `converters.arithmetic.blocks` cuts
-tensors into pieces. All of it is lazy: scales are found when they or their codes are first asked for, and kept until
-the tensor is released; codes are computed at each request. The same floats give the same codes at any time, whatever is
-asked for in which order.
+`converters.stages.scheme` describes how, `converters.arithmetic.rounding` computes it, `converters.arithmetic.blocks`
+cuts tensors into pieces. All of it is lazy: scales are fitted when they or their codes are first read, and kept until
+the tensor is released; codes are computed at each read. The same floats always give the same codes, in any order of
+reading.
+
+Why lazy here too. Quantizing the whole model first would hold all of its codes, or write them to a temporary file.
+Fitted scales are small, and codes are cheap to compute again; so memory stays bounded and no file is written twice.
 """
 
 from __future__ import annotations
@@ -38,18 +41,19 @@ from nibblecast.converters.storage import Data
 __all__ = ["Accuracy", "Scheme", "accuracy", "parse_scheme", "quantize_model", "quantized"]
 
 _FLOATS = frozenset(np.dtype(name) for name in ("float16", "float32", "float64", "bfloat16"))
-_HELD_ELEMENTS = 1 << 21  # of a group of several boxes: up to 8 MiB of float32 are not read again for each pass
+_HELD_ELEMENTS = 1 << 21  # a group of up to 8 MiB of float32 stays in memory, so that no pass reads it again
 _MOST_THREADS = 8
-_FITTED_BYTES = 8  # of a block: scale and zero point as float32
+_FITTED_BYTES = 8  # per block: scale and zero point as float32
 
 
 def quantize_model(model: Model, scheme: Scheme) -> Model:
     """The model with its float weights quantized: tensors of the same names, shapes and uses.
 
     Weights are tensors of float16, bfloat16, float32 or float64 with at least two axes that an operator uses as its
-    weight; all such tensors, where the source tells no uses at all. What is quantized already is left alone, unless
-    `scheme.requantize`; that is a Loss. Reads no payload. Raises UsageError when there is nothing to quantize, and
-    for an axis that a weight has not; reading the codes or parameters raises Unsupported where values are not finite.
+    weight. If the source tells no uses at all, every such tensor is a weight. Tensors that are quantized already stay
+    unchanged, unless `scheme.requantize` is set; requantizing is a Loss. This reads no payload. Raises UsageError when
+    there is nothing to quantize, and for an axis that a weight does not have. Reading the codes or parameters raises
+    Unsupported if values are not finite.
     """
     known = any(tensor.uses for tensor in model.values())
     tensors: dict[str, Tensor] = dict(model.tensors)
@@ -69,9 +73,9 @@ def quantize_model(model: Model, scheme: Scheme) -> Model:
 
 
 def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None, room: _Room | None = None) -> Tensor:
-    """`tensor`, plain or quantized already, with codes and parameters as `scheme` wants them, computed when they are
-    read. `source` is the file that errors name; the tensors of one model share a `room`. Raises UsageError for an axis
-    that it has not."""
+    """`tensor`, plain or quantized already, with the codes and parameters of `scheme`, computed when they are read.
+    `source` is the file that errors name; the tensors of one model share a `room`. Raises UsageError for an axis that
+    the tensor does not have."""
     plain = tensor.dequantized(np.float32)
     block_shape = _block_shape(tensor, scheme)
     codes = QuantizedCodes(plain, scheme, block_shape, source, room or _Room())
@@ -99,12 +103,12 @@ def quantized(tensor: Tensor, scheme: Scheme, source: Path | None = None, room: 
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
 def accuracy(model: Model) -> tuple[Accuracy, ...]:
-    """Of each tensor that `quantize_model` has quantized: what was measured whenever codes were read; what was never
-    read is read for it now."""
+    """The quantization error of each tensor that `quantize_model` has quantized. It is measured while codes are read;
+    codes that were never read are computed now."""
     return tuple(
         codes.accuracy(name)
         for name, tensor in model.items()
-        for codes in (tensor.data, *tensor.data.made_of())  # where several outputs share it
+        for codes in (tensor.data, *tensor.data.made_of())  # shared data wrap the codes
         if isinstance(codes, QuantizedCodes)
     )
 
@@ -129,7 +133,7 @@ def _weight_use(tensor: Tensor) -> Use | None:
 
 
 def _why_nothing(model: Model, scheme: Scheme, uses_are_known: bool) -> str:
-    """Why there is nothing to quantize, and what would help."""
+    """Why there is nothing to quantize, and what the user can do."""
     every = replace(scheme, requantize=True)
     weights = [tensor for tensor in model.values() if _is_weight(tensor, every, uses_are_known)]
     floats = [tensor for tensor in weights if tensor.quantization is None]
@@ -161,23 +165,23 @@ def _block_shape(tensor: Tensor, scheme: Scheme) -> tuple[int, ...]:
 
 
 def _input_axis(use: Use | None, rank: int) -> int:
-    """The axis that the operator sums over, the inputs' channels; the last one where that is not known."""
+    """The axis of input channels, which the operator sums over; the last axis if that is unknown."""
     axis = use.sum_axes[0] if use is not None and use.sum_axes else -1
     return axis if -rank <= axis < rank else -1
 
 
 @dataclass(slots=True)
 class _Room:
-    """Bytes of fitted parameters that the tensors of one model may keep, together. A file may have all scales before
-    all codes: what is fitted for the scales is needed again for the codes. It is fitted again where there is no room,
-    for memory must not grow with the model."""
+    """The bytes of fitted parameters that all tensors of one model may keep together. A file may store all scales
+    before all codes, so the parameters fitted for the scales are needed again for the codes. Without a limit memory
+    would grow with the model; beyond it parameters are fitted again."""
 
     free: int = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _FittedData(Data):
-    """The bytes of a parameter: `read_fitted` fits those of `codes` where that has not been done."""
+    """The bytes of a parameter: `read_fitted` fits the parameters of `codes` if that has not been done."""
 
     nbytes: int
     read_fitted: Callable[[int, int], NDArray[np.uint8]]
@@ -190,14 +194,14 @@ class _FittedData(Data):
         return (self.codes,)
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of what was fitted, with the last byte, where there is no room for it."""
+        """Releases the fitted parameters with the last byte, if there is no room for them."""
         if stop >= self.nbytes:
             self.codes.release_parameters()
 
 
 class QuantizedCodes(Data):
-    """The packed codes of a tensor of floats, as `Data`. Its parameters are kept from when they are first needed until
-    everything is released, what was measured of the errors for ever."""
+    """The packed codes of a tensor of floats, as `Data`. Fitted parameters are kept from their first use until all
+    codes are released. Measured errors are kept for ever: they are a few numbers, and the report needs them."""
 
     def __init__(
         self, floats: Tensor, scheme: Scheme, block_shape: tuple[int, ...], source: Path | None, room: _Room
@@ -210,7 +214,7 @@ class QuantizedCodes(Data):
         self._kept = 0  # bytes of the room that the parameters take
         self._fitted: dict[int, BlockParameters] = {}
         self._errors: dict[int, tuple[float, float, float]] = {}
-        self._lock = Lock()  # two readers at a time would compute the same parameters; each has all threads anyway
+        self._lock = Lock()  # two readers at a time would fit the same parameters, and each uses all threads anyway
 
     @property
     def nbytes(self) -> int:
@@ -247,7 +251,7 @@ class QuantizedCodes(Data):
         return self._packed(zero_point.astype(self._scheme.storage))
 
     def release(self, start: int, stop: int) -> None:
-        """Lets go of the floats that bytes [start, stop) were made of; of the parameters as well when that is all."""
+        """Releases the floats behind bytes [start, stop), and the parameters too if these are all bytes."""
         per_byte = 8 // bits_of(self._scheme.dtype)
         self._release_floats(start * per_byte, stop * per_byte)
         if start <= 0 and stop >= self.nbytes:
@@ -256,7 +260,7 @@ class QuantizedCodes(Data):
             self._kept = 0
 
     def release_parameters(self) -> None:
-        """Lets go of the parameters, unless there is room for them until the codes are released."""
+        """Releases the parameters, unless there is room to keep them until the codes are released."""
         nbytes = _FITTED_BYTES * prod(grid_shape(self._floats.shape, self._block_shape))
         if self._fitted and not self._kept:
             if nbytes <= self._room.free:
@@ -266,7 +270,7 @@ class QuantizedCodes(Data):
                 self._fitted.clear()
 
     def accuracy(self, name: str) -> Accuracy:
-        """The error of all codes; computes those that were never read."""
+        """The error of all codes; codes that were never read are computed."""
         every = ((number, box) for number, group in enumerate(self._groups) for box in group.boxes)
         self._quantize_all([each for each in every if each[1].start not in self._errors], np.empty(0, np.int8), 0)
         self._release_floats(0, self._floats.size)
@@ -296,7 +300,7 @@ class QuantizedCodes(Data):
         return [group.blocks.start for group in self._groups]
 
     def _overlapping(self, starts: Sequence[int], first: int, last: int) -> range:
-        """The numbers of the groups that have some of positions [first, last)."""
+        """The numbers of the groups that contain any of positions [first, last)."""
         return range(max(0, bisect_right(starts, first) - 1), bisect_right(starts, last - 1) if last > first else 0)
 
     def _of_blocks(self, first: int, last: int, parameter: Callable[[BlockParameters], Floats]) -> Floats:
@@ -311,11 +315,11 @@ class QuantizedCodes(Data):
         return found[first - skipped : last - skipped]
 
     def _is_held(self, number: int) -> bool:
-        """Whether a group is small enough for all of its floats to be in memory."""
+        """Whether a group is small enough to have all of its floats in memory."""
         return self._groups[number].stop - self._groups[number].start <= _HELD_ELEMENTS
 
     def _parameters(self, number: int, loaded: Sequence[Floats] = ()) -> BlockParameters:
-        """Those of a group; `loaded` are its boxes' blocks where they are here already."""
+        """The parameters of a group; `loaded` are its boxes' blocks if they are in memory already."""
         if number not in self._fitted:
             group = self._groups[number]
             held = loaded
@@ -340,13 +344,13 @@ class QuantizedCodes(Data):
         return box.to_blocks(self._floats.data.read(box.start * itemsize, box.stop * itemsize).view(self._floats.dtype))
 
     def _quantize_all(self, wanted: Sequence[tuple[int, Box]], out: NDArray[Any], first: int) -> None:
-        """Writes the codes of boxes, each with the number of its group, to where they belong in `out`, whose first code
-        is that of element `first`."""
+        """Writes the codes of boxes to their places in `out`, whose first code belongs to element `first`. Each box
+        comes with the number of its group."""
         by_group: dict[int, list[Box]] = {}
         for number, box in wanted:
             by_group.setdefault(number, []).append(box)
         large = {number for number in by_group if not self._is_held(number)}
-        _in_threads(self._parameters, sorted(large))  # before all threads would need the same ones
+        _in_threads(self._parameters, sorted(large))  # now, because later all threads would wait for the same ones
         tasks = [(number, boxes) for number, boxes in by_group.items() if number not in large]
         tasks += [(number, [box]) for number in sorted(large) for box in by_group[number]]
         _in_threads(lambda task: self._quantize(task[0], task[1], out, first), tasks)
@@ -375,7 +379,7 @@ class QuantizedCodes(Data):
 
 
 def _in_threads(function: Callable[[Any], object], items: Sequence[Any]) -> None:
-    """Calls the function with each item, several at a time (NumPy computes without holding the interpreter)."""
+    """Calls the function with each item in several threads (NumPy releases the interpreter's lock)."""
     count = min(_MOST_THREADS, threads(), len(items))
     if count < 2:
         for item in items:

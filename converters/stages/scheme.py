@@ -1,4 +1,4 @@
-"""How floats are to become codes: the dtype, who shares a scale, and how scales are chosen.
+"""How floats become codes: the dtype, which elements share a scale, and how scales are chosen.
 
 As text, in any order: `int4,block=32,asymmetric,mse` or `int8,per-channel` or `int4,axis=0,narrow,scale=float16`.
 """
@@ -54,7 +54,7 @@ class PerAxis:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """One scale for each `size` elements along `axis`; None: along the inputs of the operator that uses it."""
+    """One scale for each `size` elements along `axis`; None: along the inputs of the operator that uses the weight."""
 
     size: int
     axis: int | None = None
@@ -72,10 +72,9 @@ class Scheme:
     """How floats become codes; docs/quantize.md gives the formulas.
 
     `narrow` leaves out the lowest code, so that the range is symmetric (-7..7 for int4) and no scale is negative.
-    `scales` are those of the smallest and the largest value ("minmax") or of the least mean square error ("mse").
-    `requantize` takes the tensors that are quantized already, too. `only` and `excepted` are shell patterns of the
-    names of weights to take (all, when it is empty) and to leave as they are. Raises
-    UsageError for an impossible dtype.
+    `scales` are chosen from the smallest and the largest value ("minmax") or by the least mean square error ("mse").
+    `requantize` also takes tensors that are quantized already. `only` and `excepted` are shell patterns of the names of
+    weights to quantize (all, if it is empty) and to leave unchanged. Raises UsageError for an impossible dtype.
     """
 
     dtype: np.dtype[Any]
@@ -115,7 +114,7 @@ class Scheme:
 
     @property
     def codes(self) -> Codes:
-        """What the arithmetic needs to know of it."""
+        """The part of the scheme that the arithmetic needs."""
         return Codes(
             self.lowest,
             self.middle,
@@ -128,12 +127,12 @@ class Scheme:
 
     @property
     def storage(self) -> np.dtype[Any]:
-        """The dtype of a byte for each code."""
+        """The dtype of unpacked codes, one byte each."""
         return INT8 if is_signed(self.dtype) else UINT8
 
     @property
     def middle(self) -> int:
-        """The code of zero in symmetric schemes: 0 of signed codes, 8 of uint4."""
+        """The code of zero in symmetric schemes: 0 for signed codes, 8 for uint4."""
         return 0 if is_signed(self.dtype) else 1 << (bits_of(self.dtype) - 1)
 
     @property
@@ -176,8 +175,8 @@ _POSSIBLE = (
 
 
 def parse_scheme(text: str) -> Scheme:
-    """The scheme that a text like "int4,block=32,asymmetric" describes. Unless it says otherwise, scales are per
-    channel, of float32 and min-max, and unsigned codes are asymmetric. Raises UsageError with what is possible."""
+    """The scheme that a text like "int4,block=32,asymmetric" describes. By default, scales are per channel, float32 and
+    min-max, and unsigned codes are asymmetric. Raises UsageError, which says what is possible."""
     words = _words(text)
     dtypes = [word for word in words if word in CODE_DTYPES]
     if len(dtypes) != 1:
@@ -201,7 +200,7 @@ def parse_scheme(text: str) -> Scheme:
 
 
 def _words(text: str) -> dict[str, str]:
-    """The words of a scheme, with what follows their equals sign."""
+    """The words of a scheme, each with the text after its equals sign."""
     words: dict[str, str] = {}
     for word in text.split(","):
         key, equals, value = word.strip().partition("=")
