@@ -1,9 +1,11 @@
 """How far a model may grow beyond its files.
 
-Most of a model is as large in memory, and in what is written, as in its file. Some is not: a view that repeats one
-element, a sparse matrix, an operator whose constant its sizes describe. A file of a few hundred bytes could so ask for
-any amount of memory or disk. One allowance for each model, in proportion to its files, covers all of these together:
-a limit for each tensor would be passed by many of them, and a limit for each kind would have to be found for each.
+Most tensors are as large in memory and in outputs as in their file. Some are larger: a view that repeats one element, a
+sparse matrix, an operator whose constant is described by its sizes. So a file of a few hundred bytes could demand any
+amount of memory or disk.
+
+Why one allowance per model, in proportion to its files. Many small tensors together would pass a limit per tensor. A
+limit per kind of expansion would have to be chosen, and tested, for each kind.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 class Allowance:
-    """Bytes that may be made of a model beyond what its files hold: 64 times the files' size and at least 256 MiB, or
-    what the environment variable NIBBLECAST_MAX_EXPANSION says."""
+    """The bytes that a model may expand to beyond its files: 64 times their size and at least 256 MiB, or the value of
+    the environment variable NIBBLECAST_MAX_EXPANSION."""
 
     def __init__(self, file_bytes: int) -> None:
         self._configured = _configured()
@@ -39,7 +41,7 @@ class Allowance:
         self.include(file_bytes)
 
     def include(self, file_bytes: int) -> None:
-        """Takes in a further file of the model: what it holds may grow as well."""
+        """Adds a further file of the model, which raises the allowance."""
         self._file_bytes += file_bytes
         usual = max(_LEAST, _TIMES_THE_FILE * self._file_bytes)
         total = usual if self._configured is None else self._configured
@@ -47,12 +49,12 @@ class Allowance:
         self._total = total
 
     def rest(self) -> Allowance:
-        """What is left of it, for one use of the model: each of several may spend all of that, one after the other."""
+        """A copy of the remaining allowance, for one use of the model; each of several uses may spend all of it."""
         return copy(self)
 
     def spend(self, nbytes: int, what: str, *, tensor: str | None = None) -> None:
-        """Counts bytes that are about to be made; `what` begins the message: "repeats its elements", e.g. Raises
-        Unsupported where the allowance does not cover them; nothing is counted then."""
+        """Counts bytes that are about to be created; `what` begins the message, e.g. "repeats its elements". Raises
+        Unsupported, and counts nothing, if the allowance does not cover them."""
         nbytes = max(nbytes, 0)  # a damaged shape's product may be negative
         if nbytes > self._left:
             raise Unsupported(
@@ -63,22 +65,22 @@ class Allowance:
         self._left -= nbytes
 
     def hold(self, nbytes: int, *, tensor: str | None = None) -> None:
-        """Counts the bytes of a tensor. Those of all tensors together are free as far as the files have as many: no
-        more than that is counted of a view that repeats elements, a sparse matrix, or a payload of many names. Raises
-        Unsupported as `spend` does."""
+        """Counts the bytes of a tensor. All tensors together are free up to the files' size; only bytes beyond it are
+        spent, e.g. by a view that repeats elements, a sparse matrix, or one payload under many names. Raises
+        Unsupported as in `spend`."""
         beyond = max(0, self._held + nbytes - self._file_bytes) - max(0, self._held - self._file_bytes)
         if beyond:
             self.spend(beyond, "repeats or expands what the file holds", tensor=tensor)
         self._held += nbytes
 
     def hold_all(self, tensors: Mapping[str, Tensor]) -> None:
-        """Counts what the tensors of a whole model hold, their parameters included, as often as each is named."""
+        """Counts the bytes of all tensors of a model with their parameters, once for each name."""
         for name, tensor in tensors.items():
             self.hold(sum(data.nbytes for data in tensor.stored()), tensor=name)
 
 
 def _configured() -> int | None:
-    """The bytes that the environment allows; None where it says nothing. Raises UsageError for what is no size."""
+    """The bytes that the environment allows; None if it is not set. Raises UsageError if it is not a size."""
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None

@@ -1,4 +1,4 @@
-"""JSON out of a file: an object, or an error that says what is there instead."""
+"""JSON from a file: an object, or an error that says what was found instead."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _LONGEST_REASON = 120
 
 
 def json_object(content: str | bytes, what: str, *, tensor: str | None = None, unique: bool = False) -> dict[str, Any]:
-    """The object that `content` is. `what` names it in the message, e.g. "its header". Raises CorruptFile for any other
-    text, and with `unique` for a key that an object has twice: the parser would drop the first."""
+    """Parses `content` as a JSON object. `what` names it in the message, e.g. "its header". Raises CorruptFile for any
+    other text, and with `unique` for a duplicate key: the parser would drop the first value."""
     try:
         found = json.loads(content, object_pairs_hook=_without_duplicates if unique else None)
     except (ValueError, RecursionError) as error:

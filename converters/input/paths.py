@@ -1,7 +1,7 @@
-"""Paths as they are given, checked before the system sees them.
+"""Checks paths from users before they reach the system.
 
-The system's own functions raise ValueError for a path that no file can have, and take an empty one for the current
-folder: a script whose variable is empty would convert whatever lies there.
+Python's own functions raise ValueError for an impossible path, and take an empty one for the current folder: a script
+with an empty variable would convert whatever lies there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ AnyPath = str | os.PathLike[str]
 
 
 def input_path(given: str | os.PathLike[str]) -> Path:
-    """The path of something to read. Raises CorruptFile for one that nothing can have."""
+    """The path of an input. Raises CorruptFile for a path that no file can have."""
     return _checked(given, CorruptFile)
 
 
 def output_path(given: str | os.PathLike[str]) -> Path:
-    """The path of something to write. Raises UsageError for one that nothing can have."""
+    """The path of an output. Raises UsageError for a path that no file can have."""
     return _checked(given, UsageError)
 
 

@@ -1,8 +1,8 @@
-"""Shapes out of files, checked before anything multiplies their sizes.
+"""Checks shapes from files before anything multiplies their sizes.
 
-NumPy checks a shape when it makes an array, which is too late: sizes are multiplied and shown in messages long before,
-and Python's integers have no end. The product of 40 000 sizes takes seconds, and one of more than 4300 digits cannot be
-made text at all.
+NumPy checks a shape when it creates an array. That is too late: sizes are multiplied and shown in messages before, and
+Python's integers are unbounded. The product of 40 000 sizes takes seconds, and an integer of more than 4300 digits
+cannot be converted to text at all.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 from nibblecast.converters.errors import CorruptFile, Unsupported, brief
 
-#: What every NumPy can hold (2.0 went from 32 to 64).
+#: The limit of every NumPy version (2.0 raised it from 32 to 64).
 MOST_DIMENSIONS = 32
-#: Sizes of 0 not counted, which NumPy does not count either.
+#: Sizes of 0 count as 1, because NumPy's own limit ignores them too.
 MOST_ELEMENTS = 1 << 58
 
 
 def checked_shape(sizes: Sequence[int], *, tensor: str | None = None) -> tuple[int, ...]:
-    """The sizes as a shape: at most 32, none negative, and no more than 2**58 elements. Raises Unsupported for more
-    dimensions, CorruptFile for the others."""
+    """The sizes as a shape: at most 32 sizes, none negative, and at most 2**58 elements. Raises Unsupported for more
+    dimensions, CorruptFile otherwise."""
     if len(sizes) > MOST_DIMENSIONS:
         message = f"has {len(sizes)} dimensions; {MOST_DIMENSIONS} are the most that can be read"
         raise Unsupported(message, tensor=tensor)

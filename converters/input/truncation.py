@@ -1,10 +1,10 @@
-"""The end of a process whose input is cut off while it is mapped into memory.
+"""Ends a process whose input is truncated while it is mapped into memory, with a message.
 
-Reading what a file no longer has is the signal SIGBUS, which ends a process without a word. It cannot become an
-exception: the processor stops amid an instruction, of NumPy's or the C library's. So the one thing that can be done is
-to say which file it was, to remove what is half written, and to end. Python's own handlers would never run, for they
-wait until that instruction is done; this one is called by the system itself, through ctypes, at a moment when neither
-Python nor malloc is at work, because it is a read of mapped memory that failed.
+Reading beyond the file's new end raises the signal SIGBUS, which ends a process without a message. It cannot become an
+exception: the processor stops within an instruction of NumPy or the C library. So all that can be done is to name the
+file, remove partial outputs, and end. Python's own signal handlers would never run, because they wait until that
+instruction is done. The system calls this handler directly, through ctypes. This is safe because a read of mapped
+memory has failed, so neither Python nor malloc is at work at that moment.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 def end_at_truncated_inputs(*, quiet: bool = False) -> None:
-    """Has a truncated input end this process with one line on stderr (none, if `quiet`) and exit code 8. For processes
-    that do nothing else than nibblecast's work; nothing where the system is not Linux."""
+    """Makes a truncated input end this process with one line on stderr (no line if `quiet`) and exit code 8. For
+    processes that do only nibblecast's work. Does nothing on systems other than Linux."""
     if sys.platform == "linux":
         _libc().signal(signal.SIGBUS, _quiet if quiet else _loud)
 
 
 def _end(*, quiet: bool) -> None:
     while not _first.acquire(blocking=False):
-        time.sleep(1)  # another thread has read it as well, and is about to end the process
+        time.sleep(1)  # another thread has failed on it too, and is about to end the process
     code = int(ExitCode.BUG)
     try:
         file = truncated_file()
-        if file is None:  # a disk that cannot be read, e.g.: the instruction is tried again, and the system ends it
+        if file is None:  # e.g. a disk error: the instruction runs again, and the system ends the process
             _libc().signal(signal.SIGBUS, None)
             code = 0
             _first.release()

@@ -1,9 +1,9 @@
-"""URLs without what is secret in them.
+"""Removes secrets from URLs.
 
-A URL may carry a password (`https://user:password@host/`) or a signature (`?X-Amz-Signature=…`), and whoever reads a
-report, a log or an error could use it. Messages come from everywhere (libraries quote the URL that they could not
-reach), so that URLs are looked for in whole texts, where these leave the program; each part of the program would have
-to know its own secrets otherwise. What hides too much costs a few letters of a message: in doubt it is hidden.
+A URL may contain a password (`https://user:password@host/`) or a signature (`?X-Amz-Signature=…`), which any reader of
+a report, a log or an error could use. Messages come from everywhere; libraries quote the URL that they could not reach.
+So whole texts are searched for URLs where they leave the program. Otherwise each part of the program would have to know
+its own secrets. In doubt text is hidden: hiding too much costs only a few letters of a message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 HIDDEN = "***"
 
-_BETWEEN = re.compile(r'([\s"<>]+)')  # what no URL holds
+_BETWEEN = re.compile(r'([\s"<>]+)')  # characters that no URL contains
 # Path() turns "//" into "/"; one letter is a drive of Windows
 _BEGINNING = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,31}:/+")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
@@ -22,21 +22,21 @@ _KEY = re.compile(r"[\w.-]{1,64}")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with *** in its URLs for user and password, the values of the query, and the fragment. Takes time in
-    proportion to the text."""
+    """`text` with *** in its URLs in place of user and password, the values of the query, and the fragment. The time is
+    proportional to the length of the text."""
     if ":/" not in text:
         return text
     return "".join(_hidden(piece) if ":/" in piece else piece for piece in _BETWEEN.split(text))
 
 
 def without_credentials(url: str) -> str:
-    """What names the file that a URL leads to: without user, password, query and fragment."""
+    """The URL without user, password, query and fragment."""
     place = _QUERY_OR_FRAGMENT.split(url, maxsplit=1)[0]
     return _without_users(place, in_rest="@" in url[len(place) :]).replace(f"{HIDDEN}@", "")
 
 
 def _hidden(piece: str) -> str:
-    """A text without white space, in which a URL may begin somewhere; it ends where the text does."""
+    """A text without white space, with secrets hidden. A URL may begin anywhere in it, and ends at its end."""
     first = _BEGINNING.search(piece)
     if first is None:
         return piece
@@ -48,7 +48,7 @@ def _hidden(piece: str) -> str:
 
 
 def _without_users(address: str, *, in_rest: bool) -> str:
-    """Hosts without who is to be let in there. fsspec chains URLs: zip://a.tflite::https://user:password@host/a.zip."""
+    """The address without user and password. fsspec chains URLs: zip://a.tflite::https://user:password@host/a.zip."""
     last = address.rfind("@")
     parts, done = [], 0
     for beginning in _BEGINNING.finditer(address):
@@ -75,7 +75,7 @@ def _without_users(address: str, *, in_rest: bool) -> str:
 
 
 def _without_values(rest: str) -> str:
-    """A query and a fragment, with the query's keys only."""
+    """A query and a fragment, of which only the query's keys are kept."""
     query, hash, fragment = rest.removeprefix("?").partition("#")
     pairs = []
     for pair in query.split("&"):

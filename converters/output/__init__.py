@@ -1,1 +1,1 @@
-"""Files and folders that appear whole or not at all, and are made where nobody else can put anything in the way."""
+"""Files and folders that appear complete or not at all, created where nobody else can interfere."""

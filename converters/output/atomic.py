@@ -1,10 +1,11 @@
-"""Output files that appear whole or not at all.
+"""Output files that appear complete or not at all.
 
-They are written to a temporary folder beside the target, under their own names, flushed to the disk, and renamed. A
-folder, and not files with temporary names: nobody else can put a link in it, files that refer to each other can be read
-there before they take the place of others (`--verify`), and one removal clears all of it away. Where one output is
-several files, the old main file is removed before any of the others is replaced and the new one comes last: whoever
-finds the main file finds the files that belong to it, even after a crash at any instant.
+They are written to a temporary folder beside the target, under their own names, flushed to disk, and renamed.
+
+Why a folder, not files with temporary names. Nobody else can put a link in it. Files that refer to each other can be
+read there before they replace others (`--verify`). One removal cleans up everything.
+Why this order. If one output is several files, the old main file is removed before any other is replaced, and the new
+one comes last. So a main file always has the files that belong to it, even after a crash at any instant.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from nibblecast.converters.output.private_folder import PART, PrivateFolder, hid
 
 @dataclass(slots=True)
 class StagedFiles:
-    """Files that will be `paths`; the first is the main one. `streams` are what is written to, seekable and binary, and
-    `places` where the files lie until then, in the same order."""
+    """Files that will become `paths`; the first is the main one. `streams` are the binary streams to write to, and
+    `places` the temporary paths, in the same order."""
 
     paths: Sequence[Path]
     streams: list[BinaryIO] = field(default_factory=list)
@@ -36,28 +37,28 @@ class StagedFiles:
 
     @property
     def main(self) -> Path:
-        """Where the main file lies."""
+        """The temporary path of the main file."""
         return self.places[0]
 
     def has(self, file: OutputFile) -> bool:
-        """Whether a file is complete already: none is, these are made anew."""
+        """Whether a file is complete already: never, because these are always written anew."""
         return False
 
     @contextmanager
     def file(self, file: OutputFile) -> Iterator[BinaryIO]:
-        """A file to write, which is complete and on the disk when the block ends without an exception."""
+        """A file to write; it is flushed to disk (fsync) when the block ends without an exception."""
         stream = self.streams[self.paths.index(file.path)]
         yield stream
         _complete(stream)
 
     def complete(self) -> None:
-        """Flushes all of them to the disk and closes them. Raises OSError, for a full disk e.g."""
+        """Flushes all files to disk and closes them. Raises OSError, e.g. for a full disk."""
         for stream in self.streams:
             if not stream.closed:
                 _complete(stream)
 
     def make(self) -> None:
-        """Makes the files. Raises UsageError."""
+        """Creates the files. Raises UsageError."""
         for path in self.paths:
             refuse_special(path)
             parent = path.parent
@@ -72,7 +73,7 @@ class StagedFiles:
                 raise UsageError(f"cannot be written: {error.strerror or error}", path=path) from error
 
     def put_in_place(self) -> None:
-        """Renames all of them. Raises OSError."""
+        """Renames all files to their final paths. Raises OSError."""
         placed = list(zip(self.places, self.paths, strict=True))
         for place, path in placed:
             _keep_mode(path, place)
@@ -84,9 +85,9 @@ class StagedFiles:
             sync_folder(folder)
 
     def discard(self) -> None:
-        """Removes what is not in its place. Raises nothing."""
+        """Removes all files that were not put in place. Raises nothing."""
         for stream in self.streams:
-            with suppress(OSError):  # a full disk refuses again what is still to be flushed
+            with suppress(OSError):  # closing flushes again, which a full disk refuses again
                 stream.close()
         for folder in self._folders.values():
             folder.remove()
@@ -94,9 +95,9 @@ class StagedFiles:
 
 @contextmanager
 def atomic_outputs(paths: Sequence[Path]) -> Iterator[StagedFiles]:
-    """Files that become `paths` when the block ends without an exception. On an exception nothing is left and what was
-    there before is untouched. Raises UsageError where a folder is missing or not writable, and for a target that is
-    there and is no file."""
+    """Files that become `paths` when the block ends without an exception. After an exception nothing is left, and
+    former files are untouched. Raises UsageError if a folder is missing or not writable, and for an existing target
+    that is not a file."""
     staged = StagedFiles(paths)
     try:
         staged.make()
@@ -114,7 +115,7 @@ def _complete(stream: BinaryIO) -> None:
 
 
 def _keep_mode(path: Path, staged: Path) -> None:
-    """Gives the file that replaces another one its permissions: an output that was made private stays private."""
+    """Copies the permissions of the file that is replaced: an output that was made private stays private."""
     with suppress(FileNotFoundError):
         status = path.lstat()
         if stat.S_ISREG(status.st_mode):
@@ -122,7 +123,7 @@ def _keep_mode(path: Path, staged: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the renames in it durable, where the system can."""
+    """Makes the renames in the folder durable, if the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

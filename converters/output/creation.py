@@ -1,4 +1,8 @@
-"""The one way in which files are made and lock files are opened: never through a link, never over what is there."""
+"""The one way to create files and open lock files: never through a link, never over an existing file.
+
+Why. A target folder may be shared or come from an archive. A link in it would let its author overwrite any file that
+this user may write.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ _KINDS = (
 
 
 def refuse_special(path: Path) -> None:
-    """Raises UsageError where `path` is there already and is no file: a folder, a device, a FIFO or a socket, or a link
-    to one of these. A link to a file, or to nothing, is replaced by an output like a file; it is not followed."""
+    """Raises UsageError if `path` exists and is not a file: a folder, a device, a FIFO or a socket, or a link to one of
+    these. A link to a file, or to nothing, is not followed: the output replaces the link itself."""
     try:
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
@@ -37,8 +41,8 @@ def refuse_special(path: Path) -> None:
 
 
 def open_beside_others(path: Path, flags: int) -> int:
-    """The handle of a file that other processes open too, made where `flags` have O_CREAT. Raises OSError for a link
-    and for all that is no regular file with one name."""
+    """The handle of a file that other processes open too; created if `flags` contain O_CREAT. Raises OSError for a link
+    and for anything but a regular file with a single name."""
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
@@ -48,8 +52,8 @@ def open_beside_others(path: Path, flags: int) -> int:
 
 
 def lock(path: Path) -> IO[str]:
-    """A file that is locked for this process until it is closed. Raises BlockingIOError where another process has it,
-    OSError as `open_beside_others`."""
+    """A file that is locked for this process until it is closed. Raises BlockingIOError if another process holds the
+    lock, and OSError as in `open_beside_others`."""
     stream = os.fdopen(open_beside_others(path, os.O_RDWR | os.O_CREAT), "r+")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

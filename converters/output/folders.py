@@ -1,11 +1,11 @@
-"""Folders that appear whole or not at all, and can be resumed shard by shard.
+"""Folders that appear complete or not at all, and can be resumed shard by shard.
 
-All files are written to a folder beside the target, `.NAME.nibblecast-part/NAME`, each under a temporary name until it
-is complete and on the disk; when the last one is, NAME is moved to its place. A run that is killed leaves it behind.
-The next one begins anew or, asked to resume, keeps the shards that are complete, provided that the very same was to be
-written.
-The outer folder's name is always the same, so that the next run finds it. So it is only used, and emptied, where its
-mark proves that a run of this user made it (`converters.output.private_folder`).
+All files are written to a folder beside the target, `.NAME.nibblecast-part/NAME`. Each has a temporary name until it is
+complete and on disk. After the last one, NAME is moved to its place. A run that is killed leaves the folder behind. The
+next run starts again or, with `resume`, keeps the complete shards if both runs have the same intent.
+
+Why the outer folder has a fixed name: the next run must find it. But anyone could create that name first, so it is used
+and emptied only if its mark proves that a run of this user made it (`converters.output.private_folder`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ _INDEX = ".index.json"
 
 @dataclass(frozen=True, slots=True)
 class StagedFolder:
-    """A folder that is being written and will be `target`, until then `main`; `around` is the private folder that it
-    lies in."""
+    """A folder that is being written: `main` now, `target` at the end. `around` is the private folder that holds it."""
 
     target: Path
     main: Path
     around: Path
 
     def has(self, file: OutputFile) -> bool:
-        """Whether the file is there, complete, from a run before this one."""
+        """Whether an earlier run has completed the file."""
         try:
             status = self._place(file).lstat()
         except OSError:
@@ -54,11 +53,11 @@ class StagedFolder:
 
     @contextmanager
     def file(self, file: OutputFile) -> Iterator[BinaryIO]:
-        """A file to write, which gets its name when the block ends without an exception."""
+        """A file to write; it gets its name when the block ends without an exception."""
         path = self._place(file)
         path.parent.mkdir(parents=True, exist_ok=True)
         incomplete = path.with_name(path.name + _INCOMPLETE)
-        incomplete.unlink(missing_ok=True)  # of a run that was killed
+        incomplete.unlink(missing_ok=True)  # left by a run that was killed
         with new_file(incomplete) as stream:
             yield stream
             stream.flush()
@@ -75,8 +74,8 @@ class StagedFolder:
 
 
 def intent(plan: Plan, request: Mapping[str, Any]) -> str:
-    """What a run is to write, as text: two runs of the same intent write the same bytes. `request` says what was asked
-    for and of which files."""
+    """What a run will write, as text: two runs of the same intent write the same bytes. `request` has the options and
+    the source files."""
     document = {
         "nibblecast": __version__,
         "request": dict(request),
@@ -99,10 +98,10 @@ def _digest(companion: Companion) -> str:
 
 @contextmanager
 def atomic_folder(folder: Path, plan: Plan, intended: str, *, resume: bool) -> Iterator[StagedFolder]:
-    """A folder to write files to, which becomes the plan's when the block ends without an exception. After an
-    interruption or an error of the system (a full disk) complete files are kept for `resume`; after any other exception
-    nothing is left. Raises UsageError where the target holds files that the plan does not write, where the folder
-    around it is missing, and where another run is writing it."""
+    """A folder to write files to; it becomes the plan's folder when the block ends without an exception. After an
+    interruption or an error of the system (a full disk) complete files are kept for `resume`. After any other exception
+    nothing is left. Raises UsageError if the target holds files that the plan does not write, if its parent folder is
+    missing, and if another run is writing it."""
     with _staging(folder, plan) as staged:
         _begin(staged, intended, resume=resume)
         try:
@@ -118,15 +117,15 @@ def atomic_folder(folder: Path, plan: Plan, intended: str, *, resume: bool) -> I
 
 
 def begin_folder(folder: Path, plan: Plan, intended: str) -> None:
-    """Makes what `begun_folder` and an `atomic_folder` that resumes go on with. Raises as `atomic_folder`."""
+    """Creates the folder that `begun_folder` and `atomic_folder` with `resume` continue. Raises as `atomic_folder`."""
     with _staging(folder, plan) as staged:
         _begin(staged, intended, resume=True)
 
 
 @contextmanager
 def begun_folder(folder: Path, plan: Plan, intended: str) -> Iterator[StagedFolder]:
-    """A folder that was begun, for one of several processes that write shards of it. Raises UsageError where it was
-    not, or for something else."""
+    """A folder that was begun, for one of several processes that write its shards. Raises UsageError if it was not
+    begun, or was begun with another intent."""
     with _staging(folder, plan, shared=True) as staged:
         if _text_of(staged.around / _INTENT) != intended:
             raise UsageError("was started for another source, or with other options", path=folder)
@@ -135,7 +134,7 @@ def begun_folder(folder: Path, plan: Plan, intended: str) -> Iterator[StagedFold
 
 @contextmanager
 def _staging(folder: Path, plan: Plan, *, shared: bool = False) -> Iterator[StagedFolder]:
-    """The folder beside the target, locked: by one process alone, which may make it, or by several that share it."""
+    """The folder beside the target, locked: by one process, which may create it, or by several that share it."""
     _check_replaceable(folder, plan)
     path = folder.with_name(f".{folder.name}{PART}")
     try:
@@ -161,7 +160,7 @@ def _staging(folder: Path, plan: Plan, *, shared: bool = False) -> Iterator[Stag
 
 
 def _begin(staged: StagedFolder, intended: str, *, resume: bool) -> None:
-    """Keeps what is there of a run with the same intent, where it is to be resumed; otherwise begins anew."""
+    """With `resume`, keeps the files of a run with the same intent; otherwise empties the folder."""
     if not (resume and staged.main.is_dir() and _text_of(staged.around / _INTENT) == intended):
         _empty(staged.around)
         staged.main.mkdir()
@@ -170,17 +169,18 @@ def _begin(staged: StagedFolder, intended: str, *, resume: bool) -> None:
 
 
 def _check_replaceable(folder: Path, plan: Plan) -> None:
-    """A folder is replaced where all that is in it is of the kind that is written to it."""
+    """Raises UsageError for a folder that holds anything but files of the kind that will be written: replacing it would
+    delete them."""
     try:
         status = folder.lstat()
     except OSError:
-        return  # there is none, or the staging folder beside it cannot be made either
+        return  # it does not exist; or it is not accessible, which creating the folder beside it will report
     if stat.S_ISLNK(status.st_mode):
         raise UsageError("is a link; a folder is put in its place whole: name the folder itself", path=folder)
     if not stat.S_ISDIR(status.st_mode):
         raise UsageError("is not a folder; give the name of a folder", path=folder)
     written = {file.path.relative_to(folder).parts[0] for file in plan.files}
-    # of another number of shards, perhaps
+    # an earlier conversion may have had another number of shards
     shards = {(shard.file.path.stem.partition("-")[0], shard.file.path.suffix) for shard in plan.shards}
     for entry in folder.iterdir():
         former = (entry.stem.partition("-")[0], entry.suffix) in shards or entry.name in {
@@ -210,7 +210,7 @@ def _empty(path: Path) -> None:
 
 
 def _put_in_place(staged: StagedFolder) -> None:
-    """Moves the staged folder to its place, and one that is there into the private folder, which is then removed."""
+    """Moves the staged folder to its place. A former folder is moved into the private folder, which is then removed."""
     folder = staged.target
     for entry in staged.main.iterdir():
         if entry.is_dir():

@@ -1,9 +1,9 @@
-"""Files that are written in large pieces: past the system's cache, and without filling it.
+"""Files that are written in large pieces: past the system's cache, or through it without filling it.
 
-Copying to the cache takes more of the processor than decoding does, and of writes of some MiB Linux makes large pages
-there, which a virtual machine may have to get from its host first (measured eight times slower). So what is written in
-a row goes to the disk directly (O_DIRECT), while more is computed, where the file system can do that, and through the
-cache in writes of 64 KiB where it cannot, or where there is less of it.
+Why not plain writes. Copying to the cache takes more processor time than decoding. For writes of some MiB, Linux also
+allocates large pages there, which a virtual machine may have to get from its host first (measured: eight times slower).
+So large sequential data go directly to disk (O_DIRECT) while more is computed, if the file system supports it. If not,
+or if there is less data, they go through the cache in writes of 64 KiB.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _MOST_AT_ONCE = 1 << 16
 _ON_ITS_WAY = 1 << 26
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
-#: What offsets, lengths and memory are multiples of: no disk has larger sectors.
+#: Offsets, lengths and memory addresses of direct I/O are multiples of this: no disk has larger sectors.
 _SECTOR = 4096
 _BLOCK = 1 << 22
-#: Directly goes what is written so many bytes at a time, in a file that has become so large.
+#: Direct I/O is used for writes of at least the first size, once the file has reached the second.
 _LARGE_PIECE = 1 << 18
 _LARGE_FILE = 1 << 26
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file to write from its beginning to its end, made anew: it cannot be read, and nothing can seek in it. Raises
-    FileExistsError where there is anything of that name, a link included."""
+    """A new file to write from beginning to end, without reading and seeking. Raises FileExistsError if the name
+    exists, even as a link."""
     return cast("BinaryIO", _LargeFile(path))
 
 
 class _LargeFile(io.BufferedIOBase):
-    """Collects what is small. Holds what goes to the disk directly until it is a block, and has a thread write that.
-    `fileno` settles both first: who has the handle finds all bytes that were written."""
+    """Collects small writes. Holds data for direct I/O until they fill a block, which a thread then writes. `fileno`
+    writes both out first, so that the handle's user finds all bytes."""
 
     def __init__(self, path: Path) -> None:
         self._file = io.FileIO(path, "x")
@@ -74,7 +74,7 @@ class _LargeFile(io.BufferedIOBase):
             return len(view)
 
     def flush(self) -> None:
-        """Hands on what is small."""
+        """Passes on the collected small writes."""
         if self._small:
             small, self._small = self._small, bytearray()
             with memoryview(small) as view:
@@ -98,7 +98,7 @@ class _LargeFile(io.BufferedIOBase):
         if not self._blocks:
             from concurrent.futures import ThreadPoolExecutor
 
-            pages = (mmap.mmap(-1, _BLOCK) for _ in range(2))  # memory of which the beginning is that of a page
+            pages = (mmap.mmap(-1, _BLOCK) for _ in range(2))  # direct I/O needs memory that is aligned to pages
             self._blocks = [np.frombuffer(each, np.uint8) for each in pages]
             self._pool = ThreadPoolExecutor(1)
         count = min(len(data), _BLOCK - self._held)
@@ -109,7 +109,7 @@ class _LargeFile(io.BufferedIOBase):
         return count
 
     def _hand_over(self, end: int) -> None:
-        """Has what is held, up to position `end`, written while more comes."""
+        """Starts writing the held bytes, up to position `end`, in the thread."""
         self._wait()
         if self._pool is not None and self._held:
             held = self._blocks[0][: self._held].data
@@ -123,7 +123,7 @@ class _LargeFile(io.BufferedIOBase):
             pending.result()
 
     def _settle(self) -> None:
-        """Writes all that is held."""
+        """Writes all held bytes, and waits for them."""
         self._hand_over(self._position)
         self._wait()
 
@@ -143,12 +143,12 @@ class _LargeFile(io.BufferedIOBase):
                 if not os.path.samestat(os.fstat(handle), os.fstat(self._handle)):
                     raise FileNotFoundError(errno.ENOENT, "has been replaced while it was written", str(self._path))
             return os.pwrite(self._direct_handle, data, position)
-        except OSError:  # the file system cannot do it; an error of the disk comes again by the other way
+        except OSError:  # the file system does not support it; an error of the disk will come again through the cache
             self._can_be_direct = False
             return 0
 
     def _write_through_cache(self, data: memoryview, position: int) -> int:
-        """What is written so goes to the disk while more is computed."""
+        """Writes through the cache. From time to time the system is told to write to disk, while more is computed."""
         count = os.pwrite(self._handle, data[:_MOST_AT_ONCE], position)
         self._since += count
         if self._since >= _ON_ITS_WAY and hasattr(os, "posix_fadvise"):

@@ -1,10 +1,10 @@
-"""Folders that this program has made itself: where outputs and downloads lie until they are complete.
+"""Folders that this program has created itself, for outputs and downloads until they are complete.
 
-A name proves nothing. A repository, an archive or another user may hold a file, a folder or a link of any name, those
-used here included. So a folder is made anew, never taken over, and a folder that is found is only continued or removed
-when all of this holds: it is a folder and not a link, it belongs to this user, and it has a mark, a file which holds
-the folder's inode number. Nobody can know that number before the folder is made, so that no archive can bring a mark
-that fits. A lock on the mark says that the folder's maker still runs; the system ends it with the process.
+Why marks. A name proves nothing: a repository, an archive or another user may create a file, a folder or a link of any
+name, including the names used here. So a folder is always created, never taken over. An existing folder is continued or
+removed only if it is a folder and not a link, belongs to this user, and has a mark: a file with the folder's inode
+number. Nobody knows that number before the folder is created, so no archive can contain a mark that fits. A lock on the
+mark shows that the folder's maker still runs; the system releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pathlib import Path
 from nibblecast.converters.output.creation import open_beside_others
 
 MARK = ".nibblecast-mark"
-#: How the names of folders end in which outputs are staged.
+#: The suffix of folders that hold outputs until they are complete.
 PART = ".nibblecast-part"
 _TEMPORARY = "temporary"
-_RESUMABLE = "resumable"  # as long as the other, which it is written over
+_RESUMABLE = "resumable"  # of equal length, because it overwrites the other in place
 _MOST_MARK_BYTES = 64
-_NAME_BYTES = 150  # of the 255 that a name may have
+_NAME_BYTES = 150  # a name may have 255
 _TOKEN_BYTES = 8
 
 #: The temporary folders of this process.
@@ -37,24 +37,24 @@ _alive: set[Path] = set()
 
 
 class NotOurs(Exception):
-    """A folder is there that this program cannot prove to have made."""
+    """The folder exists, and nothing proves that this program made it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrivateFolder:
-    """A folder that was made here, and the handle whose lock says that its maker still runs."""
+    """A folder of this program, and the handle whose lock shows that its maker still runs."""
 
     path: Path
     handle: int
 
     def remove(self) -> None:
-        """Removes the folder with all that is in it, and lets go of the lock. Raises nothing."""
+        """Removes the folder with its content, and releases the lock. Raises nothing."""
         _remove(self.path)
         _alive.discard(self.path)
         self.close()
 
     def close(self) -> None:
-        """Lets go of the lock."""
+        """Releases the lock."""
         with suppress(OSError):
             os.close(self.handle)
 
@@ -78,9 +78,9 @@ def make_temporary(parent: Path, prefix: str, suffix: str = "") -> PrivateFolder
 
 
 def open_resumable(path: Path, *, shared: bool) -> PrivateFolder:
-    """The folder `path`, which a run before this one may have made, locked: `shared` with others, which needs one that
-    is there, or for this process alone, which makes it where there is none. Raises BlockingIOError where another
-    process holds it, FileNotFoundError where a shared one is not there, NotOurs, and other kinds of OSError."""
+    """The folder `path`, locked; an earlier run may have made it. With `shared` it must exist, and other processes may
+    share the lock; without, it is created if needed and locked for this process alone. Raises BlockingIOError if
+    another process holds it, FileNotFoundError if a shared one does not exist, NotOurs, and other kinds of OSError."""
     if not shared and not os.path.lexists(path) and (made := _make_resumable(path)) is not None:
         return made
     handle = _open_mark(path, _RESUMABLE, _TEMPORARY)
@@ -93,8 +93,8 @@ def open_resumable(path: Path, *, shared: bool) -> PrivateFolder:
 
 
 def _make_resumable(path: Path) -> PrivateFolder | None:
-    """Made under another name and renamed with its mark, so that a kill at any instant leaves nothing in the way. None
-    where something else has got that name meanwhile."""
+    """Creates the folder under another name and renames it with its mark, so that a kill at any instant leaves nothing
+    without a mark. None if something else has taken the name meanwhile."""
     made = make_temporary(path.parent, hidden_name(path.name[1:].removesuffix(PART)), PART)
     try:
         made.path.rename(path)
@@ -109,7 +109,7 @@ def _make_resumable(path: Path) -> PrivateFolder | None:
 
 
 def remove_left_behind(candidates: Iterable[Path]) -> None:
-    """Removes those temporary folders whose makers have ended without doing so; all else stays as it is."""
+    """Removes the temporary folders whose makers ended without removing them; everything else is untouched."""
     for path in candidates:
         with suppress(OSError, NotOurs):
             handle = _open_mark(path, _TEMPORARY)
@@ -121,18 +121,18 @@ def remove_left_behind(candidates: Iterable[Path]) -> None:
 
 
 def remove_all() -> None:
-    """Removes the temporary folders of this process. For one that ends at once; and at the end of each, for those whose
-    own removal was interrupted."""
+    """Removes the temporary folders of this process: before it ends at once, and at each normal end, in case an earlier
+    removal was interrupted."""
     for path in tuple(_alive):
         _remove(path)
 
 
 atexit.register(remove_all)
-os.register_at_fork(after_in_child=_alive.clear)  # they are its parent's
+os.register_at_fork(after_in_child=_alive.clear)  # they belong to its parent
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, its mark last: what a kill leaves of it can still be told to be ours. Raises nothing."""
+    """Removes a folder, its mark last: after a kill the rest can still be recognised as ours. Raises nothing."""
     with suppress(OSError):
         for entry in os.scandir(path):
             if entry.is_dir(follow_symlinks=False):
@@ -144,16 +144,16 @@ def _remove(path: Path) -> None:
 
 
 def hidden_name(name: str) -> str:
-    """The beginning of the hidden names for what becomes `name`: cut, for a name has 255 bytes at most."""
+    """The prefix of hidden names for an output `name`; it is cut because a name has 255 bytes at most."""
     return f".{os.fsencode(name)[:_NAME_BYTES].decode(sys.getfilesystemencoding(), 'ignore')}."
 
 
 def _marked(path: Path, kind: str) -> int:
-    """Makes the mark of a new folder, and gives its handle, which is locked."""
+    """Creates the mark of a new folder, and returns its locked handle."""
     handle = os.open(path / MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(handle, _text(path.stat().st_ino, kind))  # after the lock: a mark that can be read is held
+        os.write(handle, _text(path.stat().st_ino, kind))  # after locking: a mark that can be read is locked
     except BaseException:
         os.close(handle)
         raise
@@ -161,8 +161,8 @@ def _marked(path: Path, kind: str) -> int:
 
 
 def _open_mark(path: Path, *kinds: str) -> int:
-    """The handle of a folder's mark. Raises NotOurs where the folder was not made by this program for this user, as one
-    of these kinds."""
+    """The handle of a folder's mark. Raises NotOurs unless this program made the folder for this user, as one of these
+    kinds."""
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise NotOurs
@@ -186,8 +186,8 @@ def _text(inode: int, kind: str) -> bytes:
 
 
 def temporary_folders(parent: Path, name: str | None = None, *, below: bool = False) -> Iterator[Path]:
-    """What may be temporary folders in `parent` (and, with `below`, in the folders below it): all of them, or those for
-    an output called `name`. The mark tells whether they are."""
+    """Possible temporary folders in `parent` (with `below`, also in the folders below it): all, or those for an output
+    `name`. Only the mark tells whether they are."""
     pattern = f".*{PART}"
     for path in parent.rglob(pattern) if below else parent.glob(pattern):
         beginning = hidden_name(name) if name is not None else ""

@@ -1,10 +1,11 @@
-"""What several outputs take of one read, computed once where it is small.
+"""Computes small tensors once for several outputs of one read.
 
-Outputs are written one after the other, each front to back, so what one of them computes would be computed again for
-the next. A computed tensor of at most 64 MiB, its parameters included, is kept instead from the first output that
-reads it to the end of the run, as long as all that is kept has at most 256 MiB. What is larger, or comes when the 256
-MiB are full, is computed once for each output: a second target then costs as much time as a second command would,
-without reading headers again, and memory stays bounded. What is in a file, or in memory already, is never kept.
+Outputs are written one after the other, each front to back, so each would compute the same tensors again. A computed
+tensor of at most 64 MiB, with its parameters, is kept from the first output that reads it to the end of the run, while
+all kept tensors have at most 256 MiB. Data in a file, or in memory already, are never kept.
+
+Why limits. Larger tensors, and those beyond the 256 MiB, are computed once per output. A second target then costs as
+much time as a second command, without reading headers again; but memory stays bounded.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class _Room:
 
 @dataclass(slots=True, eq=False)
 class _Once:
-    """The data of a tensor and of its parameters. They are computed together, for the parameters that quantizing fits
-    are known while codes are made, and would be fitted again later."""
+    """The data of a tensor and of its parameters, computed together: quantizing fits the parameters before it makes the
+    codes, and would fit them again later."""
 
     made_from: Sequence[Data]
     room: _Room
@@ -43,7 +44,7 @@ class _Once:
     _lock: Any = field(default_factory=Lock)
 
     def array(self, number: int) -> NDArray[np.uint8] | None:
-        """All bytes of one of the data; None where they are not to be kept."""
+        """All bytes of data `number`; None if they are not kept."""
         if self.outputs < 2:
             return None
         with self._lock:
@@ -56,7 +57,7 @@ class _Once:
             return self._arrays[number] if self._arrays else None
 
     def forget(self) -> None:
-        """Lets go of what was kept."""
+        """Releases the kept arrays."""
         self.outputs = 0
         self.room.free += sum(array.size for array in self._arrays)
         self._arrays.clear()
@@ -64,7 +65,7 @@ class _Once:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedData(Data):
-    """Computed data that are kept while there are outputs that will read them again."""
+    """Computed data that are kept as long as another output will read them."""
 
     data: Data
     once: _Once
@@ -90,9 +91,9 @@ class SharedData(Data):
 
 
 def shared(model: Model, read: Model) -> Model:
-    """The model with data that are computed once for all outputs. `read` is the model before the stages: data of a
-    reader's own kind, and those of a model with a graph, stay the very objects that they are, because writers tell by
-    them what has not changed."""
+    """The model with data that are computed once for all outputs. `read` is the model before the stages. Data of a
+    reader's own class, and those of a model with a graph, stay the same objects: writers compare objects to see what is
+    unchanged."""
     parameters = {id(one) for t in model.values() if t.quantization for _, one in t.quantization.parameters()}
     room = _Room()
     tensors = dict(model.tensors)
@@ -127,7 +128,7 @@ def _shared_tensor(tensor: Tensor, room: _Room) -> Tensor:
 
 @contextmanager
 def sharing(plans: Sequence[Plan]) -> Iterator[None]:
-    """While these plans are written one after the other, what several of them take is kept."""
+    """A block that writes these plans one after the other; data that several of them read are kept meanwhile."""
     found = [] if len(plans) < 2 else [{id(once): once for once in _taken(plan)} for plan in plans]
     for of_one in found:
         for once in of_one.values():

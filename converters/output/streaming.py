@@ -1,4 +1,4 @@
-"""Tensors' canonical bytes one piece after the other, as shards write them: computed ahead by a few threads."""
+"""The canonical bytes of tensors, piece by piece as shards write them, computed ahead by a few threads."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MOST_THREADS = 4
 def write_tensors(
     stream: BinaryIO, tensors: Sequence[Tensor], nbytes: int, wrote: Callable[[int], None], *, release: bool = True
 ) -> None:
-    """Writes the canonical bytes of tensors, one after the other, in pieces of about `nbytes`; tells `wrote` of each,
-    and releases each tensor when it is written, unless `release` is false."""
+    """Writes the canonical bytes of tensors, one after the other, in pieces of about `nbytes`. Calls `wrote` for each
+    piece, and releases each tensor when it is written, unless `release` is false."""
     current = 0
     for number, piece in pieces_of(tensors, nbytes):
         if number != current and release:
@@ -38,10 +38,10 @@ def write_tensors(
 
 
 def pieces_of(tensors: Iterable[Tensor], nbytes: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """The pieces `cut(nbytes)` of one tensor after the other, each with the tensor's number, from 0 on; do not write to
-    them. Each tensor has one, be it empty. The memory behind each is let go, or used again, when the next one is asked
-    for. Data that are computed are so in threads (NumPy works without holding the interpreter), at most one piece ahead
-    for each, those of the next tensor included; no thread is left when the iterator is exhausted or closed."""
+    """The pieces `cut(nbytes)` of one tensor after the other, each with the tensor's number from 0 on. Do not write to
+    them. Each tensor has at least one piece, which may be empty. A piece's memory is released or reused when the next
+    one is requested. Threads compute data at most one piece ahead each, including pieces of the next tensor (NumPy
+    releases the interpreter's lock). No thread is left when the iterator is exhausted or closed."""
     remaining = enumerate(tensors)
     for number, tensor in remaining:
         if tensor.nbytes <= nbytes or _is_here(tensor) or threads() < 2:
@@ -61,7 +61,7 @@ def _computed_ahead(tensors: Iterable[tuple[int, Tensor]], nbytes: int) -> Itera
 
     count = min(_MOST_THREADS, threads())
     ahead: deque[tuple[int, Tensor, Future[NDArray[np.uint8]]]] = deque()
-    memory = [np.empty(0, np.uint8)] * (count + 2)  # for those ahead, and the one that was asked for last
+    memory = [np.empty(0, np.uint8)] * (count + 2)  # for the pieces ahead, and the one that the caller uses
     parts = ((number, part) for number, tensor in tensors for part in tensor.cut(nbytes))
     with ThreadPoolExecutor(count, initializer=partial(np.seterr, all="ignore")) as pool:  # numbers may be anything
         try:

@@ -1,4 +1,4 @@
-"""Writes what a plan lists: shards first, in their order, then companions."""
+"""Writes the files of a plan: shards first, in their order, then companions."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _COPIED_BYTES = 1 << 22
 
 
 class Staged(Protocol):
-    """Files that are written before they are put in their place."""
+    """Files that are written at temporary paths, and then put in place."""
 
     @property
     def main(self) -> Path:
-        """Where the file or the folder that the user named lies until then."""
+        """The temporary path of the file or folder that the user named."""
         ...
 
     def has(self, file: OutputFile) -> bool:
-        """Whether a file is there, complete, from a run before this one."""
+        """Whether an earlier run has completed the file."""
         ...
 
     def file(self, file: OutputFile) -> AbstractContextManager[BinaryIO]:
-        """A file to write, which is complete and on the disk when the block ends without an exception."""
+        """A file to write; it is flushed to disk (fsync) when the block ends without an exception."""
         ...
 
 
 def staging(plan: Plan, intended: Callable[[], str], *, resume: bool) -> AbstractContextManager[Staged]:
-    """A place for a plan's files, which are put in theirs when the block ends without an exception. `intended` says
-    what is to be written (`folders.intent`)."""
+    """Temporary paths for a plan's files, which are put in place when the block ends without an exception. `intended`
+    gives the run's intent (`folders.intent`)."""
     if plan.folder is None:
         return atomic_outputs([file.path for file in plan.files])
     return atomic_folder(plan.folder, plan, intended(), resume=resume)
 
 
 def write_plan(plan: Plan, staged: Staged, wrote: Callable[[int], None]) -> None:
-    """Writes what of the plan is not there yet; `wrote` is told of the bytes of payload."""
+    """Writes the plan's files, except for complete shards; `wrote` is called with the bytes of payload."""
     for shard in plan.shards:
         write_shard(shard, staged, wrote)
     for companion in plan.companions:
@@ -55,7 +55,7 @@ def write_plan(plan: Plan, staged: Staged, wrote: Callable[[int], None]) -> None
 
 
 def write_shard(shard: Shard, staged: Staged, wrote: Callable[[int], None]) -> None:
-    """Writes a shard, unless it is there already."""
+    """Writes a shard, unless it is complete already."""
     if staged.has(shard.file):
         wrote(shard.nbytes)
         return
