@@ -118,7 +118,7 @@ class located:  # noqa: N801  (used like a function; a class because a generator
 
 
 class Notice(UserWarning):
-    """A warning that is meant for a person: the command line shows these, and no others."""
+    """A warning for the user: the command line shows these warnings only."""
 
 
 class UsageError(Error):
@@ -134,7 +134,7 @@ class CorruptFile(Error):
 
 
 class MissingFile(CorruptFile):
-    """A file that another one refers to is not there: `file`."""
+    """A file that another one refers to does not exist: `file`."""
 
     def __init__(self, message: str, *, file: Path, path: Path | None = None) -> None:
         super().__init__(message, path=path)
@@ -142,13 +142,13 @@ class MissingFile(CorruptFile):
 
 
 class ChangedFile(Error):
-    """An input was cut off or written to while it was read."""
+    """An input was truncated or written to while it was read."""
 
     exit_code = ExitCode.CHANGED
 
 
 class Unsupported(Error):
-    """The file is valid as far as can be told, but holds something that is not handled."""
+    """The file seems valid, but contains something that nibblecast does not support."""
 
     exit_code = ExitCode.UNSUPPORTED
 
@@ -158,7 +158,7 @@ class MissingDependency(Unsupported):
 
 
 class RefusedLoss(Error):
-    """Going on would lose something; the message says what, and what to add to the command to accept it."""
+    """Continuing would lose something; the message says what, and what to add to the command to accept it."""
 
     exit_code = ExitCode.REFUSED_LOSS
 

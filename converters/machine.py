@@ -1,4 +1,4 @@
-"""What a process uses of its machine: how many processors, and how memory comes from the system."""
+"""How a process uses its machine: the number of processors, and how it allocates memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ THREADS = "NIBBLECAST_THREADS"
 
 
 def processors() -> int:
-    """How many processors this process may use, which may be fewer than there are."""
+    """The number of processors that this process may use, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """How many threads are to compute at a time. Raises UsageError where the variable is no such number."""
+    """The number of threads that compute at a time. Raises UsageError if the variable is not a positive number."""
     wanted = os.environ.get(THREADS)
     if wanted is None:
         return processors()

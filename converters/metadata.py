@@ -1,4 +1,4 @@
-"""What is known beside the tensors: where a model comes from, which operators use a tensor, what was not kept."""
+"""Facts beside the tensors: where a model comes from, which operators use a tensor, and what was not kept."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ class Loss:
 
     @property
     def word(self) -> Literal["not kept", "changed", "note"]:
-        """What a person is told first: whether something is left out, is changed, or only has another form."""
+        """The first word of a message: something is left out, is changed, or only has another form."""
         return _WORDS[self.kind]
 
     @property
     def is_exact(self) -> bool:
-        """Whether it is only a change of form, with the same values bit for bit."""
+        """Whether this is only a change of form, with the same values bit for bit."""
         return self.word == "note"
 
     @property

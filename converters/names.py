@@ -1,4 +1,4 @@
-"""Names that nothing else has: the one way in which all formats make them."""
+"""Unique names: the one way in which all formats make them."""
 
 from __future__ import annotations
 

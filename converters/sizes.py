@@ -1,4 +1,4 @@
-"""How large tensors and models are, scales and other parameters included, and how to say so."""
+"""The sizes of tensors and models, including scales and other parameters, and sizes as text."""
 
 from __future__ import annotations
 

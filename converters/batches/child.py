@@ -1,7 +1,7 @@
-"""Processes that run jobs, one after the other, and what becomes of a job whose process hangs or dies.
+"""Processes that run jobs one after the other, and the failures of jobs whose process hangs or dies.
 
-A child is a Python of its own that gets jobs and gives records through a pipe. It is no child of `multiprocessing`:
-the workers of Dask may have none of those.
+A child is a Python process that receives jobs and returns records through a pipe. It is not a process of
+`multiprocessing`, because Dask's workers are daemons there, and may not start any.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Child:
         self.is_over, self._has_begun = False, False
 
     def run(self, jobs: Sequence[Job]) -> Generator[Record, None, None]:
-        """The records of jobs, in their order, each as it is done; none after one at which the process ended."""
+        """The records of jobs, in their order, each as it is done; the last is the one at which the process ended."""
         job = jobs[0]
         try:
             if not self._has_begun:  # imports do not count as the first job's time
@@ -70,7 +70,7 @@ class Child:
             yield failed(job, _process_ended(job, code))
 
     def end(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         self.is_over = True
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):  # one that waits for a device ends when it can
@@ -117,13 +117,13 @@ class Children:
                 self._idle.append(child)
 
     def end_idle(self) -> None:
-        """Ends those that do nothing."""
+        """Ends the idle children."""
         with self._lock:
             while self._idle:
                 self._idle.pop().end()
 
     def end(self) -> None:
-        """Ends all of them, whatever they do, and begins no more."""
+        """Kills all children, and starts no more."""
         self.end_idle()
         with self._lock:
             self._is_ended = True

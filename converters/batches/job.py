@@ -1,4 +1,4 @@
-"""One model's conversion as a job, as data: what a worker gets."""
+"""A job: the conversion of one model as data, which a worker receives."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from nibblecast.converters.batches.remote import RemoteSource
 from nibblecast.converters.input.urls import without_secrets
 from nibblecast.converters.version import __version__
 
-#: Parts of a job that are no shards.
+#: Parts of a job that are not shards.
 BEGIN, DIGEST = 0, -1
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for of every model: `convert`'s options, the readers' and writers' own in `options`."""
+    """The options of `convert` for all models of a batch; those of readers and writers are in `options`."""
 
     dequantize: str | None = None
     quantize: str | None = None
@@ -30,7 +30,7 @@ class Request:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def text(self, formats: Sequence[str]) -> str:
-        """All of it on one line; equal for equal requests, whatever the secrets in URLs are."""
+        """The request on one line; equal for equal requests, whatever the secrets in URLs are."""
         options = ",".join(f"{key}={without_secrets(str(value))}" for key, value in sorted(self.options.items()))
         return (
             f"to={','.join(formats)} dequantize={self.dequantize} quantize={self.quantize} only={list(self.only)} "
@@ -41,7 +41,7 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Job:
     """A model to convert: its path, its name in the report, and each target's format and path below `folder`. `remote`
-    is where a source is that is not on this machine, `destination` the URL that then stands for `folder`."""
+    locates a source that is not on this machine; a `destination` URL replaces `folder`."""
 
     source: Path
     name: str
@@ -50,9 +50,9 @@ class Job:
     request: Request
     remote: RemoteSource | None = None
     destination: str = ""
-    #: What of it is to be done only, of a large one (`converters.batches.shares`).
+    #: The only part to do, for a large model (`converters.batches.shares`).
     part: int | None = None
-    #: The content's SHA-256, where it is known already.
+    #: The content's SHA-256, if it is known already.
     digest: str = ""
 
     @property
@@ -78,5 +78,5 @@ class Job:
 
 
 def failed(job: Job, failure: Failure) -> Record:
-    """The record of a job of which nothing more is known."""
+    """The record of a job about which only its failure is known."""
     return Record(job.name, "", job.text, failure=failure, nibblecast=__version__)

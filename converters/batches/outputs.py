@@ -1,4 +1,4 @@
-"""Where each model's outputs go: the folders of the sources mirrored, one name for each, none of them twice."""
+"""Where each model's outputs go: in the same folders as the sources, each under a unique name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch from beginning to end: what there is to do, what was done already, workers, report."""
+"""Runs a batch: finds the models, skips what is done, hands jobs to workers, and writes the report."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ _USUAL_MEMORY = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """A record for each model, in the order of their names, and how long all of it took. `kept` of them were done by a
-    run before this one."""
+    """A record for each model, in the order of their names, and the seconds of the whole batch. Records that are `kept`
+    come from an earlier run."""
 
     records: tuple[Record, ...]
     seconds: float
 
     @property
     def failed(self) -> tuple[Record, ...]:
-        """Those that were not converted."""
+        """The records of models that were not converted."""
         return tuple(record for record in self.records if not record.done)
 
 
@@ -81,9 +81,9 @@ class BatchSettings:
             raise UsageError("--jobs doesn't apply to a cluster (it uses all of its workers)")
 
 
-#: Told of each record, with how many there are of how many.
+#: Called with each record, the number of records so far, and the total.
 OnResult = Callable[[Record, int, int], None]
-#: Told, several times a second, which models are worked on.
+#: Called several times a second with the names of the running models.
 OnRunning = Callable[[Sequence[str]], None]
 
 

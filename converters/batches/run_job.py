@@ -1,4 +1,4 @@
-"""A job done: what a worker does, and answers."""
+"""Runs a job in a worker, and returns its record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PEAK = "VmHWM:"
 
 
 def run_job(job: Job, *, dry_run: bool = False) -> Record:
-    """Converts the model; what goes wrong is the record's failure. Nothing is raised but what ends the process."""
+    """Converts the model; errors become the record's failure. Raises only what ends the process."""
     began = time.perf_counter()
     _forget_peak()
     digest, done, failure, shards, nbytes = "", None, None, 0, 0
@@ -75,7 +75,7 @@ def run_job(job: Job, *, dry_run: bool = False) -> Record:
 
 
 def _at_hand(job: Job) -> AbstractContextManager[Job]:
-    """The job as one whose files are on this machine."""
+    """The job with all of its files on this machine."""
     if job.remote is None and not job.destination:
         return nullcontext(job)
     from nibblecast.converters.batches.transfer import brought_here
@@ -135,13 +135,13 @@ def _is_transient(error: Error) -> bool:
 
 
 def _forget_peak() -> None:
-    """Begins counting memory anew, where the system can."""
+    """Resets the peak of memory, if the system can."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int | None:
-    """The most bytes that the process has held since."""
+    """The peak of memory in bytes since the last reset."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

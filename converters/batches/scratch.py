@@ -1,4 +1,4 @@
-"""Temporary folders of this machine for what comes from, or goes to, another one."""
+"""Temporary folders of this machine for files that come from, or go to, another one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _PREFIX = "nibblecast-scratch-"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for as long as the block lasts. What processes that were killed have left is removed first: folders
-    that are marked as this user's temporary ones, and whose maker is gone."""
+    """A folder that exists during the block. Folders that killed processes left behind are removed first: their marks
+    show that they are temporary, belong to this user, and that their maker is gone."""
     parent = Path(tempfile.gettempdir()).resolve()
     remove_left_behind(parent.glob(f"{_PREFIX}*"))
     folder = make_temporary(parent, _PREFIX)

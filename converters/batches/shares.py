@@ -1,8 +1,8 @@
-"""Large checkpoints in parts: their shards are written by jobs of their own, as many at a time as there are workers.
+"""Large checkpoints in parts: each shard is written by a job of its own, so that all workers share one model.
 
-The first part (BEGIN) begins the folder and says how many shards there will be; parts from 1 write one each, another
-(DIGEST) hashes the source meanwhile; the model's own job, the last, writes what is missing and puts the folder in its
-place. So a part that fails loses nothing but time: that job tries it again, and says what is wrong.
+The first part (BEGIN) begins the folder and gives the number of shards. Each part from 1 on writes one shard, while
+another part (DIGEST) hashes the source. The model's own job comes last: it writes what is missing and puts the folder
+in place. So a failed part costs only time: the last job tries it again, and reports what is wrong.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _LARGE_BYTES = 1 << 30
 
 @dataclass(slots=True)
 class Shares:
-    """The parts that are on their way, by the names of their models."""
+    """The parts in progress, by the names of their models."""
 
     left: Counter[str] = field(default_factory=Counter)
     digests: dict[str, str] = field(default_factory=dict)
     spent: dict[str, Record] = field(default_factory=dict)
 
     def first(self, job: Job) -> Job:
-        """What is to be done first for a model: a large folder on this machine is begun, others are done at once."""
+        """The first job of a model: a large folder on this machine is only begun, other models are done at once."""
         return replace(job, part=BEGIN) if is_large(job) else job
 
     def after(self, part: Job, record: Record) -> list[Job]:
-        """What is to be done when a part is done."""
+        """The jobs that follow when a part is done."""
         self.spent[part.name] = self.whole(record)
         if part.part == BEGIN and record.done and record.shards > 1:
             numbers = [DIGEST, *range(1, record.shards + 1)]
@@ -43,7 +43,7 @@ class Shares:
         return [replace(part, part=None, digest=self.digests.get(part.name, ""))]
 
     def whole(self, record: Record) -> Record:
-        """The model's record, with what its parts took."""
+        """The model's record, including the time and memory of its parts."""
         spent = self.spent.get(record.source)
         if spent is None:
             return record

@@ -1,4 +1,8 @@
-"""Where jobs run. Worker processes on this machine: each model in its own attempt, whatever becomes of the process."""
+"""Where jobs run: by default in worker processes on this machine.
+
+Why processes, not threads. A hostile model may crash its process, hang in C code, or take all memory. Only a process
+can be killed, and held to a limit of memory; then one model fails, and the others go on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from nibblecast.converters.batches.run_job import run_job
 from nibblecast.converters.errors import ExitCode
 from nibblecast.converters.machine import processors
 
-#: Small jobs are handed out so many at a time.
+#: So many small jobs are handed out together.
 BUNDLED_JOBS = 16
 _SMALL_BYTES = 1 << 20
 
@@ -25,19 +29,19 @@ class Workers(Protocol):
 
     @property
     def ahead(self) -> int:
-        """How many jobs are to be handed out at a time: those that are worked on, and as many again."""
+        """How many jobs to hand out at a time: the running ones, and as many again."""
         ...
 
     def submit(self, jobs: Sequence[Job]) -> list[Future[Record]]:
-        """Has jobs run; each one's future gives the record. Raises UsageError where there are no workers any more."""
+        """Runs jobs; each future gives the job's record. Raises UsageError if there are no workers any more."""
         ...
 
     def failure_of(self, error: BaseException, job: Job) -> Failure:
-        """What an exception of such a future means for the model."""
+        """The failure of the model that an exception of its future stands for."""
         ...
 
     def close(self) -> None:
-        """Waits for what is running, and ends the workers."""
+        """Waits for running jobs, and ends the workers."""
         ...
 
     def stop(self) -> None:
@@ -46,9 +50,8 @@ class Workers(Protocol):
 
 
 class LocalWorkers:
-    """`count` processes that pay for their imports once. A job that takes longer than `timeout` seconds or more than
-    `memory` bytes (beside mapped files), or whose process dies, is a failure of its own; another process takes its
-    place."""
+    """`count` processes, each of which imports only once. A job fails if it takes longer than `timeout` seconds or more
+    than `memory` bytes (mapped files not counted), or if its process dies; a new process then replaces it."""
 
     def __init__(self, count: int, *, timeout: float | None, memory: int | None) -> None:
         self._children = Children(timeout, memory, max(1, processors() // count))
@@ -65,7 +68,7 @@ class LocalWorkers:
         return futures
 
     def _work(self) -> None:
-        """Has a process do what waits, a share of it at a time, until there is no more."""
+        """Gives a process bundles of waiting jobs until no job is left."""
         while bundle := list(self._bundle()):
             self._run(bundle)
 
@@ -82,7 +85,7 @@ class LocalWorkers:
                     future.set_exception(error)
 
     def _bundle(self) -> Iterator[tuple[Job, Future[Record]]]:
-        """A large job, or small ones."""
+        """Small jobs up to and including the first large one."""
         most = max(1, min(BUNDLED_JOBS, len(self._waiting) // self._count))
         for _ in range(most):
             try:
@@ -106,7 +109,7 @@ class LocalWorkers:
 
 
 class OwnProcess:
-    """This process itself, one job after the other: for files that no other one sees (`memory://`)."""
+    """This process itself, one job after the other: for files that no other process sees (`memory://`)."""
 
     ahead = 2
 
@@ -127,11 +130,11 @@ class OwnProcess:
 
 
 def is_small(job: Job) -> bool:
-    """Whether handing it out takes as long as doing it, so that it is handed out together with others."""
+    """Whether handing out the job takes as long as doing it; such jobs are bundled."""
     nbytes = job.nbytes
     return nbytes is not None and nbytes <= _SMALL_BYTES
 
 
 def unexpected(error: BaseException, job: Job) -> Failure:
-    """What is neither the model's fault nor an end of its process."""
+    """The failure for an error that is neither the model's fault nor an end of its process."""
     return Failure(int(ExitCode.BUG), f"{job.shown}: {type(error).__name__}: {error}", transient=True)

@@ -24,7 +24,7 @@ from nibblecast.converters.sizes import weights_of
 _PIECE_ELEMENTS = 1 << 20
 _SHOWN = 3
 
-#: What of a tensor is compared: an array of its shape.
+#: A view of a tensor for comparing: an array of its shape.
 View = Callable[[Tensor], NDArray[Any]]
 
 
@@ -64,8 +64,8 @@ class Comparison:
 
 @np.errstate(all="ignore")  # numbers out of files may be anything
 def compare(a: Model, b: Model, progress: Progress | None = None) -> Comparison:
-    """Compares all tensors of two models by name; tensors that are only parameters of others count with those.
-    `progress` is told of the first model's bytes."""
+    """Compares all tensors of two models by name; tensors that are only parameters of others count with their owners.
+    `progress` is called with the first model's bytes."""
     weights_a, weights_b = weights_of(a), weights_of(b)
     differences: list[Difference] = []
     common = [name for name in weights_a if name in weights_b]
@@ -102,7 +102,7 @@ def compare_tensors(a: Tensor, b: Tensor) -> list[Difference]:
         and arithmetic[0] == arithmetic[1]
         and _same_roles(a.quantization, b.quantization)
     ):
-        # values follow from codes and parameters, which also tell apart what no value shows (a block of zeros, say)
+        # codes and parameters determine the values, and also show differences that values hide, e.g. a block of zeros
         return differences + _parameter_differences(a.name, a.quantization, b.quantization)
     return differences + _differences(a, b, "values", _values)
 
@@ -112,7 +112,7 @@ def _values(tensor: Tensor) -> NDArray[Any]:
 
 
 def _plain_view(a: Tensor, b: Tensor) -> View:
-    """How to look at two tensors of which at most one is quantized."""
+    """The view for comparing two tensors of which at most one is quantized."""
     if a.quantization is None and b.quantization is None:
         if a.dtype == b.dtype or (is_integer(a.dtype) and is_integer(b.dtype)):
             return Tensor.codes
@@ -183,7 +183,7 @@ def _unequal(x: NDArray[Any], y: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _same_roles(a: Quantization, b: Quantization) -> bool:
-    """Whether both have the same blocks and the same parameters, zero points aside, whose absence means zeros."""
+    """Whether both have the same blocks and kinds of parameters. Zero points are ignored: absent ones are zeros."""
     roles = [{role for role, _ in quantization.parameters()} - {"zero_point"} for quantization in (a, b)]
     return roles[0] == roles[1] and a.block_shape == b.block_shape and a.scale.shape == b.scale.shape
 
@@ -199,5 +199,5 @@ def _parameter_differences(name: str, a: Quantization, b: Quantization) -> list[
 
 
 def _parameter_view(a: Tensor, b: Tensor) -> View:
-    """Integers as they are, whatever their width; the rest by its values."""
+    """Integers are compared as such, whatever their width; all other tensors by their values."""
     return Tensor.codes if is_integer(a.dtype) and is_integer(b.dtype) and a.quantization is None else _values

@@ -1,4 +1,4 @@
-"""What two models compute, compared: both are run on the same inputs, each by its own format's runtime."""
+"""Compares what two models compute: both run on the same inputs, each in its own format's runtime."""
 
 from __future__ import annotations
 
