@@ -1,7 +1,7 @@
 """The exceptions meant for a person, and the exit codes they carry.
 
 Every one is a single line of text that names the file, the tensor, the value seen and what to do. Text that comes from
-a model (a tensor's name, say) is data: control characters in it are escaped, so that it can neither break the line nor
+a model (e.g. a tensor's name) is data: control characters in it are escaped, so that it can neither break the line nor
 drive a terminal, what is very long is shortened, and what is secret in URLs is hidden.
 """
 

@@ -10,7 +10,7 @@ tell which shards of an interrupted run are complete.
 
 Why pull. A file has its own order: safetensors has wide elements first, C has its declarations before the data. A
 pipeline that pushes tensors in the model's order makes such a writer seek, or hold what comes too early. A shard that
-fetches its tensors itself writes front to back, through whichever stream there is, and lets go of each tensor when it
+fetches its tensors itself writes front to back, through whichever stream there is, and releases each tensor when it
 has written it.
 
 Why one protocol. A file is a folder of one shard. Resuming, running on several machines, progress, verification and

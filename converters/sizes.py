@@ -35,7 +35,7 @@ def model_bytes(model: Model) -> int:
 
 
 def bits_per_quantized_weight(model: Model) -> float:
-    """Of all quantized tensors together; 0 where there are none."""
+    """Stored bits per element of all quantized tensors together; 0 without any."""
     quantized = [tensor for tensor in model.values() if tensor.quantization is not None]
     return 8 * sum(map(stored_bytes, quantized)) / max(1, sum(tensor.size for tensor in quantized))
 

@@ -33,7 +33,7 @@ COMPLEX64, COMPLEX128 = np.dtype(np.complex64), np.dtype(np.complex128)
 SUB_BYTE: Mapping[np.dtype[Any], tuple[int, np.dtype[Any]]] = MappingProxyType(
     {INT2: (2, INT8), UINT2: (2, UINT8), INT4: (4, INT8), UINT4: (4, UINT8), FLOAT4: (4, UINT8)}
 )
-#: The dtype of unsigned codes of so many bits.
+#: The dtype of unsigned codes, by their bits.
 UNSIGNED: Mapping[int, np.dtype[Any]] = MappingProxyType({2: UINT2, 4: UINT4, 8: UINT8})
 #: The dtypes that values can be decoded to, by name.
 FLOAT_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(

@@ -194,11 +194,11 @@ def appended_report(path: Path) -> Iterator[IO[str]]:
 
 
 def append(stream: IO[str], record: Record) -> None:
-    """Adds a record to what `flush` writes."""
+    """Adds a record; `flush` writes it to disk."""
     stream.write(record.line())
 
 
 def flush(stream: IO[Any]) -> None:
-    """Has what was written on the disk when this returns."""
+    """Flushes to disk (fsync)."""
     stream.flush()
     os.fsync(stream.fileno())

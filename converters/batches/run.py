@@ -140,7 +140,7 @@ def batch(
             on_result=on_result,
             on_running=on_running,
         )
-    except OSError as error:  # the report cannot be written, say
+    except OSError as error:  # e.g. the report cannot be written
         raise UsageError(f"{error.filename or os.fspath(target)}: {error.strerror or error}") from error
 
 
@@ -191,7 +191,7 @@ def _run(jobs: Sequence[Job], place: Store, report: Path, settings: BatchSetting
     """Converts what is to be converted. Raises OSError where the report cannot be written, a full disk e.g."""
     before = read_report(report) if settings.resume else {}
     todo = list(batch.kept(jobs, before))
-    workers = _workers(settings, todo) if todo else None  # where there are none, the report stays as it is
+    workers = _workers(settings, todo) if todo else None  # before the report changes: there may be no workers
     write_report(report, batch.records.values())
     with appended_report(report) as stream:
         batch.stream = stream
@@ -231,7 +231,7 @@ class _Batch:
             self.on_result(record, len(self.records), self.total)
 
     def report(self) -> None:
-        """Has what was added since the last time on the disk."""
+        """Flushes the records that were added since the last call to disk."""
         if self.stream is not None and len(self.records) > self._reported:
             self._reported = len(self.records)
             flush(self.stream)

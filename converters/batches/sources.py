@@ -1,4 +1,4 @@
-"""Which models there are: files and checkpoints' folders below a folder, or those that a list names."""
+"""Finds models: files and folders of checkpoints below a folder, or the entries of a list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All sub-commands together, and how a run ends."""
+"""All sub-commands, and the exit codes of a run."""
 
 from __future__ import annotations
 

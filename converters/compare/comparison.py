@@ -1,7 +1,7 @@
 """Two models, code for code and value for value.
 
 Where both tensors are quantized, their codes must be equal and their parameters, and so their values. Codes of
-different dtypes (offset binary and two's complement, say) are compared after subtracting their zero points. Where only
+different dtypes (e.g. offset binary and two's complement) are compared after subtracting their zero points. Where only
 one is quantized, values are compared in the other one's dtype; plain tensors are compared as they are. Quantizations of
 another arithmetic are compared by their float32 values. NaN equals NaN.
 """

@@ -1,4 +1,4 @@
-"""A batch's numbers as a page."""
+"""The page about a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a batch, out of its report."""
+"""The numbers of a batch, from its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BatchStatistics:
 
     @property
     def failed(self) -> tuple[Record, ...]:
-        """Those that were not converted."""
+        """The records of models that were not converted."""
         return tuple(record for record in self.records if not record.done)
 
     @property
@@ -43,12 +43,12 @@ class BatchStatistics:
 
     @property
     def losses(self) -> int:
-        """How many things were not kept or have changed."""
+        """The number of losses: what was not kept or has changed."""
         return sum(len(record.losses) for record in self.records)
 
     @property
     def peak_memory(self) -> int | None:
-        """The most that one model took; None where it is not known of any."""
+        """The largest peak of memory of a model; None if none is known."""
         return max((r.peak_memory for r in self.records if r.peak_memory is not None), default=None)
 
     def document(self) -> dict[str, Any]:
@@ -67,12 +67,12 @@ class BatchStatistics:
 
 
 def output_bytes(record: Record) -> int:
-    """Of all files that were written for a model."""
+    """The bytes of all files that were written for a model."""
     return sum(output.bytes for output in record.outputs)
 
 
 def report_of(source: Path) -> Path | None:
-    """The report that `source` is, or that lies in it; None where it is a model."""
+    """The report that `source` is or contains; None if it is a model."""
     if source.is_dir():
         return source / REPORT if (source / REPORT).is_file() else None
     return source if source.suffix == Path(REPORT).suffix else None

@@ -37,17 +37,17 @@ class CodeCounts:
 
     @property
     def unused(self) -> int:
-        """How many codes do not occur."""
+        """The number of codes that do not occur."""
         return self.counts.count(0)
 
     @property
     def lowest_share(self) -> float:
-        """The share of elements that have the lowest code that the dtype has."""
+        """The share of elements with the dtype's lowest code."""
         return self.counts[0] / max(1, self.total)
 
     @property
     def highest_share(self) -> float:
-        """The share of elements that have the highest code that the dtype has."""
+        """The share of elements with the dtype's highest code."""
         return self.counts[-1] / max(1, self.total)
 
 
@@ -68,7 +68,7 @@ class Spread:
 
 
 def codes_of(tensor: Tensor) -> CodeCounts | None:
-    """The histogram of a tensor's codes; None where they are wider than 8 bits."""
+    """The histogram of a tensor's codes; None if they are wider than 8 bits."""
     if tensor.bits > 8:
         return None
     values, patterns = _values_and_patterns(tensor.dtype)
@@ -84,7 +84,7 @@ def codes_of(tensor: Tensor) -> CodeCounts | None:
 
 
 def _values_and_patterns(dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """What each code is as a number, ascending, and its bit pattern."""
+    """The number and the bit pattern of each code, in ascending order of the numbers."""
     if is_float(dtype):
         width = int(_float_information(dtype).bits)
         values = np.arange(1 << width, dtype=np.uint8).view(dtype).astype(np.float32)

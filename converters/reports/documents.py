@@ -1,4 +1,4 @@
-"""A report's numbers as JSON can hold them: null for what is not finite."""
+"""The numbers of a report as JSON, with null for numbers that are not finite."""
 
 from __future__ import annotations
 

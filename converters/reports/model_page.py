@@ -1,4 +1,4 @@
-"""A model's numbers as a page."""
+"""The page about a model."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _marks(axes: Axes, places: Sequence[float], text: Callable[[float], str]) ->
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Within it figures look as they should, whatever the user's own settings of matplotlib are."""
+    """A block in which figures ignore the user's own settings of matplotlib."""
     with matplotlib.style.context(["default", _STYLE]):
         yield
 

@@ -1,4 +1,4 @@
-"""A report from beginning to end: what the source is, its numbers, the page, the file."""
+"""Writes a report: detects the kind of the source, takes its numbers, and writes the page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Report:
 
 
 def _write(page: str, target: Path) -> None:
-    """Raises UsageError where the system refuses (a full disk, say)."""
+    """Raises UsageError if the system refuses, e.g. for a full disk."""
     try:
         with atomic_outputs([target]) as staged:
             staged.streams[0].write(page.encode("utf-8", "backslashreplace"))

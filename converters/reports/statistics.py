@@ -49,7 +49,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Tensors that belong together by their names."""
+    """Tensors of one layer, by their names."""
 
     name: str
     tensors: tuple[TensorStatistics, ...]
@@ -90,7 +90,7 @@ class ModelStatistics:
 
     @property
     def quantized(self) -> tuple[TensorStatistics, ...]:
-        """The quantized ones."""
+        """The quantized tensors."""
         return tuple(tensor for tensor in self.tensors if tensor.is_quantized)
 
     @property

@@ -34,7 +34,7 @@ def count_text(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 as a percentage; what is not 0 is not shown as 0."""
+    """A share of 1 as a percentage; only 0 itself is shown as 0."""
     return f"{100 * share:.2f} %" if share == 0 or share >= 0.00005 else "< 0.01 %"
 
 
