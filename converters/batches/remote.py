@@ -40,17 +40,17 @@ class RemoteSource:
 
 
 def is_remote(place: str) -> bool:
-    """Whether this is a URL, and no path."""
+    """Whether this is a URL, not a path."""
     return _URL.match(place) is not None
 
 
 def is_of_this_process(url: str) -> bool:
-    """Whether no other process sees what is there."""
+    """Whether only this process can read the URL."""
     return url.startswith("memory://")
 
 
 def joined(url: str, relative: str | PurePosixPath) -> str:
-    """The URL of what lies below another."""
+    """The URL of a path below another URL."""
     return f"{url.rstrip('/')}/{relative}"
 
 
@@ -84,7 +84,7 @@ def head_of(url: str, nbytes: int) -> bytes:
 
 
 def is_file(url: str) -> bool:
-    """Whether there is such a file."""
+    """Whether the file exists."""
     with _reached(url) as (system, path):
         return bool(system.isfile(path))
 
@@ -97,13 +97,13 @@ def fetch(url: str, path: Path) -> None:
 
 
 def put(path: Path, url: str) -> None:
-    """Copies a file of this machine there. Raises UsageError as `files_below`."""
+    """Copies a file of this machine to the store. Raises UsageError as `files_below`."""
     with _reached(url) as (system, remote):
         system.put_file(str(path), remote)
 
 
 def remove(urls: Iterable[str]) -> None:
-    """Removes files; one that is not there is no error."""
+    """Removes files; a missing file is not an error."""
     for url in urls:
         with _reached(url) as (system, path), suppress(FileNotFoundError):
             system.rm_file(path)
@@ -111,7 +111,7 @@ def remove(urls: Iterable[str]) -> None:
 
 @contextmanager
 def _reached(url: str) -> Iterator[tuple[Any, str]]:
-    """The file system that a URL is of, and its path there. Whatever goes wrong with it is one line."""
+    """The file system of a URL, and the path in it. Any error becomes one line."""
     try:
         from fsspec.core import url_to_fs
 

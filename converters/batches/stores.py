@@ -24,7 +24,7 @@ _PUT_SECONDS = 30
 
 
 class Store(Protocol):
-    """Where outputs go."""
+    """The target of a batch."""
 
     @property
     def url(self) -> str:
@@ -42,15 +42,15 @@ class Store(Protocol):
         ...
 
     def nbytes(self, path: str) -> int | None:
-        """The size of an output; None where it is not there."""
+        """The size of an output; None if it does not exist."""
         ...
 
     def reported(self) -> None:
-        """To be called after a line has been added to the report."""
+        """Must be called after a line was added to the report."""
         ...
 
     def tidy(self, job: Job) -> None:
-        """Removes what a process that was ended has left of a job."""
+        """Removes the temporary files of a job whose process was killed."""
         ...
 
 
@@ -88,7 +88,7 @@ class LocalFolder:
             return None
 
     def reported(self) -> None:
-        """It is there already."""
+        """Does nothing: the report is in the folder already."""
 
     def tidy(self, job: Job) -> None:
         """Removes the temporary files of this model; a folder's complete shards stay for the next attempt."""
@@ -98,8 +98,8 @@ class LocalFolder:
 
 @dataclass(slots=True)
 class RemoteFolder:
-    """A folder in a store. The report is kept on this machine and put there every half minute and in the end. Stores
-    have no locks: that two batches do not write to one folder is for those who start them to see to."""
+    """A folder in a store. The report is kept on this machine, and uploaded every half minute and at the end. Stores
+    have no locks, so users must not let two batches write to one folder."""
 
     url: str
     _report: Path = field(default_factory=Path)
@@ -142,4 +142,4 @@ class RemoteFolder:
                 self._put()
 
     def tidy(self, job: Job) -> None:
-        """Temporary files are the workers' own."""
+        """Does nothing: temporary files are on the workers."""

@@ -1,4 +1,4 @@
-"""Models that are not on this machine: brought here to be converted, and what becomes of them taken there."""
+"""Fetches models that are not on this machine, and delivers their outputs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from nibblecast.converters.interfaces import OutputFile
 
 @contextmanager
 def brought_here(job: Job) -> Iterator[Job]:
-    """The job with its source and its target's folder on this machine, in a temporary folder for as long as the block
-    lasts. Errors name files as they are called where they are."""
+    """The job with its source and its target's folder in a temporary folder of this machine during the block. Errors
+    name the remote files."""
     with scratch_folder() as scratch:
         local = replace(job, remote=None, destination="")
         if job.destination:
@@ -42,14 +42,14 @@ def brought_here(job: Job) -> Iterator[Job]:
 
 
 def _fetch(remote: RemoteSource, path: Path) -> None:
-    """Brings a model here: a folder whole, a file with those beside it that it refers to."""
+    """Fetches a model: all of a folder, or a file with the files beside it that it refers to."""
     if remote.is_folder:
         for name in files_below(remote.url):
             if not any(part.startswith(".") for part in PurePosixPath(name).parts):
                 fetch(joined(remote.url, name), path / name)
         return
     fetch(remote.url, path)
-    above = re.split(r"[?#]", remote.url, maxsplit=1)[0].rpartition("/")[0]  # a signature is for one file
+    above = re.split(r"[?#]", remote.url, maxsplit=1)[0].rpartition("/")[0]  # a signature is valid for one file only
     while (missing := _missing_beside(path)) is not None:
         url = joined(above, PurePosixPath(missing.relative_to(path.parent)))
         if not is_file(url):
@@ -58,7 +58,7 @@ def _fetch(remote: RemoteSource, path: Path) -> None:
 
 
 def _missing_beside(path: Path) -> Path | None:
-    """A file that the model at `path` refers to and that is not there, as far as reading its headers tells."""
+    """A missing file that the model at `path` refers to, as far as its headers tell."""
     with suppress(Error):
         try:
             pipeline.read(path)
@@ -68,12 +68,12 @@ def _missing_beside(path: Path) -> Path | None:
 
 
 def deliver(local: Job, destination: str, files: Sequence[OutputFile]) -> None:
-    """Takes a model's outputs to where they belong, the main file last. When one of them cannot be put, none of them is
-    there, but for files that are the same for every model. Raises UsageError."""
+    """Uploads a model's outputs, the main file last. If one upload fails, all are removed, except for files that are
+    the same for every model. Raises UsageError."""
     urls = {file: joined(destination, PurePosixPath(file.path.relative_to(local.folder))) for file in files}
     own = [url for file, url in urls.items() if not file.shared]
     try:
-        if len(own) > 1:  # files of two conversions never stand together
+        if len(own) > 1:  # files of two conversions must never be mixed
             remove(own)
         for _, target in local.targets:
             if target.is_dir():
