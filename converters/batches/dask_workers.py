@@ -1,4 +1,4 @@
-"""Workers of a Dask cluster, on other machines as well: any that see the same files under the same paths.
+"""Workers of a Dask cluster, also on other machines, if they see the same files under the same paths.
 
 Each job runs in a child process of a Dask worker, where the limits of time and memory hold and a model that kills its
 process kills no worker. A job whose worker is lost is handed by Dask to another one.
@@ -126,13 +126,13 @@ def _share(task: Future[list[Record]], futures: Sequence[Future[Record]]) -> Non
 
 @dataclass(slots=True)
 class _Batches:
-    """The children of this process, a Dask worker, by their batch."""
+    """The children of this process (a Dask worker), by batch."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     children: dict[str, Children] = field(default_factory=dict)
 
     def of(self, batch: str, timeout: float | None, memory: int | None) -> Children:
-        """What other batches have idle may be of one that was killed: it ends."""
+        """The children of a batch. Idle children of other batches are ended: their batch may have been killed."""
         with self.lock:
             for other, children in self.children.items():
                 if other != batch:
@@ -149,5 +149,5 @@ def run_in_children(jobs: Sequence[Job], batch: str, timeout: float | None, memo
 
 
 def end_children(batch: str) -> None:
-    """In a Dask worker: ends its children for that batch, whatever they do."""
+    """In a Dask worker: kills its children for that batch."""
     _BATCHES.of(batch, None, None).end()

@@ -188,7 +188,7 @@ def _run_batch(
 
 
 def _run(jobs: Sequence[Job], place: Store, report: Path, settings: BatchSettings, batch: _Batch) -> _Batch:
-    """Converts what is to be converted. Raises OSError where the report cannot be written, a full disk e.g."""
+    """Converts the models that are not done. Raises OSError if the report cannot be written, e.g. on a full disk."""
     before = read_report(report) if settings.resume else {}
     todo = list(batch.kept(jobs, before))
     workers = _workers(settings, todo) if todo else None  # before the report changes: there may be no workers
@@ -214,7 +214,7 @@ class _Batch:
     _reported: int = 0
 
     def kept(self, jobs: Iterable[Job], before: Mapping[str, Record]) -> Iterator[Job]:
-        """The jobs that are not done; what a run before has done is a record again."""
+        """The jobs that are not done; records of an earlier run are kept."""
         for job in jobs:
             record = before.get(job.name)
             if record is None or not _is_current(record, job, self.place):
@@ -223,7 +223,7 @@ class _Batch:
                 self.add(replace(record, kept=True))
 
     def add(self, record: Record) -> None:
-        """Takes a record, and adds it to the report."""
+        """Adds a record to the batch and to the report."""
         self.records[record.source] = record
         if self.stream is not None:
             append(self.stream, record)
@@ -263,7 +263,7 @@ def _work(batch: _Batch, todo: Sequence[Job], settings: BatchSettings, workers: 
 
 
 def _workers(settings: BatchSettings, todo: Sequence[Job]) -> Workers:
-    """Raises UsageError where what is asked for cannot be had together."""
+    """The workers for the settings. Raises UsageError for settings that exclude each other."""
     own = [url for job in todo for url in (job.shown, job.destination) if is_of_this_process(url)]
     if own and (settings.executor, settings.timeout, settings.memory) != (None, None, None):
         raise UsageError(f"{own[0]} can be read by this process only: drop --executor, --timeout and --memory")
@@ -280,8 +280,8 @@ def _workers(settings: BatchSettings, todo: Sequence[Job]) -> Workers:
 
 
 def _as_many_as_fit(memory: int | None) -> int:
-    """A worker for each processor, but no more than there is memory for: what a model may take, or else what the
-    largest ones take, for payloads are streamed."""
+    """One worker per processor, but no more than memory allows. A model counts with its limit, or with the usual peak
+    of large models, which is small because payloads are streamed."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -292,9 +292,9 @@ def _as_many_as_fit(memory: int | None) -> int:
 
 @contextmanager
 def _kept_signals() -> Iterator[Callable[[], None]]:
-    """Keeps an interruption until the function that this gives is called: an exception amid the pool's own work would
-    leave its locks taken. A second signal does what it did before."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    """Defers an interruption until the yielded function is called: an exception within the pool's own code would leave
+    its locks taken. A second signal has its former effect."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield lambda: None
         return
     former = {n: signal.getsignal(n) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
@@ -323,8 +323,8 @@ def _kept_signals() -> Iterator[Callable[[], None]]:
 def _supervise(
     batch: _Batch, todo: Sequence[Job], settings: BatchSettings, workers: Workers, check: Callable[[], None]
 ) -> None:
-    """Hands out the jobs, and takes their records. Few are handed out at a time: what is interrupted loses little, and
-    a first failure that ends the batch ends it soon."""
+    """Hands out the jobs, and collects their records. Few are handed out at a time, so that an interruption loses
+    little, and a failure with `fail_fast` ends the batch soon."""
     parts = Shares()
     waiting = iter(todo)
     running: dict[Future[Record], tuple[Job, int]] = {}
