@@ -1,7 +1,7 @@
-"""The command line. What goes wrong becomes one line on stderr and an exit code.
+"""The command line. An error becomes one line on stderr and an exit code.
 
-This module imports next to nothing: Python and NumPy take half a second to import the rest, and an interruption in that
-time is to end the program as one at any later time does.
+This module imports almost nothing. Importing the rest, with NumPy, takes half a second, and an interruption then
+must end the program as it does later.
 """
 
 import os

@@ -98,15 +98,15 @@ def _interrupted() -> int:
 
 
 def _raise(number: int, _: FrameType | None) -> None:
-    """Ends by an exception, so that temporary files are removed on the way out."""
+    """Ends the program by an exception, so that temporary files are removed."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
 
 
 def _unraisable(unraisable: UnraisableHookArgs) -> None:
-    """A signal that comes where Python can raise nothing (while an import's lock is let go) comes again. Errors of the
-    system there follow another one, which is told."""
+    """Sends a signal again that came where Python cannot raise (while it releases an import's lock). Errors of the
+    system are dropped here: they follow an error that is reported."""
     for exception, number in ((KeyboardInterrupt, signal.SIGINT), (SystemExit, signal.SIGTERM)):
         if isinstance(unraisable.exc_value, exception):
             main = threading.main_thread().ident or 0
@@ -117,7 +117,7 @@ def _unraisable(unraisable: UnraisableHookArgs) -> None:
 
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
-    """Shows converters' own warnings; those of libraries only where they were asked for (`python -W`)."""
+    """Shows converters' own warnings; those of libraries only on request (`python -W`)."""
     if issubclass(category, Notice) or sys.warnoptions:
         _complain(line(f"warning: {message}", MOST_OF_MESSAGE))
 

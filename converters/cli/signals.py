@@ -1,4 +1,4 @@
-"""How a run ends that is interrupted.
+"""How an interrupted run ends.
 
 This module imports next to nothing: the command line needs it before Python and NumPy import all else.
 """
@@ -16,15 +16,14 @@ INTERRUPTED_CODE = 128 + signal.SIGINT
 
 
 def on_signals(handler: "Callable[[int, FrameType | None], None] | signal.Handlers") -> None:
-    """What an interruption and the signal to end do from now on; each that whoever started the program has it ignore
-    stays ignored."""
+    """Sets the handler of SIGINT and SIGTERM. A signal that was ignored when the program started stays ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def end_at_once(number: int, _: "FrameType | None") -> None:
-    """Ends the process. For when nothing is being written."""
+    """Ends the process at once, while nothing is being written."""
     if number == signal.SIGINT:
         try:  # noqa: SIM105 - `contextlib` would have to be imported
             os.write(2, f"nibblecast: {INTERRUPTED}\n".encode())

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Forgiving(io.FileIO):
-    """A file that takes whatever is written. `refusal` is the first error of the system; what follows is dropped."""
+    """A file that accepts all writes. `refusal` is the first error of the system; later writes are dropped."""
 
     refusal: OSError | None = None
 
