@@ -176,7 +176,7 @@ class Declarations:
 
 def _unknown(file: MappedFile, offset: int, text: bytes, what: str) -> CorruptFile:
     shown = text[:80].decode("ascii", "backslashreplace")
-    return corrupt(file, offset, f"{shown} is not {what}, nor a macro that is defined once as one")
+    return corrupt(file, offset, f"{shown} is not a {what}, nor a macro that is defined once as one")
 
 
 _KINDS = (

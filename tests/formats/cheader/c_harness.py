@@ -46,10 +46,10 @@ def plan_of(model: Model, target: Path, **options: Any) -> Plan:
 
 
 def write(model: Model, target: Path, **options: Any) -> list[Path]:
-    """The files written, in the plan's order; each must have the planned size."""
+    """The files written, that of the payload last; each must have the planned size."""
     plan = zoo.write(CHeaderWriter(), model, target, CHeaderOptions(**options))
     assert all(file.nbytes is not None for file in plan.files)
-    return [file.path for file in plan.files]
+    return sorted((file.path for file in plan.files), key=lambda path: path.suffix == ".bin")
 
 
 def compile_objects(mode: str, sources: Sequence[Path], *flags: str) -> list[Path]:

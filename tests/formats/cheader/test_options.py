@@ -88,7 +88,7 @@ def test_models_of_different_alignments(tmp_path):
 def test_flash_and_offsets_follow_the_alignment(tmp_path):
     for align, total in ((4, 8 * 4), (32, 8 * 32)):
         plan = plan_of(model_of(*(int8(name, 3) for name in "abcdefgh")), tmp_path / "m.h", align=align)
-        assert plan.document.flash.total.aligned == total
+        assert plan.shards[0].document.flash.total.aligned == total
     *_, file = write(ODD_BYTES, tmp_path / "m.h", align=32, style="incbin")
     stored, first = file.read_bytes(), (tmp_path / "m.h").read_text()
     assert len(stored) == 7 * 32 + 3

@@ -112,13 +112,15 @@ def test_budget():
 def test_what_is_written_is_what_is_reported(tmp_path):
     model = nibblecast.load(INT8)
     conversion = nibblecast.save(model, tmp_path / "w.h")
-    found = plan_of(model, tmp_path / "w.h").document.flash
+    found = plan_of(model, tmp_path / "w.h").shards[0].document.flash
     assert conversion.report == found.lines()
     assert [tensor.name for tensor in found.tensors] == list(model)
     assert found.total.nbytes == 876
     text = (tmp_path / "w.h").read_text()
     assert "#define w_FLASH_BYTES 876u" in text
-    assert found.comment([tensor.base for tensor in plan_of(model, tmp_path / "w.h").document.entries]) in text
+    assert (
+        found.comment([tensor.base for tensor in plan_of(model, tmp_path / "w.h").shards[0].document.entries]) in text
+    )
 
 
 def test_the_report_is_what_the_compiler_says(tmp_path):
@@ -127,7 +129,7 @@ def test_the_report_is_what_the_compiler_says(tmp_path):
     (compiled,) = compile_objects("gcc c99", files[1:2], "-fdata-sections")
     listed = subprocess.run(["size", "-A", compiled], capture_output=True, text=True, check=True).stdout
     sections = dict(re.findall(r"\.rodata\.(\w+) +(\d+)", listed))
-    for entry in plan_of(model, tmp_path / "w.h", fixed_point=True).document.entries:
+    for entry in plan_of(model, tmp_path / "w.h", fixed_point=True).shards[0].document.entries:
         placed = [int(sections[f"{entry.base}_{array.role}"]) for array in entry.arrays]
         assert (sum(placed), sum(-(-size // 16) * 16 for size in placed)) == (entry.cost.nbytes, entry.cost.aligned)
 

@@ -147,7 +147,7 @@ def rename(location: str):
 #: What may be said of the file; the pattern of the error.
 LOCATIONS = {
     "/etc/passwd": r"m\.[ch]: tensor 'w': refers to '/etc/passwd': it must be the path of a file inside its folder",
-    "../m.bin": "refers to '../m.bin': the path of a file inside",
+    "../m.bin": "refers to '../m.bin': it must be the path of a file inside",
     "a/../../m.bin": "the path of a file inside",
     "..\\\\m.bin": "the path of a file inside",
     "C:\\\\m.bin": "the path of a file inside",
