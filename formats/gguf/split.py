@@ -93,7 +93,7 @@ def _whole_number(container: GGUFHeader, path: Path, key: str) -> int | None:
     if found is None:
         return None
     if not isinstance(found.value, int) or found.kind in ("bool", "array") or found.value < 0:
-        raise CorruptFile(f"has the {key} {brief(found.value)} ({found.kind}): must be a whole number", path=path)
+        raise CorruptFile(f"{key} must be a whole number, got {brief(found.value)} ({found.kind})", path=path)
     return int(found.value)
 
 

@@ -235,7 +235,7 @@ def test_what_an_ended_process_left_is_removed_and_nothing_else(tmp_path: Path) 
 
 
 def test_as_many_formats_as_targets_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there are 2 targets, but 1 formats"):
+    with pytest.raises(UsageError, match="2 targets, but 1 formats"):
         nibblecast.convert(GOOD[0], tmp_path / "a.h", tmp_path / "b.h", to=["cheader"])
 
 

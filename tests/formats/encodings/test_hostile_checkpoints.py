@@ -180,10 +180,20 @@ def grouped(**weights):
 @pytest.mark.parametrize(
     ("arrays", "config", "architecture", "message"),
     [
-        (INT4, grouped(num_bits=HUGE, group_size=32), {}, "has numbers in 'g'"),
+        (
+            INT4,
+            grouped(num_bits=HUGE, group_size=32),
+            {},
+            "config group 'g': bits, group size and block must be numbers",
+        ),
         (INT4, grouped(num_bits=4, group_size=HUGE), {}, "an integer of 13288 bits"),
         (INT4, grouped(num_bits=4, group_size=-HUGE), {}, "an integer of 13288 bits"),
-        (INT4, grouped(num_bits=4, block_structure=[HUGE, 1]), {}, "has numbers in 'g'"),
+        (
+            INT4,
+            grouped(num_bits=4, block_structure=[HUGE, 1]),
+            {},
+            "config group 'g': bits, group size and block must be numbers",
+        ),
         (INT4, grouped(num_bits=4, strategy=["group"]), {}, "has the strategy"),
         (INT4, {"quant_method": "compressed-tensors", "config_groups": {str(n): {} for n in range(2000)}}, {}, "2000"),
         (MLX, {"quant_method": "mlx", "bits": 4, "group_size": HUGE}, {}, "an integer of 13288 bits"),

@@ -146,5 +146,5 @@ def test_a_count_that_is_no_number_is_refused(tmp_path: Path) -> None:
     value = gguf_files.string("split.count") + struct.pack("<I", gguf_files.STRING) + gguf_files.string("two")
     path = tmp_path / "m-00001-of-00002.gguf"
     path.write_bytes(gguf_files.file([], b"", [value]))
-    with pytest.raises(CorruptFile, match=r"split\.count 'two' \(string\): a whole number"):
+    with pytest.raises(CorruptFile, match=r"split\.count must be a whole number, got 'two' \(string\)"):
         nibblecast.load(path)

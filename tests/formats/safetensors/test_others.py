@@ -41,7 +41,7 @@ def test_such_a_weight_becomes_floats_on_request(dtype: object, tmp_path: Path) 
     done = nibblecast.save(
         model, tmp_path / "out", to="safetensors", quantize="int4,block=32", layout="awq", others="dequantize"
     )
-    assert [(loss.tensor, loss.kind) for loss in done.losses] == [("layer.weight", "widened")]
+    assert [(loss.tensor, loss.kind) for loss in done.losses] == [("layer.weight", "dropped")]
     written = nibblecast.load(tmp_path / "out")
     assert written["held.weight"].quantization is not None
     read = written["layer.weight"]

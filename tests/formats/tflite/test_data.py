@@ -101,7 +101,7 @@ def test_an_absolute_path_of_external_buffers_is_refused(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     shutil.copy(FIXTURES / WEIGHTS, tmp_path / "w.bin")
     assert len(nibblecast.load(external(tmp_path, "w.bin"))) == 4
-    with pytest.raises(CorruptFile, match="refers to '/dev/null': the path of a file"):
+    with pytest.raises(CorruptFile, match="refers to '/dev/null': it must be the path of a file"):
         nibblecast.load(external(tmp_path, "/dev/null"))
 
 

@@ -166,8 +166,8 @@ def test_values_are_described_briefly(value: object, text: str) -> None:
 
 def test_our_own_objects_have_no_representation_of_what_they_hold() -> None:
     held = UnknownObject(Global("a", "B"), nested(60))
-    assert "Record object at" in repr(held)
-    assert described([held]) == "[a value of type Record]"
+    assert "UnknownObject object at" in repr(held)
+    assert described([held]) == "[a value of type UnknownObject]"
 
 
 def test_the_reason_of_an_error_holds_no_value() -> None:
